@@ -1,0 +1,32 @@
+# `make test` and `make demo` need python3 (with venv and pip) and make; they make .venv themselves.
+# `make demo DATA_DIR=folder` uses the text in folder/wikitext2 (make hands DATA_DIR on by itself).
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: venv check test demo clean
+
+venv: $(STAMP)
+
+# torch first, by itself, so that the pin and nothing else decides which build is taken.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+check: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: check
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+demo: venv
+	$(VENV)/bin/python examples/demo.py
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	find src tests examples LRLLM benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

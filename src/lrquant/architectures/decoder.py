@@ -1,0 +1,44 @@
+"""Shared shape of the pre-norm, RoPE, gated-MLP decoders (LLaMA and its descendants)."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from lrquant.sites import Site, norm_site, query_key_site, up_down_site, value_output_site
+
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
+
+
+def linears(config: PretrainedConfig) -> tuple[str, ...]:
+    """The seven linears of a block."""
+    return LINEARS
+
+
+def sites(config: PretrainedConfig) -> tuple[Site, ...]:
+    """All sites; for families without norms on q and k."""
+    heads, kv_heads, head_dim = head_shape(config)
+    query_key = query_key_site(
+        "self_attn.q_proj", "self_attn.k_proj", heads, kv_heads, head_dim, rotary="half"
+    )
+    return (*sites_without_query_key(config), query_key)
+
+
+def sites_without_query_key(config: PretrainedConfig) -> tuple[Site, ...]:
+    """The sites that remain where q and k are normalised after projection."""
+    heads, kv_heads, head_dim = head_shape(config)
+    return (
+        norm_site("input_layernorm", ATTENTION_INPUTS, config.hidden_size),
+        norm_site("post_attention_layernorm", MLP_INPUTS, config.hidden_size),
+        value_output_site("self_attn.v_proj", "self_attn.o_proj", heads, kv_heads, head_dim),
+        up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size),
+    )
+
+
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Query heads, key/value heads and channels per head."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, kv_heads, head_dim

@@ -1,0 +1,11 @@
+"""LLaMA 1, 2 and 3: grouped-query attention, scaled RoPE, optional biases, tied heads."""
+
+from lrquant.architectures import Architecture, decoder
+
+ARCHITECTURE = Architecture(
+    name="llama",
+    model_types=("llama",),
+    blocks="model.layers",
+    linears=decoder.linears,
+    sites=decoder.sites,
+)

@@ -1,0 +1,11 @@
+"""Mistral: LLaMA with an optional sliding window."""
+
+from lrquant.architectures import Architecture, decoder
+
+ARCHITECTURE = Architecture(
+    name="mistral",
+    model_types=("mistral",),
+    blocks="model.layers",
+    linears=decoder.linears,
+    sites=decoder.sites,
+)

@@ -1,0 +1,11 @@
+"""Qwen2 and Qwen2.5: LLaMA with biases on q, k and v."""
+
+from lrquant.architectures import Architecture, decoder
+
+ARCHITECTURE = Architecture(
+    name="qwen2",
+    model_types=("qwen2",),
+    blocks="model.layers",
+    linears=decoder.linears,
+    sites=decoder.sites,
+)

@@ -1,0 +1,11 @@
+"""Qwen3: q and k are normalised per head after projection, so there is no q-k site."""
+
+from lrquant.architectures import Architecture, decoder
+
+ARCHITECTURE = Architecture(
+    name="qwen3",
+    model_types=("qwen3",),
+    blocks="model.layers",
+    linears=decoder.linears,
+    sites=decoder.sites_without_query_key,
+)

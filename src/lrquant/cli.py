@@ -1,0 +1,216 @@
+"""The command line: flags to configuration, records to text, errors to exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lrquant.config import Config, convert, read_yaml
+from lrquant.errors import LRQuantError
+from lrquant.version import __version__
+
+RESUME_IN_PLACE = "."
+_STATISTICS_SETTINGS = (
+    *("model", "net", "calib_dataset", "nsamples", "seqlen", "seed", "data_dir", "cache_dir"),
+    *("device", "precision", "offload"),
+)
+_EVALUATE_SETTINGS = (
+    *("ppl", "eval_ppl", "compare", "tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
+    *("cache_dir", "device", "precision", "offload", "output_dir"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did what was asked, 2 with one line on standard error if not."""
+    parser = _parser()
+    options = parser.parse_args(_with_dashes(sys.argv[1:] if arguments is None else arguments))
+    console = Console(stderr=True)
+    _log_to_terminal()
+    try:
+        options.command(options, console)
+    except LRQuantError as error:
+        print(f"lrquant: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"lrquant: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "lrquant: interrupted; finished blocks are kept, go on with --resume", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def quantize_main(arguments: Sequence[str] | None = None) -> int:
+    """The published tool's main.py: `lrquant quantize`, with its statistics files if present."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return main(["quantize", "--published-statistics", *given])
+
+
+def statistics_main(arguments: Sequence[str] | None = None) -> int:
+    """The published tool's generate_act_scale_shift.py: `lrquant stats`."""
+    return main(["stats", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lrquant", description="Quantise language models with LRQuant.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"lrquant {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quantize = _command(commands, "quantize", "learn a quantised model and measure it", _quantize)
+    quantize.add_argument("--config", type=Path, help="YAML with any of these settings")
+    quantize.add_argument("--published-statistics", action="store_true", help=argparse.SUPPRESS)
+    _add_settings(quantize, [entry.name for entry in dataclasses.fields(Config)])
+
+    stats = _command(commands, "stats", "gather activation statistics of a model", _stats)
+    _add_settings(stats, _STATISTICS_SETTINGS)
+    stats.add_argument("--num-samples", dest="nsamples", default=None, help=argparse.SUPPRESS)
+    stats.add_argument("--seq-len", dest="seqlen", default=None, help=argparse.SUPPRESS)
+    stats.add_argument("--scales-output-path", type=Path, default=Path("act_scales"))
+    stats.add_argument("--shifts-output-path", type=Path, default=Path("act_shifts"))
+
+    evaluate = _command(commands, "evaluate", "measure a run or a model", _evaluate)
+    evaluate.add_argument("target", help="run folder, or a model as for --model")
+    _add_settings(evaluate, _EVALUATE_SETTINGS)
+
+    inspect = _command(commands, "inspect", "show what a run folder or checkpoint is", _inspect)
+    inspect.add_argument("target", type=Path, help="run folder or checkpoint folder")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, function: Any) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(command=function)
+    return command
+
+
+def _with_dashes(arguments: Sequence[str]) -> list[str]:
+    """--act_scales and --act-scales alike."""
+    result = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            argument = flag.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    hints = typing.get_type_hints(Config)
+    entries = {entry.name: entry for entry in dataclasses.fields(Config)}
+    for name in names:
+        entry, kind = entries[name], hints[name]
+        flag = "--" + name.replace("_", "-")
+        text = f"{entry.metadata['help']} [{_shown(entry.default)}]"
+        if bool in (kind, *typing.get_args(kind)):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, dest=name, action=action, default=None, help=text)
+        elif name == "resume":
+            parser.add_argument(
+                flag, dest=name, nargs="?", const=RESUME_IN_PLACE, metavar="RUN", help=text
+            )
+        else:
+            parser.add_argument(flag, dest=name, default=None, help=text.replace("%", "%%"))
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default) or "none"
+    return "none" if default in (None, "") else str(default).lower()
+
+
+def _settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The settings that were typed, converted."""
+    hints = typing.get_type_hints(Config)
+    typed = {name: getattr(options, name) for name in names}
+    return {
+        name: convert(hints[name], value, "--" + name.replace("_", "-"))
+        for name, value in typed.items()
+        if value is not None
+    }
+
+
+def _quantize(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.pipeline import run
+    from lrquant.progress import BarProgress
+
+    names = [entry.name for entry in dataclasses.fields(Config)]
+    values = read_yaml(options.config) if options.config else {}
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    values.update(_settings(options, names))
+    if values.get("resume") == RESUME_IN_PLACE:
+        values["resume"] = values.get("output_dir", Config.output_dir)
+    elif values.get("resume") and "output_dir" not in values:
+        values["output_dir"] = values["resume"]
+    config = Config.from_mapping(values, str(options.config or "command line"))
+    if options.published_statistics:
+        config = _with_published_statistics(config)
+    done = run(config, progress=BarProgress(console))
+    _print_results(done.results)
+    print(f"run folder: {config.output_dir}")
+
+
+def _with_published_statistics(config: Config) -> Config:
+    """Use ./act_scales/NET.pt and ./act_shifts/NET.pt where the published tool leaves them."""
+    scales = Path("act_scales") / f"{config.net_name}.pt"
+    shifts = Path("act_shifts") / f"{config.net_name}.pt"
+    if config.act_scales is None and scales.is_file():
+        config = dataclasses.replace(config, act_scales=str(scales))
+    if config.act_shifts is None and shifts.is_file():
+        config = dataclasses.replace(config, act_shifts=str(shifts))
+    return config
+
+
+def _stats(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.pipeline import collect_statistics
+    from lrquant.progress import BarProgress
+
+    config = Config(**_settings(options, _STATISTICS_SETTINGS))
+    statistics = collect_statistics(config, progress=BarProgress(console))
+    scales = options.scales_output_path / f"{config.net_name}.pt"
+    shifts = options.shifts_output_path / f"{config.net_name}.pt"
+    statistics.save(scales, shifts)
+    print(f"{len(statistics.maxima)} linears: {scales}, {shifts}")
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.pipeline import evaluate
+    from lrquant.progress import BarProgress
+
+    settings = _settings(options, _EVALUATE_SETTINGS)
+    results = evaluate(options.target, progress=BarProgress(console), **settings)
+    _print_results(results)
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.report.inspection import inspect_folder
+
+    print(inspect_folder(options.target))
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    from lrquant.report.tables import results_table
+
+    table = results_table(results)
+    if table:
+        print(table)
+
+
+def _log_to_terminal() -> None:
+    logger = logging.getLogger("lrquant")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)

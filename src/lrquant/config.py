@@ -1,0 +1,211 @@
+"""Every setting a user may change, with its default, unit and source; to and from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrquant.errors import LRQuantError
+from lrquant.scheme import Scheme
+from lrquant.sites import KINDS
+
+PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.  Defaults are those of the published tool where it has the setting."""
+
+    model: str = _setting("", "local folder, hub name or GGUF file")
+    net: str | None = _setting(None, "short name of the model (default: last part of --model)")
+
+    scheme: str | None = _setting(None, "bits and groups in short, e.g. W4A4, W4A16g128")
+    wbits: int = _setting(4, "weight bits, 2 to 8, or 16 for floating point")
+    abits: int = _setting(4, "activation bits, 2 to 8, or 16 for floating point")
+    qkv_bits: int | None = _setting(None, "bits of attention's Q, K and V (default: --abits)")
+    group_size: int | None = _setting(None, "input columns sharing a scale (default: all)")
+    symmetric: bool = _setting(False, "symmetric weight grid without zero points")
+    activation_symmetric: bool = _setting(False, "symmetric activation grid")
+
+    lwc: bool | None = _setting(None, "learn weight clipping (default: with --let, if neither set)")
+    let: bool | None = _setting(None, "learn equivalent transformations")
+    let_sites: tuple[str, ...] = _setting(
+        ("norm", "value_output", "query_key"), f"site kinds to use, of {', '.join(KINDS)}"
+    )
+    let_shift: str = _setting(
+        "auto",
+        "learn shifts: where every module has a bias (auto), everywhere or nowhere",
+        ("auto", "always", "never"),
+    )
+    loss: str = _setting("mse+nlc", "block loss (LRQuant: mse+nlc)", ("mse+nlc", "mse", "nlc"))
+    epochs: int = _setting(10, "passes over the samples a block; 0 learns nothing")
+    lwc_lr: float = _setting(1e-2, "learning rate of the clipping")
+    let_lr: float = _setting(5e-3, "learning rate of scales and shifts (ACL paper: 1e-3)")
+    wd: float = _setting(0.0, "weight decay")
+    batch_size: int = _setting(1, "samples a step")
+
+    calib_dataset: str = _setting(
+        "wikitext2", "wikitext2, c4, ptb, pile, mix, a set in --data-dir, or a text file"
+    )
+    nsamples: int = _setting(128, "calibration samples")
+    seqlen: int = _setting(2048, "tokens a sample, and a perplexity window")
+    seed: int = _setting(2, "seed of the calibration sampling")
+    data_dir: str | None = _setting(None, "folder with SET/{train,validation,test}.txt")
+    cache_dir: str | None = _setting(None, "cache of hub downloads (default: the hub's own)")
+    act_scales: str | None = _setting(None, "channel maxima from `lrquant stats` (.pt)")
+    act_shifts: str | None = _setting(None, "channel midpoints from `lrquant stats` (.pt)")
+
+    eval_ppl: bool = _setting(False, "perplexity on every published set that can be had")
+    ppl: tuple[str, ...] = _setting((), "perplexity on these sets")
+    compare: bool = _setting(False, "evaluate full precision and round-to-nearest beside it")
+    tasks: str = _setting("", "zero-shot tasks of lm-evaluation-harness, separated by commas")
+    num_fewshot: int = _setting(0, "examples in the prompt of a task")
+    limit: int = _setting(-1, "windows a set and items a task (-1: all)")
+
+    output_dir: str = _setting("../log/", "run folder: config, log, blocks, results")
+    save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
+    resume: str | None = _setting(None, "go on with this run folder")
+
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _setting(
+        "auto", "matrix products: bfloat16 where fast (auto)", ("auto", "bfloat16", "float32")
+    )
+    offload: str = _setting(
+        "auto", "where hidden states live between blocks", ("auto", "device", "host", "disk")
+    )
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("epochs", 0), ("nsamples", 1), ("batch_size", 1), ("seqlen", 2)):
+            if getattr(self, name) < smallest:
+                raise LRQuantError(
+                    f"{name} {getattr(self, name)}: use a whole number of at least {smallest}"
+                )
+        for entry in dataclasses.fields(self):
+            choices = entry.metadata["choices"]
+            if choices and getattr(self, entry.name) not in choices:
+                raise LRQuantError(
+                    f"{entry.name} {getattr(self, entry.name)!r}: use one of {', '.join(choices)}"
+                )
+        unknown = [kind for kind in self.let_sites if kind not in KINDS]
+        if unknown:
+            raise LRQuantError(f"let_sites {unknown[0]!r}: use some of {', '.join(KINDS)}")
+
+    def resolved(self) -> Config:
+        """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
+        scheme = Scheme.parse(self.scheme) if self.scheme else None
+        config = self
+        if scheme is not None:
+            config = dataclasses.replace(
+                config,
+                wbits=scheme.weight_bits,
+                abits=scheme.activation_bits,
+                group_size=scheme.group_size if scheme.group_size else config.group_size,
+                symmetric=scheme.symmetric or config.symmetric,
+                qkv_bits=scheme.qkv_bits if scheme.qkv_bits else config.qkv_bits,
+            )
+        scheme = config.quantization
+        lwc, let = config.lwc, config.let
+        if let and scheme.floating_point:
+            raise LRQuantError(
+                "--let with W16A16: nothing is quantised, so scales have no effect; "
+                "give --wbits or --abits below 16"
+            )
+        if lwc and scheme.weight_bits == 16:
+            raise LRQuantError(
+                "--lwc with --wbits 16: there is no weight range to clip; give --wbits below 16"
+            )
+        if lwc is None and let is None and config.epochs > 0:
+            lwc, let = scheme.weight_bits < 16, not scheme.weight_only
+        return dataclasses.replace(
+            config, scheme=scheme.name, lwc=bool(lwc), let=bool(let), net=config.net_name
+        )
+
+    @property
+    def quantization(self) -> Scheme:
+        """The scheme that the bits spell out."""
+        return Scheme(
+            weight_bits=self.wbits,
+            activation_bits=self.abits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            activation_symmetric=self.activation_symmetric,
+            qkv_bits=self.qkv_bits,
+        )
+
+    @property
+    def net_name(self) -> str:
+        """The model's short name."""
+        return self.net or Path(self.model.rstrip("/")).name
+
+    @property
+    def perplexity_sets(self) -> tuple[str, ...]:
+        """Sets asked for by name, or the published five."""
+        return self.ppl or (PUBLISHED_PERPLEXITY_SETS if self.eval_ppl else ())
+
+    def to_yaml(self) -> str:
+        """All settings as YAML, in the order of this file."""
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return yaml.safe_dump(values, sort_keys=False)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], origin: str) -> Config:
+        """Settings by name, dashes or underscores alike; `origin` is named in errors."""
+        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        settings: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise LRQuantError(f"{origin}: unknown setting {key!r}")
+            settings[name] = convert(hints[name], value, f"{origin}: {key}")
+        return cls(**settings)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Config:
+        """Read a file that `to_yaml` or a person wrote."""
+        return cls.from_mapping(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        first_line = str(error).splitlines()[0]
+        raise LRQuantError(f"config {path}: cannot be read ({first_line})") from error
+    if not isinstance(values, dict):
+        raise LRQuantError(f"config {path}: expected `setting: value` lines")
+    return values
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, from YAML or a command line's text."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if value is None:
+            return None
+        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts if str(part).strip())
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise LRQuantError(f"{where}: expected true or false, got {value!r}")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise LRQuantError(f"{where}: expected {kind.__name__}, got {value!r}") from error

@@ -1,0 +1,1 @@
+"""Formats on disk: one file each."""

@@ -1,0 +1,87 @@
+"""A plain checkpoint: dense weights that went through the grid, for software without quantizers.
+
+Activation quantization is not part of it: with 16-bit activations it computes what was learned,
+else only the weights do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrquant.blocks import SHIFT_SUFFIX
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.workbench import Workbench, method_of
+from lrquant.workdir import RunFolder
+
+INDEX = "model.safetensors.index.json"
+
+
+@torch.no_grad()
+def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, target: Path) -> None:
+    """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
+    model = workbench.model
+    temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        shards: dict[str, Path] = {}
+        outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
+        if model.skeleton.config.tie_word_embeddings:
+            outer.pop("lm_head.weight", None)
+        dtype = model.source.tensor(next(iter(outer))).dtype
+        _save_shard(temporary / "model-outer.safetensors", outer, dtype, shards)
+        for index in range(len(model.blocks)):
+            view = workbench.view(index, config.quantization, method_of(config))
+            view.load(folder.load_block(index))
+            tensors = view.freeze().tensors(torch.float32)
+            _refuse_extra_tensors(tensors, view.stored)
+            prefix = model.block_name(index) + "."
+            named = {prefix + name: tensor for name, tensor in tensors.items()}
+            _save_shard(temporary / f"model-{index:04d}.safetensors", named, dtype, shards)
+        weight_map = {name: path.name for name, path in shards.items()}
+        index_text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
+        (temporary / INDEX).write_text(index_text, encoding="utf-8")
+        saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
+        saved.dtype = dtype
+        saved.architectures = [type(model.skeleton).__name__]
+        saved.save_pretrained(temporary)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temporary)
+        (temporary / "lrquant.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LRQuantError(
+            f"checkpoint {target}: cannot be written ({error}); free some space or use another "
+            "--save_dir, then `--epochs 0 --resume RUN --save_dir DIR`"
+        ) from error
+
+
+def _save_shard(
+    path: Path, tensors: dict[str, Tensor], dtype: torch.dtype, shards: dict[str, Path]
+) -> None:
+    save_file(
+        {name: tensor.cpu().to(dtype).contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    shards.update(dict.fromkeys(tensors, path))
+
+
+def _refuse_extra_tensors(tensors: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    extra = sorted(set(tensors) - set(stored))
+    if extra:
+        names = ", ".join(name.removesuffix(SHIFT_SUFFIX) for name in extra)
+        raise LRQuantError(
+            f"--save_dir: the learned shifts need biases that this architecture lacks ({names}); "
+            "learn with --let_shift auto"
+        )

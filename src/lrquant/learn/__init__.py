@@ -1,0 +1,1 @@
+"""Everything with trainable parameters, and the block view that composes it."""

@@ -1,0 +1,126 @@
+"""Learnable equivalent transformation (LET): per-channel scales and shifts at a block's sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrquant.errors import LRQuantError
+from lrquant.sites import Fold, Site
+from lrquant.stats import ChannelStatistics
+
+SMALLEST_ACTIVATION = 1e-5
+SMALLEST_LEARNED_SCALE = 1e-2
+
+
+def logarithmic_scale(maxima: Tensor) -> Tensor:
+    """``a / log2(2 + a)``, the logarithmic activation equivalent (LRQuant, ACL 2024).
+
+    `maxima` are the largest magnitudes of the channels; both they and the result are >= 1e-5.
+    """
+    maxima = maxima.clamp(min=SMALLEST_ACTIVATION)
+    return (maxima / torch.log2(2 + maxima)).clamp(min=SMALLEST_ACTIVATION)
+
+
+def equivalent_parameters(
+    sites: Sequence[Site],
+    shifted: frozenset[str],
+    statistics: ChannelStatistics,
+    block_name: str,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Scales, and shifts for the sites named in `shifted`, at their published start."""
+    parameters = {}
+    for site in sites:
+        scale = torch.ones(site.size)
+        if site.measured is not None:
+            maxima = _reduce(site, _statistic(statistics.maxima, site, block_name), "amax")
+            scale = logarithmic_scale(maxima)
+        parameters[f"let.{site.name}.scale"] = scale.to(device)
+        if site.name in shifted:
+            midpoints = torch.zeros(site.size)
+            if _producer_learns_from_midpoints(statistics, site, block_name):
+                midpoints = _reduce(
+                    site, _statistic(statistics.midpoints, site, block_name), "mean"
+                )
+            parameters[f"let.{site.name}.shift"] = midpoints.to(device)
+    return parameters
+
+
+def _producer_learns_from_midpoints(
+    statistics: ChannelStatistics, site: Site, block_name: str
+) -> bool:
+    return f"{block_name}.{site.measured}" in statistics.midpoints
+
+
+def _statistic(values: dict[str, Tensor], site: Site, block_name: str) -> Tensor:
+    name = f"{block_name}.{site.measured}"
+    if name not in values:
+        raise LRQuantError(
+            f"statistics: no entry for {name}; they are of another model, make them again with "
+            "`lrquant stats`"
+        )
+    channels = len(site.consumers[0].index)
+    if values[name].numel() != channels:
+        raise LRQuantError(
+            f"statistics: {name} has {values[name].numel()} channels, this model has {channels}; "
+            "they are of another model"
+        )
+    return values[name]
+
+
+def _reduce(site: Site, values: Tensor, how: str) -> Tensor:
+    """Input-channel values of the measured consumer -> one value an element of the scale."""
+    index = torch.tensor(site.consumers[0].index)
+    return torch.zeros(site.size).scatter_reduce_(0, index, values, how, include_self=False)
+
+
+def keep_scales_positive_(parameters: dict[str, Tensor]) -> None:
+    """Scales never cross zero: clamp them to at least 1e-2 (published code: |s| >= 1e-2)."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.startswith("let.") and name.endswith(".scale"):
+                parameter.clamp_(min=SMALLEST_LEARNED_SCALE)
+
+
+@dataclass
+class Factors:
+    """What a block's sites ask of its modules, by module name; absent means 1 or 0.
+
+    rows (out,) and columns (in,) multiply a linear's weight, norms (hidden,) a norm's weight and
+    bias.  Before that, `subtract` (out or hidden,) leaves the module's bias and ``W @ add`` (in,)
+    enters it, W being the unscaled weight.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    subtract: dict[str, Tensor] = field(default_factory=dict)
+    add: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fold_factors(sites: Sequence[Site], parameters: dict[str, Tensor]) -> Factors:
+    """Compose the scales and shifts of all sites into one factor a module and axis."""
+    factors = Factors()
+    for site in sites:
+        scale = parameters[f"let.{site.name}.scale"]
+        shift = parameters.get(f"let.{site.name}.shift")
+        powers = {1: scale, -1: scale.reciprocal()}
+        for fold in site.folds:
+            table = {"rows": factors.rows, "columns": factors.columns, "norm": factors.norms}
+            into = table[fold.axis]
+            factor = _spread(powers[fold.power], fold)
+            into[fold.module] = into[fold.module] * factor if fold.module in into else factor
+            if shift is not None:
+                moved = factors.subtract if fold is site.producer else factors.add
+                moved[fold.module] = _spread(shift, fold)
+    return factors
+
+
+def _spread(values: Tensor, fold: Fold) -> Tensor:
+    if fold.index == tuple(range(len(values))):
+        return values
+    return values[torch.tensor(fold.index, device=values.device)]

@@ -1,0 +1,241 @@
+"""A block as it would be under sites, scheme and parameters: one weight function for all uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrquant.blocks import SHIFT_SUFFIX
+from lrquant.errors import LRQuantError
+from lrquant.learn.clipping import clipping_parameters, clipping_strengths
+from lrquant.learn.equivalent import Factors, equivalent_parameters, fold_factors
+from lrquant.numerics.affine import (
+    dequantize_weight,
+    fake_quantize_weight,
+    quantize_weight,
+)
+from lrquant.scheme import FLOAT_BITS, Scheme
+from lrquant.sites import Site
+from lrquant.stats import ChannelStatistics
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One frozen linear: all that an exporter sees.
+
+    codes (out, in) uint8, or int8 on a symmetric grid; scale and zero_point (out, groups) float32;
+    bias (out,) float32 or None.  ``weight = scale * (codes - zero_point)``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the codes stand for."""
+        return dequantize_weight(self.codes, self.scale, self.zero_point).to(dtype)
+
+
+@dataclass(frozen=True)
+class FrozenBlock:
+    """A finished block: quantised linears, and every other tensor with its factors folded in."""
+
+    linears: dict[str, QuantizedLinear]
+    others: dict[str, Tensor]
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the block computes with: weights in `dtype`, the rest float32."""
+        tensors = dict(self.others)
+        for name, linear in self.linears.items():
+            tensors[f"{name}.weight"] = linear.dequantize(dtype)
+            if linear.bias is not None:
+                tensors[f"{name}.bias"] = linear.bias.to(dtype)
+        return tensors
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is learned in a block: which transformations, at which sites, with which shifts."""
+
+    lwc: bool = False
+    let: bool = False
+    let_sites: tuple[str, ...] = ("norm", "value_output", "query_key")
+    let_shift: str = "auto"
+
+
+class BlockView:
+    """One block's tensors under learnable parameters (a flat dict of float32 leaves).
+
+    `stored` are the block's own tensors on the computing device, never changed.
+    """
+
+    def __init__(
+        self,
+        stored: dict[str, Tensor],
+        linears: Sequence[str],
+        sites: Sequence[Site],
+        scheme: Scheme,
+        method: Method,
+        dtype: torch.dtype,
+    ) -> None:
+        self.stored, self.linears, self.scheme, self.dtype = stored, linears, scheme, dtype
+        chosen = sites if method.let else ()
+        self.sites = tuple(site for site in chosen if site.kind in method.let_sites)
+        self.clipped = method.lwc and scheme.weight_bits != FLOAT_BITS
+        self.shifted = frozenset(
+            site.name for site in self.sites if self._takes_shift(site, method.let_shift)
+        )
+        self.parameters: dict[str, Tensor] = {}
+        self._plain = {
+            name: tensor.float()
+            for name, tensor in stored.items()
+            if name.rpartition(".")[0] not in linears
+        }
+
+    def _takes_shift(self, site: Site, rule: str) -> bool:
+        if rule == "never" or not site.shiftable:
+            return False
+        modules = [fold.module for fold in site.folds]
+        return rule == "always" or all(f"{module}.bias" in self.stored for module in modules)
+
+    @property
+    def shifted_norms(self) -> tuple[str, ...]:
+        """Norms without a bias whose output the runner has to shift."""
+        return tuple(
+            site.producer.module
+            for site in self.sites
+            if site.kind == "norm"
+            and site.name in self.shifted
+            and f"{site.producer.module}.bias" not in self.stored
+        )
+
+    def group_size(self, linear: str) -> int:
+        """Input columns that share a scale; must divide the linear's input width."""
+        columns = self.stored[f"{linear}.weight"].shape[1]
+        size = self.scheme.group_size or columns
+        if columns % size:
+            fitting = [n for n in range(16, columns + 1) if columns % n == 0]
+            raise LRQuantError(
+                f"group size {size} does not divide the {columns} input columns of {linear}; "
+                f"sizes that do: {', '.join(map(str, fitting))}"
+            )
+        return size
+
+    def initialize(self, statistics: ChannelStatistics, block_name: str) -> None:
+        """Set the parameters to their published start."""
+        device = self.stored[f"{self.linears[0]}.weight"].device
+        self.parameters = equivalent_parameters(
+            self.sites, self.shifted, statistics, block_name, device
+        )
+        if self.clipped:
+            for linear in self.linears:
+                rows, columns = self.stored[f"{linear}.weight"].shape
+                groups = columns // self.group_size(linear)
+                self.parameters.update(clipping_parameters(linear, rows, groups, device))
+
+    def load(self, parameters: dict[str, Tensor]) -> None:
+        """Take parameters that were learned earlier."""
+        device = self.stored[f"{self.linears[0]}.weight"].device
+        self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block computes with, differentiable in the parameters: see FrozenBlock."""
+        factors = fold_factors(self.sites, self.parameters)
+        tensors = self._others(factors)
+        for linear in self.linears:
+            weight = self.stored[f"{linear}.weight"]
+            if self.scheme.weight_bits == FLOAT_BITS:
+                tensors[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
+            else:
+                tensors[f"{linear}.weight"] = fake_quantize_weight(
+                    weight,
+                    factors.rows.get(linear),
+                    factors.columns.get(linear),
+                    *clipping_strengths(self.parameters, linear),
+                    None,
+                    self.scheme.weight_bits,
+                    self.group_size(linear),
+                    self.scheme.symmetric,
+                    self.dtype,
+                )
+            bias = self._bias(linear, factors)
+            if bias is not None:
+                tensors[f"{linear}.bias"] = bias.to(self.dtype)
+        return tensors
+
+    @torch.no_grad()
+    def freeze(self) -> FrozenBlock:
+        """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""
+        factors = fold_factors(self.sites, self.parameters)
+        others = self._others(factors)
+        linears = {}
+        for linear in self.linears:
+            weight = self.stored[f"{linear}.weight"]
+            bias = self._bias(linear, factors)
+            if self.scheme.weight_bits == FLOAT_BITS:
+                others[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
+                if bias is not None:
+                    others[f"{linear}.bias"] = bias.to(self.dtype)
+                continue
+            codes, scale, zero_point = quantize_weight(
+                weight,
+                factors.rows.get(linear),
+                factors.columns.get(linear),
+                *clipping_strengths(self.parameters, linear),
+                self.scheme.weight_bits,
+                self.group_size(linear),
+                self.scheme.symmetric,
+            )
+            linears[linear] = QuantizedLinear(
+                codes.to(torch.int8 if self.scheme.symmetric else torch.uint8),
+                scale,
+                zero_point,
+                bias,
+                self.scheme.weight_bits,
+                self.group_size(linear),
+                self.scheme.symmetric,
+            )
+        return FrozenBlock(linears, others)
+
+    def _others(self, factors: Factors) -> dict[str, Tensor]:
+        tensors = dict(self._plain)
+        for norm, factor in factors.norms.items():
+            tensors[f"{norm}.weight"] = tensors[f"{norm}.weight"] * factor
+            bias = tensors.get(f"{norm}.bias")
+            shift = factors.subtract.get(norm)
+            if bias is not None:
+                tensors[f"{norm}.bias"] = (bias if shift is None else bias - shift) * factor
+            elif shift is not None:
+                tensors[norm + SHIFT_SUFFIX] = -shift * factor
+        return tensors
+
+    def _bias(self, linear: str, factors: Factors) -> Tensor | None:
+        """The linear's bias, float32, with shifts moved in or out and its rows scaled."""
+        bias = self.stored.get(f"{linear}.bias")
+        result = None if bias is None else bias.float()
+        if linear in factors.add:
+            entering = torch.mv(self.stored[f"{linear}.weight"].float(), factors.add[linear])
+            result = entering if result is None else result + entering
+        if linear in factors.subtract:
+            leaving = factors.subtract[linear]
+            result = -leaving if result is None else result - leaving
+        if result is not None and linear in factors.rows:
+            result = result * factors.rows[linear]
+        return result
+
+
+def _scaled(weight: Tensor, linear: str, factors: Factors, dtype: torch.dtype) -> Tensor:
+    """A weight that stays in floating point, with its factors folded in."""
+    row, column = factors.rows.get(linear), factors.columns.get(linear)
+    if row is None and column is None:
+        return weight.to(dtype)
+    result = weight.float()
+    result = result if row is None else result * row[:, None]
+    return (result if column is None else result * column).to(dtype)

@@ -1,0 +1,1 @@
+"""Pure tensor functions: quantizers and losses."""

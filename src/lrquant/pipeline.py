@@ -1,0 +1,396 @@
+"""The whole story: a model path and a scheme in; learned blocks, records and measures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
+from lrquant.config import Config
+from lrquant.data import Samples, calibration_samples
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.measures import evaluate_model, evaluate_run, prepare_evaluation
+from lrquant.fit import BlockData, FitReport, FitSettings, fit_block, reconstruction_loss
+from lrquant.learn.view import BlockView, Method
+from lrquant.model import Model, from_module, load_model
+from lrquant.progress import Progress
+from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
+from lrquant.stats import ChannelStatistics, load_statistics
+from lrquant.version import __version__
+from lrquant.workbench import Workbench, make_workbench, method_of, peak_memory
+from lrquant.workdir import BlockRecord, RunFolder
+
+logger = logging.getLogger("lrquant")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, resolved settings, model and measures."""
+
+    folder: RunFolder
+    config: Config
+    workbench: Workbench
+    results: dict[str, Any]
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        """Losses, seconds and memory of every block."""
+        return self.folder.records()
+
+
+def quantize(
+    model: str | PreTrainedModel,
+    scheme: str | None = None,
+    *,
+    tokenizer: Any = None,
+    samples: Tensor | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Run:
+    """Learn a quantised model and measure it; `settings` are the fields of `Config`.
+
+    `model` is a local folder, hub name, GGUF file or an in-memory transformers model (then with its
+    `tokenizer`, unless token ids (samples, tokens) are given as `samples`).  Raises LRQuantError
+    for anything the caller can mend.
+    """
+    name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
+    config = Config(model=name, scheme=scheme, **settings)
+    loaded = None if isinstance(model, str) else from_module(model, tokenizer)
+    return run(config, loaded, samples, progress)
+
+
+def run(
+    config: Config,
+    model: Model | None = None,
+    samples: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Carry out one configuration from start to end."""
+    config = config.resolved()
+    progress = progress or Progress()
+    evaluation_only = config.epochs == 0 and config.resume is not None
+    if evaluation_only:
+        config = _settings_of_finished_run(config)
+    logger.info("scheme %s", config.quantization.describe())
+    logger.info("method %s", describe_method(config))
+    model = model or load_model(config.model, _path(config.cache_dir))
+    _check_groups(model, config.quantization)
+    workbench = make_workbench(model, config)
+    logger.info("matrix products in %s on %s", _name(workbench.dtype), workbench.device)
+    evaluation = prepare_evaluation(config, model)
+
+    output = Path(config.output_dir)
+    if evaluation_only:
+        folder = RunFolder.open(Path(config.resume or ""))
+        folder.require_same({"model": model.fingerprint()})
+        output.mkdir(parents=True, exist_ok=True)
+    else:
+        calibration = _calibration(config, model, samples)
+        logger.info("calibration %s", calibration.description)
+        identity = describe_run(config, model, workbench, calibration)
+        folder = _start_or_resume(config, output, identity)
+        with _log_file(output / "run.log"):
+            learn_blocks(workbench, config, calibration.ids, folder, progress)
+    with _log_file(output / "run.log"):
+        results = evaluate_run(workbench, config, folder, evaluation, progress)
+        results = {**environment(config, workbench), **results}
+        RunFolder(output).write_text("results.json", json.dumps(results, indent=1) + "\n")
+    done = Run(folder, config, workbench, results)
+    if config.save_dir is not None:
+        from lrquant.export.dequantized import save_dequantized
+
+        save_dequantized(workbench, config, folder, Path(config.save_dir))
+    return done
+
+
+def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
+    """Channel statistics of every block's linears on the calibration text, in full precision."""
+    progress = progress or Progress()
+    model = load_model(config.model, _path(config.cache_dir))
+    workbench = make_workbench(model, config)
+    calibration = _calibration(config, model, None)
+    logger.info("calibration %s", calibration.description)
+    entry = BlockInputs(model, calibration.ids, config.batch_size, workbench.device)
+    (stream,) = workbench.streams(entry, 1)
+    entry.embed(stream)
+    statistics = ChannelStatistics()
+    with progress.measuring("statistics", len(model.blocks)) as told:
+        for index in range(len(model.blocks)):
+            advance_full_precision(workbench, index, entry, stream, statistics.observe)
+            told(index)
+    return statistics
+
+
+def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
+    """Measure a run folder, or a floating-point model; `settings` are fields of `Config`.
+
+    Results go to `output_dir` if it is given, and else stay with the run.
+    """
+    if (Path(target) / "run.json").is_file():
+        settings = {"output_dir": target, **settings}
+        return run(Config(resume=target, epochs=0, **settings), progress=progress).results
+    settings = {"ppl": ("wikitext2",), **settings} if not settings.get("eval_ppl") else settings
+    config = Config(model=target, wbits=FLOAT_BITS, abits=FLOAT_BITS, epochs=0, **settings)
+    config = config.resolved()
+    model = load_model(config.model, _path(config.cache_dir))
+    texts = prepare_evaluation(config, model)
+    workbench = make_workbench(model, config)
+    results = evaluate_model(workbench, config, texts, progress or Progress())
+    return {**environment(config, workbench), **results}
+
+
+def learn_blocks(
+    workbench: Workbench, config: Config, ids: Tensor, folder: RunFolder, progress: Progress
+) -> None:
+    """Learn every block that the folder does not hold yet, in order."""
+    model = workbench.model
+    blocks = len(model.blocks)
+    finished = folder.finished_blocks()
+    if finished == blocks:
+        return
+    if finished:
+        logger.info("resuming after block %d of %d", finished, blocks)
+    entry = BlockInputs(model, ids, config.batch_size, workbench.device)
+    full, quantized = workbench.streams(entry, 2)
+    entry.embed(full)
+    quantized.copy(full)
+    given = _given_statistics(config, model)
+    steps = config.epochs * len(entry.batches)
+    with progress.blocks(blocks, steps):
+        for index in range(blocks):
+            started = time.monotonic()
+            statistics = ChannelStatistics() if given is None else given
+            observer = statistics.observe if given is None and config.let else None
+            advance_full_precision(workbench, index, entry, full, observer)
+            view = workbench.view(index, config.quantization, method_of(config))
+            data = BlockData(index, entry, quantized, full)
+            with workbench.runner(index, view) as runner:
+                if index < finished:
+                    view.load(folder.load_block(index))
+                    _advance(view, runner, data, config.loss)
+                    progress.finished(index)
+                    continue
+                view.initialize(statistics, model.block_name(index))
+                report = fit_block(
+                    view, runner, data, _fit_settings(config), progress.stepper(index)
+                )
+                final_loss = _advance(view, runner, data, config.loss)
+            _record(folder, view, index, report, final_loss, time.monotonic() - started, workbench)
+            progress.finished(index)
+
+
+@torch.no_grad()
+def advance_full_precision(
+    workbench: Workbench,
+    index: int,
+    entry: BlockInputs,
+    stream: Stream,
+    observer: Observer | None = None,
+) -> None:
+    """Move the full-precision stream through one block; `observer` sees its linears' inputs."""
+    view = workbench.view(index, FLOATING_POINT, Method())
+    tensors = view.tensors()
+    prefix = workbench.model.block_name(index) + "."
+    named = None if observer is None else lambda name, values: observer(prefix + name, values)
+    with workbench.runner(index, view, named) as runner:
+        for batch, samples in enumerate(entry.batches):
+            output = runner(tensors, stream.read(samples), entry.arguments(batch, index))
+            stream.write(samples, output)
+
+
+@torch.no_grad()
+def _advance(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> float:
+    """Move the quantised stream through the frozen block; its loss over all samples."""
+    tensors = view.freeze().tensors(view.dtype)
+    total = 0.0
+    for batch, samples in enumerate(data.entry.batches):
+        arguments = data.entry.arguments(batch, data.index)
+        output = runner(tensors, data.inputs.read(samples), arguments)
+        loss = reconstruction_loss(output, data.targets.read(samples), kind)
+        total += float(loss) * (samples.stop - samples.start)
+        data.inputs.write(samples, output)
+    return total / data.entry.shape[0]
+
+
+def _record(
+    folder: RunFolder,
+    view: BlockView,
+    index: int,
+    report: FitReport,
+    final_loss: float,
+    seconds: float,
+    workbench: Workbench,
+) -> None:
+    record = BlockRecord(
+        block=index,
+        initial_loss=report.initial_loss,
+        final_loss=final_loss,
+        epoch_losses=report.epoch_losses,
+        non_finite=report.non_finite,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory(workbench.device),
+    )
+    folder.save_block(view.parameters, record)
+    logger.info(
+        "block %d: loss %.6g -> %.6g, %.1f s%s",
+        index,
+        report.initial_loss,
+        final_loss,
+        seconds,
+        "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
+    )
+
+
+def describe_method(config: Config) -> str:
+    """One line for people: what is learned, how long."""
+    parts = []
+    if config.lwc:
+        parts.append(f"weight clipping (lr {config.lwc_lr:g})")
+    if config.let:
+        sites = ", ".join(config.let_sites)
+        parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
+    if not parts:
+        return "round to nearest: nothing is learned"
+    return f"{' and '.join(parts)}; loss {config.loss}; {config.epochs} epochs"
+
+
+def describe_run(
+    config: Config, model: Model, workbench: Workbench, calibration: Samples
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    settings = dataclasses.asdict(_fit_settings(config))
+    statistics = [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in (config.act_scales, config.act_shifts)
+        if path is not None
+    ]
+    return {
+        "model": model.fingerprint(),
+        "scheme": dataclasses.asdict(config.quantization),
+        "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
+        "learning": {**settings, "batch_size": config.batch_size},
+        "data": {"sha256": calibration.sha256, "text": calibration.description},
+        "statistics": statistics,
+        "precision": _name(workbench.dtype),
+    }
+
+
+def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
+    """What a reader needs to repeat the numbers."""
+    return {
+        "model": config.model,
+        "scheme": config.scheme,
+        "method": describe_method(config),
+        "seed": config.seed,
+        "device": str(workbench.device),
+        "precision": _name(workbench.dtype),
+        "versions": {
+            "lrquant": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "peak_memory_bytes": peak_memory(workbench.device),
+    }
+
+
+def _fit_settings(config: Config) -> FitSettings:
+    return FitSettings(config.epochs, config.let_lr, config.lwc_lr, config.wd, config.loss)
+
+
+def _check_groups(model: Model, scheme: Scheme) -> None:
+    """Refuse a group size that does not divide before any weight is read."""
+    parameters = dict(model.blocks[0].named_parameters())
+    stored = {f"{name}.weight": parameters[f"{name}.weight"].data for name in model.linears}
+    view = BlockView(stored, model.linears, (), scheme, Method(), torch.float32)
+    for linear in model.linears:
+        view.group_size(linear)
+
+
+def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
+    if ids is not None:
+        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        text = f"given tokens, {len(ids)} x {ids.shape[1]} = {ids.numel()} tokens"
+        return Samples(ids, "given", "given", "given", digest, text)
+    if model.tokenizer is None:
+        raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
+    return calibration_samples(
+        config.calib_dataset,
+        model.tokenizer,
+        config.nsamples,
+        config.seqlen,
+        config.seed,
+        _path(config.data_dir),
+        _path(config.cache_dir),
+    )
+
+
+def _given_statistics(config: Config, model: Model) -> ChannelStatistics | None:
+    if not config.let or config.act_scales is None:
+        return None
+    return load_statistics(Path(config.act_scales), _path(config.act_shifts))
+
+
+def _settings_of_finished_run(config: Config) -> Config:
+    """For `--epochs 0 --resume RUN`: the run's own model, scheme and method, these measures."""
+    folder = RunFolder.open(Path(config.resume or ""))
+    own = folder.config
+    return dataclasses.replace(
+        own,
+        model=config.model or own.model,
+        resume=config.resume,
+        epochs=own.epochs,
+        **{name: getattr(config, name) for name in _MEASURE_SETTINGS},
+    )
+
+
+_MEASURE_SETTINGS = (
+    *("eval_ppl", "ppl", "compare", "tasks", "num_fewshot", "limit", "output_dir", "save_dir"),
+    *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen"),
+)
+
+
+def _start_or_resume(config: Config, output: Path, identity: dict[str, Any]) -> RunFolder:
+    if config.resume is None:
+        return RunFolder.create(output, config, identity)
+    source = RunFolder.open(Path(config.resume))
+    source.require_same(identity)
+    if Path(config.resume).resolve() == output.resolve():
+        return source
+    folder = RunFolder.create(output, config, identity)
+    folder.copy_blocks(source)
+    return folder
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

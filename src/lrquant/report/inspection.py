@@ -1,0 +1,91 @@
+"""What a run folder or checkpoint is, in a few lines of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lrquant.errors import LRQuantError
+from lrquant.report.tables import results_table, table
+from lrquant.scheme import Scheme
+from lrquant.workdir import RunFolder
+
+
+def inspect_folder(path: Path) -> str:
+    """Scheme, method, data, losses and sizes of a run; scheme and sizes of a checkpoint."""
+    if (path / "run.json").is_file():
+        return _inspect_run(RunFolder.open(path))
+    if (path / "config.json").is_file():
+        return _inspect_checkpoint(path)
+    raise LRQuantError(f"{path}: neither a run folder (run.json) nor a checkpoint (config.json)")
+
+
+def _inspect_run(folder: RunFolder) -> str:
+    identity, config = folder.identity, folder.config
+    records = folder.records()
+    blocks = identity["model"]["blocks"]
+    learned = sum(folder.block_path(r.block).stat().st_size for r in records)
+    state = "finished" if len(records) == blocks else "not finished; go on with --resume"
+    lines = [
+        f"run {folder.path}: {len(records)} of {blocks} blocks, {state}",
+        f"model: {config.model} ({identity['model']['model_type']})",
+        f"scheme: {Scheme(**identity['scheme']).describe()}",
+        f"learning: {_pairs(identity['method'])}; {_pairs(identity['learning'])}",
+        f"calibration: {identity['data']['text']}",
+        f"precision: {identity['precision']}",
+        f"learned parameters: {_size(learned)}; "
+        f"time: {sum(r.seconds for r in records):.0f} s; "
+        f"peak memory: {_size(max((r.peak_memory_bytes for r in records), default=0))}",
+        "",
+        table(
+            ["block", "initial loss", "final loss", "seconds", "not finite"],
+            [
+                [
+                    str(r.block),
+                    f"{r.initial_loss:.6g}",
+                    f"{r.final_loss:.6g}",
+                    f"{r.seconds:.1f}",
+                    "; ".join(r.non_finite) or "-",
+                ]
+                for r in records
+            ],
+        ),
+    ]
+    results = folder.path / "results.json"
+    if results.is_file():
+        text = results_table(json.loads(results.read_text(encoding="utf-8")))
+        lines += ["", text] if text else []
+    return "\n".join(lines)
+
+
+def _inspect_checkpoint(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    method = (config.get("quantization_config") or {}).get("quant_method", "none (dense weights)")
+    size = sum(file.stat().st_size for file in weights)
+    lines = [
+        f"checkpoint {path}: {config.get('model_type')}, {len(weights)} files, {_size(size)}",
+        f"quantization: {method}",
+    ]
+    made_by = path / "lrquant.yaml"
+    if made_by.is_file():
+        from lrquant.config import Config
+
+        own = Config.from_yaml(made_by)
+        lines.append(f"learned as: {own.quantization.describe()}, from {own.model}")
+    return "\n".join(lines)
+
+
+def _pairs(values: dict[str, object]) -> str:
+    return ", ".join(
+        f"{name} {'+'.join(value) if isinstance(value, list) else value}"
+        for name, value in values.items()
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

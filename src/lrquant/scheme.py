@@ -1,0 +1,100 @@
+"""What "W4A4" or "W3A16g64" means: bits, groups and symmetry of weights and activations."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lrquant.errors import LRQuantError
+
+FLOAT_BITS = 16
+_NAME = re.compile(r"w(\d+)a(\d+)(?:g(\d+))?(-sym)?(-asym)?(?:-qkv(\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits of every quantised linear and of attention's Q, K and V; 16 means floating point.
+
+    Weights: static, per output row (`group_size` None) or per `group_size` input columns.
+    Activations: dynamic, per token.  Q, K (after the rotary embedding) and V: dynamic, per token
+    and head, at `activation_bits` unless `qkv_bits` says otherwise.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 16
+    group_size: int | None = None
+    symmetric: bool = False
+    activation_symmetric: bool = False
+    qkv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, bits in (
+            ("weight bits", self.weight_bits),
+            ("activation bits", self.activation_bits),
+            ("Q/K/V bits", self.attention_bits),
+        ):
+            if bits != FLOAT_BITS and not 2 <= bits <= 8:
+                raise LRQuantError(f"{what} {bits}: use 2 to 8, or 16 for floating point")
+        if self.group_size is not None and self.group_size < 1:
+            raise LRQuantError(
+                f"group size {self.group_size}: use a positive number, or leave it out for one "
+                "scale per output channel"
+            )
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """Read "W4A16g128", "W4A4", "W4A4-qkv16" or "W8A8-sym" (symmetric weights)."""
+        match = _NAME.fullmatch(name.strip())
+        if match is None or (match[4] and match[5]):
+            raise LRQuantError(
+                f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-qkv<bits>], "
+                "for example W4A4, W4A16g128 or W4A4-qkv16"
+            )
+        return cls(
+            weight_bits=int(match[1]),
+            activation_bits=int(match[2]),
+            group_size=int(match[3]) if match[3] else None,
+            symmetric=match[4] is not None,
+            qkv_bits=int(match[6]) if match[6] else None,
+        )
+
+    @property
+    def attention_bits(self) -> int:
+        """Bits of Q, K and V."""
+        return self.activation_bits if self.qkv_bits is None else self.qkv_bits
+
+    @property
+    def name(self) -> str:
+        """The short name, which `parse` reads back (activation symmetry apart)."""
+        group = f"g{self.group_size}" if self.group_size else ""
+        symmetry = "-sym" if self.symmetric else ""
+        attention = f"-qkv{self.qkv_bits}" if self.attention_bits != self.activation_bits else ""
+        return f"W{self.weight_bits}A{self.activation_bits}{group}{symmetry}{attention}"
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations, Q, K and V all stay in floating point."""
+        return self.activation_bits == FLOAT_BITS and self.attention_bits == FLOAT_BITS
+
+    @property
+    def floating_point(self) -> bool:
+        """Whether nothing at all is quantised."""
+        return self.weight_only and self.weight_bits == FLOAT_BITS
+
+    def describe(self) -> str:
+        """One line for people: what is quantised, and how."""
+
+        def words(bits: int, how: str) -> str:
+            return "floating point" if bits == FLOAT_BITS else f"{bits} bits, {how}"
+
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        per = f"groups of {self.group_size}" if self.group_size else "per output channel"
+        activation_kind = "symmetric" if self.activation_symmetric else "asymmetric"
+        return (
+            f"{self.name}: weights {words(self.weight_bits, f'{kind}, {per}')}; activations "
+            f"{words(self.activation_bits, f'{activation_kind}, per token')}; "
+            f"Q, K, V {words(self.attention_bits, 'per token and head')}"
+        )
+
+
+FLOATING_POINT = Scheme(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)

@@ -1,0 +1,79 @@
+"""Per-channel statistics of linear inputs: the largest magnitude and the running midpoint."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrquant.errors import LRQuantError
+
+SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
+
+
+@dataclass
+class ChannelStatistics:
+    """Statistics by linear name: `maxima` and `midpoints`, each (in,), float32 on the CPU.
+
+    maxima: largest |x_j| over all tokens.  midpoints: ``0.99 m + 0.01 (max_j + min_j) / 2`` over
+    the samples in order, the first sample's midpoint as the start.
+    """
+
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    midpoints: dict[str, Tensor] = field(default_factory=dict)
+
+    def observe(self, name: str, values: Tensor) -> None:
+        """Take in the input (samples, tokens, in) or (tokens, in) of one linear."""
+        values = values.detach()
+        samples = values if values.dim() == 3 else values[None]
+        for sample in samples.float():
+            low, high = sample.amin(0).cpu(), sample.amax(0).cpu()
+            maximum, midpoint = torch.maximum(high, -low), (low + high) / 2
+            if name in self.maxima:
+                maximum = torch.maximum(self.maxima[name], maximum)
+                midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
+            self.maxima[name], self.midpoints[name] = maximum, midpoint
+
+    def save(self, scales: Path, shifts: Path) -> None:
+        """Write the two files that the published tool reads: name -> tensor."""
+        for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".tmp")
+            torch.save(values, temporary)
+            temporary.replace(path)
+
+
+def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:
+    """Read files of this or the published tool; never unpickles anything but tensors."""
+    midpoints = {} if shifts is None else _load(shifts)
+    return ChannelStatistics(_load(scales), midpoints)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise LRQuantError(
+            f"statistics {path}: no such file; make it with `lrquant stats`, or leave the option "
+            "out and statistics are gathered on the way"
+        ) from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise LRQuantError(
+            f"statistics {path}: corrupt or not a statistics file; make it again with "
+            "`lrquant stats`"
+        ) from error
+    well_formed = isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() == 1
+        for name, tensor in values.items()
+    )
+    if not well_formed:
+        raise LRQuantError(
+            f"statistics {path}: expected a mapping from linear names to one value a channel"
+        )
+    for name, tensor in values.items():
+        if not torch.isfinite(tensor).all():
+            raise LRQuantError(f"statistics {path}: {name} holds a value that is not finite")
+    return {name: tensor.float() for name, tensor in values.items()}

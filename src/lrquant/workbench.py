@@ -1,0 +1,82 @@
+"""A model on a device: how its blocks are viewed, run and streamed."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
+from lrquant.config import Config
+from lrquant.learn.view import BlockView, Method
+from lrquant.model import Model, choose_device, choose_precision
+from lrquant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model on a device: how its blocks are viewed, run and streamed."""
+
+    model: Model
+    device: torch.device
+    dtype: torch.dtype
+    offload: str
+    scratch: Path | None = None
+
+    def view(self, index: int, scheme: Scheme, method: Method) -> BlockView:
+        """Block `index` under a scheme and a method, its weights on the device."""
+        model = self.model
+        stored = model.block_tensors(index, self.device)
+        sites = model.architecture.sites(model.skeleton.config)
+        return BlockView(stored, model.linears, sites, scheme, method, self.dtype)
+
+    def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
+        """What runs block `index` with a view's tensors."""
+        return BlockRunner(
+            self.model.blocks[index],
+            self.model.skeleton.config,
+            self.model.linears,
+            view.scheme,
+            self.dtype,
+            view.shifted_norms,
+            observer,
+        )
+
+    def streams(self, entry: BlockInputs, count: int) -> list[Stream]:
+        """`count` empty streams for the samples of `entry`, where they fit."""
+        elements = entry.shape[0] * entry.shape[1] * entry.shape[2]
+        needed = count * elements * torch.empty((), dtype=self.dtype).element_size()
+        place = self.offload if self.offload != "auto" else self._roomiest(needed)
+        return [
+            Stream(entry.shape, self.dtype, self.device, place, self.scratch) for _ in range(count)
+        ]
+
+    def _roomiest(self, needed: int) -> str:
+        if self.device.type == "cuda" and needed < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
+            return "device"
+        return "host" if needed < 0.7 * psutil.virtual_memory().available else "disk"
+
+
+def make_workbench(model: Model, config: Config) -> Workbench:
+    """Device, precision and room for hidden states as the settings say."""
+    device = choose_device(config.device)
+    dtype = choose_precision(config.precision, device)
+    scratch = Path(config.output_dir)
+    if config.offload in ("auto", "disk"):
+        scratch.mkdir(parents=True, exist_ok=True)
+    return Workbench(model, device, dtype, config.offload, scratch)
+
+
+def method_of(config: Config) -> Method:
+    """What the settings ask to learn."""
+    return Method(bool(config.lwc), bool(config.let), config.let_sites, config.let_shift)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far: of the CUDA device, or of this process on a CPU, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
