@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,12 +84,12 @@ def fit_block(
     with torch.no_grad():
         tensors = view.tensors()
     report = FitReport(data.loss(runner, tensors, settings.loss))
-    if not torch.isfinite(torch.tensor(report.initial_loss)):
+    if not math.isfinite(report.initial_loss):
         raise LRQuantError(_first_non_finite(runner, tensors, data))
     if settings.epochs == 0 or not view.parameters:
         return report
     best, best_loss = _copy(view.parameters), report.initial_loss
-    optimizer = _optimizer(view.parameters, settings)
+    optimizer = make_optimizer(view.parameters, settings)
     for epoch in range(settings.epochs):
         mean_loss = _epoch(view, runner, data, optimizer, settings.loss, epoch, progress)
         if mean_loss is None:
@@ -114,16 +115,9 @@ def _epoch(
 ) -> float | None:
     """One pass over the samples; the mean loss, or None as soon as a loss is not finite."""
     total = 0.0
-    for batch, samples in enumerate(data.entry.batches):
-        inputs, targets = data.inputs.read(samples), data.targets.read(samples)
-        output = runner(view.tensors(), inputs, data.entry.arguments(batch, data.index))
-        loss = reconstruction_loss(output, targets, kind)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        keep_scales_positive_(view.parameters)
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
+    for batch in range(len(data.entry.batches)):
+        value = learning_step(view, runner, data, batch, optimizer, kind)
+        if not math.isfinite(value):
             return None
         total += value
         progress(epoch * len(data.entry.batches) + batch + 1, value)
@@ -132,7 +126,28 @@ def _epoch(
     return total / len(data.entry.batches)
 
 
-def _optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
+def learning_step(
+    view: BlockView,
+    runner: BlockRunner,
+    data: BlockData,
+    batch: int,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+) -> float:
+    """One step on one batch; the loss before it."""
+    samples = data.entry.batches[batch]
+    inputs, targets = data.inputs.read(samples), data.targets.read(samples)
+    output = runner(view.tensors(), inputs, data.entry.arguments(batch, data.index))
+    loss = reconstruction_loss(output, targets, kind)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    keep_scales_positive_(view.parameters)
+    return float(loss.detach())
+
+
+def make_optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
+    """AdamW over the parameters, which become leaves, each kind at its own learning rate."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     rates = {"let": settings.let_lr, "lwc": settings.lwc_lr}

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
+from lrquant.blocks import BlockInputs, BlockRunner
 from lrquant.config import Config
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
@@ -28,10 +28,16 @@ from lrquant.fit import BlockData, FitReport, FitSettings, fit_block, reconstruc
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import Model, from_module, load_model
 from lrquant.progress import Progress
-from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
+from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.stats import ChannelStatistics, load_statistics
 from lrquant.version import __version__
-from lrquant.workbench import Workbench, make_workbench, method_of, peak_memory
+from lrquant.workbench import (
+    Workbench,
+    advance_full_precision,
+    make_workbench,
+    method_of,
+    peak_memory,
+)
 from lrquant.workdir import BlockRecord, RunFolder
 
 logger = logging.getLogger("lrquant")
@@ -191,25 +197,6 @@ def learn_blocks(
                 final_loss = _advance(view, runner, data, config.loss)
             _record(folder, view, index, report, final_loss, time.monotonic() - started, workbench)
             progress.finished(index)
-
-
-@torch.no_grad()
-def advance_full_precision(
-    workbench: Workbench,
-    index: int,
-    entry: BlockInputs,
-    stream: Stream,
-    observer: Observer | None = None,
-) -> None:
-    """Move the full-precision stream through one block; `observer` sees its linears' inputs."""
-    view = workbench.view(index, FLOATING_POINT, Method())
-    tensors = view.tensors()
-    prefix = workbench.model.block_name(index) + "."
-    named = None if observer is None else lambda name, values: observer(prefix + name, values)
-    with workbench.runner(index, view, named) as runner:
-        for batch, samples in enumerate(entry.batches):
-            output = runner(tensors, stream.read(samples), entry.arguments(batch, index))
-            stream.write(samples, output)
 
 
 @torch.no_grad()

@@ -401,8 +401,11 @@ def _sound(path: Path) -> Path:
     """The path, if it is a file with content."""
     if not path.is_file():
         raise LRQuantError(f"{path}: missing{_unfinished(path.parent)}; {_AGAIN}")
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise LRQuantError(f"{path}: cannot be read ({error.strerror}); mend that first") from error
     if start == _LFS_POINTER:
         raise LRQuantError(
             f"{path}: a git-lfs pointer, not the weights themselves; run `git lfs pull` there"

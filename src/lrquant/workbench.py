@@ -13,7 +13,7 @@ from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
 from lrquant.config import Config
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import Model, choose_device, choose_precision
-from lrquant.scheme import Scheme
+from lrquant.scheme import FLOATING_POINT, Scheme
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,22 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.no_grad()
+def advance_full_precision(
+    workbench: Workbench,
+    index: int,
+    entry: BlockInputs,
+    stream: Stream,
+    observer: Observer | None = None,
+) -> None:
+    """Move the full-precision stream through one block; `observer` sees its linears' inputs."""
+    view = workbench.view(index, FLOATING_POINT, Method())
+    tensors = view.tensors()
+    prefix = workbench.model.block_name(index) + "."
+    named = None if observer is None else lambda name, values: observer(prefix + name, values)
+    with workbench.runner(index, view, named) as runner:
+        for batch, samples in enumerate(entry.batches):
+            output = runner(tensors, stream.read(samples), entry.arguments(batch, index))
+            stream.write(samples, output)

@@ -1,0 +1,148 @@
+"""Cost of one learning step against one plain training step of the same block.
+
+    python benchmarks/step_cost.py                      # SmolLM2-135M's block shape
+    python benchmarks/step_cost.py --hidden 4096 --intermediate 11008 --heads 32 --kv-heads 32
+
+Plain: transformers' own block with all weights as parameters in the same precision, forward, mean
+squared error, backward with weight gradients.  Learning: the step that `lrquant quantize` takes,
+from the view's weights to the optimizer.  Random weights; prints medians and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from lrquant.blocks import BlockInputs
+from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.learn.view import Method
+from lrquant.model import choose_device, choose_precision, from_module
+from lrquant.report.tables import table
+from lrquant.scheme import Scheme
+from lrquant.stats import ChannelStatistics
+from lrquant.workbench import Workbench, advance_full_precision
+
+
+def main() -> None:
+    """Print one row a scheme."""
+    options = _options()
+    torch.manual_seed(0)
+    device = choose_device(options.device)
+    dtype = choose_precision(options.precision, device)
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        num_hidden_layers=1,
+        vocab_size=256,
+    )
+    module = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = from_module(module)
+    bench = Workbench(model, device, dtype, "device")
+    ids = torch.randint(0, 256, (options.batch_size, options.tokens))
+    entry = BlockInputs(model, ids, options.batch_size, device)
+    full, quantized = bench.streams(entry, 2)
+    entry.embed(full)
+    quantized.copy(full)
+    observed = ChannelStatistics()
+    advance_full_precision(bench, 0, entry, full, observed.observe)
+    data = BlockData(0, entry, quantized, full)
+
+    plain = _plain_step(module, data, dtype, device)
+    rows = []
+    for name, let in (("W4A4", True), ("W4A4", False), ("W4A16", False), ("W4A16g64", False)):
+        step = _learning_step(bench, Scheme.parse(name), Method(lwc=True, let=let), data, observed)
+        ours, theirs = _pair(step, plain, device, options.repeats)
+        label = f"{name}, LWC{' + LET' if let else ''}"
+        rows.append([label, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"])
+    print(
+        f"hidden {options.hidden}, intermediate {options.intermediate}, batch "
+        f"{options.batch_size} x {options.tokens} tokens, {dtype}, {device} "
+        f"({torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}), "
+        f"torch {torch.__version__}, median of {options.repeats} pairs"
+    )
+    print(table(["scheme", "plain ms", "learning ms", "ratio"], rows))
+
+
+def _plain_step(
+    module: LlamaForCausalLM, data: BlockData, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    block = module.model.layers[0].to(device, dtype)
+    inputs, targets = (s.read(slice(0, None)).to(dtype) for s in (data.inputs, data.targets))
+    arguments = dict(data.entry.arguments(0, 0))
+    arguments["position_embeddings"] = tuple(
+        part.to(dtype) for part in arguments["position_embeddings"]
+    )
+
+    def step() -> None:
+        output = block(inputs, **arguments)
+        torch.nn.functional.mse_loss(output.float(), targets.float()).backward()
+        block.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _learning_step(
+    bench: Workbench,
+    scheme: Scheme,
+    method: Method,
+    data: BlockData,
+    observed: ChannelStatistics,
+) -> Callable[[], None]:
+    view = bench.view(0, scheme, method)
+    view.initialize(observed, bench.model.block_name(0))
+    settings = FitSettings(1, 5e-3, 1e-2, 0.0, "mse+nlc")
+    optimizer = make_optimizer(view.parameters, settings)
+    runner = bench.runner(0, view)
+
+    def step() -> None:
+        with runner:
+            learning_step(view, runner, data, 0, optimizer, settings.loss)
+
+    return step
+
+
+def _pair(
+    ours: Callable[[], None], theirs: Callable[[], None], device: torch.device, repeats: int
+) -> tuple[float, float]:
+    """Median milliseconds of both, run in turn so that a drifting machine slows both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + 2):
+        for step, kept in ((ours, times[0]), (theirs, times[1])):
+            _synchronize(device)
+            start = time.perf_counter()
+            step()
+            _synchronize(device)
+            if repeat >= 2:
+                kept.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Shared fixtures: tiny random models of every family, a byte-level tokenizer, a workbench.
+
+``tiny_configs``    name -> configuration; every family in architectures/ needs at least one here
+``variant``         each of those names in turn: a test that asks for it runs once a name
+``make_model``      make_model(name, dtype, **changes) -> a random model, equal at every call
+``make_bench``      make_bench(model, dtype) -> a Workbench on the CPU that reads that model
+``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
+``tiny_tokenizer``  one token a byte, ids 3 to 258 (0 <unk>, 1 <s> and padding, 2 </s>)
+``model_folder``    model_folder(name, **changes) -> a checkpoint with tokenizer on disk
+``randomize_``      randomize_(module) -> fills parameters, biases and norms included, in place
+
+Everything is offline, on the CPU and seeded.  Helpers come as fixtures, never as imports.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lrquant.model import from_module
+from lrquant.workbench import Workbench
+
+VOCABULARY = 264
+_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64}
+_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+_GATED = {**_SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
+_OPT = {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.0}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+TINY = {
+    "llama": LlamaConfig(**_GATED),
+    "llama-biases": LlamaConfig(**_GATED, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**_GATED, tie_word_embeddings=True),
+    "llama-no-gqa": LlamaConfig(**{**_GATED, "num_key_value_heads": 4}),
+    "llama-rope-llama3": LlamaConfig(**_GATED, rope_parameters=_LLAMA3_ROPE),
+    "llama-rope-linear": LlamaConfig(**_GATED, rope_parameters=_LINEAR_ROPE),
+    "mistral": MistralConfig(**_GATED, sliding_window=None, head_dim=16),
+    "mistral-sliding": MistralConfig(**_GATED, sliding_window=4),
+    "qwen2": Qwen2Config(**_GATED),
+    "qwen2-alternating": Qwen2Config(
+        **_GATED, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**_GATED, head_dim=16),
+    "opt": OPTConfig(**_OPT),
+    "opt-post-norm": OPTConfig(
+        **{**_OPT, "word_embed_proj_dim": 16}, do_layer_norm_before=False
+    ),
+    "opt-bare": OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
+    "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
+    "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_configs():
+    return TINY
+
+
+@pytest.fixture(params=sorted(TINY))
+def variant(request):
+    return request.param
+
+
+def _randomize_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Norms around 1, biases around 0, linears that keep the size of what they read."""
+    for name, parameter in module.named_parameters():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("bias"):
+            values = 0.3 * values
+        elif parameter.dim() == 1:
+            values = 1 + 0.3 * values.clamp(-2, 2)
+        elif "embed_" not in name:
+            values = values / parameter.shape[1] ** 0.5
+        parameter.data.copy_(values)
+    return module
+
+
+@pytest.fixture(scope="session")
+def randomize_():
+    return _randomize_
+
+
+def _make_model(name: str, dtype: torch.dtype = torch.float32, **changes):
+    config = copy.deepcopy(TINY[name])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return _randomize_(model).to(dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return _make_model
+
+
+@pytest.fixture
+def make_bench():
+    def make(module, dtype: torch.dtype = torch.float32) -> Workbench:
+        return Workbench(from_module(module), torch.device("cpu"), dtype, "host")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_ids():
+    def make(samples: int, tokens: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randint(3, 259, (samples, tokens), generator=generator)
+
+    return make
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<s>",
+        model_max_length=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return _make_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path, tiny_tokenizer):
+    def make(name: str, **changes):
+        folder = tmp_path / f"model-{name}"
+        _make_model(name, **changes).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
