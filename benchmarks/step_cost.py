@@ -52,7 +52,7 @@ def main() -> None:
     entry.embed(full)
     quantized.copy(full)
     observed = ChannelStatistics()
-    advance_full_precision(bench, 0, entry, full, observed.observe)
+    advance_full_precision(bench, 0, bench.stored(0), entry, full, observed.observe)
     data = BlockData(0, entry, quantized, full)
 
     plain = _plain_step(module, data, dtype, device)
@@ -96,7 +96,7 @@ def _learning_step(
     data: BlockData,
     observed: ChannelStatistics,
 ) -> Callable[[], None]:
-    view = bench.view(0, scheme, method)
+    view = bench.view(0, bench.stored(0), scheme, method)
     view.initialize(observed, bench.model.block_name(0))
     settings = FitSettings(1, 5e-3, 1e-2, 0.0, "mse+nlc")
     optimizer = make_optimizer(view.parameters, settings)

@@ -63,9 +63,7 @@ TINY = {
     ),
     "qwen3": Qwen3Config(**_GATED, head_dim=16),
     "opt": OPTConfig(**_OPT),
-    "opt-post-norm": OPTConfig(
-        **{**_OPT, "word_embed_proj_dim": 16}, do_layer_norm_before=False
-    ),
+    "opt-post-norm": OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}, do_layer_norm_before=False),
     "opt-bare": OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
     "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
     "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),

@@ -15,9 +15,10 @@ from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lrquant import data
-from lrquant.data import calibration_samples, load_text, perplexity_windows
+from lrquant import data, texts
+from lrquant.data import calibration_samples, perplexity_windows
 from lrquant.errors import LRQuantError
+from lrquant.texts import load_text
 
 VOCABULARY = 3000
 BREAK = VOCABULARY + 2  # the id of a blank line; BOS and UNK come before it
@@ -661,7 +662,7 @@ def test_a_missing_package_is_named(tokenizer, monkeypatch):
         raise ValueError("Compression type zstd not supported")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
     message = error_of(calibration_samples, "pile", tokenizer, 1, 8, 0)
     assert "pip install zstandard" in message
 

@@ -473,7 +473,7 @@ def test_hub_asks_for_torch_files_only_without_safetensors(tmp_path, monkeypatch
         asked.append(options["allow_patterns"])
         return str(tmp_path)
 
-    monkeypatch.setattr("lrquant.sources.snapshot_download", snapshot_download)
+    monkeypatch.setattr("lrquant.sources.resolve.snapshot_download", snapshot_download)
     assert resolve_model("org/name", None).folder == tmp_path
     assert "*.safetensors" in asked[0] and not any("bin" in pattern for pattern in asked[0])
     assert asked[1:] == ([] if safetensors else [["pytorch_model*.bin"]])

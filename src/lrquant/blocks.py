@@ -70,7 +70,13 @@ class Stream:
 def _mapped_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None) -> Tensor:
     elements = int(torch.Size(shape).numel())
     size = elements * torch.empty((), dtype=dtype).element_size()
-    handle, path = tempfile.mkstemp(prefix="stream-", suffix=".bin", dir=folder)
+    try:
+        handle, path = tempfile.mkstemp(prefix="stream-", suffix=".bin", dir=folder)
+    except OSError as error:
+        raise LRQuantError(
+            f"no file for hidden states can be made in {folder} ({error.strerror}); use "
+            "--offload host or another --output_dir"
+        ) from error
     try:
         os.posix_fallocate(handle, 0, size)
         return torch.from_file(path, shared=True, size=elements, dtype=dtype).view(*shape)
@@ -191,7 +197,7 @@ class BlockRunner:
     The residual stream and the norms are float32; what a linear or the attention reads is first
     quantised as `scheme` says, then cast to `dtype`, in which matrix products run.  Consumers of
     one tensor share its quantised form.  `shifted` names norms without a bias whose output takes a
-    shift; `observer` is told (linear, unquantised input).
+    shift; `observer` is told (linear, unquantised input (batch, tokens, in)).
     """
 
     def __init__(
@@ -208,6 +214,7 @@ class BlockRunner:
         self.scheme, self.dtype, self.observer = scheme, dtype, observer
         self._handles: list[Any] = []
         self._last: tuple[Tensor, Tensor] | None = None
+        self._tokens = torch.Size((0, 0))
         self._shifts: dict[str, Tensor] = {}
 
     def __enter__(self) -> BlockRunner:
@@ -232,6 +239,7 @@ class BlockRunner:
         self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: dict[str, Any]
     ) -> Tensor:
         """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters."""
+        self._tokens = hidden_states.shape[:2]
         output = functional_call(self.block, self.bind(tensors), (hidden_states,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
@@ -251,7 +259,8 @@ class BlockRunner:
     def _before(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (values,) = inputs
         if self.observer is not None:
-            self.observer(name, values)
+            flattened = values.dim() == 2 and len(values) == self._tokens.numel()
+            self.observer(name, values.unflatten(0, self._tokens) if flattened else values)
         if self._last is None or self._last[0] is not values:
             scheme = self.scheme
             if scheme.activation_bits == FLOAT_BITS:

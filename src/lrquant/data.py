@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,81 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lrquant.errors import LRQuantError
+from lrquant.texts import CONVENTIONS, Text, is_file_name, load_text
 
-SPLITS = ("train", "validation", "test")
-FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 MIX = ("wikitext2", "ptb", "c4")
 C4_CROPS = 256
 C4_NEW_DOCUMENTS = 1100
-
-
-@dataclass(frozen=True)
-class Convention:
-    """How the field reads a named set: `base` is its folder and hub set, streams are joined."""
-
-    base: str
-    perplexity_split: str
-    joint: str
-    stream: bool
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """Where the hub keeps a set: data files by split (None: as the repository names its splits).
-
-    `needs` is a package outside the requirements; `documents` caps how many are read.
-    """
-
-    repository: str
-    column: str = "text"
-    configuration: str | None = None
-    files: dict[str, str] | None = None
-    revision: str | None = None
-    documents: int | None = None
-    needs: str | None = None
-
-
-CONVENTIONS = {
-    "wikitext2": Convention("wikitext2", "test", "\n\n", stream=True),
-    "c4": Convention("c4", "validation", "\n\n", stream=False),
-    "c4-new": Convention("c4", "validation", " ", stream=False),
-    "ptb": Convention("ptb", "validation", "\n\n", stream=True),
-    "ptb-new": Convention("ptb", "test", " ", stream=True),
-    "pile": Convention("pile", "validation", "\n\n", stream=True),
-}
-HUB = {
-    "wikitext2": HubSet("Salesforce/wikitext", configuration="wikitext-2-raw-v1"),
-    "c4": HubSet(
-        "allenai/c4",
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-    # A script repository, which datasets >= 4 cannot run: the hub's own parquet copy of it.
-    "ptb": HubSet(
-        "ptb-text-only/ptb_text_only",
-        column="sentence",
-        files={split: f"penn_treebank/{split}/*.parquet" for split in SPLITS},
-        revision="refs/convert/parquet",
-    ),
-    "pile": HubSet(
-        "mit-han-lab/pile-val-backup",
-        files={"validation": "val.jsonl.zst"},
-        documents=1000,
-        needs="zstandard",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Text:
-    """One split of one set; `origin` is a file path or a hub id, `split` of a file is "file"."""
-
-    name: str
-    split: str
-    documents: Sequence[str]
-    origin: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +85,7 @@ def perplexity_windows(
 ) -> Samples:
     """Cut the text on which the field measures `name` into windows; the first `limit` if > 0."""
     _check_seqlen(seqlen)
-    if not _is_file_name(name) and ("," in name or name == "mix"):
+    if not is_file_name(name) and ("," in name or name == "mix"):
         raise LRQuantError(f"{name!r}: perplexity is measured on one set at a time")
     convention = CONVENTIONS.get(name)
     splits = (convention.perplexity_split,) if convention else ("test", "validation")
@@ -182,29 +110,8 @@ def perplexity_windows(
     )
 
 
-def load_text(
-    name: str, splits: Sequence[str], data_dir: Path | None, cache_dir: Path | None
-) -> Text:
-    """Read the first of `splits` that `name` has: a file, a set in `data_dir`, or one on the hub.
-
-    A set with a folder in `data_dir` is read from there only.
-    """
-    if _is_file_name(name):
-        path = Path(name).expanduser()
-        return Text(name, "file", _read_documents(path), str(path))
-    if data_dir is not None and not data_dir.is_dir():
-        raise LRQuantError(f"data_dir {data_dir}: no such folder")
-    base = CONVENTIONS[name].base if name in CONVENTIONS else name
-    present = _local_splits(base, data_dir)
-    if present:
-        return _local_text(name, base, splits, present)
-    if name in CONVENTIONS:
-        return _hub_text(name, base, splits, data_dir, cache_dir)
-    raise LRQuantError(f"unknown data set {name!r}: {_known_names(data_dir)}")
-
-
 def _calibration_parts(name: str) -> list[str]:
-    if _is_file_name(name) and Path(name).expanduser().is_file():
+    if is_file_name(name) and Path(name).expanduser().is_file():
         return [name]
     parts: list[str] = []
     for entry in (piece.strip() for piece in name.split(",")):
@@ -217,151 +124,6 @@ def _calibration_parts(name: str) -> list[str]:
 def _check_seqlen(seqlen: int) -> None:
     if seqlen < 2:
         raise LRQuantError(f"seqlen is {seqlen}: at least 2 tokens are needed")
-
-
-def _is_file_name(name: str) -> bool:
-    return Path(name).suffix.lower() in FILE_SUFFIXES
-
-
-def _known_names(data_dir: Path | None) -> str:
-    known = f"known are {', '.join(CONVENTIONS)}, and for calibration mix and comma lists"
-    local = "a folder of data_dir with train.txt, validation.txt or test.txt"
-    if data_dir is not None:
-        found = sorted(f.name for f in data_dir.iterdir() if _local_splits(f.name, data_dir))
-        local += f" ({data_dir} has: {', '.join(found) or 'none'})"
-    return f"{known}; {local}; a path ending in {', '.join(FILE_SUFFIXES)}"
-
-
-def _local_splits(base: str, data_dir: Path | None) -> dict[str, Path]:
-    if data_dir is None or not base or Path(base).name != base:
-        return {}
-    paths = {split: data_dir / base / f"{split}.txt" for split in SPLITS}
-    return {split: path for split, path in paths.items() if path.is_file()}
-
-
-def _local_text(name: str, base: str, splits: Sequence[str], present: dict[str, Path]) -> Text:
-    for split in splits:
-        if split in present:
-            content = _read_text(present[split])
-            # No PTB sentence holds a blank line, so the joined file splits into them again.
-            documents = content.split("\n\n") if base == "ptb" else [content]
-            return Text(name, split, documents, str(present[split]))
-    folder = next(iter(present.values())).parent
-    wanted = " or ".join(f"{split}.txt" for split in splits)
-    raise LRQuantError(
-        f"{name}: {folder} has {', '.join(path.name for path in present.values())}, "
-        f"but {wanted} is needed here: add it"
-    )
-
-
-def _hub_text(
-    name: str, base: str, splits: Sequence[str], data_dir: Path | None, cache_dir: Path | None
-) -> Text:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-    failures = (OSError, ValueError, ImportError, DatasetsError, EntryNotFoundError, HTTPError)
-    hub = HUB[base]
-    split = next((split for split in splits if split in (hub.files or SPLITS)), splits[0])
-    try:
-        dataset = load_dataset(
-            hub.repository,
-            hub.configuration,
-            data_files={split: hub.files[split]} if hub.files else None,
-            revision=hub.revision,
-            split=split,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-        )
-        column = dataset[hub.column]  # stays on disk; a ValueError if it is not there
-    except failures as error:
-        raise _unavailable(name, base, split, data_dir, error) from error
-    documents = column if hub.documents is None else column[: hub.documents]
-    return Text(name, split, documents, hub.repository)
-
-
-def _unavailable(
-    name: str, base: str, split: str, data_dir: Path | None, error: Exception
-) -> LRQuantError:
-    hub = HUB[base]
-    cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    local = "no data_dir is given" if data_dir is None else f"not in {data_dir}"
-    network = "a network"
-    if hub.needs and importlib.util.find_spec(hub.needs) is None:
-        network += f" and `pip install {hub.needs}`"
-    return LRQuantError(
-        f"{name}: {local}, and the hub's {hub.repository} cannot be read ({cause}): "
-        f"give --data_dir DIR with DIR/{base}/{split}.txt, or {network}"
-    )
-
-
-def _read_documents(path: Path) -> list[str]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    content = _read_text(path)
-    return [content] if suffix == ".txt" else _parse_json_lines(path, content)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # as newline='': line ends stay as they are
-    except UnicodeDecodeError as error:
-        raise LRQuantError(f"{path}: not UTF-8 at byte {error.start}: convert it") from error
-    except OSError as error:
-        raise LRQuantError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _parse_json_lines(path: Path, content: str) -> list[str]:
-    documents: list[str] = []
-    column = None
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LRQuantError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise LRQuantError(f"{path}, line {number}: not a JSON object, one a line is needed")
-        if column is None:
-            strings = [key for key, value in row.items() if isinstance(value, str)]
-            column = _text_column(path, strings, list(row))
-        value = row.get(column)
-        if not isinstance(value, str):
-            raise LRQuantError(f"{path}, line {number}: no string in column {column!r}")
-        documents.append(value)
-    return documents
-
-
-def _read_parquet(path: Path) -> list[str]:
-    import pyarrow
-    from pyarrow import parquet, types
-
-    try:
-        schema = parquet.read_schema(path)
-        strings = [
-            entry.name
-            for entry in schema
-            if types.is_string(entry.type) or types.is_large_string(entry.type)
-        ]
-        column = _text_column(path, strings, schema.names)
-        documents = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise LRQuantError(f"{path}: cannot be read as parquet ({cause})") from error
-    if None in documents:
-        raise LRQuantError(f"{path}, row {documents.index(None)}: no string in column {column!r}")
-    return documents
-
-
-def _text_column(path: Path, strings: Sequence[str], columns: Sequence[str]) -> str:
-    if not strings:
-        raise LRQuantError(
-            f"{path}: no column of strings (columns: {', '.join(columns) or 'none'}): "
-            "name the text column `text`"
-        )
-    return "text" if "text" in strings else strings[0]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

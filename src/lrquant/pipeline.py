@@ -23,9 +23,15 @@ from lrquant.blocks import BlockInputs, BlockRunner
 from lrquant.config import Config
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.measures import evaluate_model, evaluate_run, prepare_evaluation
+from lrquant.evaluation.measures import (
+    evaluate_model,
+    evaluate_run,
+    prepare_evaluation,
+    preparer,
+)
 from lrquant.fit import BlockData, FitReport, FitSettings, fit_block, reconstruction_loss
 from lrquant.learn.view import BlockView, Method
+from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.progress import Progress
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -56,6 +62,16 @@ class Run:
     def records(self) -> list[BlockRecord]:
         """Losses, seconds and memory of every block."""
         return self.folder.records()
+
+    def load_model(self) -> PreTrainedModel:
+        """The learned model as a transformers model in memory that computes as it was learned.
+
+        Weights are dense and activations are quantised by hooks: for evaluation, not for serving.
+        """
+        return materialize(
+            self.workbench,
+            preparer(self.workbench, self.config.quantization, self.config, self.folder),
+        )
 
 
 def quantize(
@@ -136,7 +152,8 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     statistics = ChannelStatistics()
     with progress.measuring("statistics", len(model.blocks)) as told:
         for index in range(len(model.blocks)):
-            advance_full_precision(workbench, index, entry, stream, statistics.observe)
+            stored = workbench.stored(index)
+            advance_full_precision(workbench, index, stored, entry, stream, statistics.observe)
             told(index)
     return statistics
 
@@ -181,8 +198,9 @@ def learn_blocks(
             started = time.monotonic()
             statistics = ChannelStatistics() if given is None else given
             observer = statistics.observe if given is None and config.let else None
-            advance_full_precision(workbench, index, entry, full, observer)
-            view = workbench.view(index, config.quantization, method_of(config))
+            stored = workbench.stored(index)
+            advance_full_precision(workbench, index, stored, entry, full, observer)
+            view = workbench.view(index, stored, config.quantization, method_of(config))
             data = BlockData(index, entry, quantized, full)
             with workbench.runner(index, view) as runner:
                 if index < finished:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
 from lrquant.config import Config
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import Model, choose_device, choose_precision
 from lrquant.scheme import FLOATING_POINT, Scheme
+from lrquant.workdir import RunFolder
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,15 @@ class Workbench:
     offload: str
     scratch: Path | None = None
 
-    def view(self, index: int, scheme: Scheme, method: Method) -> BlockView:
-        """Block `index` under a scheme and a method, its weights on the device."""
+    def stored(self, index: int) -> dict[str, Tensor]:
+        """Block `index`'s own tensors, read now, on the device."""
+        return self.model.block_tensors(index, self.device)
+
+    def view(
+        self, index: int, stored: dict[str, Tensor], scheme: Scheme, method: Method
+    ) -> BlockView:
+        """Block `index`, whose tensors are `stored`, under a scheme and a method."""
         model = self.model
-        stored = model.block_tensors(index, self.device)
         sites = model.architecture.sites(model.skeleton.config)
         return BlockView(stored, model.linears, sites, scheme, method, self.dtype)
 
@@ -82,16 +89,25 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def learned_view(workbench: Workbench, config: Config, folder: RunFolder, index: int) -> BlockView:
+    """Block `index` with the parameters that a run learned."""
+    stored = workbench.stored(index)
+    view = workbench.view(index, stored, config.quantization, method_of(config))
+    view.load(folder.load_block(index))
+    return view
+
+
 @torch.no_grad()
 def advance_full_precision(
     workbench: Workbench,
     index: int,
+    stored: dict[str, Tensor],
     entry: BlockInputs,
     stream: Stream,
     observer: Observer | None = None,
 ) -> None:
     """Move the full-precision stream through one block; `observer` sees its linears' inputs."""
-    view = workbench.view(index, FLOATING_POINT, Method())
+    view = workbench.view(index, stored, FLOATING_POINT, Method())
     tensors = view.tensors()
     prefix = workbench.model.block_name(index) + "."
     named = None if observer is None else lambda name, values: observer(prefix + name, values)

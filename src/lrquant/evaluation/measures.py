@@ -19,7 +19,7 @@ from lrquant.learn.view import Method
 from lrquant.model import Model
 from lrquant.progress import Progress
 from lrquant.scheme import FLOATING_POINT, Scheme
-from lrquant.workbench import Workbench, method_of
+from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 logger = logging.getLogger("lrquant")
@@ -139,14 +139,14 @@ def preparer(
     config: Config | None = None,
     folder: RunFolder | None = None,
 ) -> Callable[[int], PreparedBlock]:
-    """How block i is made ready: under `scheme` alone, or with a run's learned parameters."""
-    method = Method() if config is None else method_of(config)
+    """How block i is made ready: under `scheme` alone, or as a run learned it."""
 
     @torch.no_grad()
     def prepare(index: int) -> PreparedBlock:
-        view = workbench.view(index, scheme, method)
-        if folder is not None:
-            view.load(folder.load_block(index))
+        if config is not None and folder is not None:
+            view = learned_view(workbench, config, folder, index)
+        else:
+            view = workbench.view(index, workbench.stored(index), scheme, Method())
         return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))
 
     return prepare

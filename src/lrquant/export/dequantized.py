@@ -18,7 +18,7 @@ from torch import Tensor
 from lrquant.blocks import SHIFT_SUFFIX
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.workbench import Workbench, method_of
+from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 INDEX = "model.safetensors.index.json"
@@ -39,8 +39,7 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         dtype = model.source.tensor(next(iter(outer))).dtype
         _save_shard(temporary / "model-outer.safetensors", outer, dtype, shards)
         for index in range(len(model.blocks)):
-            view = workbench.view(index, config.quantization, method_of(config))
-            view.load(folder.load_block(index))
+            view = learned_view(workbench, config, folder, index)
             tensors = view.freeze().tensors(torch.float32)
             _refuse_extra_tensors(tensors, view.stored)
             prefix = model.block_name(index) + "."

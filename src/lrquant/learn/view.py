@@ -13,8 +13,10 @@ from lrquant.errors import LRQuantError
 from lrquant.learn.clipping import clipping_parameters, clipping_strengths
 from lrquant.learn.equivalent import Factors, equivalent_parameters, fold_factors
 from lrquant.numerics.affine import (
+    Extremes,
     dequantize_weight,
     fake_quantize_weight,
+    group_extremes,
     quantize_weight,
 )
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -93,10 +95,20 @@ class BlockView:
             site.name for site in self.sites if self._takes_shift(site, method.let_shift)
         )
         self.parameters: dict[str, Tensor] = {}
+        self._extremes = self._fixed_extremes()
         self._plain = {
             name: tensor.float()
             for name, tensor in stored.items()
             if name.rpartition(".")[0] not in linears
+        }
+
+    def _fixed_extremes(self) -> dict[str, Extremes]:
+        """Ranges of the weights that no site scales: the same at every step."""
+        scaled = {fold.module for site in self.sites for fold in site.folds}
+        return {
+            linear: group_extremes(self.stored[f"{linear}.weight"], self.group_size(linear))
+            for linear in self.linears
+            if linear not in scaled and self.scheme.weight_bits != FLOAT_BITS
         }
 
     def _takes_shift(self, site: Site, rule: str) -> bool:
@@ -164,6 +176,7 @@ class BlockView:
                     self.group_size(linear),
                     self.scheme.symmetric,
                     self.dtype,
+                    self._extremes.get(linear),
                 )
             bias = self._bias(linear, factors)
             if bias is not None:
@@ -192,6 +205,7 @@ class BlockView:
                 self.scheme.weight_bits,
                 self.group_size(linear),
                 self.scheme.symmetric,
+                self._extremes.get(linear),
             )
             linears[linear] = QuantizedLinear(
                 codes.to(torch.int8 if self.scheme.symmetric else torch.uint8),

@@ -16,6 +16,9 @@ SMALLEST_SCALE = 1e-5
 _CHUNK_ELEMENTS = 1 << 17  # elements worked on at once on a CPU: 512 KiB of float32 stay in cache
 
 
+Extremes = tuple[Tensor, Tensor]
+
+
 class Affine(NamedTuple):
     """A grid: ``value = scale * (code - zero_point)`` with code in [code_min, code_max]."""
 
@@ -90,21 +93,24 @@ def effective_weight(
     return result
 
 
+def group_extremes(weight: Tensor, group_size: int) -> Extremes:
+    """Smallest and largest value of each group of a weight (out, in): (out, groups), float32."""
+    grouped = weight.view(weight.shape[0], -1, group_size)
+    return grouped.amin(-1).float(), grouped.amax(-1).float()
+
+
 def weight_grid(
-    grouped: Tensor, upper: Tensor | None, lower: Tensor | None, bits: int, symmetric: bool
+    extremes: Extremes, upper: Tensor | None, lower: Tensor | None, bits: int, symmetric: bool
 ) -> Affine:
-    """The grid of a float32 weight (out, groups, group_size), each group on its clipped range.
+    """The grids (out, groups, 1) of a weight's groups, each on its clipped range.
 
     ``high = upper * max(W)`` and ``low = lower * min(W)`` with clipping strengths (out, groups) in
     (0, 1], or no clipping where they are None; the range always contains 0.
     """
-    low = grouped.amin(-1, keepdim=True).clamp_(max=0)
-    high = grouped.amax(-1, keepdim=True).clamp_(min=0)
-    if upper is not None:
-        high.mul_(upper[..., None])
-    if lower is not None:
-        low.mul_(lower[..., None])
-    return affine_grid(low, high, bits, symmetric)
+    low, high = extremes[0].clamp(max=0), extremes[1].clamp(min=0)
+    low = low if lower is None else low * lower
+    high = high if upper is None else high * upper
+    return affine_grid(low[..., None], high[..., None], bits, symmetric)
 
 
 def quantize_weight(
@@ -116,11 +122,16 @@ def quantize_weight(
     bits: int,
     group_size: int,
     symmetric: bool,
+    extremes: Extremes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (out, in) float32, scale and zero point (out, groups) of a weight (out, in)."""
+    """Codes (out, in) float32, scale and zero point (out, groups) of a weight (out, in).
+
+    `extremes` are those of the scaled weight, for a caller who knows them already.
+    """
     effective = effective_weight(weight, row_factor, column_factor)
     grouped = effective.view(weight.shape[0], -1, group_size)
-    grid = weight_grid(grouped, upper, lower, bits, symmetric)
+    extremes = extremes or group_extremes(effective, group_size)
+    grid = weight_grid(extremes, upper, lower, bits, symmetric)
     codes = encode_(grouped, grid).view(weight.shape)
     return codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1)
 
@@ -142,6 +153,7 @@ def fake_quantize_weight(
     group_size: int,
     symmetric: bool = False,
     dtype: torch.dtype = torch.float32,
+    extremes: Extremes | None = None,
 ) -> Tensor:
     """Quantise and de-quantise ``row_factor * W * column_factor``: (out, in) in `dtype`.
 
@@ -149,8 +161,9 @@ def fake_quantize_weight(
     `rescale` (out, groups), which multiplies the scale after the codes are chosen (LRQuant+'s r1);
     not in `weight`.  Equals `dequantize_weight(*quantize_weight(...))` bit for bit.
     """
+    settings = bits, group_size, symmetric, dtype, extremes
     return _FakeQuantizeWeight.apply(
-        weight, row_factor, column_factor, upper, lower, rescale, bits, group_size, symmetric, dtype
+        weight, row_factor, column_factor, upper, lower, rescale, settings
     )
 
 
@@ -227,11 +240,9 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         upper: Tensor | None,
         lower: Tensor | None,
         rescale: Tensor | None,
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        dtype: torch.dtype,
+        settings: tuple[int, int, bool, torch.dtype, Extremes | None],
     ) -> Tensor:
+        bits, group_size, symmetric, dtype, extremes = settings
         output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for rows in row_chunks(weight):
             codes, scale, zero_point = quantize_weight(
@@ -243,19 +254,20 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 bits,
                 group_size,
                 symmetric,
+                _extreme_rows(extremes, rows),
             )
             if rescale is not None:
                 scale = scale * rescale[rows]
             grouped = codes.view(*scale.shape, group_size)
             output[rows] = decode_(grouped, zero_point[..., None], scale[..., None]).view_as(codes)
         ctx.save_for_backward(weight, row_factor, column_factor, upper, lower, rescale)
-        ctx.settings = bits, group_size, symmetric
+        ctx.settings = settings
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, row_factor, column_factor, upper, lower, rescale = ctx.saved_tensors
-        bits, group_size, symmetric = ctx.settings
+        bits, group_size, symmetric, _, known_extremes = ctx.settings
         _, need_row, need_column, need_upper, need_lower, need_rescale = ctx.needs_input_grad[:6]
         to_row: Any = torch.empty_like(row_factor) if need_row else None
         to_column: Any = torch.zeros_like(column_factor) if need_column else None
@@ -268,11 +280,13 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             chunk_row: Any = _rows(row_factor, rows)
             grouped = effective_weight(source, chunk_row, column_factor)
             grouped = grouped.view(grouped.shape[0], -1, group_size)
-            minimum, maximum = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+            extremes = _extreme_rows(known_extremes, rows) or group_extremes(
+                grouped.view(source.shape), group_size
+            )
+            minimum, maximum = extremes[0][..., None], extremes[1][..., None]
             if need_row or need_column:
                 at_low, at_high = _equal(grouped, minimum), _equal(grouped, maximum)
-            minimum.clamp_(max=0)
-            maximum.clamp_(min=0)
+            minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
             strength_low = 1.0 if lower is None else lower[rows][..., None]
             strength_high = 1.0 if upper is None else upper[rows][..., None]
             low, high = minimum * strength_low, maximum * strength_high
@@ -301,12 +315,16 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 if row_factor is not None:
                     product.mul_(chunk_row[:, None])
                 to_column.add_(product.sum(0))
-        return None, to_row, to_column, to_upper, to_lower, to_rescale, None, None, None, None
+        return None, to_row, to_column, to_upper, to_lower, to_rescale, None
 
 
 def _equal(values: Tensor, extremes: Tensor) -> Tensor:
     """Float mask of values == extremes (several times faster on a CPU than a boolean one)."""
     return torch.eq(values, extremes, out=torch.empty_like(values))
+
+
+def _extreme_rows(extremes: Extremes | None, rows: slice) -> Extremes | None:
+    return None if extremes is None else (extremes[0][rows], extremes[1][rows])
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:

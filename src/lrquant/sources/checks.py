@@ -1,0 +1,70 @@
+"""Whether a weights file is whole, and which one it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from lrquant.errors import LRQuantError
+
+AGAIN = "download it again"
+_LFS_POINTER = b"version https://git-lfs"
+_MIB = 2**20
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a folder lists the file, be it a link to nothing."""
+    return path.is_file() or path.is_symlink()
+
+
+def sound_file(path: Path) -> Path:
+    """The path, if it is a file with content."""
+    if not path.is_file():
+        raise LRQuantError(f"{path}: missing{unfinished_download(path.parent)}; {AGAIN}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise LRQuantError(f"{path}: cannot be read ({error.strerror}); mend that first") from error
+    if start == _LFS_POINTER:
+        raise LRQuantError(
+            f"{path}: a git-lfs pointer, not the weights themselves; run `git lfs pull` there"
+        )
+    if not start:
+        raise LRQuantError(f"{path}: empty; {AGAIN}")
+    return path
+
+
+def unfinished_download(folder: Path) -> str:
+    """Words about a download that stopped halfway in or for this folder, or nothing."""
+    places = (folder, folder / ".cache" / "huggingface" / "download", folder / "../../blobs")
+    for place in places:
+        for path in sorted(place.glob("*.incomplete")):
+            return f", and {path.name} is a download that has not finished"
+    return ""
+
+
+def damaged(path: Path, error: Exception) -> LRQuantError:
+    """The error to raise for a file that cannot be read to its end."""
+    return LRQuantError(f"{path}: cut short or damaged ({first_line(error)}); {AGAIN}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def fingerprint_of(paths: Iterable[Path]) -> str:
+    """SHA-256 over each file's name, size, first and last MiB, and 64 spread reads of 4 KiB."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\n".encode())
+        spans = [(0, _MIB), (max(0, size - _MIB), _MIB)]
+        spans += [(size * (2 * part + 1) // 128, 4096) for part in range(64)]
+        with path.open("rb") as file:
+            for start, length in spans:
+                file.seek(start)
+                digest.update(file.read(length))
+    return digest.hexdigest()

@@ -1,0 +1,29 @@
+"""What every weight source answers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """A model's tensors by name; they may share memory, so they must not be edited in place."""
+
+    origin: str
+
+    def names(self) -> frozenset[str]:
+        """Every name that `tensor` serves, extra names apart."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read now, on the CPU in its stored dtype (GGUF: unpacked to float32)."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 that tells these weights from others; of files, only samples are read."""
+
+    def extra_names(self) -> frozenset[str]:
+        """Stored tensors the model has no place for; `tensor` reads them too."""
+        return frozenset()

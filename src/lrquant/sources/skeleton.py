@@ -1,0 +1,114 @@
+"""Stored weights under the names of the model they are for: complete, and of its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrquant.errors import LRQuantError
+from lrquant.sources.checks import AGAIN, is_listed, unfinished_download
+from lrquant.sources.files import INDEX, SAFETENSORS, TORCH, SafetensorsSource, TorchFileSource
+from lrquant.sources.gguf_file import GGUFSource
+from lrquant.sources.protocol import WeightSource
+from lrquant.sources.resolve import ModelFiles
+
+
+def open_source(files: ModelFiles, skeleton: PreTrainedModel) -> WeightSource:
+    """The weights under the skeleton's names, complete and of its shapes.
+
+    `skeleton` is the model with its parameters on the meta device.
+    """
+    folder = files.folder
+    stored: WeightSource
+    if files.gguf_file is not None:
+        stored = GGUFSource(folder / files.gguf_file, skeleton)
+    elif is_listed(folder / SAFETENSORS) or is_listed(folder / f"{SAFETENSORS}{INDEX}"):
+        stored = SafetensorsSource(folder)
+    elif is_listed(folder / TORCH) or is_listed(folder / f"{TORCH}{INDEX}"):
+        stored = TorchFileSource(folder)
+    else:
+        raise LRQuantError(
+            f"{folder}: no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of shards"
+            f"{unfinished_download(folder)}; {AGAIN}"
+        )
+    return SkeletonSource(stored, skeleton)
+
+
+class SkeletonSource(WeightSource):
+    """Stored weights under a skeleton's names, with or without the base model's prefix in the file.
+
+    A tied weight that is not stored comes from its partner.  Raises LRQuantError if a parameter or
+    persistent buffer is missing or has another shape.
+    """
+
+    def __init__(self, stored: WeightSource, skeleton: PreTrainedModel) -> None:
+        self.origin = stored.origin
+        self._stored = stored
+        shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
+        self._found = _match_names(stored.names(), shapes, skeleton.base_model_prefix + ".")
+        self._extra = stored.names() - frozenset(self._found.values())
+        # One object for tied weights: two copies of an unpacked embedding would cost gigabytes.
+        self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        tied: Mapping[str, str] = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        for pair in tied.items():
+            for absent, present in (pair, pair[::-1]):
+                if absent not in self._found and present in self._found:
+                    self._found[absent] = self._found[present]
+        self._check(shapes)
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        missing = [name for name in shapes if name not in self._found]
+        if missing:
+            raise LRQuantError(
+                f"{self.origin}: {len(missing)} of the model's {len(shapes)} tensors are missing "
+                f"(first: {missing[0]}); the weights do not belong to config.json, or {AGAIN}"
+            )
+        wrong = [name for name in shapes if self.shape(name) != shapes[name]]
+        if wrong:
+            raise LRQuantError(
+                f"{self.origin}: {len(wrong)} of the model's {len(shapes)} tensors have a wrong "
+                f"shape (first: {wrong[0]} is {list(self.shape(wrong[0]))}, config.json says "
+                f"{list(shapes[wrong[0]])}); the weights do not belong to config.json"
+            )
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._found)
+
+    def extra_names(self) -> frozenset[str]:
+        return self._extra
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored.shape(self._stored_name(name))
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self._stored_name(name)
+        tensor = self._shared.get(stored)
+        if tensor is None:
+            tensor = self._shared[stored] = self._stored.tensor(stored)
+        return tensor
+
+    def fingerprint(self) -> str:
+        return self._stored.fingerprint()
+
+    def _stored_name(self, name: str) -> str:
+        if name in self._found:
+            return self._found[name]
+        if name in self._extra:
+            return name
+        raise LRQuantError(f"{self.origin}: holds no tensor {name!r}; see names()")
+
+
+def _match_names(stored: Iterable[str], wanted: Iterable[str], prefix: str) -> dict[str, str]:
+    """Stored name of each wanted one: the same, or with the prefix taken off or put on."""
+    stored, wanted = frozenset(stored), dict.fromkeys(wanted)
+    found = {}
+    for name in wanted:
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if name in stored:
+            found[name] = name
+        elif other in stored and other not in wanted:
+            found[name] = other
+    return found
