@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.config import Config
+from lrquant.evaluation.measures import measure_perplexity, prepare_evaluation, preparer
 from lrquant.model import Model, load_model
 from lrquant.pipeline import run
+from lrquant.progress import Progress
 from lrquant.report.tables import table
 from lrquant.sites import KINDS
+from lrquant.workbench import make_workbench
 
 PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "limit": 40, "epochs": 5, "seed": 2}
-NEAREST: dict[str, Any] = {"epochs": 0, "lwc": False, "let": False}
 SITES = Config.let_sites
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -69,10 +71,10 @@ def main() -> None:
 
     if options.only in (None, "schemes"):
         rows = []
-        full = measure("W16A16", {**NEAREST})
+        full = measure("W16A16", {"epochs": 0})
         for name, settings in SCHEMES.items():
             scheme = name.split(",")[0]
-            nearest, learned = measure(scheme, NEAREST), measure(scheme, settings)
+            nearest, learned = measure(scheme, {"epochs": 0}), measure(scheme, settings)
             cells = (full["perplexity"], nearest["perplexity"], learned["perplexity"])
             rows.append([name, *map(_number, cells), f"{learned['seconds']:.0f}"])
         print(table(["scheme", "full precision", "round-to-nearest", "LRQuant", "seconds"], rows))
@@ -93,16 +95,25 @@ def _measured(out: Path, model: Model, settings: dict[str, Any], text: str) -> d
                 return row
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        done = run(Config(**settings, output_dir=folder), model)
-    row = {
-        "settings": key,
-        "perplexity": done.results["perplexity"][text]["quantized"],
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": done.results["peak_memory_bytes"],
-    }
+        config = Config(**settings, output_dir=folder)
+        if config.epochs:
+            perplexity = run(settings | {"output_dir": folder}, model).results["perplexity"][text]["quantized"]
+        else:
+            perplexity = _unlearned(config, model, text)
+    seconds = round(time.monotonic() - started, 1)
+    row = {"settings": key, "perplexity": perplexity, "seconds": seconds}
     with out.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
     return row
+
+
+def _unlearned(config: Config, model: Model, text: str) -> float:
+    """Round-to-nearest, or with W16A16 full precision."""
+    config = config.resolved()
+    bench = make_workbench(model, config)
+    windows = prepare_evaluation(config, model)[text]
+    variants = {"only": preparer(bench, config.quantization)}
+    return measure_perplexity(bench, text, windows, variants, Progress())["only"]
 
 
 def _number(value: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks import BlockInputs, BlockRunner, Head, Stream
+from lrquant.blocks import BlockInputs, Head, Stream
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import PreparedBlock, perplexity
 from lrquant.learn.view import Method
@@ -31,7 +31,7 @@ W4A4 = Scheme(4, 4)
 
 def prepare(bench: Workbench, index: int, scheme: Scheme, method: Method | None = None):
     """A block under a scheme, with every clipping logit and scale away from its start."""
-    view = bench.view(index, scheme, method or Method())
+    view = bench.view(index, bench.stored(index), scheme, method or Method())
     if method is not None:
         maxima = {
             f"block.{linear}": torch.linspace(1, 9, view.stored[f"{linear}.weight"].shape[1])
@@ -238,7 +238,8 @@ def test_nothing_is_left_behind(fails, make_model, make_bench, token_ids):
     entry = BlockInputs(bench.model, ids, 1, CPU)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
-    view = bench.view(0, W4A4, Method(let=True, let_sites=KINDS, let_shift="always"))
+    method = Method(let=True, let_sites=KINDS, let_shift="always")
+    view = bench.view(0, bench.stored(0), W4A4, method)
     view.initialize(
         ChannelStatistics(
             {

@@ -36,8 +36,10 @@ def test_name_reads_back(group_size, symmetric, qkv_bits):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "W4", "A4", "4A4", "W4A4g", "W4A4 g128", "W4A4-symm", "W4A4-sym-asym", "W4A4-qkv"]
-    + ["W-4A4", "W4.5A4", "W4A4g128x", "W4A16g-1", "xW4A4"],
+    [
+        *("", "W4", "A4", "4A4", "W4A4g", "W4A4 g128", "W4A4-symm", "W4A4-sym-asym"),
+        *("W4A4-qkv", "W-4A4", "W4.5A4", "W4A4g128x", "W4A16g-1", "xW4A4"),
+    ],
 )
 def test_parse_refuses_and_gives_an_example(name):
     with pytest.raises(LRQuantError, match="for example W4A4"):

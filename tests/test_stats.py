@@ -84,7 +84,7 @@ def test_of_a_model_against_hooks_on_transformers(
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
     for index in range(len(bench.model.blocks)):
-        advance_full_precision(bench, index, entry, stream, found.observe)
+        advance_full_precision(bench, index, bench.stored(index), entry, stream, found.observe)
     for table in ("maxima", "midpoints"):
         theirs, ours = getattr(expected, table), getattr(found, table)
         assert theirs.keys() == ours.keys() and len(ours) > 10
@@ -137,8 +137,10 @@ def test_a_folder_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0", b"text\n", b"PK\x03\x04 and no more", b"\x80\x02.", bytes(range(256)) * 4]
-    + [pickle.dumps({"a": 1}), pickle.dumps([1, 2]), pickle.dumps(torch.ones)],
+    [
+        *(b"", b"\0", b"text\n", b"PK\x03\x04 and no more", b"\x80\x02.", bytes(range(256)) * 4),
+        *(pickle.dumps(value) for value in ({"a": 1}, [1, 2], torch.ones)),
+    ],
 )
 def test_what_is_not_a_statistics_file_is_refused(content, tmp_path):
     path = tmp_path / "scales.pt"

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lrquant.config import Config, convert, read_yaml
+from lrquant.config import Config, convert, read_yaml, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
 
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 2 with one line on standard error if not."""
     parser = _parser()
     options = parser.parse_args(_with_dashes(sys.argv[1:] if arguments is None else arguments))
-    console = Console(stderr=True)
-    _log_to_terminal()
+    console = Console()
+    _log_to(console)
     try:
         options.command(options, console)
     except LRQuantError as error:
@@ -153,23 +153,20 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         values["resume"] = values.get("output_dir", Config.output_dir)
     elif values.get("resume") and "output_dir" not in values:
         values["output_dir"] = values["resume"]
-    config = Config.from_mapping(values, str(options.config or "command line"))
+    settings = typed_settings(values, str(options.config or "command line"))
     if options.published_statistics:
-        config = _with_published_statistics(config)
-    done = run(config, progress=BarProgress(console))
+        settings = _with_published_statistics(settings)
+    done = run(settings, progress=BarProgress(console))
     _print_results(done.results)
-    print(f"run folder: {config.output_dir}")
+    print(f"run folder: {done.config.output_dir}")
 
 
-def _with_published_statistics(config: Config) -> Config:
+def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
     """Use ./act_scales/NET.pt and ./act_shifts/NET.pt where the published tool leaves them."""
-    scales = Path("act_scales") / f"{config.net_name}.pt"
-    shifts = Path("act_shifts") / f"{config.net_name}.pt"
-    if config.act_scales is None and scales.is_file():
-        config = dataclasses.replace(config, act_scales=str(scales))
-    if config.act_shifts is None and shifts.is_file():
-        config = dataclasses.replace(config, act_shifts=str(shifts))
-    return config
+    net = Config(model=settings.get("model", ""), net=settings.get("net")).net_name
+    found = {name: Path(name) / f"{net}.pt" for name in ("act_scales", "act_shifts")}
+    present = {name: str(path) for name, path in found.items() if path.is_file()}
+    return {**present, **settings}
 
 
 def _stats(options: argparse.Namespace, console: Console) -> None:
@@ -207,10 +204,19 @@ def _print_results(results: dict[str, Any]) -> None:
         print(table)
 
 
-def _log_to_terminal() -> None:
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the progress bars, never folded."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _log_to(console: Console) -> None:
     logger = logging.getLogger("lrquant")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    logger.handlers = [_ConsoleHandler(console)]
     logger.setLevel(logging.INFO)

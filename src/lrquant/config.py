@@ -161,22 +161,22 @@ class Config:
         return yaml.safe_dump(values, sort_keys=False)
 
     @classmethod
-    def from_mapping(cls, values: dict[str, Any], origin: str) -> Config:
-        """Settings by name, dashes or underscores alike; `origin` is named in errors."""
-        known = {entry.name: entry for entry in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise LRQuantError(f"{origin}: unknown setting {key!r}")
-            settings[name] = convert(hints[name], value, f"{origin}: {key}")
-        return cls(**settings)
-
-    @classmethod
     def from_yaml(cls, path: Path) -> Config:
         """Read a file that `to_yaml` or a person wrote."""
-        return cls.from_mapping(read_yaml(path), str(path))
+        return cls(**typed_settings(read_yaml(path), str(path)))
+
+
+def typed_settings(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Fields of Config by name, dashes or underscores alike, converted; `origin` is for errors."""
+    known = {entry.name for entry in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise LRQuantError(f"{origin}: unknown setting {key!r}")
+        settings[name] = convert(hints[name], value, f"{origin}: {key}")
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

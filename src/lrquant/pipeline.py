@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
-import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,14 +24,15 @@ from lrquant.evaluation.measures import (
     prepare_evaluation,
     preparer,
 )
-from lrquant.fit import BlockData, FitReport, FitSettings, fit_block, reconstruction_loss
+from lrquant.export.dequantized import save_dequantized
+from lrquant.fit import BlockData, FitReport, fit_block, reconstruction_loss
+from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.progress import Progress
 from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.stats import ChannelStatistics, load_statistics
-from lrquant.version import __version__
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
@@ -90,53 +86,54 @@ def quantize(
     for anything the caller can mend.
     """
     name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
-    config = Config(model=name, scheme=scheme, **settings)
     loaded = None if isinstance(model, str) else from_module(model, tokenizer)
-    return run(config, loaded, samples, progress)
+    return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
 
 
 def run(
-    config: Config,
+    settings: dict[str, Any],
     model: Model | None = None,
     samples: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Carry out one configuration from start to end."""
-    config = config.resolved()
+    """Carry out one configuration, given as the fields of `Config`, from start to end.
+
+    With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
+    scheme and method are its own, and only what says how to measure is taken from `settings`.
+    """
     progress = progress or Progress()
-    evaluation_only = config.epochs == 0 and config.resume is not None
-    if evaluation_only:
-        config = _settings_of_finished_run(config)
+    measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
+    if measure_only:
+        settings = _settings_of_finished_run(settings)
+    config = Config(**settings).resolved()
     logger.info("scheme %s", config.quantization.describe())
     logger.info("method %s", describe_method(config))
     model = model or load_model(config.model, _path(config.cache_dir))
     _check_groups(model, config.quantization)
     workbench = make_workbench(model, config)
-    logger.info("matrix products in %s on %s", _name(workbench.dtype), workbench.device)
+    logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
 
     output = Path(config.output_dir)
-    if evaluation_only:
+    if measure_only:
         folder = RunFolder.open(Path(config.resume or ""))
         folder.require_same({"model": model.fingerprint()})
         output.mkdir(parents=True, exist_ok=True)
     else:
         calibration = _calibration(config, model, samples)
         logger.info("calibration %s", calibration.description)
+        statistics = _given_statistics(config)
         identity = describe_run(config, model, workbench, calibration)
-        folder = _start_or_resume(config, output, identity)
-        with _log_file(output / "run.log"):
-            learn_blocks(workbench, config, calibration.ids, folder, progress)
-    with _log_file(output / "run.log"):
+        folder = RunFolder.start(output, config, identity, _path(config.resume))
+        with folder.logging(logger):
+            learn_blocks(workbench, config, calibration.ids, statistics, folder, progress)
+    results_folder = RunFolder(output)
+    with results_folder.logging(logger):
         results = evaluate_run(workbench, config, folder, evaluation, progress)
-        results = {**environment(config, workbench), **results}
-        RunFolder(output).write_text("results.json", json.dumps(results, indent=1) + "\n")
-    done = Run(folder, config, workbench, results)
+        results = results_folder.add_results({**environment(config, workbench), **results})
     if config.save_dir is not None:
-        from lrquant.export.dequantized import save_dequantized
-
         save_dequantized(workbench, config, folder, Path(config.save_dir))
-    return done
+    return Run(folder, config, workbench, results)
 
 
 def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
@@ -161,11 +158,10 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
 def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a run folder, or a floating-point model; `settings` are fields of `Config`.
 
-    Results go to `output_dir` if it is given, and else stay with the run.
+    A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
     if (Path(target) / "run.json").is_file():
-        settings = {"output_dir": target, **settings}
-        return run(Config(resume=target, epochs=0, **settings), progress=progress).results
+        return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     settings = {"ppl": ("wikitext2",), **settings} if not settings.get("eval_ppl") else settings
     config = Config(model=target, wbits=FLOAT_BITS, abits=FLOAT_BITS, epochs=0, **settings)
     config = config.resolved()
@@ -177,9 +173,17 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
 
 
 def learn_blocks(
-    workbench: Workbench, config: Config, ids: Tensor, folder: RunFolder, progress: Progress
+    workbench: Workbench,
+    config: Config,
+    ids: Tensor,
+    given: ChannelStatistics | None,
+    folder: RunFolder,
+    progress: Progress,
 ) -> None:
-    """Learn every block that the folder does not hold yet, in order."""
+    """Learn every block that the folder does not hold yet, in order.
+
+    Statistics are those `given`, or gathered from each block's full-precision pass.
+    """
     model = workbench.model
     blocks = len(model.blocks)
     finished = folder.finished_blocks()
@@ -191,7 +195,6 @@ def learn_blocks(
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
-    given = _given_statistics(config, model)
     steps = config.epochs * len(entry.batches)
     with progress.blocks(blocks, steps):
         for index in range(blocks):
@@ -210,7 +213,7 @@ def learn_blocks(
                     continue
                 view.initialize(statistics, model.block_name(index))
                 report = fit_block(
-                    view, runner, data, _fit_settings(config), progress.stepper(index)
+                    view, runner, data, fit_settings(config), progress.stepper(index)
                 )
                 final_loss = _advance(view, runner, data, config.loss)
             _record(folder, view, index, report, final_loss, time.monotonic() - started, workbench)
@@ -260,63 +263,6 @@ def _record(
     )
 
 
-def describe_method(config: Config) -> str:
-    """One line for people: what is learned, how long."""
-    parts = []
-    if config.lwc:
-        parts.append(f"weight clipping (lr {config.lwc_lr:g})")
-    if config.let:
-        sites = ", ".join(config.let_sites)
-        parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
-    if not parts:
-        return "round to nearest: nothing is learned"
-    return f"{' and '.join(parts)}; loss {config.loss}; {config.epochs} epochs"
-
-
-def describe_run(
-    config: Config, model: Model, workbench: Workbench, calibration: Samples
-) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
-    settings = dataclasses.asdict(_fit_settings(config))
-    statistics = [
-        hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for path in (config.act_scales, config.act_shifts)
-        if path is not None
-    ]
-    return {
-        "model": model.fingerprint(),
-        "scheme": dataclasses.asdict(config.quantization),
-        "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
-        "learning": {**settings, "batch_size": config.batch_size},
-        "data": {"sha256": calibration.sha256, "text": calibration.description},
-        "statistics": statistics,
-        "precision": _name(workbench.dtype),
-    }
-
-
-def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
-    """What a reader needs to repeat the numbers."""
-    return {
-        "model": config.model,
-        "scheme": config.scheme,
-        "method": describe_method(config),
-        "seed": config.seed,
-        "device": str(workbench.device),
-        "precision": _name(workbench.dtype),
-        "versions": {
-            "lrquant": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "peak_memory_bytes": peak_memory(workbench.device),
-    }
-
-
-def _fit_settings(config: Config) -> FitSettings:
-    return FitSettings(config.epochs, config.let_lr, config.lwc_lr, config.wd, config.loss)
-
-
 def _check_groups(model: Model, scheme: Scheme) -> None:
     """Refuse a group size that does not divide before any weight is read."""
     parameters = dict(model.blocks[0].named_parameters())
@@ -344,58 +290,27 @@ def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
     )
 
 
-def _given_statistics(config: Config, model: Model) -> ChannelStatistics | None:
+def _given_statistics(config: Config) -> ChannelStatistics | None:
     if not config.let or config.act_scales is None:
         return None
+    logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
     return load_statistics(Path(config.act_scales), _path(config.act_shifts))
 
 
-def _settings_of_finished_run(config: Config) -> Config:
-    """For `--epochs 0 --resume RUN`: the run's own model, scheme and method, these measures."""
-    folder = RunFolder.open(Path(config.resume or ""))
-    own = folder.config
-    return dataclasses.replace(
-        own,
-        model=config.model or own.model,
-        resume=config.resume,
-        epochs=own.epochs,
-        **{name: getattr(config, name) for name in _MEASURE_SETTINGS},
-    )
+def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
+    """The run's own settings, with what was given of how to measure."""
+    own = RunFolder.open(Path(given["resume"])).config
+    chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
+    measures = dict.fromkeys(("eval_ppl", "compare"), False) | {"ppl": (), "tasks": "", "limit": -1}
+    places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
+    return dataclasses.asdict(own) | measures | places | chosen
 
 
 _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "compare", "tasks", "num_fewshot", "limit", "output_dir", "save_dir"),
-    *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen"),
+    *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
-
-
-def _start_or_resume(config: Config, output: Path, identity: dict[str, Any]) -> RunFolder:
-    if config.resume is None:
-        return RunFolder.create(output, config, identity)
-    source = RunFolder.open(Path(config.resume))
-    source.require_same(identity)
-    if Path(config.resume).resolve() == output.resolve():
-        return source
-    folder = RunFolder.create(output, config, identity)
-    folder.copy_blocks(source)
-    return folder
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

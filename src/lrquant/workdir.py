@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,24 @@ class RunFolder:
         return folder
 
     @classmethod
+    def start(
+        cls, path: Path, config: Config, identity: dict[str, Any], resume: Path | None
+    ) -> RunFolder:
+        """A new run, or the run in `resume` to go on with; elsewhere than in `path`, a copy of it.
+
+        `identity` must equal that of the resumed run.
+        """
+        if resume is None:
+            return cls.create(path, config, identity)
+        source = cls.open(resume)
+        source.require_same(identity)
+        if resume.resolve() == path.resolve():
+            return source
+        folder = cls.create(path, config, identity)
+        folder.copy_blocks(source)
+        return folder
+
+    @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run."""
         if not (path / "run.json").is_file():
@@ -96,7 +117,7 @@ class RunFolder:
         """Refuse to go on with a run of another model, scheme, method or data."""
         found = self.identity
         for key, value in identity.items():
-            if found.get(key) != value:
+            if key != "calibration" and found.get(key) != value:
                 raise LRQuantError(
                     f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, "
                     f"this command {value!r}; use the same settings or another --output_dir"
@@ -165,6 +186,30 @@ class RunFolder:
         for index in range(other.finished_blocks()):
             shutil.copyfile(other.block_path(index), self.block_path(index))
         self.write_text("blocks.jsonl", "".join(r.as_line() + "\n" for r in other.records()))
+
+    def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write results.json, keeping perplexities of texts that `results` did not measure."""
+        path = self.path / "results.json"
+        if path.is_file():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            results = {
+                **results,
+                "perplexity": {**old.get("perplexity", {}), **results["perplexity"]},
+            }
+        self.write_text("results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    @contextmanager
+    def logging(self, logger: logging.Logger) -> Iterator[None]:
+        """Write what `logger` says to run.log too."""
+        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file so that it is whole or absent."""

@@ -237,7 +237,7 @@ def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) ->
     entry.embed(stream)
     outputs = []
     for index in range(len(bench.model.blocks)):
-        view = bench.view(index, FLOATING_POINT, method or Method())
+        view = bench.view(index, bench.stored(index), FLOATING_POINT, method or Method())
         generator = torch.Generator().manual_seed(index)
         for site in view.sites:
             scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
@@ -248,7 +248,7 @@ def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) ->
         with bench.runner(index, view) as runner:
             states = stream.read(entry.batches[0])
             outputs.append(runner(view.tensors(), states, entry.arguments(0, index)))
-        advance_full_precision(bench, index, entry, stream)
+        advance_full_precision(bench, index, bench.stored(index), entry, stream)
     return outputs
 
 
@@ -267,7 +267,7 @@ def test_the_block_view_comparison_sees_one_wrong_scale(make_model, make_bench, 
     bench = make_bench(make_model("llama"))
     ids = token_ids(2, TOKENS)
     (plain, _) = block_outputs(bench, ids, None)
-    view = bench.view(0, FLOATING_POINT, Method())
+    view = bench.view(0, bench.stored(0), FLOATING_POINT, Method())
     tensors = view.tensors()
     tensors["self_attn.k_proj.weight"] = tensors["self_attn.k_proj.weight"].clone()
     tensors["self_attn.k_proj.weight"][3] *= 1.5

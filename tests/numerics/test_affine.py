@@ -11,8 +11,10 @@ from lrquant.numerics.affine import (
     affine_grid,
     code_range,
     dequantize_weight,
+    effective_weight,
     fake_quantize_tokens,
     fake_quantize_weight,
+    group_extremes,
     quantize_weight,
 )
 
@@ -229,6 +231,28 @@ def test_arithmetic_is_float32_whatever_the_dtypes(stored, dtype):
 
 
 @SYMMETRY
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_known_extremes_change_nothing(scaled, stored, symmetric, monkeypatch):
+    monkeypatch.setattr(affine, "_CHUNK_ELEMENTS", 500)
+    weight = normal(OUT, IN).to(stored)
+    row, column, upper, lower, rescale = weight_inputs(weight, 16)
+    inputs = [row, column] if scaled else [None, None]
+    extremes = group_extremes(effective_weight(weight, *inputs), 16)
+    leaves = [values for values in (*inputs, upper, lower, rescale) if values is not None]
+    results = []
+    for known in (None, extremes, (extremes[0] * 0.7, extremes[1] * 0.7)):
+        settings = (*inputs, upper, lower, rescale, 4, 16, symmetric, torch.float32, known)
+        output = fake_quantize_weight(weight, *settings)
+        gradients = torch.autograd.grad((output * normal(OUT, IN, seed=9)).sum(), leaves)
+        codes = quantize_weight(weight, *inputs, upper, lower, 4, 16, symmetric, known)
+        results.append([output, *gradients, *codes])
+    searched, given, wrong = results
+    assert all(torch.equal(a, b) for a, b in zip(searched, given, strict=True))
+    assert not torch.equal(searched[0], wrong[0])  # negative control: they are used
+
+
+@SYMMETRY
 @pytest.mark.parametrize("elements", [1, 100, 128, 1000])
 def test_results_do_not_depend_on_the_chunk_size(elements, symmetric, monkeypatch):
     weight = normal(OUT, IN)
@@ -423,8 +447,10 @@ def test_compressed_tensors_quantises_tokens_the_same(bits, symmetric):
 
 @pytest.mark.parametrize(
     "bits, symmetric, expected",
-    [(2, False, (0, 3)), (4, False, (0, 15)), (8, False, (0, 255))]
-    + [(2, True, (-2, 1)), (4, True, (-8, 7)), (8, True, (-128, 127))],
+    [
+        *((2, False, (0, 3)), (4, False, (0, 15)), (8, False, (0, 255))),
+        *((2, True, (-2, 1)), (4, True, (-8, 7)), (8, True, (-128, 127))),
+    ],
 )
 def test_code_range(bits, symmetric, expected):
     assert code_range(bits, symmetric) == expected

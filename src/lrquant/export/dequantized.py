@@ -37,6 +37,7 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         if model.skeleton.config.tie_word_embeddings:
             outer.pop("lm_head.weight", None)
         dtype = model.source.tensor(next(iter(outer))).dtype
+        outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
         _save_shard(temporary / "model-outer.safetensors", outer, dtype, shards)
         for index in range(len(model.blocks)):
             view = learned_view(workbench, config, folder, index)
@@ -54,6 +55,9 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         saved.save_pretrained(temporary)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
+        generation = (model.folder or Path()) / "generation_config.json"
+        if model.folder is not None and generation.is_file():
+            shutil.copyfile(generation, temporary / generation.name)
         (temporary / "lrquant.yaml").write_text(config.to_yaml(), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)

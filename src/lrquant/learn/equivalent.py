@@ -41,19 +41,11 @@ def equivalent_parameters(
             scale = logarithmic_scale(maxima)
         parameters[f"let.{site.name}.scale"] = scale.to(device)
         if site.name in shifted:
-            midpoints = torch.zeros(site.size)
-            if _producer_learns_from_midpoints(statistics, site, block_name):
-                midpoints = _reduce(
-                    site, _statistic(statistics.midpoints, site, block_name), "mean"
-                )
-            parameters[f"let.{site.name}.shift"] = midpoints.to(device)
+            shift = torch.zeros(site.size)
+            if statistics.midpoints:
+                shift = _reduce(site, _statistic(statistics.midpoints, site, block_name), "mean")
+            parameters[f"let.{site.name}.shift"] = shift.to(device)
     return parameters
-
-
-def _producer_learns_from_midpoints(
-    statistics: ChannelStatistics, site: Site, block_name: str
-) -> bool:
-    return f"{block_name}.{site.measured}" in statistics.midpoints
 
 
 def _statistic(values: dict[str, Tensor], site: Site, block_name: str) -> Tensor:

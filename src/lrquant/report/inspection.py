@@ -31,7 +31,7 @@ def _inspect_run(folder: RunFolder) -> str:
         f"model: {config.model} ({identity['model']['model_type']})",
         f"scheme: {Scheme(**identity['scheme']).describe()}",
         f"learning: {_pairs(identity['method'])}; {_pairs(identity['learning'])}",
-        f"calibration: {identity['data']['text']}",
+        f"calibration: {identity['calibration']}",
         f"precision: {identity['precision']}",
         f"learned parameters: {_size(learned)}; "
         f"time: {sum(r.seconds for r in records):.0f} s; "

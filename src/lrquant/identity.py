@@ -1,0 +1,84 @@
+"""What a run is, in words for people and in values that decide whether it may be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.fit import FitSettings
+from lrquant.model import Model
+from lrquant.version import __version__
+from lrquant.workbench import Workbench, method_of, peak_memory
+
+
+def describe_method(config: Config) -> str:
+    """One line for people: what is learned, how long."""
+    parts = []
+    if config.lwc:
+        parts.append(f"weight clipping (lr {config.lwc_lr:g})")
+    if config.let:
+        sites = ", ".join(config.let_sites)
+        parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
+    if not parts:
+        return "round to nearest: nothing is learned"
+    return f"{' and '.join(parts)}; loss {config.loss}; {config.epochs} epochs"
+
+
+def describe_run(
+    config: Config, model: Model, workbench: Workbench, calibration: Samples
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed, and `calibration` in words."""
+    settings = dataclasses.asdict(fit_settings(config))
+    statistics = [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in (config.act_scales, config.act_shifts)
+        if path is not None
+    ]
+    return {
+        "model": model.fingerprint(),
+        "scheme": dataclasses.asdict(config.quantization),
+        "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
+        "learning": {**settings, "batch_size": config.batch_size},
+        "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
+        "statistics": statistics,
+        "precision": dtype_name(workbench.dtype),
+        "calibration": calibration.description,
+    }
+
+
+def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
+    """What a reader needs to repeat the numbers."""
+    return {
+        "model": config.model,
+        "scheme": config.scheme,
+        "method": describe_method(config),
+        "seed": config.seed,
+        "device": str(workbench.device),
+        "precision": dtype_name(workbench.dtype),
+        "versions": {
+            "lrquant": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "peak_memory_bytes": peak_memory(workbench.device),
+    }
+
+
+def fit_settings(config: Config) -> FitSettings:
+    """How blocks are learned."""
+    return FitSettings(config.epochs, config.let_lr, config.lwc_lr, config.wd, config.loss)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 rather than torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
