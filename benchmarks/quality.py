@@ -97,7 +97,9 @@ def _measured(out: Path, model: Model, settings: dict[str, Any], text: str) -> d
     with tempfile.TemporaryDirectory() as folder:
         config = Config(**settings, output_dir=folder)
         if config.epochs:
-            perplexity = run(settings | {"output_dir": folder}, model).results["perplexity"][text]["quantized"]
+            perplexity = run(settings | {"output_dir": folder}, model).results["perplexity"][text][
+                "quantized"
+            ]
         else:
             perplexity = _unlearned(config, model, text)
     seconds = round(time.monotonic() - started, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks import BlockInputs, Head, Stream
+from lrquant.blocks import BlockInputs, Head
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import PreparedBlock, perplexity
 from lrquant.learn.view import Method
@@ -22,6 +22,7 @@ from lrquant.materialize import materialize
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.sites import KINDS
 from lrquant.stats import ChannelStatistics
+from lrquant.streams import Stream
 from lrquant.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -369,8 +370,10 @@ def test_the_materialised_model_is_the_stream_of_blocks(
     bench = make_bench(make_model(variant))
     ids = token_ids(2, TOKENS)
     expected = streamed_logits(bench, ids, 2, scheme, method)
+    skeleton = bench.model.skeleton
+    attention = skeleton.config._attn_implementation
     module = materialize(bench, lambda index: prepare(bench, index, scheme, method))
-    assert hooks(bench.model.skeleton) == 0
+    assert hooks(skeleton) == 0 and skeleton.config._attn_implementation == attention
     found = module(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if scheme != FLOATING_POINT:  # negative control: quantization is really there

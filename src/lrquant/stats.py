@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import UNREADABLE, LRQuantError
 
 SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
-_UNREADABLE = (  # what torch's restricted unpickler raises on damaged files
-    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, pickle.UnpicklingError, struct.error),
-)
 
 
 @dataclass
@@ -65,7 +59,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"statistics {path}: no such file; make it with `lrquant stats`, or leave the option "
             "out and statistics are gathered on the way"
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise LRQuantError(
             f"statistics {path}: corrupt or not a statistics file; make it again with "
             "`lrquant stats`"

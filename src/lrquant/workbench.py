@@ -57,9 +57,8 @@ class Workbench:
         elements = entry.shape[0] * entry.shape[1] * entry.shape[2]
         needed = count * elements * torch.empty((), dtype=self.dtype).element_size()
         place = self.offload if self.offload != "auto" else self._roomiest(needed)
-        return [
-            Stream(entry.shape, self.dtype, self.device, place, self.scratch) for _ in range(count)
-        ]
+        folder = self.scratch if self.scratch is not None and self.scratch.is_dir() else None
+        return [Stream(entry.shape, self.dtype, self.device, place, folder) for _ in range(count)]
 
     def _roomiest(self, needed: int) -> str:
         if self.device.type == "cuda" and needed < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
@@ -72,8 +71,6 @@ def make_workbench(model: Model, config: Config) -> Workbench:
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
     scratch = Path(config.output_dir)
-    if config.offload in ("auto", "disk"):
-        scratch.mkdir(parents=True, exist_ok=True)
     return Workbench(model, device, dtype, config.offload, scratch)
 
 

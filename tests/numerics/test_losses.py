@@ -43,6 +43,12 @@ def test_negative_log_cosine_is_of_the_mean_cosine_not_the_mean_of_logs(pair):
     assert abs(float(negative_log_cosine(*pair)) - wrong) > 1e-3
 
 
+def test_opposite_tokens_cancel_in_the_mean_cosine(pair):
+    output = pair[1].clone()
+    output[0, 0] *= -1
+    assert float(negative_log_cosine(output, pair[1])) == pytest.approx(-math.log(0.8), rel=1e-5)
+
+
 def test_cosine_ignores_length_and_mse_does_not(pair):
     target = pair[1]
     assert float(negative_log_cosine(3 * target, target)) == pytest.approx(0, abs=1e-6)

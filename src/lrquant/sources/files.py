@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.sources.checks import (
     AGAIN,
     damaged,
@@ -125,7 +125,7 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             f"{path}: damaged, or holds more than tensors and could run code, so it is not loaded; "
             f"{AGAIN}, as safetensors if there is a choice"
         ) from error
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise LRQuantError(
