@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from lrquant.config import Config, convert, read_yaml, typed_settings
+from lrquant.config import Config, convert, overridden, read_yaml, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
 
-RESUME_IN_PLACE = "."
+_RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
     *("model", "net", "calib_dataset", "nsamples", "seqlen", "seed", "data_dir", "cache_dir"),
     *("device", "precision", "offload"),
@@ -30,17 +30,18 @@ _EVALUATE_SETTINGS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 2 with one line on standard error if not."""
-    parser = _parser()
-    options = parser.parse_args(_with_dashes(sys.argv[1:] if arguments is None else arguments))
     console = Console()
     _log_to(console)
     try:
+        given = sys.argv[1:] if arguments is None else arguments
+        options = _parser().parse_args(_with_dashes(given))
         options.command(options, console)
     except LRQuantError as error:
         print(f"lrquant: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"lrquant: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        print(f"lrquant: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -61,8 +62,15 @@ def statistics_main(arguments: Sequence[str] | None = None) -> int:
     return main(["stats", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are errors like all others: one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise LRQuantError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lrquant", description="Quantise language models with LRQuant.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"lrquant {__version__}")
@@ -118,7 +126,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             parser.add_argument(flag, dest=name, action=action, default=None, help=text)
         elif name == "resume":
             parser.add_argument(
-                flag, dest=name, nargs="?", const=RESUME_IN_PLACE, metavar="RUN", help=text
+                flag, dest=name, nargs="?", const=_RESUME_IN_PLACE, metavar="RUN", help=text
             )
         else:
             parser.add_argument(flag, dest=name, default=None, help=text.replace("%", "%%"))
@@ -146,14 +154,13 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
     from lrquant.progress import BarProgress
 
     names = [entry.name for entry in dataclasses.fields(Config)]
-    values = read_yaml(options.config) if options.config else {}
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    values.update(_settings(options, names))
-    if values.get("resume") == RESUME_IN_PLACE:
-        values["resume"] = values.get("output_dir", Config.output_dir)
-    elif values.get("resume") and "output_dir" not in values:
-        values["output_dir"] = values["resume"]
-    settings = typed_settings(values, str(options.config or "command line"))
+    origin = str(options.config)
+    from_file = typed_settings(read_yaml(options.config), origin) if options.config else {}
+    settings = overridden(from_file, _settings(options, names))
+    if settings.get("resume") == _RESUME_IN_PLACE:
+        settings["resume"] = settings.get("output_dir", Config.output_dir)
+    elif settings.get("resume") and "output_dir" not in settings:
+        settings["output_dir"] = settings["resume"]
     if options.published_statistics:
         settings = _with_published_statistics(settings)
     done = run(settings, progress=BarProgress(console))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -90,6 +91,9 @@ class Config:
                 raise LRQuantError(
                     f"{name} {getattr(self, name)}: use a whole number of at least {smallest}"
                 )
+        for name in ("lwc_lr", "let_lr", "wd"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LRQuantError(f"{name} {getattr(self, name)}: use a finite number from 0 on")
         for entry in dataclasses.fields(self):
             choices = entry.metadata["choices"]
             if choices and getattr(self, entry.name) not in choices:
@@ -166,6 +170,37 @@ class Config:
         return cls(**typed_settings(read_yaml(path), str(path)))
 
 
+_SPELLED_OUT = {
+    **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
+    **{"symmetric": "symmetric", "qkv_bits": "qkv_bits"},
+}
+
+
+def require_one_scheme(settings: dict[str, Any]) -> None:
+    """Refuse bits, group size or symmetry that contradict the scheme given beside them."""
+    if not settings.get("scheme"):
+        return
+    scheme = Scheme.parse(settings["scheme"])
+    for name, attribute in _SPELLED_OUT.items():
+        named, given = getattr(scheme, attribute), settings.get(name)
+        if named not in (None, False) and given not in (None, named):
+            raise LRQuantError(
+                f"scheme {scheme.name} and {name} {given} disagree; give one of them"
+            )
+
+
+def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with those of `by` in their place; a scheme and its bits replace each other."""
+    if by.get("scheme"):
+        settings = {name: value for name, value in settings.items() if name not in _SPELLED_OUT}
+    elif settings.get("scheme") and by.keys() & _SPELLED_OUT.keys():
+        scheme = Scheme.parse(settings["scheme"])
+        bits = {name: getattr(scheme, attribute) for name, attribute in _SPELLED_OUT.items()}
+        bits = {name: value for name, value in bits.items() if value not in (None, False)}
+        settings = {**settings, **bits, "scheme": None}
+    return {**settings, **by}
+
+
 def typed_settings(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """Fields of Config by name, dashes or underscores alike, converted; `origin` is for errors."""
     known = {entry.name for entry in dataclasses.fields(Config)}
@@ -200,12 +235,23 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise LRQuantError(f"{where}: expected a list, got {value!r}")
         return tuple(str(part).strip() for part in parts if str(part).strip())
     if kind is bool:
         if isinstance(value, bool):
             return value
         raise LRQuantError(f"{where}: expected true or false, got {value!r}")
+    wrong = LRQuantError(f"{where}: expected {_KINDS[kind]}, got {value!r}")
+    if value is None or isinstance(value, bool | list | dict):
+        raise wrong
     try:
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise LRQuantError(f"{where}: expected {kind.__name__}, got {value!r}") from error
+        converted = kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
+    if kind is int and isinstance(value, float) and converted != value:
+        raise wrong
+    return converted
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}

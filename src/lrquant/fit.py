@@ -85,20 +85,26 @@ def fit_block(
         tensors = view.tensors()
     report = FitReport(data.loss(runner, tensors, settings.loss))
     if not math.isfinite(report.initial_loss):
-        raise LRQuantError(_first_non_finite(runner, tensors, data))
+        raise LRQuantError(_first_non_finite(view, runner, tensors, data))
     if settings.epochs == 0 or not view.parameters:
         return report
-    best, best_loss = _copy(view.parameters), report.initial_loss
+    start = best = _copy(view.parameters)
+    best_loss = report.initial_loss
     optimizer = make_optimizer(view.parameters, settings)
     for epoch in range(settings.epochs):
         mean_loss = _epoch(view, runner, data, optimizer, settings.loss, epoch, progress)
         if mean_loss is None:
             report.non_finite.append(f"epoch {epoch + 1}: back to the best parameters so far")
-            view.parameters = best
+            _go_back(view, runner, data, settings.loss, best, start)
             break
         report.epoch_losses.append(mean_loss)
         if mean_loss <= best_loss:
             best, best_loss = _copy(view.parameters), mean_loss
+    else:
+        if not math.isfinite(_first_loss(view, runner, data, settings.loss)):
+            event = f"epoch {settings.epochs}, after its last step"
+            report.non_finite.append(f"{event}: back to the best parameters so far")
+            _go_back(view, runner, data, settings.loss, best, start)
     view.parameters = _copy(view.parameters)
     report.seconds = time.monotonic() - started
     return report
@@ -146,6 +152,29 @@ def learning_step(
     return float(loss.detach())
 
 
+@torch.no_grad()
+def _go_back(
+    view: BlockView,
+    runner: BlockRunner,
+    data: BlockData,
+    kind: str,
+    best: dict[str, Tensor],
+    start: dict[str, Tensor],
+) -> None:
+    """Take the best parameters; the start if even they, one step after their loss, fail."""
+    view.parameters = best
+    if not math.isfinite(data.loss(runner, view.tensors(), kind)):
+        view.parameters = start
+
+
+@torch.no_grad()
+def _first_loss(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> float:
+    """Loss of the first batch: what the last step, which no other step follows, has led to."""
+    samples = data.entry.batches[0]
+    output = runner(view.tensors(), data.inputs.read(samples), data.entry.arguments(0, data.index))
+    return float(reconstruction_loss(output, data.targets.read(samples), kind))
+
+
 def make_optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
     """AdamW over the parameters, which become leaves, each kind at its own learning rate."""
     for parameter in parameters.values():
@@ -163,8 +192,16 @@ def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData) -> str:
-    """Name the first linear whose input is not finite, or say that the output is not."""
+def _first_non_finite(
+    view: BlockView, runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData
+) -> str:
+    """Name the weight that is not finite, else the first linear whose input is not."""
+    for name, tensor in view.stored.items():
+        if not torch.isfinite(tensor).all():
+            return (
+                f"block {data.index}: {name} holds a value that is not finite; the model's weights "
+                "are damaged, download them again"
+            )
     seen: list[str] = []
 
     def observe(name: str, values: Tensor) -> None:

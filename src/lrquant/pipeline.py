@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.blocks import BlockInputs, BlockRunner
-from lrquant.config import Config
+from lrquant.config import Config, require_one_scheme, typed_settings
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import (
@@ -24,7 +24,7 @@ from lrquant.evaluation.measures import (
     prepare_evaluation,
     preparer,
 )
-from lrquant.export.dequantized import save_dequantized
+from lrquant.export.dequantized import check_target, save_dequantized
 from lrquant.fit import BlockData, FitReport, fit_block, reconstruction_loss
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView, Method
@@ -71,7 +71,7 @@ class Run:
 
 
 def quantize(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     scheme: str | None = None,
     *,
     tokenizer: Any = None,
@@ -85,8 +85,10 @@ def quantize(
     `tokenizer`, unless token ids (samples, tokens) are given as `samples`).  Raises LRQuantError
     for anything the caller can mend.
     """
-    name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
-    loaded = None if isinstance(model, str) else from_module(model, tokenizer)
+    if isinstance(model, str | Path):
+        return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
+    name = model.config.name_or_path or type(model).__name__
+    loaded = from_module(model, tokenizer)
     return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
 
 
@@ -102,6 +104,8 @@ def run(
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
     progress = progress or Progress()
+    settings = typed_settings(settings, "settings")
+    require_one_scheme(settings)
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
     if measure_only:
         settings = _settings_of_finished_run(settings)
@@ -110,6 +114,8 @@ def run(
     logger.info("method %s", describe_method(config))
     model = model or load_model(config.model, _path(config.cache_dir))
     _check_groups(model, config.quantization)
+    if config.save_dir is not None:
+        check_target(model, config, Path(config.save_dir))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -158,13 +164,15 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
 def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
     """Measure a run folder, or a floating-point model; `settings` are fields of `Config`.
 
+    Where they name no text and no task, a run is measured on its own ones, a model on wikitext2.
     A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
-    settings = {"ppl": ("wikitext2",), **settings} if not settings.get("eval_ppl") else settings
-    config = Config(model=target, wbits=FLOAT_BITS, abits=FLOAT_BITS, epochs=0, **settings)
-    config = config.resolved()
+    if not _asks_for_measures(settings):
+        settings["ppl"] = ("wikitext2",)
+    settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
+    config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
     model = load_model(config.model, _path(config.cache_dir))
     texts = prepare_evaluation(config, model)
     workbench = make_workbench(model, config)
@@ -274,6 +282,11 @@ def _check_groups(model: Model, scheme: Scheme) -> None:
 
 def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
     if ids is not None:
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise LRQuantError(
+                f"samples of shape {tuple(ids.shape)} and {ids.dtype}: expected token ids "
+                "(samples, tokens), int64"
+            )
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
         text = f"given tokens, {len(ids)} x {ids.shape[1]} = {ids.numel()} tokens"
         return Samples(ids, "given", "given", "given", digest, text)
@@ -301,9 +314,14 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     """The run's own settings, with what was given of how to measure."""
     own = RunFolder.open(Path(given["resume"])).config
     chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
-    measures = dict.fromkeys(("eval_ppl", "compare"), False) | {"ppl": (), "tasks": "", "limit": -1}
     places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
-    return dataclasses.asdict(own) | measures | places | chosen
+    none = {"eval_ppl": False, "ppl": (), "compare": False, "tasks": "", "limit": -1}
+    replaced = none if _asks_for_measures(given) else {}
+    return dataclasses.asdict(own) | replaced | places | chosen
+
+
+def _asks_for_measures(settings: dict[str, Any]) -> bool:
+    return any(settings.get(name) for name in ("eval_ppl", "ppl", "tasks"))
 
 
 _MEASURE_SETTINGS = (

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,7 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, Any]:
         """Model, scheme, method and data of the run."""
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LRQuantError(f"run folder {self.path}: run.json is corrupt") from error
+        return read_json(self.path / "run.json")
 
     @property
     def config(self) -> Config:
@@ -115,13 +113,17 @@ class RunFolder:
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a run of another model, scheme, method or data."""
-        found = self.identity
-        for key, value in identity.items():
-            if key != "calibration" and found.get(key) != value:
-                raise LRQuantError(
-                    f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, "
-                    f"this command {value!r}; use the same settings or another --output_dir"
-                )
+        found, wanted = _flat(self.identity), _flat(identity)
+        for key, value in wanted.items():
+            if key == "calibration" or found.get(key) == value:
+                continue
+            words = found.get("calibration"), wanted.get("calibration")
+            if key.startswith("data ") and words[0] != words[1]:
+                key = "calibration"
+            raise LRQuantError(
+                f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, this "
+                f"command {wanted[key]!r}; use the same settings or another --output_dir"
+            )
 
     def block_path(self, index: int) -> Path:
         """Where a block's learned parameters are."""
@@ -146,15 +148,15 @@ class RunFolder:
         try:
             save_file(tensors, temporary)
             _flush(temporary)
-            with (self.path / "blocks.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(record.as_line() + "\n")
+            self._write_records([*self.records(), record])
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise LRQuantError(
                 f"run folder {self.path}: block {record.block} cannot be written ({error}); free "
                 "some space and go on with --resume"
             ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load_block(self, index: int) -> dict[str, Tensor]:
         """A finished block's learned parameters."""
@@ -169,40 +171,48 @@ class RunFolder:
             ) from error
 
     def records(self) -> list[BlockRecord]:
-        """The last record of each finished block, in order."""
+        """The records of the finished blocks, in order."""
         path = self.path / "blocks.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        latest: dict[int, BlockRecord] = {}
-        for line in lines:
-            try:
-                record = BlockRecord(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # a line cut off by a kill; its block was not finished
-            latest[record.block] = record
-        return [latest[index] for index in sorted(latest) if index < self.finished_blocks()]
+        try:
+            records = [BlockRecord(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise LRQuantError(f"{path}: corrupt; delete it and go on with --resume") from error
+        return [record for record in records if record.block < self.finished_blocks()]
+
+    def _write_records(self, records: list[BlockRecord]) -> None:
+        self.write_text("blocks.jsonl", "".join(record.as_line() + "\n" for record in records))
 
     def copy_blocks(self, other: RunFolder) -> None:
         """Take over another run's finished blocks and their records."""
-        for index in range(other.finished_blocks()):
-            shutil.copyfile(other.block_path(index), self.block_path(index))
-        self.write_text("blocks.jsonl", "".join(r.as_line() + "\n" for r in other.records()))
+        try:
+            self._write_records(other.records())
+            for index in range(other.finished_blocks()):
+                temporary = self.block_path(index).with_suffix(".tmp")
+                shutil.copyfile(other.block_path(index), temporary)
+                _flush(temporary)
+                temporary.replace(self.block_path(index))
+        except OSError as error:
+            raise LRQuantError(
+                f"run folder {self.path}: the blocks of {other.path} cannot be copied "
+                f"({error.strerror}); free some space, or go on in place with --resume alone"
+            ) from error
 
     def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Write results.json, keeping perplexities of texts that `results` did not measure."""
+        """Write results.json, keeping of the old one what `results` did not measure."""
         path = self.path / "results.json"
         if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            results = {
-                **results,
-                "perplexity": {**old.get("perplexity", {}), **results["perplexity"]},
-            }
+            old = read_json(path)
+            measured = ("perplexity", "tasks")
+            kept = {name: {**old.get(name, {}), **results.get(name, {})} for name in measured}
+            results = {**results, **{name: value for name, value in kept.items() if value}}
         self.write_text("results.json", json.dumps(results, indent=1) + "\n")
         return results
 
     @contextmanager
     def logging(self, logger: logging.Logger) -> Iterator[None]:
         """Write what `logger` says to run.log too."""
-        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler = _LogFile(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         try:
@@ -214,9 +224,49 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a small file so that it is whole or absent."""
         temporary = self.path / (name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(self.path / name)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            temporary.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise LRQuantError(
+                f"run folder {self.path}: {name} cannot be written ({error.strerror}); free some "
+                "space or use another --output_dir"
+            ) from error
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may fill up: the run ends, or not, by what matters more than its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LRQuantError(f"{path}: cannot be read, or is not JSON") from error
+    if not isinstance(values, dict):
+        raise LRQuantError(f"{path}: not a JSON object")
+    return values
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """{"data": {"set": x}} -> {"data set": x}."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        parts = value.items() if isinstance(value, dict) else ()
+        flat.update({f"{key} {part}": inner for part, inner in parts} or {key: value})
+    return flat
 
 
 def _flush(path: Path) -> None:

@@ -53,7 +53,7 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
     return values + (torch.round(values) - values).detach()
 
 
-def reference_round_trip(groups, upper, lower, rescale, bits, symmetric):
+def reference_round_trip(groups, upper, lower, bits, symmetric):
     """algorithm.md, section 1, on (..., group_size) by autograd alone, in float32.
 
     The largest value of a symmetric group lies exactly between two codes, so a scale in the last
@@ -74,17 +74,17 @@ def reference_round_trip(groups, upper, lower, rescale, bits, symmetric):
     else:
         zero_point = torch.round(-low / scale).clamp(0, code_max).detach()
     codes = (rounded(groups / scale) + zero_point).clamp(code_min, code_max)
-    return rescale * scale * (codes - zero_point)
+    return scale * (codes - zero_point)
 
 
-def reference_weight(weight, row, column, upper, lower, rescale, bits, group_size, symmetric):
+def reference_weight(weight, row, column, upper, lower, bits, group_size, symmetric):
     groups = (weight * row[:, None] * column).view(len(weight), -1, group_size)
-    upper, lower, rescale = (values[..., None] for values in (upper, lower, rescale))
-    return reference_round_trip(groups, upper, lower, rescale, bits, symmetric).view_as(weight)
+    upper, lower = (values[..., None] for values in (upper, lower))
+    return reference_round_trip(groups, upper, lower, bits, symmetric).view_as(weight)
 
 
 def weight_inputs(weight: torch.Tensor, group_size: int) -> list[torch.Tensor]:
-    """Row and column factor, both clipping strengths, rescale: leaves with gradients."""
+    """Row and column factor, both clipping strengths: leaves with gradients."""
     rows, columns = weight.shape
     groups = columns // group_size
     inputs = [
@@ -92,7 +92,6 @@ def weight_inputs(weight: torch.Tensor, group_size: int) -> list[torch.Tensor]:
         uniform(0.5, 2, columns, seed=2),
         uniform(0.6, 1, rows, groups, seed=3),
         uniform(0.6, 1, rows, groups, seed=4),
-        uniform(0.8, 1.2, rows, groups, seed=5),
     ]
     return [values.requires_grad_() for values in inputs]
 
@@ -110,7 +109,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, what: str, size: fl
     assert error <= 5e-6 * float(expected.abs().max()) + 1e-6 * size, f"{what}: off by {error}"
 
 
-NAMES = ["value", "row factor", "column factor", "upper", "lower", "rescale"]
+NAMES = ["value", "row factor", "column factor", "upper", "lower"]
 
 
 @SYMMETRY
@@ -189,7 +188,7 @@ def test_each_input_may_be_the_only_one(given, symmetric):
 def test_no_gradient_reaches_the_stored_weight():
     weight = normal(OUT, IN).requires_grad_()
     factor = torch.ones(OUT, requires_grad=True)
-    fake_quantize_weight(weight, factor, None, None, None, None, 4, IN).sum().backward()
+    fake_quantize_weight(weight, factor, None, None, None, 4, IN).sum().backward()
     assert weight.grad is None and factor.grad is not None
 
 
@@ -209,10 +208,10 @@ def test_inputs_are_not_changed():
 def test_fake_quantization_equals_codes_decoded_bit_for_bit(bits, group_size, symmetric):
     weight = normal(OUT, IN)
     with torch.no_grad():
-        row, column, upper, lower, _ = weight_inputs(weight, group_size)
+        row, column, upper, lower = weight_inputs(weight, group_size)
         settings = (weight, row, column, upper, lower)
         codes, scale, zero_point = quantize_weight(*settings, bits, group_size, symmetric)
-        fake = fake_quantize_weight(*settings, None, bits, group_size, symmetric)
+        fake = fake_quantize_weight(*settings, bits, group_size, symmetric)
     decoded = dequantize_weight(codes, scale, zero_point)
     assert torch.equal(fake.view(torch.int32), decoded.view(torch.int32))
 
@@ -221,7 +220,7 @@ def test_fake_quantization_equals_codes_decoded_bit_for_bit(bits, group_size, sy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arithmetic_is_float32_whatever_the_dtypes(stored, dtype):
     weight = normal(OUT, IN).to(stored)
-    plain = [None] * 5
+    plain = [None] * 4
     found = fake_quantize_weight(weight, *plain, 4, 16, dtype=dtype)
     expected = fake_quantize_weight(weight.float(), *plain, 4, 16).to(dtype)
     assert found.dtype == dtype and torch.equal(found, expected)
@@ -236,13 +235,13 @@ def test_arithmetic_is_float32_whatever_the_dtypes(stored, dtype):
 def test_known_extremes_change_nothing(scaled, stored, symmetric, monkeypatch):
     monkeypatch.setattr(affine, "_CHUNK_ELEMENTS", 500)
     weight = normal(OUT, IN).to(stored)
-    row, column, upper, lower, rescale = weight_inputs(weight, 16)
+    row, column, upper, lower = weight_inputs(weight, 16)
     inputs = [row, column] if scaled else [None, None]
     extremes = group_extremes(effective_weight(weight, *inputs), 16)
-    leaves = [values for values in (*inputs, upper, lower, rescale) if values is not None]
+    leaves = [values for values in (*inputs, upper, lower) if values is not None]
     results = []
     for known in (None, extremes, (extremes[0] * 0.7, extremes[1] * 0.7)):
-        settings = (*inputs, upper, lower, rescale, 4, 16, symmetric, torch.float32, known)
+        settings = (*inputs, upper, lower, 4, 16, symmetric, torch.float32, known)
         output = fake_quantize_weight(weight, *settings)
         gradients = torch.autograd.grad((output * normal(OUT, IN, seed=9)).sum(), leaves)
         codes = quantize_weight(weight, *inputs, upper, lower, 4, 16, symmetric, known)
@@ -289,7 +288,7 @@ def test_chunks_cover_every_row_once(rows, columns):
 
 
 def reference_tokens(values, bits, symmetric):
-    return reference_round_trip(values, 1.0, 1.0, 1.0, bits, symmetric)
+    return reference_round_trip(values, 1.0, 1.0, bits, symmetric)
 
 
 @SYMMETRY

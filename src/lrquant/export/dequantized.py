@@ -15,19 +15,54 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrquant.blocks import SHIFT_SUFFIX
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 INDEX = "model.safetensors.index.json"
+MADE_BY = "lrquant.yaml"
+
+
+def check_target(model: Model, config: Config, target: Path) -> None:
+    """Refuse, before any hour is spent, what could not be written or would destroy other files."""
+    if target.resolve() == Path(config.output_dir).resolve():
+        raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
+    if target.exists() and not target.is_dir():
+        raise LRQuantError(f"--save_dir {target}: a file; use another folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / MADE_BY).is_file():
+        raise LRQuantError(
+            f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
+            "deleted; use a new folder"
+        )
+    if config.let and config.let_shift == "always":
+        _refuse_missing_biases(model, config)
+
+
+def _refuse_missing_biases(model: Model, config: Config) -> None:
+    present = {name for name, _ in model.blocks[0].named_parameters()}
+    sites = model.architecture.sites(model.skeleton.config)
+    modules = {
+        fold.module
+        for site in sites
+        if site.shiftable and site.kind in config.let_sites
+        for fold in site.folds
+    }
+    missing = sorted(module for module in modules if f"{module}.bias" not in present)
+    if missing:
+        raise LRQuantError(
+            f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
+            f"({', '.join(missing)}); learn with --let_shift auto"
+        )
 
 
 @torch.no_grad()
 def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, target: Path) -> None:
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
+    check_target(model, config, target)
+    target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -42,7 +77,6 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         for index in range(len(model.blocks)):
             view = learned_view(workbench, config, folder, index)
             tensors = view.freeze().tensors(torch.float32)
-            _refuse_extra_tensors(tensors, view.stored)
             prefix = model.block_name(index) + "."
             named = {prefix + name: tensor for name, tensor in tensors.items()}
             _save_shard(temporary / f"model-{index:04d}.safetensors", named, dtype, shards)
@@ -58,15 +92,16 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         generation = (model.folder or Path()) / "generation_config.json"
         if model.folder is not None and generation.is_file():
             shutil.copyfile(generation, temporary / generation.name)
-        (temporary / "lrquant.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (temporary / MADE_BY).write_text(config.to_yaml(), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise LRQuantError(
             f"checkpoint {target}: cannot be written ({error}); free some space or use another "
             "--save_dir, then `--epochs 0 --resume RUN --save_dir DIR`"
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_shard(
@@ -78,13 +113,3 @@ def _save_shard(
         metadata={"format": "pt"},
     )
     shards.update(dict.fromkeys(tensors, path))
-
-
-def _refuse_extra_tensors(tensors: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    extra = sorted(set(tensors) - set(stored))
-    if extra:
-        names = ", ".join(name.removesuffix(SHIFT_SUFFIX) for name in extra)
-        raise LRQuantError(
-            f"--save_dir: the learned shifts need biases that this architecture lacks ({names}); "
-            "learn with --let_shift auto"
-        )

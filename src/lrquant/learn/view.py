@@ -171,7 +171,6 @@ class BlockView:
                     factors.rows.get(linear),
                     factors.columns.get(linear),
                     *clipping_strengths(self.parameters, linear),
-                    None,
                     self.scheme.weight_bits,
                     self.group_size(linear),
                     self.scheme.symmetric,

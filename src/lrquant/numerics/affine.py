@@ -148,7 +148,6 @@ def fake_quantize_weight(
     column_factor: Tensor | None,
     upper: Tensor | None,
     lower: Tensor | None,
-    rescale: Tensor | None,
     bits: int,
     group_size: int,
     symmetric: bool = False,
@@ -157,14 +156,11 @@ def fake_quantize_weight(
 ) -> Tensor:
     """Quantise and de-quantise ``row_factor * W * column_factor``: (out, in) in `dtype`.
 
-    Differentiable in the factors (out,) and (in,), in the clipping strengths (out, groups) and in
-    `rescale` (out, groups), which multiplies the scale after the codes are chosen (LRQuant+'s r1);
-    not in `weight`.  Equals `dequantize_weight(*quantize_weight(...))` bit for bit.
+    Differentiable in the factors (out,) and (in,) and in the clipping strengths (out, groups), not
+    in `weight`.  Equals `dequantize_weight(*quantize_weight(...))` bit for bit.
     """
     settings = bits, group_size, symmetric, dtype, extremes
-    return _FakeQuantizeWeight.apply(
-        weight, row_factor, column_factor, upper, lower, rescale, settings
-    )
+    return _FakeQuantizeWeight.apply(weight, row_factor, column_factor, upper, lower, settings)
 
 
 def _round_trip_gradient(values: Tensor, gradient: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
@@ -239,7 +235,6 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         column_factor: Tensor | None,
         upper: Tensor | None,
         lower: Tensor | None,
-        rescale: Tensor | None,
         settings: tuple[int, int, bool, torch.dtype, Extremes | None],
     ) -> Tensor:
         bits, group_size, symmetric, dtype, extremes = settings
@@ -256,24 +251,21 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 symmetric,
                 _extreme_rows(extremes, rows),
             )
-            if rescale is not None:
-                scale = scale * rescale[rows]
             grouped = codes.view(*scale.shape, group_size)
             output[rows] = decode_(grouped, zero_point[..., None], scale[..., None]).view_as(codes)
-        ctx.save_for_backward(weight, row_factor, column_factor, upper, lower, rescale)
+        ctx.save_for_backward(weight, row_factor, column_factor, upper, lower)
         ctx.settings = settings
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weight, row_factor, column_factor, upper, lower, rescale = ctx.saved_tensors
+        weight, row_factor, column_factor, upper, lower = ctx.saved_tensors
         bits, group_size, symmetric, _, known_extremes = ctx.settings
-        _, need_row, need_column, need_upper, need_lower, need_rescale = ctx.needs_input_grad[:6]
+        _, need_row, need_column, need_upper, need_lower = ctx.needs_input_grad[:5]
         to_row: Any = torch.empty_like(row_factor) if need_row else None
         to_column: Any = torch.zeros_like(column_factor) if need_column else None
         to_upper: Any = torch.empty_like(upper) if need_upper else None
         to_lower: Any = torch.empty_like(lower) if need_lower else None
-        to_rescale: Any = torch.empty_like(rescale) if need_rescale else None
 
         for rows in row_chunks(weight):
             source = weight[rows].float()
@@ -292,11 +284,6 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             low, high = minimum * strength_low, maximum * strength_high
             grid = affine_grid(low, high, bits, symmetric)
             grad = gradient[rows].float().view(grouped.shape)
-            if need_rescale:
-                decoded = decode_(encode_(grouped.clone(), grid), grid.zero_point, grid.scale)
-                to_rescale[rows] = decoded.mul_(grad).sum(-1)
-            if rescale is not None:
-                grad = grad * rescale[rows][..., None]
             to_scale, to_values = _round_trip_gradient(grouped, grad, grid)
             to_low, to_high = _range_gradient(to_scale, low, high, grid, symmetric)
             if need_lower:
@@ -315,7 +302,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 if row_factor is not None:
                     product.mul_(chunk_row[:, None])
                 to_column.add_(product.sum(0))
-        return None, to_row, to_column, to_upper, to_lower, to_rescale, None
+        return None, to_row, to_column, to_upper, to_lower, None
 
 
 def _equal(values: Tensor, extremes: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
 from lrquant.report.tables import results_table, table
 from lrquant.scheme import Scheme
-from lrquant.workdir import RunFolder
+from lrquant.workdir import RunFolder, read_json
 
 
 def inspect_folder(path: Path) -> str:
@@ -53,13 +52,13 @@ def _inspect_run(folder: RunFolder) -> str:
     ]
     results = folder.path / "results.json"
     if results.is_file():
-        text = results_table(json.loads(results.read_text(encoding="utf-8")))
+        text = results_table(read_json(results))
         lines += ["", text] if text else []
     return "\n".join(lines)
 
 
 def _inspect_checkpoint(path: Path) -> str:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
     method = (config.get("quantization_config") or {}).get("quant_method", "none (dense weights)")
     size = sum(file.stat().st_size for file in weights)

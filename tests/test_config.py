@@ -1,0 +1,243 @@
+"""Settings: the published defaults, YAML both ways, conversion, what is refused, what is resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from lrquant.config import Config, convert, overridden, require_one_scheme, typed_settings
+from lrquant.errors import LRQuantError
+from lrquant.scheme import Scheme
+
+PUBLISHED = {
+    **{"wbits": 4, "abits": 4, "group_size": None, "symmetric": False},
+    **{"lwc_lr": 1e-2, "let_lr": 5e-3, "wd": 0, "epochs": 10, "batch_size": 1},
+    **{"calib_dataset": "wikitext2", "nsamples": 128, "seed": 2, "seqlen": 2048},
+    **{"eval_ppl": False, "tasks": "", "num_fewshot": 0, "limit": -1, "net": None},
+    **{"act_scales": None, "act_shifts": None, "resume": None, "save_dir": None},
+}
+
+OTHER = {  # a legal value that is not the default, by type or by name
+    **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
+    **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
+}
+
+
+def kind_of(name):
+    hint = typing.get_type_hints(Config)[name]
+    return next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
+
+
+def a_config_with_nothing_at_its_default():
+    names = [entry.name for entry in dataclasses.fields(Config)]
+    config = Config(**{name: OTHER.get(name, OTHER.get(kind_of(name))) for name in names})
+    assert all(getattr(config, name) != getattr(Config(), name) for name in names)
+    return config
+
+
+def test_defaults_are_those_of_the_published_tool():
+    config = Config()
+    assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
+
+
+def test_every_setting_is_explained():
+    assert all(len(entry.metadata["help"]) > 8 for entry in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize(
+    "config", [Config(), a_config_with_nothing_at_its_default()], ids=["defaults", "all changed"]
+)
+def test_yaml_round_trip(config, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    assert Config.from_yaml(path) == config
+    assert list(yaml.safe_load(config.to_yaml())) == [e.name for e in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(model="m"),
+        Config(model="m", scheme="W3A16g64", lwc=True),
+        Config(model="m", scheme="W4A4-sym-qkv8", activation_symmetric=True),
+        Config(model="m", wbits=4, abits=4, let=True),
+        Config(model="m", epochs=0),
+    ],
+)
+def test_a_resolved_configuration_stays_as_it_is(config, tmp_path):
+    resolved = config.resolved()
+    assert resolved.resolved() == resolved
+    (tmp_path / "run.yaml").write_text(resolved.to_yaml())
+    assert Config.from_yaml(tmp_path / "run.yaml").resolved() == resolved
+    require_one_scheme(dataclasses.asdict(resolved))
+
+
+def test_a_yaml_file_of_a_person(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("scheme: W4A4\nlwc_lr: 1e-3\nlet-sites: [norm]\nppl: wikitext2, ptb\nlet:\n")
+    config = Config.from_yaml(path)
+    assert (config.scheme, config.lwc_lr, config.let_sites) == ("W4A4", 1e-3, ("norm",))
+    assert config.ppl == ("wikitext2", "ptb") and config.let is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("epoch: 3", "unknown setting 'epoch'"),
+        ("epochs: many", "epochs: expected a whole number, got 'many'"),
+        ("epochs: 1.5", "epochs: expected a whole number, got 1.5"),
+        ("epochs: .inf", "epochs: expected a whole number, got inf"),
+        ("epochs: true", "epochs: expected a whole number, got True"),
+        ("epochs:", "epochs: expected a whole number, got None"),
+        ("lwc_lr: [1]", "lwc_lr: expected a number"),
+        ("lwc: 1", "lwc: expected true or false, got 1"),
+        ("lwc: 'no'", "lwc: expected true or false, got 'no'"),
+        ("model: [a, b]", "model: expected text"),
+        ("tasks:", "tasks: expected text, got None"),
+        ("ppl: 5", "ppl: expected a list, got 5"),
+        ("ppl:", "ppl: expected a list, got None"),
+        ("- epochs", "expected `setting: value` lines"),
+        ("", "expected `setting: value` lines"),
+        ("epochs: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused_by_name_and_value(content, said, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(LRQuantError) as error:
+        Config.from_yaml(path)
+    assert said in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_that_is_not_there_or_not_text(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name in ("absent.yaml", "binary.yaml"):
+        with pytest.raises(LRQuantError, match=name):
+            Config.from_yaml(tmp_path / name)
+
+
+def test_text_of_a_command_line_is_converted():
+    hints = typing.get_type_hints(Config)
+    assert convert(hints["epochs"], "20", "") == 20
+    assert (
+        convert(hints["group_size"], "64", "") == 64
+        and convert(hints["group_size"], None, "") is None
+    )
+    assert convert(hints["lwc_lr"], "1e-2", "") == 1e-2
+    assert convert(hints["ppl"], "wikitext2, c4,", "") == ("wikitext2", "c4")
+    assert typed_settings({"act-scales": "x.pt"}, "here") == {"act_scales": "x.pt"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"epochs": -1}, {"nsamples": 0}, {"batch_size": 0}, {"seqlen": 1}),
+        *({"lwc_lr": -0.1}, {"let_lr": float("nan")}, {"wd": float("inf")}),
+        *({"loss": "mae"}, {"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
+        {"let_sites": ("norm", "attention")},
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(LRQuantError) as error:
+        Config(**settings)
+    wrong = value[1] if isinstance(value, tuple) else value
+    assert (
+        name in str(error.value) and str(wrong) in str(error.value) and "use " in str(error.value)
+    )
+
+
+@pytest.mark.parametrize("name", ["wbits", "abits", "qkv_bits"])
+@pytest.mark.parametrize("bits", [0, 1, 9, 15, 17, 32])
+def test_bits_out_of_range(name, bits):
+    with pytest.raises(LRQuantError, match=rf"bits {bits}: use 2 to 8, or 16"):
+        Config(**{name: bits}).resolved()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_bits_in_range(bits):
+    assert Config(wbits=bits, abits=bits).resolved().scheme == f"W{bits}A{bits}"
+
+
+def test_scheme_and_bits_say_the_same():
+    short = Config(scheme="W3A8g64-sym-qkv16").resolved()
+    long = Config(wbits=3, abits=8, group_size=64, symmetric=True, qkv_bits=16).resolved()
+    assert short == long
+    assert short.quantization == Scheme(3, 8, 64, symmetric=True, qkv_bits=16)
+    assert Config(scheme="W4A16", group_size=32).resolved().scheme == "W4A16g32"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"scheme": "W4A4", "wbits": 3}, {"scheme": "W3A16", "abits": 4}),
+        *({"scheme": "W3A16", "wbits": 4}, {"scheme": "W4A16g64", "group_size": 128}),
+        *({"scheme": "W4A4-sym", "symmetric": False}, {"scheme": "W4A4-qkv8", "qkv_bits": 4}),
+    ],
+    ids=str,
+)
+def test_bits_that_contradict_the_scheme_beside_them(settings):
+    with pytest.raises(LRQuantError, match=f"scheme {settings['scheme']} and .* disagree"):
+        require_one_scheme(settings)
+
+
+def test_bits_that_agree_with_the_scheme_beside_them():
+    require_one_scheme({"scheme": "W4A16g64", "wbits": 4, "abits": 16, "group_size": 64})
+    require_one_scheme({"scheme": "W4A16", "group_size": 64, "symmetric": True, "qkv_bits": None})
+    require_one_scheme({"scheme": None, "wbits": 3})
+
+
+@pytest.mark.parametrize(
+    ("file", "typed", "scheme"),
+    [
+        ({"scheme": "W4A4"}, {"wbits": 3}, "W3A4"),
+        ({"scheme": "W4A16g64-sym"}, {"abits": 8}, "W4A8g64-sym"),
+        ({"scheme": "W4A4", "wbits": 4, "abits": 4}, {"scheme": "W3A16g32"}, "W3A16g32"),
+        ({"wbits": 2, "abits": 16, "group_size": 64}, {"scheme": "W4A4"}, "W4A4"),
+        ({"wbits": 2, "abits": 16}, {"abits": 8}, "W2A8"),
+        ({"scheme": "W4A4"}, {"epochs": 3}, "W4A4"),
+    ],
+)
+def test_what_is_typed_replaces_what_a_file_says(file, typed, scheme):
+    settings = overridden(file, typed)
+    require_one_scheme(settings)
+    assert Config(**settings).resolved().scheme == scheme
+
+
+def test_methods_that_follow_from_the_scheme():
+    def methods(**settings):
+        config = Config(**settings).resolved()
+        return config.lwc, config.let
+
+    assert methods(scheme="W4A4") == (True, True)
+    assert methods(scheme="W4A16") == (True, False)
+    assert methods(scheme="W16A8") == (False, True)
+    assert methods(scheme="W16A16") == (False, False)
+    assert methods(scheme="W4A4", lwc=True) == (True, False)
+    assert methods(scheme="W4A4", let=True) == (False, True)
+    assert methods(scheme="W4A4", epochs=0) == (False, False)
+
+
+def test_methods_without_effect_are_refused():
+    with pytest.raises(LRQuantError, match="--let with W16A16"):
+        Config(scheme="W16A16", let=True).resolved()
+    with pytest.raises(LRQuantError, match="--lwc with --wbits 16"):
+        Config(wbits=16, lwc=True).resolved()
+    assert Config(scheme="W4A16", let=True).resolved().let
+
+
+def test_net_is_the_last_part_of_the_model():
+    assert Config(model="/models/llama-7b/").net_name == "llama-7b"
+    assert Config(model="org/opt-125m").resolved().net == "opt-125m"
+    assert Config(model="org/opt-125m", net="opt").net_name == "opt"
+
+
+def test_sets_by_name_come_before_the_published_five():
+    assert Config(eval_ppl=True).perplexity_sets == ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
+    assert Config(eval_ppl=True, ppl=("c4",)).perplexity_sets == ("c4",)
+    assert Config().perplexity_sets == ()

@@ -1,0 +1,323 @@
+"""The run folder: whole files only, whatever moment a kill or a full disk chooses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from lrquant import workdir
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.workdir import BlockRecord, RunFolder, read_json
+
+IDENTITY = {
+    "model": {"model_type": "llama", "blocks": 3, "weights": "abc"},
+    "scheme": {"weight_bits": 4, "activation_bits": 4},
+    "learning": {"epochs": 2, "let_lr": 0.005},
+    "data": {"set": "wikitext2/train", "sha256": "123"},
+    "statistics": [],
+    "precision": "float32",
+    "calibration": "wikitext2/train, seed 2",
+}
+FULL = OSError(28, "No space left on device")
+
+
+class Killed(BaseException):
+    """As abrupt as a kill can be made within one process."""
+
+
+def record(block, final_loss=0.5):
+    return BlockRecord(block, 1.0, final_loss, [0.7, final_loss], 1.5, 1000, [])
+
+
+def parameters(block):
+    return {"lwc.q.upper": torch.full((2, 1), float(block)), "let.norm.scale": torch.ones(4)}
+
+
+def a_run(path, blocks=0):
+    folder = RunFolder.create(path, Config(model="m", output_dir=str(path)), IDENTITY)
+    for block in range(blocks):
+        folder.save_block(parameters(block), record(block))
+    return folder
+
+
+def altered(group, **changes):
+    return {**IDENTITY, group: {**IDENTITY[group], **changes}}
+
+
+def refuse(function, *parts):
+    with pytest.raises(LRQuantError) as error:
+        function()
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_new_run(tmp_path):
+    folder = a_run(tmp_path / "deep" / "run")
+    assert folder.config == Config(model="m", output_dir=str(tmp_path / "deep" / "run"))
+    assert folder.identity == {"format": 1, **IDENTITY}
+    assert (folder.finished_blocks(), folder.records()) == (0, [])
+    assert RunFolder.open(folder.path).path == folder.path
+
+
+def test_a_block_comes_back_bit_for_bit(tmp_path):
+    folder = a_run(tmp_path)
+    values = {"let.x.scale": torch.randn(5, generator=torch.Generator().manual_seed(0))}
+    folder.save_block(values, record(0))
+    loaded = folder.load_block(0)
+    assert loaded.keys() == values.keys()
+    assert torch.equal(loaded["let.x.scale"], values["let.x.scale"])
+    assert folder.records() == [record(0)]
+    assert json.loads((tmp_path / "blocks.jsonl").read_text())["final_loss"] == 0.5
+
+
+def test_block_files_hold_nothing_but_parameters(tmp_path):
+    for name, seconds in (("a", 1.0), ("b", 99.0)):
+        values = parameters(0)
+        a_run(tmp_path / name).save_block(
+            values, BlockRecord(0, 1.0, 0.5, [], seconds, int(seconds), [])
+        )
+    first, second = (tmp_path / name / "blocks" / "0000.safetensors" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_blocks_count_from_the_first_without_gaps(tmp_path):
+    folder = a_run(tmp_path, blocks=3)
+    folder.block_path(1).unlink()
+    assert folder.finished_blocks() == 1
+    assert [entry.block for entry in folder.records()] == [0]
+
+
+def test_a_new_run_replaces_an_old_one(tmp_path):
+    folder = a_run(tmp_path, blocks=2)
+    folder.write_text("results.json", "{}")
+    assert a_run(tmp_path).finished_blocks() == 0
+    assert not (tmp_path / "results.json").exists() and folder.records() == []
+
+
+@pytest.mark.parametrize("failing", ["config.yaml", "run.json"])
+def test_a_start_that_is_killed_leaves_no_run(tmp_path, monkeypatch, failing):
+    a_run(tmp_path, blocks=2)
+    original = RunFolder.write_text
+
+    def killed(self, name, text):
+        if name == failing:
+            raise Killed
+        original(self, name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", killed)
+    with pytest.raises(Killed):
+        a_run(tmp_path)
+    refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
+    monkeypatch.undo()
+    assert a_run(tmp_path).finished_blocks() == 0
+
+
+def kill_while_writing(monkeypatch):
+    def half(tensors, path):
+        Path(path).write_bytes(b"half a file")
+        raise Killed
+
+    monkeypatch.setattr(workdir, "save_file", half)
+
+
+def kill_before_flushing(monkeypatch):
+    def killed(path):
+        raise Killed
+
+    monkeypatch.setattr(workdir, "_flush", killed)
+
+
+def kill_at_rename(suffix):
+    def install(monkeypatch):
+        original = Path.replace
+
+        def killed(self, target):
+            if str(target).endswith(suffix):
+                raise Killed
+            return original(self, target)
+
+        monkeypatch.setattr(Path, "replace", killed)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        *(kill_while_writing, kill_before_flushing),
+        *(kill_at_rename("blocks.jsonl"), kill_at_rename(".safetensors")),
+    ],
+    ids=["while writing", "before flushing", "before the record", "before the rename"],
+)
+def test_a_kill_while_a_block_is_saved_loses_that_block_only(tmp_path, monkeypatch, kill):
+    folder = a_run(tmp_path, blocks=1)
+    kill(monkeypatch)
+    with pytest.raises(Killed):
+        folder.save_block(parameters(1), record(1, final_loss=0.9))
+    monkeypatch.undo()
+    (folder.path / "blocks" / "0001.tmp").write_bytes(b"what a real kill would leave")
+    assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
+    folder.save_block(parameters(1), record(1))
+    assert folder.records() == [record(0), record(1)]
+    assert len((tmp_path / "blocks.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == [
+        "0000.safetensors",
+        "0001.safetensors",
+    ]
+    assert torch.equal(folder.load_block(1)["lwc.q.upper"], parameters(1)["lwc.q.upper"])
+
+
+@pytest.mark.parametrize("error", [FULL, SafetensorError("I/O error: No space left on device")])
+def test_no_space_for_a_block(tmp_path, monkeypatch, error):
+    folder = a_run(tmp_path, blocks=1)
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half a file")
+        raise error
+
+    monkeypatch.setattr(workdir, "save_file", full)
+    refuse(
+        lambda: folder.save_block(parameters(1), record(1)),
+        *("block 1", str(tmp_path), "No space left", "--resume"),
+    )
+    assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
+    assert not list((tmp_path / "blocks").glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["blocks.jsonl", "results.json"])
+def test_a_disk_that_is_really_full(tmp_path, name):
+    folder = a_run(tmp_path, blocks=1)
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    refuse(lambda: folder.write_text(name, "x"), name, "No space left", str(tmp_path))
+    assert folder.records() == [record(0)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, capsys):
+    folder = a_run(tmp_path)
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    logger = logging.Logger("test")
+    with folder.logging(logger):
+        logger.info("hello")
+    assert capsys.readouterr().err == "" and logger.handlers == []
+
+
+def test_the_log_gets_what_the_logger_says(tmp_path):
+    folder = a_run(tmp_path)
+    logger = logging.Logger("test")
+    for word in ("one", "two"):
+        with folder.logging(logger):
+            logger.warning("said %s", word)
+    logger.warning("said three")
+    first, second = (tmp_path / "run.log").read_text().splitlines()
+    assert first.endswith("WARNING said one") and second.endswith("WARNING said two")
+
+
+def test_a_path_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refuse(lambda: a_run(tmp_path / "file"), str(tmp_path / "file"), "--output_dir")
+    refuse(lambda: a_run(tmp_path / "file" / "run"), str(tmp_path / "file"), "--output_dir")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_going_on_in_place(tmp_path):
+    a_run(tmp_path, blocks=2)
+    folder = RunFolder.start(tmp_path, Config(), IDENTITY, resume=tmp_path)
+    assert folder.finished_blocks() == 2 and folder.config.model == "m"
+
+
+def test_going_on_elsewhere_copies(tmp_path):
+    source = a_run(tmp_path / "a", blocks=2)
+    config = Config(model="m", output_dir="b")
+    copy = RunFolder.start(tmp_path / "b", config, IDENTITY, resume=tmp_path / "a")
+    assert copy.config == config and copy.records() == source.records()
+    for index in range(2):
+        assert copy.block_path(index).read_bytes() == source.block_path(index).read_bytes()
+    copy.save_block(parameters(2), record(2))
+    assert (copy.finished_blocks(), source.finished_blocks()) == (3, 2)
+
+
+def test_a_copy_that_is_cut_off_holds_whole_blocks_only(tmp_path, monkeypatch):
+    source = a_run(tmp_path / "a", blocks=3)
+    original, copied = shutil.copyfile, []
+
+    def cut_off(source, target):
+        if copied:
+            Path(target).write_bytes(Path(source).read_bytes()[:10])
+            raise FULL
+        copied.append(original(source, target))
+
+    monkeypatch.setattr(shutil, "copyfile", cut_off)
+    start = lambda: RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")  # noqa: E731
+    refuse(start, str(tmp_path / "a"), str(tmp_path / "b"), "No space left")
+    folder = RunFolder.open(tmp_path / "b")
+    assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
+    assert folder.block_path(0).read_bytes() == source.block_path(0).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("identity", "said"),
+    [
+        (altered("model", weights="abd"), ("model weights", "'abc'", "'abd'")),
+        (altered("model", blocks=4), ("model blocks", "3", "4")),
+        (altered("scheme", weight_bits=3), ("scheme weight_bits", "4", "3")),
+        (altered("learning", let_lr=0.1), ("learning let_lr", "0.005", "0.1")),
+        (altered("data", sha256="9"), ("data sha256", "'123'", "'9'")),
+        (
+            {**altered("data", sha256="9"), "calibration": "wikitext2/train, seed 3"},
+            ("calibration", "seed 2", "seed 3"),
+        ),
+        ({**IDENTITY, "statistics": ["f00"]}, ("statistics", "[]", "['f00']")),
+        ({**IDENTITY, "precision": "bfloat16"}, ("precision", "float32", "bfloat16")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_another_run_is_refused_with_the_difference_named(tmp_path, identity, said):
+    a_run(tmp_path, blocks=1)
+    start = lambda: RunFolder.start(tmp_path, Config(), identity, tmp_path)  # noqa: E731
+    refuse(start, *said, str(tmp_path), "differs", "--output_dir")
+    assert RunFolder.open(tmp_path).records() == [record(0)]
+
+
+def test_only_the_words_about_the_data_may_differ(tmp_path):
+    a_run(tmp_path)
+    RunFolder.open(tmp_path).require_same({**IDENTITY, "calibration": "the same, said otherwise"})
+    RunFolder.open(tmp_path).require_same({"model": IDENTITY["model"]})
+
+
+def test_no_run_a_newer_run_and_a_damaged_run(tmp_path):
+    refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
+    (tmp_path / "run.json").write_text('{"format": 2}')
+    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 1")
+    for content in ("", "{", "[]", '"x"'):
+        (tmp_path / "run.json").write_text(content)
+        refuse(lambda: RunFolder.open(tmp_path), "run.json")
+
+
+def test_damaged_blocks_and_records(tmp_path):
+    folder = a_run(tmp_path, blocks=2)
+    content = folder.block_path(1).read_bytes()
+    for damaged in (b"", content[:-3], b"x" * len(content)):
+        folder.block_path(1).write_bytes(damaged)
+        refuse(lambda: folder.load_block(1), "0001.safetensors", "--resume")
+    (tmp_path / "blocks.jsonl").write_text('{"block": 0')
+    refuse(folder.records, "blocks.jsonl")
+
+
+def test_results_keep_what_was_not_measured_again(tmp_path):
+    folder = a_run(tmp_path)
+    first = {"scheme": "W4A4", "perplexity": {"a": {"quantized": 1.0}, "b": {"quantized": 2.0}}}
+    folder.add_results({**first, "tasks": {"piqa": {"acc": 0.5}}})
+    merged = folder.add_results({"scheme": "W4A4", "perplexity": {"b": {"quantized": 3.0}}})
+    assert merged["perplexity"] == {"a": {"quantized": 1.0}, "b": {"quantized": 3.0}}
+    assert merged["tasks"] == {"piqa": {"acc": 0.5}}
+    assert read_json(tmp_path / "results.json") == merged
