@@ -1,4 +1,4 @@
-"""Settings: the published defaults, YAML both ways, conversion, what is refused, what is resolved."""
+"""Settings: published defaults, YAML both ways, conversion, refusals, and what is resolved."""
 
 from __future__ import annotations
 
@@ -136,6 +136,7 @@ def test_text_of_a_command_line_is_converted():
     "settings",
     [
         *({"epochs": -1}, {"nsamples": 0}, {"batch_size": 0}, {"seqlen": 1}),
+        *({"limit": 0}, {"limit": -2}),
         *({"lwc_lr": -0.1}, {"let_lr": float("nan")}, {"wd": float("inf")}),
         *({"loss": "mae"}, {"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
         {"let_sites": ("norm", "attention")},

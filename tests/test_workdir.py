@@ -102,6 +102,15 @@ def test_a_new_run_replaces_an_old_one(tmp_path):
     assert not (tmp_path / "results.json").exists() and folder.records() == []
 
 
+def test_a_new_run_leaves_other_people_s_files(tmp_path):
+    (tmp_path / "blocks").mkdir()
+    for name in ("notes.txt", "blocks/toy.txt"):
+        (tmp_path / name).write_text("mine")
+    a_run(tmp_path, blocks=1)
+    a_run(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in ("notes.txt", "blocks/toy.txt"))
+
+
 @pytest.mark.parametrize("failing", ["config.yaml", "run.json"])
 def test_a_start_that_is_killed_leaves_no_run(tmp_path, monkeypatch, failing):
     a_run(tmp_path, blocks=2)
@@ -213,13 +222,15 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, capsys):
 
 def test_the_log_gets_what_the_logger_says(tmp_path):
     folder = a_run(tmp_path)
-    logger = logging.Logger("test")
+    logger = logging.Logger("test", level=logging.ERROR)
     for word in ("one", "two"):
         with folder.logging(logger):
-            logger.warning("said %s", word)
-    logger.warning("said three")
+            logger.info("said %s", word)
+            logger.debug("not said")
+    logger.info("said three")
     first, second = (tmp_path / "run.log").read_text().splitlines()
-    assert first.endswith("WARNING said one") and second.endswith("WARNING said two")
+    assert first.endswith("INFO said one") and second.endswith("INFO said two")
+    assert logger.level == logging.ERROR
 
 
 def test_a_path_that_cannot_be_a_folder(tmp_path):

@@ -94,6 +94,10 @@ class Config:
         for name in ("lwc_lr", "let_lr", "wd"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LRQuantError(f"{name} {getattr(self, name)}: use a finite number from 0 on")
+        if self.limit < -1 or self.limit == 0:
+            raise LRQuantError(
+                f"limit {self.limit}: use a whole number of at least 1, or -1 for all"
+            )
         for entry in dataclasses.fields(self):
             choices = entry.metadata["choices"]
             if choices and getattr(self, entry.name) not in choices:

@@ -78,14 +78,15 @@ def fit_block(
     """Learn the view's parameters in place.
 
     A non-finite loss ends the block at its best parameters so far (those whose epoch had the lowest
-    mean loss); if the start itself is non-finite, an error names the first linear that is.
+    mean loss); if a weight or the start itself is non-finite, an error names the first that is.
     """
     started = time.monotonic()
+    _check_stored(view, data.index)
     with torch.no_grad():
         tensors = view.tensors()
     report = FitReport(data.loss(runner, tensors, settings.loss))
     if not math.isfinite(report.initial_loss):
-        raise LRQuantError(_first_non_finite(view, runner, tensors, data))
+        raise LRQuantError(_first_non_finite(runner, tensors, data))
     if settings.epochs == 0 or not view.parameters:
         return report
     start = best = _copy(view.parameters)
@@ -95,7 +96,7 @@ def fit_block(
         mean_loss = _epoch(view, runner, data, optimizer, settings.loss, epoch, progress)
         if mean_loss is None:
             report.non_finite.append(f"epoch {epoch + 1}: back to the best parameters so far")
-            _go_back(view, runner, data, settings.loss, best, start)
+            _go_back(view, runner, data, settings.loss, best, start, report.initial_loss)
             break
         report.epoch_losses.append(mean_loss)
         if mean_loss <= best_loss:
@@ -104,7 +105,7 @@ def fit_block(
         if not math.isfinite(_first_loss(view, runner, data, settings.loss)):
             event = f"epoch {settings.epochs}, after its last step"
             report.non_finite.append(f"{event}: back to the best parameters so far")
-            _go_back(view, runner, data, settings.loss, best, start)
+            _go_back(view, runner, data, settings.loss, best, start, report.initial_loss)
     view.parameters = _copy(view.parameters)
     report.seconds = time.monotonic() - started
     return report
@@ -160,10 +161,11 @@ def _go_back(
     kind: str,
     best: dict[str, Tensor],
     start: dict[str, Tensor],
+    start_loss: float,
 ) -> None:
-    """Take the best parameters; the start if even they, one step after their loss, fail."""
+    """Take the best parameters, or the start if they, a step later than their loss, are worse."""
     view.parameters = best
-    if not math.isfinite(data.loss(runner, view.tensors(), kind)):
+    if not data.loss(runner, view.tensors(), kind) <= start_loss:
         view.parameters = start
 
 
@@ -192,16 +194,18 @@ def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def _first_non_finite(
-    view: BlockView, runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData
-) -> str:
-    """Name the weight that is not finite, else the first linear whose input is not."""
+def _check_stored(view: BlockView, index: int) -> None:
+    """Refuse damaged weights by name: torch's attention on a CPU turns NaN queries into zeros."""
     for name, tensor in view.stored.items():
-        if not torch.isfinite(tensor).all():
-            return (
-                f"block {data.index}: {name} holds a value that is not finite; the model's weights "
-                "are damaged, download them again"
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+            raise LRQuantError(
+                f"block {index}: {name} holds a value that is not finite; the model's weights are "
+                "damaged, download them again"
             )
+
+
+def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData) -> str:
+    """Name the first linear whose input is not finite, or say that the output is not."""
     seen: list[str] = []
 
     def observe(name: str, values: Tensor) -> None:

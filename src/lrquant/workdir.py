@@ -56,10 +56,12 @@ class RunFolder:
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            blocks = path / "blocks"
+            blocks.mkdir(exist_ok=True)
             for old in ("run.json", "blocks.jsonl", "results.json"):
                 (path / old).unlink(missing_ok=True)
-            shutil.rmtree(path / "blocks", ignore_errors=True)
-            (path / "blocks").mkdir()
+            for learned in (*blocks.glob("*.safetensors"), *blocks.glob("*.tmp")):
+                learned.unlink()
             folder.write_text("config.yaml", config.to_yaml())
             folder.write_text(
                 "run.json", json.dumps({"format": FORMAT, **identity}, indent=1) + "\n"
@@ -211,14 +213,17 @@ class RunFolder:
 
     @contextmanager
     def logging(self, logger: logging.Logger) -> Iterator[None]:
-        """Write what `logger` says to run.log too."""
+        """Write what `logger` says, from INFO on, to run.log too."""
         handler = _LogFile(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        level = logger.level
+        logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
         logger.addHandler(handler)
         try:
             yield
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(level)
             handler.close()
 
     def write_text(self, name: str, text: str) -> None:

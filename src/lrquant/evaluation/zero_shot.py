@@ -12,16 +12,20 @@ from lrquant.evaluation.perplexity import PreparedBlock
 from lrquant.materialize import materialize
 from lrquant.workbench import Workbench
 
+NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
+
 
 def check_tasks(tasks: str) -> None:
-    """Refuse tasks that can't be run, before the model is loaded."""
-    if importlib.util.find_spec("lm_eval") is None:
+    """Refuse tasks that can't be run, before any hour is spent."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
         raise LRQuantError(
-            f"--tasks {tasks}: lm-evaluation-harness is not installed; pip install 'lrquant[eval]'"
+            f"--tasks {tasks}: {' and '.join(missing)} of lm-evaluation-harness not installed; "
+            "pip install 'lrquant[eval]'"
         )
     from lm_eval.tasks import TaskManager
 
-    unknown = set(tasks.split(",")) - set(TaskManager().all_tasks)
+    unknown = set(_names(tasks)) - set(TaskManager().all_tasks)
     if unknown:
         raise LRQuantError(f"--tasks: the harness has no task {', '.join(sorted(unknown))}")
 
@@ -37,8 +41,12 @@ def evaluate_tasks(
     wrapped = HFLM(pretrained=module, tokenizer=workbench.model.tokenizer, batch_size=1)
     results = simple_evaluate(
         wrapped,
-        tasks=config.tasks.split(","),
+        tasks=_names(config.tasks),
         num_fewshot=config.num_fewshot,
         limit=None if config.limit < 0 else config.limit,
     )
     return results["results"]
+
+
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]

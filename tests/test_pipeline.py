@@ -1,0 +1,530 @@
+"""quantize(): what a run leaves behind, that it repeats, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrquant
+from lrquant import Config, LRQuantError, pipeline
+from lrquant.pipeline import collect_statistics, evaluate, quantize
+from lrquant.workdir import RunFolder
+
+BLOCKS = 3
+TOKENS = 16
+
+
+class Killed(BaseException):
+    """As abrupt as a kill can be made within one process."""
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model("llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def learn(model, token_ids):
+    """learn(folder, **settings) -> a Run of the tiny model on random tokens."""
+
+    def run(folder, model=model, samples=None, **settings):
+        defaults = {"scheme": "W4A4", "epochs": 2, "precision": "float32"}
+        return quantize(
+            model,
+            samples=token_ids(4, TOKENS) if samples is None else samples,
+            output_dir=str(folder),
+            **(defaults | settings),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(learn, tmp_path_factory):
+    """One undisturbed run; not to be changed."""
+    return learn(tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("validation", "test"):
+        path = folder / "wikitext2" / f"{split}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(" ".join(f"{split} {number * number}" for number in range(60)))
+    return folder
+
+
+def learned_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder, "blocks").iterdir())}
+
+
+# What a run is and leaves behind
+
+
+def test_a_run_folder_is_complete(reference):
+    path = reference.folder.path
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        *("blocks", "blocks.jsonl", "config.yaml", "results.json", "run.json", "run.log")
+    ]
+    assert sorted(learned_bytes(path)) == [f"{block:04d}.safetensors" for block in range(BLOCKS)]
+    assert RunFolder.open(path).config == reference.config == reference.config.resolved()
+
+
+def test_a_record_a_block(reference):
+    lines = (reference.folder.path / "blocks.jsonl").read_text().splitlines()
+    assert [json.loads(line)["block"] for line in lines] == list(range(BLOCKS))
+    for record in reference.records:
+        assert len(record.epoch_losses) == 2 and record.non_finite == []
+        assert record.initial_loss > 0 and record.final_loss > 0
+        assert record.seconds > 0 and record.peak_memory_bytes > 2**20
+
+
+def test_the_log_says_what_happened(reference):
+    log = (reference.folder.path / "run.log").read_text()
+    for record in reference.records:
+        assert (
+            f"block {record.block}: loss {record.initial_loss:.6g} -> {record.final_loss:.6g}"
+            in log
+        )
+
+
+def test_learning_lowers_the_losses(learn, tmp_path):
+    def losses(name, **settings):
+        records = learn(tmp_path / name, scheme="W3A16", lwc=True, let=True, **settings).records
+        return [record.initial_loss for record in records], [
+            record.final_loss for record in records
+        ]
+
+    before, after = losses("learned", epochs=15)
+    assert all(final < initial for initial, final in zip(before, after, strict=True))
+    assert sum(after) < 0.95 * sum(before)
+    before, after = losses("nothing learned", epochs=0)
+    assert after == pytest.approx(before)
+
+
+def test_the_resolved_scheme_is_said_first(learn, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lrquant")
+    learn(tmp_path, epochs=0)
+    first, second, third, *_ = caplog.messages
+    assert first.startswith("scheme W4A4: weights 4 bits") and "Q, K, V 4 bits" in first
+    assert second == "method round to nearest: nothing is learned"
+    assert third == "matrix products in float32 on cpu"
+
+
+def test_the_model_in_memory_is_not_changed(model, learn, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learn(tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_public_names():
+    assert all(hasattr(lrquant, name) for name in lrquant.__all__) and len(lrquant.__all__) <= 9
+
+
+# The same again, and not the same
+
+
+def test_scheme_and_bits_give_the_same(reference, learn, tmp_path):
+    other = learn(tmp_path, scheme=None, wbits=4, abits=4, lwc=True, let=True)
+    assert learned_bytes(tmp_path) == learned_bytes(reference.folder.path)
+    assert other.config.scheme == reference.config.scheme == "W4A4"
+    with pytest.raises(LRQuantError, match="scheme W4A4 and wbits 3 disagree"):
+        learn(tmp_path / "other", scheme="W4A4", wbits=3)
+
+
+def test_offload_does_not_change_a_bit(reference, learn, tmp_path):
+    for place in ("device", "host", "disk"):
+        learn(tmp_path / place, offload=place)
+        assert learned_bytes(tmp_path / place) == learned_bytes(reference.folder.path), place
+    assert not list((tmp_path / "disk").glob("stream-*"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"let_lr": 4e-3}, {"lwc_lr": 2e-2}, {"loss": "mse"}, {"epochs": 3}, {"batch_size": 2}],
+    ids=str,
+)
+def test_what_changes_the_bytes(reference, learn, tmp_path, settings):
+    learn(tmp_path, **settings)
+    ours, theirs = learned_bytes(tmp_path), learned_bytes(reference.folder.path)
+    assert not any(ours[name] == theirs[name] for name in theirs)
+
+
+def test_other_samples_give_other_bytes(reference, learn, token_ids, tmp_path):
+    learn(tmp_path, samples=token_ids(4, TOKENS).flip(1))
+    assert learned_bytes(tmp_path) != learned_bytes(reference.folder.path)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_batches_that_do_not_divide_the_samples(learn, token_ids, tmp_path, batch_size):
+    run = learn(tmp_path, samples=token_ids(5, TOKENS), batch_size=batch_size, let_lr=0, lwc_lr=0)
+    one = learn(tmp_path / "one", samples=token_ids(5, TOKENS), let_lr=0, lwc_lr=0)
+    for ours, theirs in zip(run.records, one.records, strict=True):
+        assert ours.initial_loss == pytest.approx(theirs.initial_loss, rel=0.1)
+        assert ours.final_loss == pytest.approx(ours.initial_loss, rel=1e-5)
+
+
+def test_both_precisions_run_and_agree(learn, tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        run = learn(tmp_path / precision, scheme="W8A8", precision=precision)
+        assert run.results["precision"] == precision
+        losses[precision] = [record.final_loss for record in run.records]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.5)
+    assert learned_bytes(tmp_path / "float32") != learned_bytes(tmp_path / "bfloat16")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_statistics_on_the_way_equal_those_from_a_file(
+    family, model_folder, data_dir, learn, tmp_path
+):
+    folder = str(model_folder(family))
+    settings = {
+        **{"data_dir": str(data_dir), "nsamples": 4, "seqlen": TOKENS, "precision": "float32"},
+        **{"epochs": 1, "let": True, "lwc": True},
+    }
+    quantize(folder, "W4A4", output_dir=str(tmp_path / "way"), **settings)
+    statistics = collect_statistics(Config(model=folder, **settings))
+    files = tmp_path / "scales.pt", tmp_path / "shifts.pt"
+    statistics.save(*files)
+    given = dict(zip(("act_scales", "act_shifts"), map(str, files), strict=True))
+    quantize(folder, "W4A4", output_dir=str(tmp_path / "file"), **settings, **given)
+    assert learned_bytes(tmp_path / "file") == learned_bytes(tmp_path / "way")
+    for values in statistics.maxima.values():
+        values *= 2
+    statistics.save(*files)
+    quantize(folder, "W4A4", output_dir=str(tmp_path / "other"), **settings, **given)
+    assert learned_bytes(tmp_path / "other") != learned_bytes(tmp_path / "way")
+
+
+# Killed, and going on
+
+
+def interrupted(monkeypatch, where, block=1):
+    """Make a run die at one point of one block."""
+    save, fit = RunFolder.save_block, pipeline.fit_block
+    rename = Path.replace
+
+    def saving(self, parameters, record):
+        if where == "before it is saved" and record.block == block:
+            raise Killed
+        save(self, parameters, record)
+        if where == "after it is saved" and record.block == block:
+            raise Killed
+
+    def fitting(view, runner, data, *rest):
+        report = fit(view, runner, data, *rest)
+        if where == "after it is learned" and data.index == block:
+            raise Killed
+        return report
+
+    def renaming(self, target):
+        if where == "before its rename" and str(target).endswith(f"{block:04d}.safetensors"):
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(RunFolder, "save_block", saving)
+    monkeypatch.setattr(pipeline, "fit_block", fitting)
+    monkeypatch.setattr(Path, "replace", renaming)
+
+
+POINTS = ["after it is learned", "before it is saved", "before its rename", "after it is saved"]
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("where", POINTS)
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    reference, learn, tmp_path, monkeypatch, where, block
+):
+    interrupted(monkeypatch, where, block)
+    with pytest.raises(Killed):
+        learn(tmp_path)
+    monkeypatch.undo()
+    finished = block + (where == "after it is saved")
+    assert RunFolder.open(tmp_path).finished_blocks() == finished
+    if finished < BLOCKS:
+        (tmp_path / "blocks" / f"{finished:04d}.tmp").write_bytes(b"half a file")
+    run = learn(tmp_path, resume=str(tmp_path))
+    assert learned_bytes(tmp_path) == learned_bytes(reference.folder.path)
+    assert [record.final_loss for record in run.records] == [
+        record.final_loss for record in reference.records
+    ]
+    said = f"resuming after block {finished} of {BLOCKS}" in (tmp_path / "run.log").read_text()
+    assert said == (0 < finished < BLOCKS)
+
+
+def test_a_killed_start_leaves_nothing_to_resume(learn, tmp_path, monkeypatch):
+    original = RunFolder.write_text
+
+    def writing(self, name, text):
+        if name == "run.json":
+            raise Killed
+        original(self, name, text)
+
+    monkeypatch.setattr(RunFolder, "write_text", writing)
+    with pytest.raises(Killed):
+        learn(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(LRQuantError, match="no run here"):
+        learn(tmp_path, resume=str(tmp_path))
+    learn(tmp_path)
+
+
+STOPS_AFTER_A_BLOCK = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+from lrquant import quantize
+from lrquant.workdir import RunFolder
+
+save = RunFolder.save_block
+def saving(self, parameters, record):
+    save(self, parameters, record)
+    time.sleep(600)
+RunFolder.save_block = saving
+folder, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+quantize(model, "W4A4", samples=torch.load(folder + "/ids.pt"), output_dir=output, epochs=2,
+         precision="float32")
+"""
+
+
+def test_a_real_kill(model, reference, learn, token_ids, tmp_path):
+    """And so two processes with the same seed write the same bytes."""
+    model.save_pretrained(tmp_path / "model")
+    torch.save(token_ids(4, TOKENS), tmp_path / "model" / "ids.pt")
+    output = tmp_path / "run"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", STOPS_AFTER_A_BLOCK, str(tmp_path / "model"), str(output)]
+    process = subprocess.Popen(command, env=os.environ | threads)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "blocks" / "0000.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len((output / "blocks.jsonl").read_text().splitlines()) == 1
+    first = learned_bytes(reference.folder.path)["0000.safetensors"]
+    assert learned_bytes(output) == {"0000.safetensors": first}
+    learn(output, resume=str(output))
+    assert learned_bytes(output) == learned_bytes(reference.folder.path)
+
+
+def test_going_on_elsewhere_leaves_the_first_as_it_is(reference, learn, tmp_path, monkeypatch):
+    interrupted(monkeypatch, "after it is saved", block=0)
+    with pytest.raises(Killed):
+        learn(tmp_path / "a")
+    monkeypatch.undo()
+    run = learn(tmp_path / "b", resume=str(tmp_path / "a"))
+    assert learned_bytes(tmp_path / "b") == learned_bytes(reference.folder.path)
+    assert len(learned_bytes(tmp_path / "a")) == 1
+    assert len(run.records) == BLOCKS and run.config.output_dir == str(tmp_path / "b")
+
+
+def test_a_finished_run_is_not_learned_again(reference, learn, tmp_path, monkeypatch):
+    shutil.copytree(reference.folder.path, tmp_path / "run")
+    monkeypatch.setattr(pipeline, "fit_block", lambda *a: pytest.fail("learned again"))
+    learn(tmp_path / "run", resume=str(tmp_path / "run"))
+    assert learned_bytes(tmp_path / "run") == learned_bytes(reference.folder.path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"scheme": "W3A4"}, "scheme weight_bits differs: the run has 4, this command 3"),
+        ({"scheme": "W4A4-qkv16"}, "scheme qkv_bits differs: the run has None, this command 16"),
+        ({"let_lr": 0.1}, "learning let_lr differs: the run has 0.005, this command 0.1"),
+        ({"epochs": 3}, "learning epochs differs: the run has 2, this command 3"),
+        ({"batch_size": 2}, "learning batch_size differs: the run has 1, this command 2"),
+        ({"let": False, "lwc": True}, "method let differs: the run has True, this command False"),
+        ({"precision": "bfloat16"}, "precision differs: the run has 'float32'"),
+        ({"samples": "flipped"}, "data sha256 differs"),
+        ({"model": "other"}, "model weights differs"),
+    ],
+    ids=str,
+)
+def test_going_on_with_something_else_is_refused(
+    reference, learn, make_model, token_ids, settings, said
+):
+    path = reference.folder.path
+    before = learned_bytes(path)
+    if "samples" in settings:
+        settings = {"samples": token_ids(4, TOKENS).flip(1)}
+    if "model" in settings:
+        other = make_model("llama", num_hidden_layers=BLOCKS)
+        other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+        settings = {"model": other}
+    with pytest.raises(LRQuantError) as error:
+        learn(path, resume=str(path), **settings)
+    assert said in str(error.value)
+    assert learned_bytes(path) == before
+
+
+def test_a_damaged_block_stops_with_its_name(reference, learn, tmp_path):
+    shutil.copytree(reference.folder.path, tmp_path / "run")
+    (tmp_path / "run" / "blocks" / "0002.safetensors").unlink()
+    damaged = tmp_path / "run" / "blocks" / "0001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(LRQuantError, match=r"0001\.safetensors is missing or corrupt"):
+        learn(tmp_path / "run", resume=str(tmp_path / "run"))
+
+
+# Measured again
+
+
+@pytest.fixture
+def disk_run(model_folder, data_dir, tmp_path):
+    """A finished run of a model on disk."""
+    return quantize(
+        str(model_folder("llama")),
+        "W4A4",
+        output_dir=str(tmp_path / "run"),
+        data_dir=str(data_dir),
+        **{"nsamples": 2, "seqlen": TOKENS, "epochs": 1, "precision": "float32"},
+    )
+
+
+def test_learned_parameters_are_evaluated_without_calibration_text(
+    disk_run, data_dir, tmp_path, monkeypatch
+):
+    path = disk_run.folder.path
+    before = learned_bytes(path), (path / "config.yaml").read_text()
+    (tmp_path / "text" / "wikitext2").mkdir(parents=True)
+    shutil.copy(data_dir / "wikitext2" / "test.txt", tmp_path / "text" / "wikitext2")
+    monkeypatch.setattr(pipeline, "fit_block", lambda *a: pytest.fail("learned again"))
+    settings = {"ppl": ("wikitext2",), "limit": 3, "data_dir": str(tmp_path / "text")}
+    done = pipeline.run({"epochs": 0, "resume": str(path), **settings})
+    score = done.results["perplexity"]["wikitext2"]["quantized"]
+    assert 1 < score < 1e4 and "the first 3 of" in done.results["perplexity"]["wikitext2"]["text"]
+    assert (learned_bytes(path), (path / "config.yaml").read_text()) == before
+    assert json.loads((path / "results.json").read_text()) == done.results
+    again = evaluate(str(path), **settings)
+    assert again["perplexity"] == done.results["perplexity"]
+
+
+def test_learning_makes_a_difference_to_what_is_evaluated(disk_run, data_dir):
+    """Negative control: the measured model is the learned one, not round-to-nearest."""
+    results = evaluate(str(disk_run.folder.path), ppl=("wikitext2",), compare=True)
+    scores = results["perplexity"]["wikitext2"]
+    assert len({scores[name] for name in ("full_precision", "round_to_nearest", "quantized")}) == 3
+
+
+def test_results_go_elsewhere_if_asked(disk_run, tmp_path):
+    evaluate(str(disk_run.folder.path), ppl=("wikitext2",), output_dir=str(tmp_path / "there"))
+    assert (
+        "wikitext2" in json.loads((tmp_path / "there" / "results.json").read_text())["perplexity"]
+    )
+    assert "wikitext2" not in (disk_run.folder.path / "results.json").read_text()
+    assert not (tmp_path / "there" / "run.json").exists()
+
+
+def test_an_unfinished_run_is_not_evaluated(disk_run):
+    disk_run.folder.block_path(1).unlink()
+    with pytest.raises(LRQuantError, match=r"1 of 2 blocks are finished; go on with --resume"):
+        evaluate(str(disk_run.folder.path), ppl=("wikitext2",))
+
+
+def test_a_run_whose_model_has_changed_is_not_evaluated(disk_run, make_model):
+    other = make_model("llama")
+    other.model.norm.weight += 1
+    other.save_pretrained(disk_run.config.model)
+    with pytest.raises(LRQuantError, match="model weights differs"):
+        evaluate(str(disk_run.folder.path), ppl=("wikitext2",))
+
+
+def test_a_model_is_evaluated_in_floating_point(model_folder, data_dir):
+    settings = {"data_dir": str(data_dir), "seqlen": TOKENS, "precision": "float32", "limit": 2}
+    results = evaluate(str(model_folder("opt")), **settings)
+    assert list(results["perplexity"]["wikitext2"]) == ["text", "full_precision"]
+    assert results["scheme"] == "W16A16"
+
+
+# What is not finite, not possible, or not there
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_the_run_goes_on(learn, tmp_path):
+    run = learn(tmp_path, let_lr=1e30, lwc_lr=1e30)
+    log = (tmp_path / "run.log").read_text()
+    for record in run.records:
+        assert record.non_finite == ["epoch 1: back to the best parameters so far"]
+        assert record.final_loss == pytest.approx(record.initial_loss) and "NOT FINITE" in log
+    lines = (tmp_path / "blocks.jsonl").read_text().splitlines()
+    assert len(lines) == BLOCKS and all("back to the best" in line for line in lines)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_weight_that_is_not_finite_stops_the_run_by_name(make_model, learn, tmp_path, epochs):
+    broken = make_model("llama", num_hidden_layers=BLOCKS)
+    broken.model.layers[1].self_attn.k_proj.weight[3, 4] = math.nan
+    with pytest.raises(LRQuantError, match=r"block 1: self_attn\.k_proj\.weight holds a value"):
+        learn(tmp_path, model=broken, epochs=epochs)
+    assert RunFolder.open(tmp_path).finished_blocks() == 1
+
+
+def test_samples_must_be_token_ids(learn, tmp_path):
+    for samples in (torch.zeros(4, dtype=torch.int64), torch.zeros(4, 8)):
+        with pytest.raises(LRQuantError, match="expected token ids"):
+            learn(tmp_path, samples=samples)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_model_in_memory_needs_tokens_or_a_tokenizer(model, tmp_path, tiny_tokenizer, data_dir):
+    settings = {"output_dir": str(tmp_path), "epochs": 0, "data_dir": str(data_dir)}
+    with pytest.raises(LRQuantError, match="no tokenizer"):
+        quantize(model, "W4A4", **settings)
+    with pytest.raises(LRQuantError, match="no tokenizer: perplexity needs one"):
+        quantize(model, "W4A4", ppl="wikitext2", **settings)
+    short = {"nsamples": 2, "seqlen": TOKENS, "ppl": "wikitext2", "limit": 2}
+    run = quantize(model, "W4A4", tokenizer=tiny_tokenizer, **settings, **short)
+    assert "wikitext2" in run.results["perplexity"]
+
+
+def test_settings_of_a_wrong_name_or_type(model, tmp_path):
+    for settings, said in (({"epoch": 1}, "unknown setting 'epoch'"), ({"epochs": "x"}, "epochs")):
+        with pytest.raises(LRQuantError, match=said):
+            quantize(model, "W4A4", output_dir=str(tmp_path), **settings)
+
+
+def test_everything_is_checked_before_anything_is_learned(model, learn, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "learn_blocks", lambda *a: pytest.fail("learned already"))
+    for settings, said in (
+        (
+            {"group_size": 5},
+            "group size 5 does not divide the 32 input columns of self_attn.q_proj",
+        ),
+        ({"ppl": ("nonsense",)}, "tokenizer"),
+        ({"save_dir": str(tmp_path)}, "run folder"),
+        ({"act_scales": str(tmp_path / "absent.pt")}, "absent.pt: no such file"),
+    ):
+        with pytest.raises(LRQuantError, match=said):
+            learn(tmp_path, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_size_that_fits_some_linears_only(learn, tmp_path):
+    with pytest.raises(LRQuantError, match=r"32 does not divide the 48 .*down_proj.*16, 24, 48"):
+        learn(tmp_path, scheme="W4A16g32")
+    run = learn(tmp_path, scheme="W4A16g16", epochs=1)
+    assert run.folder.load_block(0)["lwc.mlp.down_proj.upper"].shape == (32, 3)
+
+
+def test_the_learned_model_is_a_transformers_model(reference, model, token_ids):
+    learned, ids = reference.load_model(), token_ids(2, TOKENS)
+    with torch.no_grad():
+        difference = (learned(ids).logits - model(ids).logits).abs().max()
+    assert 0 < difference < 100
+    assert learned.generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
