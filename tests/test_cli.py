@@ -154,7 +154,7 @@ def test_statistics_of_the_published_place_are_used_where_they_are(
     assert "act_scales/tiny.pt" in out
     maxima = torch.load("act_scales/tiny.pt", weights_only=True)
     assert len(maxima) == 2 * 6 and set(maxima) == set(torch.load("act_shifts/tiny.pt"))
-    run = [*model, *quick, "--let", "--net", "tiny", "--output-dir", "run"]
+    run = [*model, *quick, "--let", "--net", "tiny", "--output-dir", "run", "--overwrite"]
     used = "statistics act_scales/tiny.pt, act_shifts/tiny.pt"
     assert used in succeed(run, entry=quantize_main)
     assert used not in succeed(["quantize", *run])
@@ -217,6 +217,7 @@ def test_a_configuration_file_repeats_a_run(command, succeed, tmp_path):
     second = RunFolder.open(tmp_path / "again")
     assert second.config == dataclasses.replace(first.config, output_dir=str(tmp_path / "again"))
     assert learned_bytes(second.path) == learned_bytes(first.path)
+    again.append("--overwrite")
     out = succeed(["quantize", *again, "--wbits", "3"])
     assert out.startswith("scheme W3A4: ")
     out = succeed(["quantize", *again, "--scheme", "W8A8"])
@@ -226,7 +227,7 @@ def test_a_configuration_file_repeats_a_run(command, succeed, tmp_path):
 def test_the_seed_decides(command, succeed, tmp_path):
     runs = []
     for seed in (2, 2, 3):
-        succeed(command("--seed", seed))
+        succeed(command("--seed", seed, "--overwrite"))
         runs.append(learned_bytes(tmp_path / "run"))
     assert runs[0] == runs[1] != runs[2]
 
@@ -268,7 +269,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     stopped = shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     assert "resuming after block 1 of 2" in succeed(command("--resume"))
     resumed = learned_bytes(tmp_path / "run")
-    succeed(command())
+    refused = "holds a run of 2 learned blocks; go on with --resume, replace it with --overwrite"
+    assert main([str(argument) for argument in command()]) == 2
+    assert refused in capsys.readouterr().err
+    assert resumed == learned_bytes(tmp_path / "run")
+    succeed(command("--overwrite"))
     assert resumed == learned_bytes(tmp_path / "run")
     succeed(command("--resume", stopped, "--output_dir", tmp_path / "other"))
     assert learned_bytes(tmp_path / "other") == resumed and len(learned_bytes(stopped)) == 1

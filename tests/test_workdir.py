@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
@@ -215,22 +216,24 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, capsys):
     folder = a_run(tmp_path)
     (tmp_path / "run.log").symlink_to("/dev/full")
     logger = logging.Logger("test")
-    with folder.logging(logger):
+    with folder.logging(logger, MemoryHandler(9)):
         logger.info("hello")
     assert capsys.readouterr().err == "" and logger.handlers == []
 
 
 def test_the_log_gets_what_the_logger_says(tmp_path):
     folder = a_run(tmp_path)
-    logger = logging.Logger("test", level=logging.ERROR)
+    logger, earlier = logging.Logger("test", level=logging.INFO), MemoryHandler(9)
+    logger.addHandler(earlier)
+    logger.info("said zero")
     for word in ("one", "two"):
-        with folder.logging(logger):
+        with folder.logging(logger, earlier):
             logger.info("said %s", word)
             logger.debug("not said")
     logger.info("said three")
-    first, second = (tmp_path / "run.log").read_text().splitlines()
-    assert first.endswith("INFO said one") and second.endswith("INFO said two")
-    assert logger.level == logging.ERROR
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["zero", "one", "two"]
+    assert logger.handlers == []
 
 
 def test_a_path_that_cannot_be_a_folder(tmp_path):

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lrquant.errors import LRQuantError
 from lrquant.model import Model
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -60,6 +61,12 @@ class BlockInputs:
     """
 
     def __init__(self, model: Model, ids: Tensor, batch_size: int, device: torch.device) -> None:
+        positions = getattr(model.skeleton.config, "max_position_embeddings", None)
+        if positions is not None and ids.shape[1] > positions:
+            raise LRQuantError(
+                f"samples of {ids.shape[1]} tokens: the model has {positions} positions; "
+                f"use --seqlen {positions} or less"
+            )
         self.batches = [
             slice(start, min(start + batch_size, len(ids)))
             for start in range(0, len(ids), batch_size)

@@ -76,6 +76,7 @@ class Config:
     output_dir: str = _setting("../log/", "run folder: config, log, blocks, results")
     save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
     resume: str | None = _setting(None, "go on with this run folder")
+    overwrite: bool = _setting(False, "replace the run that --output_dir holds")
 
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
     precision: str = _setting(

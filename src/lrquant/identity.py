@@ -41,7 +41,7 @@ def describe_run(
     statistics = [
         hashlib.sha256(Path(path).read_bytes()).hexdigest()
         for path in (config.act_scales, config.act_shifts)
-        if path is not None
+        if path is not None and config.let
     ]
     return {
         "model": model.fingerprint(),

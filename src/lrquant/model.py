@@ -149,8 +149,11 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise LRQuantError(f"device {name!r}: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LRQuantError(f"device {name!r}: this torch sees no CUDA device; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise LRQuantError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise LRQuantError(f"device {name!r}: torch sees {count} CUDA devices; use --device cpu")
     return device
 
 

@@ -6,7 +6,10 @@ import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from lrquant.workbench import (
 from lrquant.workdir import BlockRecord, RunFolder
 
 logger = logging.getLogger("lrquant")
+_KEPT_LINES = 10_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,17 @@ def run(
     With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
-    progress = progress or Progress()
+    with _kept_log() as earlier:
+        return _run(settings, model, samples, progress or Progress(), earlier)
+
+
+def _run(
+    settings: dict[str, Any],
+    model: Model | None,
+    samples: Tensor | None,
+    progress: Progress,
+    earlier: MemoryHandler,
+) -> Run:
     settings = typed_settings(settings, "settings")
     require_one_scheme(settings)
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
@@ -131,12 +145,13 @@ def run(
         statistics = _given_statistics(config)
         identity = describe_run(config, model, workbench, calibration)
         folder = RunFolder.start(output, config, identity, _path(config.resume))
-        with folder.logging(logger):
+        with folder.logging(logger, earlier):
             learn_blocks(workbench, config, calibration.ids, statistics, folder, progress)
     results_folder = RunFolder(output)
-    with results_folder.logging(logger):
-        results = evaluate_run(workbench, config, folder, evaluation, progress)
-        results = results_folder.add_results({**environment(config, workbench), **results})
+    with results_folder.logging(logger, earlier):
+        results = environment(config, workbench)
+        for measured in evaluate_run(workbench, config, folder, evaluation, progress):
+            results = results_folder.add_results({**environment(config, workbench), **measured})
     if config.save_dir is not None:
         save_dequantized(workbench, config, folder, Path(config.save_dir))
     return Run(folder, config, workbench, results)
@@ -177,7 +192,11 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     texts = prepare_evaluation(config, model)
     workbench = make_workbench(model, config)
     results = evaluate_model(workbench, config, texts, progress or Progress())
-    return {**environment(config, workbench), **results}
+    results = {**environment(config, workbench), **results}
+    if "output_dir" in settings:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        results = RunFolder(Path(config.output_dir)).add_results(results)
+    return results
 
 
 def learn_blocks(
@@ -271,6 +290,20 @@ def _record(
     )
 
 
+@contextmanager
+def _kept_log() -> Iterator[MemoryHandler]:
+    """Keep the log until there is a run folder to write it to."""
+    handler = MemoryHandler(_KEPT_LINES, flushLevel=logging.CRITICAL + 1)
+    level = logger.level
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def _check_groups(model: Model, scheme: Scheme) -> None:
     """Refuse a group size that does not divide before any weight is read."""
     parameters = dict(model.blocks[0].named_parameters())
@@ -304,10 +337,13 @@ def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
 
 
 def _given_statistics(config: Config) -> ChannelStatistics | None:
-    if not config.let or config.act_scales is None:
+    if config.act_scales is None:
+        return None
+    statistics = load_statistics(Path(config.act_scales), _path(config.act_shifts))
+    if not config.let:
         return None
     logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
-    return load_statistics(Path(config.act_scales), _path(config.act_shifts))
+    return statistics
 
 
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:

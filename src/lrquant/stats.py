@@ -39,10 +39,18 @@ class ChannelStatistics:
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""
         for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(path.name + ".tmp")
-            torch.save(values, temporary)
-            temporary.replace(path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(values, temporary)
+                temporary.replace(path)
+            except (OSError, RuntimeError) as error:
+                temporary.unlink(missing_ok=True)
+                reason = str(error).splitlines()[0]
+                raise LRQuantError(
+                    f"statistics {path}: cannot be written ({reason}); free some space or use "
+                    "another folder"
+                ) from error
 
 
 def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,23 @@ class RunFolder:
     ) -> RunFolder:
         """A new run, or the run in `resume` to go on with; elsewhere than in `path`, a copy of it.
 
-        `identity` must equal that of the resumed run.
+        `identity` must equal that of the resumed run.  A run in `path` is replaced only if the
+        settings say `overwrite`.
         """
-        if resume is None:
-            return cls.create(path, config, identity)
-        source = cls.open(resume)
-        source.require_same(identity)
-        if resume.resolve() == path.resolve():
-            return source
+        if resume is not None:
+            source = cls.open(resume)
+            source.require_same(identity)
+            if resume.resolve() == path.resolve():
+                return source
+        learned = cls(path).finished_blocks()
+        if learned and not config.overwrite:
+            raise LRQuantError(
+                f"run folder {path}: holds a run of {learned} learned blocks; go on with --resume, "
+                "replace it with --overwrite, or use another --output_dir"
+            )
         folder = cls.create(path, config, identity)
+        if resume is None:
+            return folder
         folder.copy_blocks(source)
         return folder
 
@@ -212,18 +221,18 @@ class RunFolder:
         return results
 
     @contextmanager
-    def logging(self, logger: logging.Logger) -> Iterator[None]:
-        """Write what `logger` says, from INFO on, to run.log too."""
+    def logging(self, logger: logging.Logger, earlier: MemoryHandler) -> Iterator[None]:
+        """Write what `logger` says, from INFO on, to run.log too, after what `earlier` kept."""
         handler = _LogFile(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        level = logger.level
-        logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+        earlier.setTarget(handler)
+        earlier.flush()
+        logger.removeHandler(earlier)
         logger.addHandler(handler)
         try:
             yield
         finally:
             logger.removeHandler(handler)
-            logger.setLevel(level)
             handler.close()
 
     def write_text(self, name: str, text: str) -> None:

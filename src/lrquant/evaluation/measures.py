@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,11 @@ def evaluate_run(
     folder: RunFolder,
     texts: dict[str, Samples],
     progress: Progress,
-) -> dict[str, Any]:
-    """Measures of the learned model, and with `compare` of full precision and round-to-nearest."""
+) -> Iterator[dict[str, Any]]:
+    """Measures of the learned model, and with `compare` of full precision and round-to-nearest.
+
+    Perplexities come first, tasks when they are done, so that neither is lost with the other.
+    """
     blocks = len(workbench.model.blocks)
     if folder.finished_blocks() < blocks:
         raise LRQuantError(
@@ -80,10 +83,9 @@ def evaluate_run(
         variants["round_to_nearest"] = preparer(workbench, config.quantization)
     quantized = preparer(workbench, config.quantization, config, folder)
     variants["quantized"] = quantized
-    results = _perplexities(workbench, texts, variants, progress)
+    yield _perplexities(workbench, texts, variants, progress)
     if config.tasks:
-        results["tasks"] = evaluate_tasks(workbench, quantized, config)
-    return results
+        yield {"tasks": evaluate_tasks(workbench, quantized, config)}
 
 
 def evaluate_model(
