@@ -73,6 +73,29 @@ def learned_bytes(folder):
 # What a run is and leaves behind
 
 
+def test_the_log_starts_with_the_scheme(reference):
+    lines = (reference.folder.path / "run.log").read_text().splitlines()
+    assert "scheme W4A4" in lines[0] and any("calibration" in line for line in lines)
+
+
+def test_samples_longer_than_the_model_are_refused(make_model, token_ids, tmp_path):
+    with pytest.raises(LRQuantError, match="65 tokens: the model has 64 positions"):
+        quantize(make_model("opt"), "W4A4", samples=token_ids(2, 65), output_dir=str(tmp_path))
+    assert not (tmp_path / "blocks" / "0000.safetensors").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(learn, tmp_path, device):
+    with pytest.raises(LRQuantError, match=f"device '{device}'"):
+        learn(tmp_path / "run", device=device)
+
+
+def test_results_of_a_plain_model_go_where_asked(model_folder, data_dir, tmp_path):
+    settings = {"data_dir": str(data_dir), "seqlen": 16, "limit": 2}
+    results = evaluate(str(model_folder("llama")), output_dir=str(tmp_path / "out"), **settings)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
 def test_a_run_folder_is_complete(reference):
     path = reference.folder.path
     assert sorted(entry.name for entry in path.iterdir()) == [
