@@ -1,121 +1,189 @@
-"""Perplexity of round-to-nearest and LRQuant, scheme by scheme, and an ablation at W4A4.
+"""Perplexity and KL divergence of round-to-nearest, LRQuant and LRQuant+, and an ablation.
 
-    python benchmarks/quality.py --model MODEL --data-dir DIR [--only schemes|ablation] [--out FILE]
+    python benchmarks/quality.py --model MODEL --data-dir DIR --runs FOLDER [--only ROW …]
 
 Protocol: 16 samples x 512 tokens of wikitext2 (validation if there is no train split), contiguous
-windows at random offsets, seed 2; 5 epochs; the first 40 windows of 512 tokens of wikitext2 test.
-Each finished row is appended to FILE (JSON lines) and not measured again.
+windows at random offsets, seed 2; 5 epochs; the first 40 windows of 512 tokens of each text.
+
+Every row is a run folder in FOLDER; one that is there already is gone on with, and what
+FOLDER/measures.jsonl holds is not measured again.  ROW is a row's name or a pattern ("W4A4 *"):
+several processes can share the rows (`OMP_NUM_THREADS=1` for each); the last one, without --only,
+prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lrquant.config import Config
-from lrquant.evaluation.measures import measure_perplexity, prepare_evaluation, preparer
+import torch
+
+from lrquant.blocks import BlockInputs, Head
+from lrquant.config import PRESETS, Config
+from lrquant.data import Samples, perplexity_windows
+from lrquant.evaluation.measures import preparer
+from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
 from lrquant.model import Model, load_model
 from lrquant.pipeline import run
-from lrquant.progress import Progress
 from lrquant.report.tables import table
+from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.sites import KINDS
-from lrquant.workbench import make_workbench
+from lrquant.streams import Stream
+from lrquant.workbench import Workbench, make_workbench
+from lrquant.workdir import RunFolder
 
-PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "limit": 40, "epochs": 5, "seed": 2}
-SITES = Config.let_sites
+PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "epochs": 5, "seed": 2}
+WINDOWS = 40
+TEXTS = ("wikitext2", "c4")
+SCHEMES = ("W8A8", "W6A6", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
 
-SCHEMES: dict[str, dict[str, Any]] = {
-    "W8A8": {},
-    "W4A16": {"lwc": True},
-    "W4A16, with LET": {"lwc": True, "let": True},
-    "W3A16": {"lwc": True},
-    "W3A16, with LET": {"lwc": True, "let": True},
-    "W3A16g64": {"lwc": True},
-    "W3A16g64, with LET": {"lwc": True, "let": True},
-    "W4A4": {},
-    "W4A4, with up-down site": {"let_sites": KINDS},
-}
+PUBLISHED = {name: PRESETS["paper"][name] for name in ("lwc_init", "keep_best", "let_sites")}
+PLUS_AS_PUBLISHED = {**PUBLISHED, "lr_plus": True, "ema_init": "one", "rotation_sharing": "weight"}
+
+METHODS: dict[str, dict[str, Any]] = {"LRQuant": PUBLISHED, "LRQuant+": {"lr_plus": True}}
 
 ABLATION: dict[str, dict[str, Any]] = {
-    "LRQuant": {},
-    "LWC only": {"lwc": True},
-    "LET only": {"let": True},
-    "MSE only": {"loss": "mse"},
-    "NLC only": {"loss": "nlc"},
-    **{
-        f"without the {kind} sites": {"let_sites": tuple(k for k in SITES if k != kind)}
-        for kind in SITES
-    },
-    "with the up_down site": {"let_sites": KINDS},
-    "with shifts everywhere": {"let_shift": "always"},
-    "Q, K, V at 16 bits": {"qkv_bits": 16},
+    "LRQuant": PUBLISHED,
+    "LRQuant, searched start, best epoch": {},
+    "two branches alone": {"two_branch": True},
+    "dynamic weights alone": {"dynamic_weights": True},
+    "rotation alone": {"rotation": True},
+    "LRQuant+": {"lr_plus": True},
+    "LRQuant+, published start of the clipping": {"lr_plus": True, "lwc_init": 4.0},
+    "LRQuant+, last epoch": {"lr_plus": True, "keep_best": False},
+    "LRQuant+, running means from one": {"lr_plus": True, "ema_init": "one"},
+    "LRQuant+, r1 alone": {"lr_plus": True, "rotation_sharing": "none"},
+    "LRQuant+, r2 a linear": {"lr_plus": True, "rotation_sharing": "linear"},
+    "LRQuant+, dense factor (published form)": {"lr_plus": True, "rotation_sharing": "weight"},
+    "LRQuant+ as published": PLUS_AS_PUBLISHED,
+    "LRQuant+, all sites": {"lr_plus": True, "let_sites": KINDS},
 }
 
 
 def main() -> None:
-    """Measure what is missing, then print both tables."""
+    """Learn and measure what is missing of the chosen rows, then print the tables."""
     options = _options()
-    out = Path(options.out)
-    model = load_model(options.model)
-    common = {**PROTOCOL, "model": options.model, "data_dir": options.data_dir}
-    common |= {"ppl": (options.text,), "calib_dataset": options.text}
-    if options.precision:
-        common["precision"] = options.precision
-
-    def measure(scheme: str, settings: dict[str, Any]) -> dict[str, Any]:
-        return _measured(out, model, {**common, "scheme": scheme, **settings}, options.text)
-
-    if options.only in (None, "schemes"):
-        rows = []
-        full = measure("W16A16", {"epochs": 0})
-        for name, settings in SCHEMES.items():
-            scheme = name.split(",")[0]
-            nearest, learned = measure(scheme, {"epochs": 0}), measure(scheme, settings)
-            cells = (full["perplexity"], nearest["perplexity"], learned["perplexity"])
-            rows.append([name, *map(_number, cells), f"{learned['seconds']:.0f}"])
-        print(table(["scheme", "full precision", "round-to-nearest", "LRQuant", "seconds"], rows))
-    if options.only in (None, "ablation"):
-        rows = []
-        for name, settings in ABLATION.items():
-            learned = measure("W4A4", settings)
-            rows.append([name, _number(learned["perplexity"]), f"{learned['seconds']:.0f}"])
-        print(table(["W4A4", "perplexity", "seconds"], rows))
+    rows = _rows(options.epochs)
+    wanted = options.only or ["*"]
+    chosen = [name for name in rows if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    bench = _Bench(options)
+    for name in chosen:
+        bench.measure(name, rows[name])
+    if not options.only:
+        _print_tables(rows, bench)
 
 
-def _measured(out: Path, model: Model, settings: dict[str, Any], text: str) -> dict[str, Any]:
-    key = json.dumps(settings, sort_keys=True, default=list)
-    if out.is_file():
-        for line in out.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["settings"] == key:
-                return row
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        config = Config(**settings, output_dir=folder)
-        if config.epochs:
-            perplexity = run(settings | {"output_dir": folder}, model).results["perplexity"][text][
-                "quantized"
-            ]
-        else:
-            perplexity = _unlearned(config, model, text)
-    seconds = round(time.monotonic() - started, 1)
-    row = {"settings": key, "perplexity": perplexity, "seconds": seconds}
-    with out.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
-    return row
+def _rows(epochs: int) -> dict[str, dict[str, Any]]:
+    """All rows by name; `epochs` 0 is round-to-nearest, and W16A16 full precision."""
+    rows: dict[str, dict[str, Any]] = {}
+    for scheme in SCHEMES:
+        rows[f"{scheme} round-to-nearest"] = {"scheme": scheme, "epochs": 0}
+        weight_only = {"lwc": True} if Scheme.parse(scheme).weight_only else {}
+        for method, settings in METHODS.items():
+            rows[f"{scheme} {method}"] = {"scheme": scheme, **weight_only, **settings}
+    for name, settings in ABLATION.items():
+        rows.setdefault(f"W4A4 {name}", {"scheme": "W4A4", **settings})
+    learned = {**PROTOCOL, "epochs": epochs}
+    return {name: {**learned, **settings} for name, settings in rows.items()}
 
 
-def _unlearned(config: Config, model: Model, text: str) -> float:
-    """Round-to-nearest, or with W16A16 full precision."""
-    config = config.resolved()
-    bench = make_workbench(model, config)
-    windows = prepare_evaluation(config, model)[text]
-    variants = {"only": preparer(bench, config.quantization)}
-    return measure_perplexity(bench, text, windows, variants, Progress())["only"]
+class _Bench:
+    """A model, the texts, and the full-precision model's final states on each of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.model: Model = load_model(options.model)
+        self.folder = Path(options.runs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.common = {"model": options.model, "data_dir": options.data_dir}
+        self.common |= {"calib_dataset": options.calib}
+        config = Config(**self.common, precision=options.precision)
+        self.bench: Workbench = make_workbench(self.model, config)
+        self.precision = options.precision
+        data_dir = Path(options.data_dir) if options.data_dir else None
+        self.texts = {
+            name: perplexity_windows(
+                name, self.model.tokenizer, PROTOCOL["seqlen"], options.windows, data_dir
+            )
+            for name in options.texts
+        }
+        self._references: dict[str, Stream] = {}
+        self._head: Head | None = None
+
+    def measure(self, name: str, settings: dict[str, Any]) -> None:
+        """Learn one row, unless its run is there, and measure it on every text."""
+        missing = [text for text in self.texts if (name, text) not in self.measures()]
+        place = self.folder / name.replace(" ", "_").replace(",", "")
+        prepare = preparer(self.bench, Scheme.parse(settings["scheme"]))
+        if settings["epochs"]:
+            there = RunFolder(place).finished_blocks()
+            given = {**self.common, **settings, "output_dir": str(place)}
+            given |= {"precision": self.precision}
+            if there < len(self.model.blocks):
+                run(given | ({"resume": str(place)} if there else {}), self.model)
+            learned = RunFolder.open(place)
+            config = learned.config.resolved()
+            prepare = preparer(self.bench, config.quantization, config, learned)
+        for text in missing:
+            scores = self._scores(self.texts[text], prepare)
+            row = {"row": name, "text": text, "windows": self.texts[text].description, **scores}
+            with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def measures(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What was measured, by (row, text)."""
+        path = self.folder / "measures.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {(row["row"], row["text"]): row for row in map(json.loads, lines)}
+
+    @torch.no_grad()
+    def _scores(
+        self, windows: Samples, prepare: Callable[[int], PreparedBlock]
+    ) -> dict[str, float]:
+        bench = self.bench
+        self._head = self._head or Head(self.model, bench.device, bench.dtype)
+        entry = BlockInputs(self.model, windows.ids, 4, bench.device)
+        if windows.name not in self._references:
+            (reference,) = bench.streams(entry, 1)
+            send_through(self.model, preparer(bench, FLOATING_POINT), reference, entry)
+            self._references[windows.name] = reference
+            self._full(windows, reference)
+        (stream,) = bench.streams(entry, 1)
+        send_through(self.model, prepare, stream, entry)
+        return score(self._head, stream, windows.ids, self._references[windows.name])
+
+    def _full(self, windows: Samples, reference: Stream) -> None:
+        if ("full precision", windows.name) in self.measures():
+            return
+        assert self._head is not None
+        row = {"row": "full precision", "text": windows.name, "windows": windows.description}
+        row |= score(self._head, reference, windows.ids)
+        with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def _print_tables(rows: dict[str, dict[str, Any]], bench: _Bench) -> None:
+    measures = bench.measures()
+
+    def cells(name: str) -> list[str]:
+        found = [measures[name, text] for text in bench.texts]
+        return [*(_number(row["perplexity"]) for row in found), *(_kl(row) for row in found)]
+
+    head = [*(f"{text} ppl" for text in bench.texts), *(f"{text} KL" for text in bench.texts)]
+    print(table(["scheme and method", *head], [["full precision", *cells("full precision")]]))
+    listed = [name for name in rows if (name, next(iter(bench.texts))) in measures]
+    main_rows = [f"{s} {m}" for s in SCHEMES for m in ("round-to-nearest", *METHODS)]
+    body = [[name, *cells(name)] for name in main_rows if name in listed]
+    print("\n" + table(["scheme and method", *head], body))
+    body = [[name, *cells(f"W4A4 {name}")] for name in ABLATION if f"W4A4 {name}" in listed]
+    print("\n" + table(["W4A4", *head], body))
+
+
+def _kl(row: dict[str, Any]) -> str:
+    return f"{row['kl_mean']:.4f}" if "kl_mean" in row else ""
 
 
 def _number(value: float) -> str:
@@ -123,13 +191,16 @@ def _number(value: float) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir")
-    parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--only", choices=("schemes", "ablation"))
-    parser.add_argument("--precision", default="")
-    parser.add_argument("--out", default="quality.jsonl")
+    parser.add_argument("--runs", default="quality-runs")
+    parser.add_argument("--calib", default="wikitext2")
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS))
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names or patterns of rows")
+    parser.add_argument("--epochs", type=int, default=PROTOCOL["epochs"])
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--precision", default="auto")
     return parser.parse_args()
 
 

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lrquant.blocks import BlockInputs
 from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.learn.objective import Objective
 from lrquant.learn.view import Method
 from lrquant.model import choose_device, choose_precision, from_module
 from lrquant.report.tables import table
@@ -53,14 +54,21 @@ def main() -> None:
     quantized.copy(full)
     observed = ChannelStatistics()
     advance_full_precision(bench, 0, bench.stored(0), entry, full, observed.observe)
-    data = BlockData(0, entry, quantized, full)
+    data = BlockData(0, entry, quantized, (full,))
+    two_branches = BlockData(0, entry, quantized, (full, full))
 
     plain = _plain_step(module, data, dtype, device)
     rows = []
-    for name, let in (("W4A4", True), ("W4A4", False), ("W4A16", False), ("W4A16g64", False)):
-        step = _learning_step(bench, Scheme.parse(name), Method(lwc=True, let=let), data, observed)
+    for name, let, plus in (
+        *(("W4A4", True, False), ("W4A4", True, True), ("W4A4", False, False)),
+        *(("W4A16", False, False), ("W4A16", False, True)),
+        *(("W4A16g64", False, False), ("W4A16g64", False, True)),
+    ):
+        method = Method(lwc=True, let=let, rotation=plus)
+        seen = two_branches if plus else data
+        step = _learning_step(bench, Scheme.parse(name), method, seen, observed)
         ours, theirs = _pair(step, plain, device, options.repeats)
-        label = f"{name}, LWC{' + LET' if let else ''}"
+        label = f"{name}, LWC{' + LET' if let else ''}{', LRQuant+' if plus else ''}"
         rows.append([label, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"])
     print(
         f"hidden {options.hidden}, intermediate {options.intermediate}, batch "
@@ -75,7 +83,7 @@ def _plain_step(
     module: LlamaForCausalLM, data: BlockData, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
     block = module.model.layers[0].to(device, dtype)
-    inputs, targets = (s.read(slice(0, None)).to(dtype) for s in (data.inputs, data.targets))
+    inputs, targets = (s.read(slice(0, None)).to(dtype) for s in (data.inputs, *data.targets))
     arguments = dict(data.entry.arguments(0, 0))
     arguments["position_embeddings"] = tuple(
         part.to(dtype) for part in arguments["position_embeddings"]
@@ -98,13 +106,14 @@ def _learning_step(
 ) -> Callable[[], None]:
     view = bench.view(0, bench.stored(0), scheme, method)
     view.initialize(observed, bench.model.block_name(0))
-    settings = FitSettings(1, 5e-3, 1e-2, 0.0, "mse+nlc")
+    settings = FitSettings(1, 5e-3, 1e-2, 0.0, "mse+nlc", dynamic_weights=method.rotation)
     optimizer = make_optimizer(view.parameters, settings)
+    objective = Objective(torch.ones(2), settings.dynamic_weights, settings.ema_init)
     runner = bench.runner(0, view)
 
     def step() -> None:
         with runner:
-            learning_step(view, runner, data, 0, optimizer, settings.loss)
+            learning_step(view, runner, data, 0, optimizer, objective, settings.loss)
 
     return step
 

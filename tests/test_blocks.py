@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lrquant.blocks import BlockInputs, Head
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.perplexity import PreparedBlock, perplexity
+from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.scheme import FLOATING_POINT, Scheme
@@ -338,14 +338,8 @@ def test_perplexity_is_that_of_the_model(variant, make_model, make_bench, token_
     ids = token_ids(3, TOKENS)
     entry = BlockInputs(bench.model, ids, 2, CPU)
     (stream,) = bench.streams(entry, 1)
-    found = perplexity(
-        bench.model,
-        lambda index: prepare(bench, index, FLOATING_POINT),
-        ids,
-        stream,
-        entry,
-        torch.float32,
-    )
+    send_through(bench.model, lambda index: prepare(bench, index, FLOATING_POINT), stream, entry)
+    found = score(Head(bench.model, CPU, torch.float32), stream, ids)["perplexity"]
     logits = module(ids).logits[:, :-1].reshape(-1, module.config.vocab_size).double()
     loss = nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
     assert found == pytest.approx(math.exp(loss), rel=1e-4)

@@ -8,7 +8,15 @@ import typing
 import pytest
 import yaml
 
-from lrquant.config import Config, convert, overridden, require_one_scheme, typed_settings
+from lrquant.config import (
+    PRESETS,
+    Config,
+    convert,
+    overridden,
+    require_one_scheme,
+    typed_settings,
+    with_preset,
+)
 from lrquant.errors import LRQuantError
 from lrquant.scheme import Scheme
 
@@ -23,6 +31,8 @@ PUBLISHED = {
 OTHER = {  # a legal value that is not the default, by type or by name
     **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
+    **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
+    **{"agreement": ("c4",)},
 }
 
 
@@ -140,6 +150,9 @@ def test_text_of_a_command_line_is_converted():
         *({"lwc_lr": -0.1}, {"let_lr": float("nan")}, {"wd": float("inf")}),
         *({"loss": "mae"}, {"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
         {"let_sites": ("norm", "attention")},
+        *({"rotate_rank": 0}, {"rotation_lr": -1.0}, {"rotation_sharing": "row"}),
+        *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "best"}),
+        *({"tta_blocks": 0}, {"tta_epochs": 0}, {"tta_let_lr": float("nan")}),
     ],
     ids=str,
 )
@@ -232,6 +245,55 @@ def test_methods_without_effect_are_refused():
     assert Config(scheme="W4A16", let=True).resolved().let
 
 
+PARTS = ("rotation", "two_branch", "dynamic_weights")
+
+
+def parts(**settings):
+    config = Config(**settings).resolved()
+    return tuple(getattr(config, name) for name in PARTS)
+
+
+def test_the_parts_of_lrquant_plus():
+    assert parts(scheme="W4A4") == (False, False, False)
+    assert parts(scheme="W4A4", lr_plus=True) == (True, True, True)
+    for index, name in enumerate(PARTS):
+        alone = tuple(index == i for i in range(3))
+        assert parts(scheme="W4A16", lwc=True, **{name: True}) == alone
+        assert parts(scheme="W4A16", lr_plus=True, **{name: False}) == tuple(
+            not part for part in alone
+        )
+    assert parts(scheme="W4A4", lr_plus=True, epochs=0) == (False, False, False)
+    assert parts(scheme="W16A4", lr_plus=True) == (False, True, True), "no weight is quantised"
+
+
+def test_the_form_of_the_rotation_vectors():
+    assert Config(lr_plus=True).resolved().rotation_sharing == "site"
+    assert Config(lr_plus=True, rotate_rank=2).resolved().rotation_sharing == "weight"
+    assert Config(lr_plus=True, rotation_sharing="linear").resolved().rotation_sharing == "linear"
+    for sharing in ("site", "linear", "none"):
+        with pytest.raises(
+            LRQuantError, match=f"--rotate_rank 3 with --rotation_sharing {sharing}"
+        ):
+            Config(rotation=True, rotate_rank=3, rotation_sharing=sharing).resolved()
+    with pytest.raises(LRQuantError, match="--rotation with --wbits 16"):
+        Config(scheme="W16A4", rotation=True).resolved()
+
+
+def test_the_paper_s_preset_gives_way_to_what_is_given():
+    settings = with_preset({"preset": "paper", "epochs": 3, "model": "m"})
+    config = Config(**settings).resolved()
+    assert (config.epochs, config.ema_init, config.rotation_sharing) == (3, "one", "weight")
+    assert config.let_shift == "always" and config.lwc_init == 4.0 and not config.keep_best
+    assert with_preset({"epochs": 3}) == {"epochs": 3}
+    assert Config(**with_preset(dataclasses.asdict(config))) == config, "a file of it is the same"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_settings(name):
+    assert typed_settings(PRESETS[name], name) == PRESETS[name]
+    Config(**PRESETS[name], preset=name).resolved()
+
+
 def test_net_is_the_last_part_of_the_model():
     assert Config(model="/models/llama-7b/").net_name == "llama-7b"
     assert Config(model="org/opt-125m").resolved().net == "opt-125m"
@@ -242,3 +304,4 @@ def test_sets_by_name_come_before_the_published_five():
     assert Config(eval_ppl=True).perplexity_sets == ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
     assert Config(eval_ppl=True, ppl=("c4",)).perplexity_sets == ("c4",)
     assert Config().perplexity_sets == ()
+    assert Config(ppl=("c4",), agreement=("ptb", "c4")).perplexity_sets == ("c4", "ptb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,10 +11,9 @@ import torch
 from lrquant import fit
 from lrquant.blocks import BlockInputs
 from lrquant.errors import LRQuantError
-from lrquant.fit import BlockData, FitSettings, fit_block, reconstruction_loss
-from lrquant.learn.equivalent import SMALLEST_LEARNED_SCALE
-from lrquant.learn.view import Method
-from lrquant.numerics.losses import mean_squared_error, negative_log_cosine
+from lrquant.fit import BlockData, FitSettings, fit_block
+from lrquant.learn.objective import Objective
+from lrquant.learn.view import SMALLEST_LEARNED_SCALE, Method
 from lrquant.scheme import Scheme
 from lrquant.stats import ChannelStatistics
 from lrquant.workbench import advance_full_precision
@@ -26,18 +26,18 @@ W2A8 = Scheme(2, 8)
 def block(make_model, make_bench, token_ids):
     """A function that makes block 0 of a tiny model ready to be learned."""
 
-    def make(model=None, scheme=W2A8, batch_size=1, method=None):
+    def make(model=None, scheme=W2A8, batch_size=1, method=None, branches=1):
         bench = make_bench(model or make_model("llama"))
         entry = BlockInputs(bench.model, token_ids(BATCHES, 12), batch_size, bench.device)
-        inputs, targets = bench.streams(entry, 2)
+        inputs, *targets = bench.streams(entry, 1 + branches)
         entry.embed(inputs)
-        targets.copy(inputs)
         statistics = ChannelStatistics()
         stored = bench.stored(0)
-        advance_full_precision(bench, 0, stored, entry, targets, statistics.observe)
+        for stream in targets:
+            advance_full_precision(bench, 0, stored, entry, inputs, stream, statistics.observe)
         view = bench.view(0, stored, scheme, method or Method(lwc=True, let=True))
         view.initialize(statistics, bench.model.block_name(0))
-        return view, bench.runner(0, view), BlockData(0, entry, inputs, targets)
+        return view, bench.runner(0, view), BlockData(0, entry, inputs, tuple(targets))
 
     return make
 
@@ -52,11 +52,11 @@ def learn(prepared, **changes):
     view, runner, data = prepared
     kind = changes.get("loss", "mse+nlc")
     with runner, torch.no_grad():
-        before = data.loss(runner, view.tensors(), kind)
+        before = float(data.terms(runner, view.tensors(), kind).sum())
     with runner:
         report = fit_block(view, runner, data, settings(**changes))
     with runner, torch.no_grad():
-        return report, before, data.loss(runner, view.tensors(), kind)
+        return report, before, float(data.terms(runner, view.tensors(), kind).sum())
 
 
 def copies(view):
@@ -65,14 +65,6 @@ def copies(view):
 
 def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def test_loss_is_the_sum_of_its_parts():
-    output, target = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    mse, nlc = mean_squared_error(output, target), negative_log_cosine(output, target)
-    assert reconstruction_loss(output, target, "mse") == mse
-    assert reconstruction_loss(output, target, "nlc") == nlc
-    assert reconstruction_loss(output, target, "mse+nlc") == mse + nlc
 
 
 @pytest.mark.parametrize("loss", ["mse", "nlc", "mse+nlc"])
@@ -84,25 +76,90 @@ def test_learning_lowers_the_loss(block, loss):
     assert report.epoch_losses[-1] < report.epoch_losses[0]
 
 
-def test_every_parameter_is_learned_and_none_needs_gradients_after(block):
+def test_the_best_epoch_by_the_loss_held_still_is_kept(block):
+    """A learning rate that overshoots: the last epoch is far from the best."""
+    rates = {"let_lr": 0.3, "lwc_lr": 3.0, "epochs": 6}
+    report, _, last = learn(block(), **rates)
+    assert report.best_epoch is None and report.held_losses == []
+    view, *_ = prepared = block()
+    report, before, after = learn(prepared, keep_best=True, **rates)
+    assert len(report.held_losses) == 6
+    assert report.held_losses[-1] == pytest.approx(last, rel=1e-6), "the same steps"
+    choices = [before, *report.held_losses]
+    assert after == min(choices) < last and report.best_epoch == choices.index(min(choices))
+    assert not any(parameter.requires_grad for parameter in view.parameters.values())
+
+
+def test_the_start_is_kept_where_no_epoch_is_better(block):
     view, *_ = prepared = block()
     before = copies(view)
+    report, initial, after = learn(prepared, keep_best=True, let_lr=50.0, lwc_lr=50.0)
+    assert report.best_epoch == 0 and equal(before, view.parameters) and after == initial
+
+
+def test_the_best_epoch_is_the_last_where_every_epoch_is_better(block):
+    plain, kept = (block(scheme=Scheme(3), method=Method(rotation=True)) for _ in range(2))
+    slow = {"epochs": 3, "rotation_lr": 1e-3}
+    learn(plain, **slow)
+    report, *_ = learn(kept, keep_best=True, **slow)
+    assert report.best_epoch == 3 and equal(plain[0].parameters, kept[0].parameters)
+
+
+def test_both_branches_are_in_the_loss(block):
+    view, runner, data = block(branches=2)
+    with runner, torch.no_grad():
+        both = data.terms(runner, view.tensors(), "mse+nlc")
+        one = dataclasses.replace(data, targets=data.targets[:1])
+        assert torch.allclose(both, 2 * one.terms(runner, view.tensors(), "mse+nlc"))
+        data.targets[1].states.mul_(1.5)
+        assert (data.terms(runner, view.tensors(), "mse+nlc")[0] > both[0]).all()
+
+
+@pytest.mark.parametrize("ema_init", ["first", "one"])
+def test_learning_with_dynamic_weights(block, ema_init):
+    method = Method(lwc=True, let=True, rotation=True)
+    prepared = block(method=method, branches=2)
+    settings = {"dynamic_weights": True, "two_branch": True, "ema_init": ema_init}
+    report, before, after = learn(prepared, epochs=20, **settings)
+    assert report.initial_loss == pytest.approx(2, rel=1e-2), "both terms at their own start"
+    assert report.epoch_losses[-1] < 0.9 * report.initial_loss and after < before
+
+
+def test_a_factor_of_zero_loss_does_not_divide_by_zero(block):
+    """A block without any error: 8 bits of an already exact weight."""
+    method = Method(rotation=True)
+    view, runner, data = block(scheme=Scheme(8), method=method)
+    with runner, torch.no_grad():
+        data.targets[0].copy(data.inputs)
+        exact = {**view.tensors()}
+        for batch, samples in enumerate(data.entry.batches):
+            arguments = data.entry.arguments(batch, 0)
+            data.targets[0].write(samples, runner(exact, data.inputs.read(samples), arguments))
+    report, *_ = learn((view, runner, data), dynamic_weights=True, epochs=2, keep_best=True)
+    assert math.isfinite(report.initial_loss) and report.non_finite == []
+
+
+@pytest.mark.parametrize(
+    ("sharing", "rank"), [("site", 1), ("linear", 1), ("none", 1), ("weight", 1), ("weight", 3)]
+)
+def test_every_parameter_is_learned_and_none_needs_gradients_after(block, sharing, rank):
+    rotation = {"rotation": True, "rotation_sharing": sharing, "rotate_rank": rank}
+    view, *_ = prepared = block(method=Method(True, True, **rotation))
+    before = copies(view)
     learn(prepared)
-    assert {name.split(".")[0] for name in before} == {"lwc", "let"}
+    assert {name.split(".")[0] for name in before} == {"lwc", "let", "rotation"}
     assert not any(torch.equal(before[name], view.parameters[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in view.parameters.values())
 
 
 def test_each_kind_has_its_learning_rate(block):
-    for still, moving, rates in (
-        ("lwc.", "let.", {"lwc_lr": 0.0}),
-        ("let.", "lwc.", {"let_lr": 0.0}),
-    ):
-        view, *_ = prepared = block()
+    for moving in ("lwc", "let", "rotation"):
+        still = {f"{kind}_lr": 0.0 for kind in ("lwc", "let", "rotation") if kind != moving}
+        view, *_ = prepared = block(method=Method(True, True, rotation=True))
         before = copies(view)
-        learn(prepared, **rates)
+        learn(prepared, **still)
         changed = {n for n in before if not torch.equal(before[n], view.parameters[n])}
-        assert changed and all(name.startswith(moving) for name in changed), still
+        assert changed and all(name.startswith(moving + ".") for name in changed), moving
 
 
 def test_the_first_adam_step_is_the_learning_rate(block):
@@ -110,7 +167,8 @@ def test_the_first_adam_step_is_the_learning_rate(block):
     before = copies(view)
     optimizer = fit.make_optimizer(view.parameters, settings(lwc_lr=0.125))
     with runner:
-        fit.learning_step(view, runner, data, 0, optimizer, "mse")
+        objective = Objective(torch.ones(1), False, "first")
+        fit.learning_step(view, runner, data, 0, optimizer, objective, "mse")
     steps = [(view.parameters[n].detach() - before[n]).abs() for n in before]
     largest = max(float(step.max()) for step in steps)
     assert largest == pytest.approx(0.125, rel=1e-2)
@@ -160,16 +218,16 @@ def test_larger_batches_have_the_same_loss_and_fewer_steps(block):
 def failing_from(monkeypatch, call):
     """Make the loss NaN from the given call on, as long as gradients are recorded."""
     calls = []
-    original = fit.reconstruction_loss
+    original = fit.loss_terms
 
-    def loss(output, target, kind):
-        value = original(output, target, kind)
+    def loss(output, targets, kind):
+        value = original(output, targets, kind)
         if not torch.is_grad_enabled():
             return value
         calls.append(value)
         return value * math.nan if len(calls) >= call else value
 
-    monkeypatch.setattr(fit, "reconstruction_loss", loss)
+    monkeypatch.setattr(fit, "loss_terms", loss)
 
 
 def test_not_finite_in_the_first_epoch_goes_back_to_the_start(block, monkeypatch):
@@ -201,14 +259,14 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
     """Also where it is the last of an epoch, or of all."""
     view, *_ = prepared = block(batch_size=batch_size)
     start = copies(view)
-    original = fit.reconstruction_loss
+    original = fit.loss_terms
 
-    def loss(output, target, kind):
-        value = original(output, target, kind)
+    def loss(output, targets, kind):
+        value = original(output, targets, kind)
         far = any((view.parameters[n].detach() - start[n]).abs().max() > 0.5 for n in start)
         return value * math.nan if far else value
 
-    monkeypatch.setattr(fit, "reconstruction_loss", loss)
+    monkeypatch.setattr(fit, "loss_terms", loss)
     report, before, after = learn(prepared, epochs=epochs, let_lr=1.0, lwc_lr=1.0)
     assert len(report.non_finite) == 1 and "back to the best" in report.non_finite[0]
     assert equal(start, view.parameters) and after == before
@@ -226,13 +284,13 @@ def test_steps_into_infinity_end_at_finite_parameters(block, epochs, batch_size)
 def test_gradients_that_are_not_finite(block, monkeypatch):
     view, *_ = prepared = block()
     before = copies(view)
-    original = fit.reconstruction_loss
+    original = fit.loss_terms
 
-    def loss(output, target, kind):
-        value = original(output, target, kind)
+    def loss(output, targets, kind):
+        value = original(output, targets, kind)
         return value + 0 * (output - output.detach()).sum().sqrt()  # finite, its gradient is not
 
-    monkeypatch.setattr(fit, "reconstruction_loss", loss)
+    monkeypatch.setattr(fit, "loss_terms", loss)
     report, _, after = learn(prepared)
     assert report.non_finite and equal(before, view.parameters) and math.isfinite(after)
 
@@ -258,6 +316,6 @@ def test_an_input_that_is_not_finite_is_named(block):
 
 def test_a_target_that_is_not_finite_is_no_linear_s_fault(block):
     *_, data = prepared = block()
-    data.targets.states[1] = math.nan
+    data.targets[0].states[1] = math.nan
     with pytest.raises(LRQuantError, match="block 0: the block's output"):
         learn(prepared)

@@ -233,6 +233,108 @@ def test_statistics_on_the_way_equal_those_from_a_file(
     assert learned_bytes(tmp_path / "other") != learned_bytes(tmp_path / "way")
 
 
+# LRQuant+
+
+PLUS = {"lr_plus": True, "epochs": 3}
+
+
+def test_each_part_alone_changes_the_bytes(reference, learn, tmp_path):
+    parts = ("rotation", "two_branch", "dynamic_weights")
+    folders = [reference.folder.path]
+    for name in parts:
+        learn(tmp_path / name, **{name: True})
+        folders.append(tmp_path / name)
+    learn(tmp_path / "all", lr_plus=True)
+    folders.append(tmp_path / "all")
+    contents = [learned_bytes(folder) for folder in folders]
+    for block in range(1, BLOCKS):  # the first block's two branches have one target
+        name = f"{block:04d}.safetensors"
+        assert len({content[name] for content in contents}) == len(folders)
+
+
+def test_what_lrquant_plus_is_said_to_be(learn, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lrquant")
+    run = learn(tmp_path, **PLUS)
+    line = next(line for line in caplog.messages if line.startswith("method"))
+    assert line.startswith("method LRQuant+: weight clipping") and "two branches" in line
+    assert "rotation vectors of rank 1, input side shared at norms" in line
+    assert run.results["method_name"] == "LRQuant+"
+    for record in run.records:
+        assert len(record.held_losses) == 3 and record.best_epoch in range(4)
+        best = [record.initial_loss, *record.held_losses][record.best_epoch]
+        assert record.final_loss == pytest.approx(best, rel=1e-5)
+
+
+def test_the_homologous_branch_is_computed_once_a_block(learn, tmp_path, monkeypatch):
+    """Two full-precision passes a block, one a stream, however many steps are taken."""
+    calls = []
+    advance = pipeline.advance_full_precision
+
+    def counting(workbench, index, stored, entry, stream, into, *observer):
+        calls.append((index, stream is into))
+        advance(workbench, index, stored, entry, stream, into, *observer)
+
+    monkeypatch.setattr(pipeline, "advance_full_precision", counting)
+    learn(tmp_path, two_branch=True, epochs=4)
+    assert calls == [(block, own) for block in range(BLOCKS) for own in (True, False)]
+
+
+def test_the_homologous_target_is_the_full_precision_block_on_the_quantised_input(
+    model, learn, tmp_path, monkeypatch
+):
+    seen = []
+    fit = pipeline.fit_block
+
+    def fitting(view, runner, data, *rest):
+        seen.append([data.inputs.states.clone(), *(t.states.clone() for t in data.targets)])
+        return fit(view, runner, data, *rest)
+
+    monkeypatch.setattr(pipeline, "fit_block", fitting)
+    learn(tmp_path, two_branch=True)
+    for index, (inputs, propagated, homologous) in enumerate(seen):
+        block = model.model.layers[index]
+        arguments = found_arguments(model, index)
+        with torch.no_grad():
+            found = block(inputs, **arguments)
+        torch.testing.assert_close(homologous, found, rtol=1e-4, atol=1e-4)
+        same = torch.equal(propagated, homologous)
+        assert same == (index == 0), "the streams part after the first block"
+
+
+def found_arguments(model, index):
+    """What transformers itself passes to one block for TOKENS tokens."""
+    seen = {}
+    block = model.model.layers[index]
+    handle = block.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=False)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("sharing", ["site", "linear", "weight"])
+def test_a_killed_lrquant_plus_run_goes_on_to_the_same_bytes(learn, tmp_path, monkeypatch, sharing):
+    settings = {**PLUS, "rotation_sharing": sharing}
+    learn(tmp_path / "whole", **settings)
+    interrupted(monkeypatch, "after it is saved", 0)
+    with pytest.raises(Killed):
+        learn(tmp_path / "killed", **settings)
+    monkeypatch.undo()
+    learn(tmp_path / "killed", resume=str(tmp_path / "killed"), **settings)
+    assert learned_bytes(tmp_path / "killed") == learned_bytes(tmp_path / "whole")
+    with pytest.raises(LRQuantError, match="rotation_sharing differs"):
+        other = {**settings, "rotation_sharing": "none"}
+        learn(tmp_path / "killed", resume=str(tmp_path / "killed"), **other)
+
+
+@pytest.mark.parametrize(("scheme", "lwc"), [("W4A4", None), ("W2A16g16", True)])
+def test_lrquant_plus_lowers_the_losses_of_a_model(learn, tmp_path, scheme, lwc):
+    for record in learn(tmp_path, scheme=scheme, lwc=lwc, lr_plus=True, epochs=8).records:
+        assert record.final_loss < 0.97 * record.initial_loss
+
+
 # Killed, and going on
 
 

@@ -84,7 +84,9 @@ def test_of_a_model_against_hooks_on_transformers(
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
     for index in range(len(bench.model.blocks)):
-        advance_full_precision(bench, index, bench.stored(index), entry, stream, found.observe)
+        advance_full_precision(
+            bench, index, bench.stored(index), entry, stream, stream, found.observe
+        )
     for table in ("maxima", "midpoints"):
         theirs, ours = getattr(expected, table), getattr(found, table)
         assert theirs.keys() == ours.keys() and len(ours) > 10

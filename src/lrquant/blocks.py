@@ -21,6 +21,7 @@ from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.streams import Stream
 
 SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
+INPUT_FACTOR_SUFFIX = ".input_factor"  # and these multiply the input of a linear
 Observer = Callable[[str, Tensor], None]
 
 
@@ -137,7 +138,8 @@ class BlockRunner:
     The residual stream and the norms are float32; what a linear or the attention reads is first
     quantised as `scheme` says, then cast to `dtype`, in which matrix products run.  Consumers of
     one tensor share its quantised form.  `shifted` names norms without a bias whose output takes a
-    shift; `observer` is told (linear, unquantised input (batch, tokens, in)).
+    shift; a linear that has an input factor reads its input times that; `observer` is told (linear,
+    unquantised input (batch, tokens, in)).
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class BlockRunner:
         self._handles: list[Any] = []
         self._last: tuple[Tensor, Tensor] | None = None
         self._tokens = torch.Size((0, 0))
-        self._shifts: dict[str, Tensor] = {}
+        self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> BlockRunner:
         for name in self.linears:
@@ -184,13 +186,10 @@ class BlockRunner:
         return output[0] if isinstance(output, tuple) else output
 
     def bind(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the shifts among `tensors` for the hooks; the rest are the block's parameters."""
-        self._shifts = {
-            name.removesuffix(SHIFT_SUFFIX): tensor
-            for name, tensor in tensors.items()
-            if name.endswith(SHIFT_SUFFIX)
-        }
-        return {name: t for name, t in tensors.items() if not name.endswith(SHIFT_SUFFIX)}
+        """Keep what the hooks apply among `tensors`; the rest are the block's parameters."""
+        suffixes = SHIFT_SUFFIX, INPUT_FACTOR_SUFFIX
+        self._extras = {name: t for name, t in tensors.items() if name.endswith(suffixes)}
+        return {name: t for name, t in tensors.items() if name not in self._extras}
 
     def on(self, block: nn.Module, config: PretrainedConfig) -> BlockRunner:
         """The same hooks for another block of the same shape."""
@@ -201,19 +200,24 @@ class BlockRunner:
         if self.observer is not None:
             flattened = values.dim() == 2 and len(values) == self._tokens.numel()
             self.observer(name, values.unflatten(0, self._tokens) if flattened else values)
+        factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
+        if factor is not None:
+            return (self._quantized(values * factor),)
         if self._last is None or self._last[0] is not values:
-            scheme = self.scheme
-            if scheme.activation_bits == FLOAT_BITS:
-                quantized = values.to(self.dtype)
-            else:
-                quantized = fake_quantize_tokens(
-                    values, scheme.activation_bits, scheme.activation_symmetric, self.dtype
-                )
-            self._last = values, quantized
+            self._last = values, self._quantized(values)
         return (self._last[1],)
 
+    def _quantized(self, values: Tensor) -> Tensor:
+        """What a linear multiplies, in the products' dtype."""
+        scheme = self.scheme
+        if scheme.activation_bits == FLOAT_BITS:
+            return values.to(self.dtype)
+        return fake_quantize_tokens(
+            values, scheme.activation_bits, scheme.activation_symmetric, self.dtype
+        )
+
     def _after_norm(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output + self._shifts[name]
+        return output + self._extras[name + SHIFT_SUFFIX]
 
     def _after_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._last = None

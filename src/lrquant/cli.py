@@ -23,7 +23,8 @@ _STATISTICS_SETTINGS = (
     *("device", "precision", "offload"),
 )
 _EVALUATE_SETTINGS = (
-    *("ppl", "eval_ppl", "compare", "tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
+    *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
+    *("tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir"),
 )
 

@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 
 from lrquant.errors import LRQuantError
+from lrquant.learn.rotation import SHARINGS
 from lrquant.scheme import Scheme
 from lrquant.sites import KINDS
 
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
+_PRESET_NAMES = ("default", "paper")
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -28,6 +30,9 @@ class Config:
     """One run.  Defaults are those of the published tool where it has the setting."""
 
     model: str = _setting("", "local folder, hub name or GGUF file")
+    preset: str = _setting(
+        "default", "values of all settings not given: ours, or those of the papers", _PRESET_NAMES
+    )
     net: str | None = _setting(None, "short name of the model (default: last part of --model)")
 
     scheme: str | None = _setting(None, "bits and groups in short, e.g. W4A4, W4A16g128")
@@ -48,10 +53,33 @@ class Config:
         "learn shifts: where every module has a bias (auto), everywhere or nowhere",
         ("auto", "always", "never"),
     )
+    lr_plus: bool = _setting(False, "LRQuant+: rotation vectors, two branches, dynamic weights")
+    rotation: bool | None = _setting(None, "learn rotation vectors (default: with --lr-plus)")
+    rotate_rank: int = _setting(1, "rank of the rotation vectors")
+    rotation_sharing: str | None = _setting(
+        None,
+        "input side: one a norm, folded into it (site, the default), one a linear, none, or the "
+        "published dense factor on the weight (weight, the default above rank 1)",
+        SHARINGS,
+    )
+    two_branch: bool | None = _setting(
+        None, "compare with the full-precision block on the quantised input too (with --lr-plus)"
+    )
+    dynamic_weights: bool | None = _setting(
+        None, "weigh loss terms by their running means (default: with --lr-plus)"
+    )
+    ema_init: str = _setting(
+        "first", "running means start at the first loss, or at one as published", ("first", "one")
+    )
     loss: str = _setting("mse+nlc", "block loss (LRQuant: mse+nlc)", ("mse+nlc", "mse", "nlc"))
     epochs: int = _setting(10, "passes over the samples a block; 0 learns nothing")
+    keep_best: bool = _setting(True, "keep the epoch with the lowest loss over all samples")
     lwc_lr: float = _setting(1e-2, "learning rate of the clipping")
     let_lr: float = _setting(5e-3, "learning rate of scales and shifts (ACL paper: 1e-3)")
+    rotation_lr: float = _setting(1e-2, "learning rate of the rotation vectors")
+    lwc_init: float | None = _setting(
+        None, "logit that the clipping starts at (papers: 4); default: searched for each group"
+    )
     wd: float = _setting(0.0, "weight decay")
     batch_size: int = _setting(1, "samples a step")
 
@@ -68,7 +96,16 @@ class Config:
 
     eval_ppl: bool = _setting(False, "perplexity on every published set that can be had")
     ppl: tuple[str, ...] = _setting((), "perplexity on these sets")
+    agreement: tuple[str, ...] = _setting(
+        (), "KL divergence of next-token distributions from full precision on these sets"
+    )
     compare: bool = _setting(False, "evaluate full precision and round-to-nearest beside it")
+    tta: bool = _setting(
+        False, "test-time adaptation: measure also with blocks learned again on the test text"
+    )
+    tta_blocks: int = _setting(1, "how many of the last blocks are adapted")
+    tta_epochs: int = _setting(5, "passes over the test text")
+    tta_let_lr: float = _setting(1e-3, "learning rate of scales and shifts while adapting")
     tasks: str = _setting("", "zero-shot tasks of lm-evaluation-harness, separated by commas")
     num_fewshot: int = _setting(0, "examples in the prompt of a task")
     limit: int = _setting(-1, "windows a set and items a task (-1: all)")
@@ -87,24 +124,25 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in (("epochs", 0), ("nsamples", 1), ("batch_size", 1), ("seqlen", 2)):
+        for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise LRQuantError(
                     f"{name} {getattr(self, name)}: use a whole number of at least {smallest}"
                 )
-        for name in ("lwc_lr", "let_lr", "wd"):
+        for name in ("lwc_lr", "let_lr", "rotation_lr", "tta_let_lr", "wd"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LRQuantError(f"{name} {getattr(self, name)}: use a finite number from 0 on")
         if self.limit < -1 or self.limit == 0:
             raise LRQuantError(
                 f"limit {self.limit}: use a whole number of at least 1, or -1 for all"
             )
+        if self.lwc_init is not None and not math.isfinite(self.lwc_init):
+            raise LRQuantError(f"lwc_init {self.lwc_init}: use a finite number")
         for entry in dataclasses.fields(self):
             choices = entry.metadata["choices"]
-            if choices and getattr(self, entry.name) not in choices:
-                raise LRQuantError(
-                    f"{entry.name} {getattr(self, entry.name)!r}: use one of {', '.join(choices)}"
-                )
+            value = getattr(self, entry.name)
+            if choices and value not in choices and (value, entry.default) != (None, None):
+                raise LRQuantError(f"{entry.name} {value!r}: use one of {', '.join(choices)}")
         unknown = [kind for kind in self.let_sites if kind not in KINDS]
         if unknown:
             raise LRQuantError(f"let_sites {unknown[0]!r}: use some of {', '.join(KINDS)}")
@@ -135,9 +173,33 @@ class Config:
             )
         if lwc is None and let is None and config.epochs > 0:
             lwc, let = scheme.weight_bits < 16, not scheme.weight_only
+        plus = config.lr_plus and config.epochs > 0
+        rotation = _given_or(config.rotation, plus and scheme.weight_bits < 16)
         return dataclasses.replace(
-            config, scheme=scheme.name, lwc=bool(lwc), let=bool(let), net=config.net_name
+            config,
+            scheme=scheme.name,
+            lwc=bool(lwc),
+            let=bool(let),
+            net=config.net_name,
+            rotation=rotation,
+            rotation_sharing=config._sharing(rotation, scheme),
+            two_branch=_given_or(config.two_branch, plus),
+            dynamic_weights=_given_or(config.dynamic_weights, plus),
         )
+
+    def _sharing(self, rotation: bool, scheme: Scheme) -> str:
+        if rotation and scheme.weight_bits == 16:
+            raise LRQuantError(
+                "--rotation with --wbits 16: there is no quantised weight to scale; give --wbits "
+                "below 16"
+            )
+        if self.rotate_rank > 1 and self.rotation_sharing not in (None, "weight"):
+            raise LRQuantError(
+                f"--rotate_rank {self.rotate_rank} with --rotation_sharing "
+                f"{self.rotation_sharing}: above rank 1 the factor is dense; use "
+                "--rotation_sharing weight (no integer format holds it) or --rotate_rank 1"
+            )
+        return self.rotation_sharing or ("site" if self.rotate_rank == 1 else "weight")
 
     @property
     def quantization(self) -> Scheme:
@@ -158,8 +220,9 @@ class Config:
 
     @property
     def perplexity_sets(self) -> tuple[str, ...]:
-        """Sets asked for by name, or the published five."""
-        return self.ppl or (PUBLISHED_PERPLEXITY_SETS if self.eval_ppl else ())
+        """Sets asked for by name, or the published five; then those for agreement alone."""
+        sets = self.ppl or (PUBLISHED_PERPLEXITY_SETS if self.eval_ppl else ())
+        return tuple(dict.fromkeys((*sets, *self.agreement)))
 
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of this file."""
@@ -173,6 +236,40 @@ class Config:
     def from_yaml(cls, path: Path) -> Config:
         """Read a file that `to_yaml` or a person wrote."""
         return cls(**typed_settings(read_yaml(path), str(path)))
+
+
+_SMALLEST = {"epochs": 0, "nsamples": 1, "batch_size": 1, "seqlen": 2, "rotate_rank": 1}
+_SMALLEST |= {"tta_blocks": 1, "tta_epochs": 1}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "epochs": 20,
+        "let_lr": 5e-3,
+        "lwc_lr": 1e-2,
+        "rotation_lr": 1e-2,
+        "lwc_init": 4.0,
+        "let_sites": ("norm", "value_output", "query_key"),
+        "let_shift": "always",
+        "loss": "mse+nlc",
+        "ema_init": "one",
+        "rotation_sharing": "weight",
+        "keep_best": False,
+        "batch_size": 1,
+        "nsamples": 128,
+        "seqlen": 2048,
+    },
+}
+
+
+def with_preset(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` over the values of the preset that they name."""
+    name = settings.get("preset", "default")
+    return {**PRESETS.get(name, {}), **settings}
+
+
+def _given_or(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 _SPELLED_OUT = {

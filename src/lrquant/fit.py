@@ -1,9 +1,8 @@
-"""Learning one block: the loss, the steps, the return to the last finite parameters."""
+"""Learning one block: the steps, the choice of its best parameters, the return from NaN."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from lrquant.blocks import BlockInputs, BlockRunner, Stream
 from lrquant.errors import LRQuantError
-from lrquant.learn.equivalent import keep_scales_positive_
+from lrquant.learn.objective import Objective, loss_terms
 from lrquant.learn.view import BlockView
-from lrquant.numerics.losses import mean_squared_error, negative_log_cosine
 
 Progress = Callable[[int, float], None]
 
@@ -28,44 +26,64 @@ class FitSettings:
     lwc_lr: float
     weight_decay: float
     loss: str
+    rotation_lr: float = 1e-2
+    two_branch: bool = False
+    dynamic_weights: bool = False
+    ema_init: str = "first"
+    keep_best: bool = False
 
 
 @dataclass
 class FitReport:
-    """What learning a block did: losses over the whole calibration set, one mean an epoch."""
+    """What learning a block did.
 
+    Losses are of `objective.measure`: `initial_loss` over the whole calibration set,
+    `epoch_losses` the mean of an epoch's steps, `held_losses` over the whole set after an epoch
+    with parameters held still (only with `keep_best`); `best_epoch` (0: the start) was kept.
+    """
+
+    objective: Objective
     initial_loss: float
     epoch_losses: list[float] = field(default_factory=list)
+    held_losses: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
     non_finite: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def reconstruction_loss(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """MSE + NLC, or one of them, over block outputs (batch, tokens, hidden); float32 scalar."""
-    terms = {"mse": mean_squared_error, "nlc": negative_log_cosine}
-    return torch.stack([terms[part](output, target) for part in kind.split("+")]).sum()
 
 
 @dataclass(frozen=True)
 class BlockData:
-    """The samples as one block sees them: quantised inputs, full-precision targets, arguments."""
+    """The samples as one block sees them: quantised inputs, each branch's targets, arguments."""
 
     index: int
     entry: BlockInputs
     inputs: Stream
-    targets: Stream
+    targets: tuple[Stream, ...]
+
+    def batch_terms(
+        self, runner: BlockRunner, tensors: dict[str, Tensor], batch: int, kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Block output of one batch and its loss terms."""
+        samples = self.entry.batches[batch]
+        arguments = self.entry.arguments(batch, self.index)
+        output = runner(tensors, self.inputs.read(samples), arguments)
+        targets = [stream.read(samples) for stream in self.targets]
+        return output, loss_terms(output, targets, kind)
 
     @torch.no_grad()
-    def loss(self, runner: BlockRunner, tensors: dict[str, Tensor], kind: str) -> float:
-        """Loss over the whole calibration set with tensors held still."""
-        total = 0.0
+    def terms(
+        self, runner: BlockRunner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
+    ) -> Tensor:
+        """Mean loss terms over the whole set with tensors held still, (terms,) float32.
+
+        With `advance` the outputs take the inputs' place: the stream moves on.
+        """
+        parts = []
         for batch, samples in enumerate(self.entry.batches):
-            output = runner(
-                tensors, self.inputs.read(samples), self.entry.arguments(batch, self.index)
-            )
-            loss = reconstruction_loss(output, self.targets.read(samples), kind)
-            total += float(loss) * (samples.stop - samples.start)
-        return total / self.entry.shape[0]
+            output, terms = self.batch_terms(runner, tensors, batch, kind)
+            parts.append(terms.double() * (samples.stop - samples.start))
+            if advance:
+                self.inputs.write(samples, output)
+        return (torch.stack(parts).sum(0) / self.entry.shape[0]).float()
 
 
 def fit_block(
@@ -77,60 +95,115 @@ def fit_block(
 ) -> FitReport:
     """Learn the view's parameters in place.
 
-    A non-finite loss ends the block at its best parameters so far (those whose epoch had the lowest
-    mean loss); if a weight or the start itself is non-finite, an error names the first that is.
+    With `keep_best` the parameters of the epoch after which the loss over the whole set was lowest
+    are kept.  A non-finite loss ends the block at its best parameters so far (without `keep_best`,
+    those whose epoch had the lowest mean loss); if a weight or the start itself is non-finite, an
+    error names the first that is.
     """
-    started = time.monotonic()
     _check_stored(view, data.index)
     with torch.no_grad():
         tensors = view.tensors()
-    report = FitReport(data.loss(runner, tensors, settings.loss))
+    initial = data.terms(runner, tensors, settings.loss)
+    objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
+    report = FitReport(objective, objective.measure(initial))
     if not math.isfinite(report.initial_loss):
         raise LRQuantError(_first_non_finite(runner, tensors, data))
-    if settings.epochs == 0 or not view.parameters:
-        return report
-    start = best = _copy(view.parameters)
-    best_loss = report.initial_loss
-    optimizer = make_optimizer(view.parameters, settings)
-    for epoch in range(settings.epochs):
-        mean_loss = _epoch(view, runner, data, optimizer, settings.loss, epoch, progress)
-        if mean_loss is None:
-            report.non_finite.append(f"epoch {epoch + 1}: back to the best parameters so far")
-            _go_back(view, runner, data, settings.loss, best, start, report.initial_loss)
-            break
-        report.epoch_losses.append(mean_loss)
-        if mean_loss <= best_loss:
-            best, best_loss = _copy(view.parameters), mean_loss
-    else:
-        if not math.isfinite(_first_loss(view, runner, data, settings.loss)):
-            event = f"epoch {settings.epochs}, after its last step"
-            report.non_finite.append(f"{event}: back to the best parameters so far")
-            _go_back(view, runner, data, settings.loss, best, start, report.initial_loss)
-    view.parameters = _copy(view.parameters)
-    report.seconds = time.monotonic() - started
+    if settings.epochs and view.parameters:
+        _Learning(view, runner, data, settings, report, progress).run()
     return report
 
 
-def _epoch(
-    view: BlockView,
-    runner: BlockRunner,
-    data: BlockData,
-    optimizer: torch.optim.Optimizer,
-    kind: str,
-    epoch: int,
-    progress: Progress,
-) -> float | None:
-    """One pass over the samples; the mean loss, or None as soon as a loss is not finite."""
-    total = 0.0
-    for batch in range(len(data.entry.batches)):
-        value = learning_step(view, runner, data, batch, optimizer, kind)
-        if not math.isfinite(value):
+def advance_quantized(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> Tensor:
+    """Move the quantised stream through the frozen block; its mean loss terms."""
+    with torch.no_grad():
+        tensors = view.freeze().tensors(view.dtype)
+    return data.terms(runner, tensors, kind, advance=True)
+
+
+class _Learning:
+    """The epochs of one block."""
+
+    def __init__(
+        self,
+        view: BlockView,
+        runner: BlockRunner,
+        data: BlockData,
+        settings: FitSettings,
+        report: FitReport,
+        progress: Progress,
+    ) -> None:
+        self.view, self.runner, self.data = view, runner, data
+        self.settings, self.report, self.progress = settings, report, progress
+        self.start = self.best = _copy(view.parameters)
+
+    def run(self) -> None:
+        """Learn; the view ends with parameters that need no gradient."""
+        report, settings = self.report, self.settings
+        optimizer = make_optimizer(self.view.parameters, settings)
+        best_loss, best_epoch = report.initial_loss, 0
+        for epoch in range(1, settings.epochs + 1):
+            mean = self._epoch(optimizer, epoch)
+            if mean is None:
+                self._go_back(f"epoch {epoch}")
+                break
+            report.epoch_losses.append(mean)
+            held = mean
+            if settings.keep_best:
+                held = self._held_loss()
+                if not math.isfinite(held):
+                    self._go_back(f"epoch {epoch}, after its last step")
+                    break
+                report.held_losses.append(held)
+            if held <= best_loss:
+                self.best, best_loss, best_epoch = _copy(self.view.parameters), held, epoch
+        else:
+            if settings.keep_best:
+                self.view.parameters = self.best
+            elif not math.isfinite(self._first_loss()):
+                self._go_back(f"epoch {settings.epochs}, after its last step")
+        report.best_epoch = best_epoch if settings.keep_best else None
+        self.view.parameters = _copy(self.view.parameters)
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> float | None:
+        """One pass over the samples; the mean loss, or None as soon as something is not finite."""
+        steps = len(self.data.entry.batches)
+        total = 0.0
+        for batch in range(steps):
+            value = learning_step(
+                self.view,
+                self.runner,
+                self.data,
+                batch,
+                optimizer,
+                self.report.objective,
+                self.settings.loss,
+            )
+            if not math.isfinite(value):
+                return None
+            total += value
+            self.progress((epoch - 1) * steps + batch + 1, value)
+        if not all(torch.isfinite(parameter).all() for parameter in self.view.parameters.values()):
             return None
-        total += value
-        progress(epoch * len(data.entry.batches) + batch + 1, value)
-    if not all(torch.isfinite(parameter).all() for parameter in view.parameters.values()):
-        return None
-    return total / len(data.entry.batches)
+        return total / steps
+
+    @torch.no_grad()
+    def _held_loss(self) -> float:
+        terms = self.data.terms(self.runner, self.view.tensors(), self.settings.loss)
+        return self.report.objective.measure(terms)
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        """Loss of the first batch: what the last step, which no other step follows, has led to."""
+        tensors = self.view.tensors()
+        _, terms = self.data.batch_terms(self.runner, tensors, 0, self.settings.loss)
+        return self.report.objective.measure(terms)
+
+    def _go_back(self, event: str) -> None:
+        """Take the best parameters, or the start if they, a step after their loss, are worse."""
+        self.report.non_finite.append(f"{event}: back to the best parameters so far")
+        self.view.parameters = self.best
+        if not self._held_loss() <= self.report.initial_loss:
+            self.view.parameters = self.start
 
 
 def learning_step(
@@ -139,49 +212,23 @@ def learning_step(
     data: BlockData,
     batch: int,
     optimizer: torch.optim.Optimizer,
+    objective: Objective,
     kind: str,
 ) -> float:
-    """One step on one batch; the loss before it."""
-    samples = data.entry.batches[batch]
-    inputs, targets = data.inputs.read(samples), data.targets.read(samples)
-    output = runner(view.tensors(), inputs, data.entry.arguments(batch, data.index))
-    loss = reconstruction_loss(output, targets, kind)
+    """One step on one batch; the objective's measure before it."""
+    _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    objective.loss(terms).backward()
     optimizer.step()
-    keep_scales_positive_(view.parameters)
-    return float(loss.detach())
-
-
-@torch.no_grad()
-def _go_back(
-    view: BlockView,
-    runner: BlockRunner,
-    data: BlockData,
-    kind: str,
-    best: dict[str, Tensor],
-    start: dict[str, Tensor],
-    start_loss: float,
-) -> None:
-    """Take the best parameters, or the start if they, a step later than their loss, are worse."""
-    view.parameters = best
-    if not data.loss(runner, view.tensors(), kind) <= start_loss:
-        view.parameters = start
-
-
-@torch.no_grad()
-def _first_loss(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> float:
-    """Loss of the first batch: what the last step, which no other step follows, has led to."""
-    samples = data.entry.batches[0]
-    output = runner(view.tensors(), data.inputs.read(samples), data.entry.arguments(0, data.index))
-    return float(reconstruction_loss(output, data.targets.read(samples), kind))
+    view.keep_scales_positive_()
+    return objective.measure(terms)
 
 
 def make_optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
     """AdamW over the parameters, which become leaves, each kind at its own learning rate."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    rates = {"let": settings.let_lr, "lwc": settings.lwc_lr}
+    rates = {"let": settings.let_lr, "lwc": settings.lwc_lr, "rotation": settings.rotation_lr}
     groups = [
         {"params": [p for name, p in parameters.items() if name.startswith(kind + ".")], "lr": rate}
         for kind, rate in rates.items()

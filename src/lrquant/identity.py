@@ -28,9 +28,32 @@ def describe_method(config: Config) -> str:
     if config.let:
         sites = ", ".join(config.let_sites)
         parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
+    if config.rotation:
+        rank = f"rank {config.rotate_rank}, {_ROTATIONS[config.rotation_sharing or 'site']}"
+        parts.append(f"rotation vectors of {rank} (lr {config.rotation_lr:g})")
     if not parts:
         return "round to nearest: nothing is learned"
-    return f"{' and '.join(parts)}; loss {config.loss}; {config.epochs} epochs"
+    branches = ", two branches" if config.two_branch else ""
+    weights = f", dynamic weights from {config.ema_init}" if config.dynamic_weights else ""
+    kept = ", best epoch kept" if config.keep_best else ""
+    return (
+        f"{method_name(config)}: {' and '.join(parts)}; loss {config.loss}{branches}{weights}; "
+        f"{config.epochs} epochs{kept}"
+    )
+
+
+def method_name(config: Config) -> str:
+    """LRQuant+ with any of its three parts, else LRQuant."""
+    plus = config.rotation or config.two_branch or config.dynamic_weights
+    return "LRQuant+" if plus else "LRQuant"
+
+
+_ROTATIONS = {
+    "site": "input side shared at norms",
+    "linear": "input side for each linear",
+    "none": "output side alone",
+    "weight": "dense on the weight",
+}
 
 
 def describe_run(
@@ -61,6 +84,7 @@ def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
         "model": config.model,
         "scheme": config.scheme,
         "method": describe_method(config),
+        "method_name": method_name(config),
         "seed": config.seed,
         "device": str(workbench.device),
         "precision": dtype_name(workbench.dtype),
@@ -76,7 +100,18 @@ def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
 
 def fit_settings(config: Config) -> FitSettings:
     """How blocks are learned."""
-    return FitSettings(config.epochs, config.let_lr, config.lwc_lr, config.wd, config.loss)
+    return FitSettings(
+        epochs=config.epochs,
+        let_lr=config.let_lr,
+        lwc_lr=config.lwc_lr,
+        weight_decay=config.wd,
+        loss=config.loss,
+        rotation_lr=config.rotation_lr,
+        two_branch=bool(config.two_branch),
+        dynamic_weights=bool(config.dynamic_weights),
+        ema_init=config.ema_init,
+        keep_best=config.keep_best,
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrquant.blocks import BlockInputs, BlockRunner
-from lrquant.config import Config, require_one_scheme, typed_settings
+from lrquant.blocks import BlockInputs
+from lrquant.config import Config, require_one_scheme, typed_settings, with_preset
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import (
@@ -28,7 +28,7 @@ from lrquant.evaluation.measures import (
     preparer,
 )
 from lrquant.export.dequantized import check_target, save_dequantized
-from lrquant.fit import BlockData, FitReport, fit_block, reconstruction_loss
+from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
@@ -43,7 +43,7 @@ from lrquant.workbench import (
     method_of,
     peak_memory,
 )
-from lrquant.workdir import BlockRecord, RunFolder
+from lrquant.workdir import BlockRecord, RunFolder, merge_results
 
 logger = logging.getLogger("lrquant")
 _KEPT_LINES = 10_000
@@ -118,7 +118,7 @@ def _run(
     progress: Progress,
     earlier: MemoryHandler,
 ) -> Run:
-    settings = typed_settings(settings, "settings")
+    settings = with_preset(typed_settings(settings, "settings"))
     require_one_scheme(settings)
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
     if measure_only:
@@ -171,7 +171,8 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     with progress.measuring("statistics", len(model.blocks)) as told:
         for index in range(len(model.blocks)):
             stored = workbench.stored(index)
-            advance_full_precision(workbench, index, stored, entry, stream, statistics.observe)
+            observe = statistics.observe
+            advance_full_precision(workbench, index, stored, entry, stream, stream, observe)
             told(index)
     return statistics
 
@@ -186,13 +187,17 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not _asks_for_measures(settings):
         settings["ppl"] = ("wikitext2",)
+    if settings.get("agreement") or settings.get("tta"):
+        name = "tta" if settings.get("tta") else "agreement"
+        raise LRQuantError(f"--{name} {target}: needs a run folder; this is a model")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
     config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
     model = load_model(config.model, _path(config.cache_dir))
     texts = prepare_evaluation(config, model)
     workbench = make_workbench(model, config)
-    results = evaluate_model(workbench, config, texts, progress or Progress())
-    results = {**environment(config, workbench), **results}
+    results: dict[str, Any] = {}
+    for measured in evaluate_model(workbench, config, texts, progress or Progress()):
+        results = merge_results(results, {**environment(config, workbench), **measured})
     if "output_dir" in settings:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         results = RunFolder(Path(config.output_dir)).add_results(results)
@@ -219,46 +224,40 @@ def learn_blocks(
     if finished:
         logger.info("resuming after block %d of %d", finished, blocks)
     entry = BlockInputs(model, ids, config.batch_size, workbench.device)
-    full, quantized = workbench.streams(entry, 2)
+    settings = fit_settings(config)
+    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
     entry.embed(full)
     quantized.copy(full)
-    steps = config.epochs * len(entry.batches)
+    searched = config.lwc and config.lwc_init is None
+    steps = settings.epochs * len(entry.batches)
     with progress.blocks(blocks, steps):
         for index in range(blocks):
             started = time.monotonic()
-            statistics = ChannelStatistics() if given is None else given
-            observer = statistics.observe if given is None and config.let else None
+            statistics = ChannelStatistics()
+            observed = searched or (config.let and given is None)
+            observer = statistics.observe if observed else None
             stored = workbench.stored(index)
-            advance_full_precision(workbench, index, stored, entry, full, observer)
+            advance_full_precision(workbench, index, stored, entry, full, full, observer)
             view = workbench.view(index, stored, config.quantization, method_of(config))
-            data = BlockData(index, entry, quantized, full)
+            if index < finished:
+                view.load(folder.load_block(index))
+                data = BlockData(index, entry, quantized, (full,))
+                with workbench.runner(index, view) as runner:
+                    advance_quantized(view, runner, data, settings.loss)
+                progress.finished(index)
+                continue
+            if given is not None:
+                statistics.maxima, statistics.midpoints = given.maxima, given.midpoints
+            for stream in homologous:
+                advance_full_precision(workbench, index, stored, entry, quantized, stream)
+            view.initialize(statistics, model.block_name(index))
+            data = BlockData(index, entry, quantized, (full, *homologous))
             with workbench.runner(index, view) as runner:
-                if index < finished:
-                    view.load(folder.load_block(index))
-                    _advance(view, runner, data, config.loss)
-                    progress.finished(index)
-                    continue
-                view.initialize(statistics, model.block_name(index))
-                report = fit_block(
-                    view, runner, data, fit_settings(config), progress.stepper(index)
-                )
-                final_loss = _advance(view, runner, data, config.loss)
+                report = fit_block(view, runner, data, settings, progress.stepper(index))
+                final = advance_quantized(view, runner, data, settings.loss)
+            final_loss = report.objective.measure(final)
             _record(folder, view, index, report, final_loss, time.monotonic() - started, workbench)
             progress.finished(index)
-
-
-@torch.no_grad()
-def _advance(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> float:
-    """Move the quantised stream through the frozen block; its loss over all samples."""
-    tensors = view.freeze().tensors(view.dtype)
-    total = 0.0
-    for batch, samples in enumerate(data.entry.batches):
-        arguments = data.entry.arguments(batch, data.index)
-        output = runner(tensors, data.inputs.read(samples), arguments)
-        loss = reconstruction_loss(output, data.targets.read(samples), kind)
-        total += float(loss) * (samples.stop - samples.start)
-        data.inputs.write(samples, output)
-    return total / data.entry.shape[0]
 
 
 def _record(
@@ -275,6 +274,8 @@ def _record(
         initial_loss=report.initial_loss,
         final_loss=final_loss,
         epoch_losses=report.epoch_losses,
+        held_losses=report.held_losses,
+        best_epoch=report.best_epoch,
         non_finite=report.non_finite,
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory(workbench.device),
@@ -351,17 +352,19 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     own = RunFolder.open(Path(given["resume"])).config
     chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
     places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
-    none = {"eval_ppl": False, "ppl": (), "compare": False, "tasks": "", "limit": -1}
+    none = {"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""}
+    none |= {"limit": -1, "tta": False}
     replaced = none if _asks_for_measures(given) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
 
 
 def _asks_for_measures(settings: dict[str, Any]) -> bool:
-    return any(settings.get(name) for name in ("eval_ppl", "ppl", "tasks"))
+    return any(settings.get(name) for name in ("eval_ppl", "ppl", "agreement", "tasks"))
 
 
 _MEASURE_SETTINGS = (
-    *("eval_ppl", "ppl", "compare", "tasks", "num_fewshot", "limit", "output_dir", "save_dir"),
+    *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
+    *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
 

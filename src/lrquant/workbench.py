@@ -76,7 +76,16 @@ def make_workbench(model: Model, config: Config) -> Workbench:
 
 def method_of(config: Config) -> Method:
     """What the settings ask to learn."""
-    return Method(bool(config.lwc), bool(config.let), config.let_sites, config.let_shift)
+    return Method(
+        lwc=bool(config.lwc),
+        let=bool(config.let),
+        let_sites=config.let_sites,
+        let_shift=config.let_shift,
+        rotation=bool(config.rotation),
+        rotate_rank=config.rotate_rank,
+        rotation_sharing=config.rotation_sharing or "site",
+        lwc_init=config.lwc_init,
+    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -86,11 +95,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def learned_view(workbench: Workbench, config: Config, folder: RunFolder, index: int) -> BlockView:
-    """Block `index` with the parameters that a run learned."""
+def learned_view(
+    workbench: Workbench, config: Config, folder: RunFolder, index: int, adapted: str | None = None
+) -> BlockView:
+    """Block `index` with the parameters that a run learned, or `adapted` to the text so named."""
     stored = workbench.stored(index)
     view = workbench.view(index, stored, config.quantization, method_of(config))
-    view.load(folder.load_block(index))
+    view.load(folder.load_block(index, adapted))
     return view
 
 
@@ -101,9 +112,13 @@ def advance_full_precision(
     stored: dict[str, Tensor],
     entry: BlockInputs,
     stream: Stream,
+    into: Stream,
     observer: Observer | None = None,
 ) -> None:
-    """Move the full-precision stream through one block; `observer` sees its linears' inputs."""
+    """Send `stream` through one full-precision block, to `into` (which may be `stream` itself).
+
+    `observer` sees the inputs of the block's linears.
+    """
     view = workbench.view(index, stored, FLOATING_POINT, Method())
     tensors = view.tensors()
     prefix = workbench.model.block_name(index) + "."
@@ -111,4 +126,4 @@ def advance_full_precision(
     with workbench.runner(index, view, named) as runner:
         for batch, samples in enumerate(entry.batches):
             output = runner(tensors, stream.read(samples), entry.arguments(batch, index))
-            stream.write(samples, output)
+            into.write(samples, output)

@@ -7,9 +7,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class BlockRecord:
     seconds: float
     peak_memory_bytes: int
     non_finite: list[str]
+    held_losses: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
 
     def as_line(self) -> str:
         """One line of blocks.jsonl."""
@@ -63,6 +65,7 @@ class RunFolder:
                 (path / old).unlink(missing_ok=True)
             for learned in (*blocks.glob("*.safetensors"), *blocks.glob("*.tmp")):
                 learned.unlink()
+            shutil.rmtree(path / "adapted", ignore_errors=True)
             folder.write_text("config.yaml", config.to_yaml())
             folder.write_text(
                 "run.json", json.dumps({"format": FORMAT, **identity}, indent=1) + "\n"
@@ -140,6 +143,16 @@ class RunFolder:
         """Where a block's learned parameters are."""
         return self.path / "blocks" / f"{index:04d}.safetensors"
 
+    def adapted_path(self, text: str, index: int) -> Path:
+        """Where a block's parameters adapted to a text are, apart from the learned ones."""
+        return self.path / "adapted" / Path(text).name / f"{index:04d}.safetensors"
+
+    def forget_adapted(self, text: str) -> None:
+        """Make an empty folder for parameters that are adapted to `text`."""
+        place = self.adapted_path(text, 0).parent
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+
     def finished_blocks(self) -> int:
         """How many blocks, from the first on, are finished."""
         count = 0
@@ -153,25 +166,36 @@ class RunFolder:
         The file holds nothing that a clock or the machine's state decides, so that two runs give
         the same bytes.
         """
-        tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
         path = self.block_path(record.block)
+        self._save(path, parameters, lambda: self._write_records([*self.records(), record]))
+
+    def save_adapted(self, text: str, index: int, parameters: dict[str, Tensor]) -> None:
+        """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
+        self._save(self.adapted_path(text, index), parameters, lambda: None)
+
+    def _save(
+        self, path: Path, parameters: dict[str, Tensor], before_rename: Callable[[], None]
+    ) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
         temporary = path.with_suffix(".tmp")
         try:
             save_file(tensors, temporary)
             _flush(temporary)
-            self._write_records([*self.records(), record])
+            before_rename()
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             raise LRQuantError(
-                f"run folder {self.path}: block {record.block} cannot be written ({error}); free "
+                f"run folder {self.path}: block {int(path.stem)} cannot be written ({error}); free "
                 "some space and go on with --resume"
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
-    def load_block(self, index: int) -> dict[str, Tensor]:
-        """A finished block's learned parameters."""
+    def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
+        """A finished block's learned parameters, or those adapted to the text `adapted`, if any."""
         path = self.block_path(index)
+        if adapted is not None and self.adapted_path(adapted, index).is_file():
+            path = self.adapted_path(adapted, index)
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -213,10 +237,7 @@ class RunFolder:
         """Write results.json, keeping of the old one what `results` did not measure."""
         path = self.path / "results.json"
         if path.is_file():
-            old = read_json(path)
-            measured = ("perplexity", "tasks")
-            kept = {name: {**old.get(name, {}), **results.get(name, {})} for name in measured}
-            results = {**results, **{name: value for name, value in kept.items() if value}}
+            results = merge_results(read_json(path), results)
         self.write_text("results.json", json.dumps(results, indent=1) + "\n")
         return results
 
@@ -249,6 +270,13 @@ class RunFolder:
                 f"run folder {self.path}: {name} cannot be written ({error.strerror}); free some "
                 "space or use another --output_dir"
             ) from error
+
+
+def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new`, with what it did not measure kept of `old`."""
+    measured = ("perplexity", "agreement", "tasks")
+    kept = {name: {**old.get(name, {}), **new.get(name, {})} for name in measured}
+    return {**new, **{name: value for name, value in kept.items() if value}}
 
 
 class _LogFile(logging.FileHandler):

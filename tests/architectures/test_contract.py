@@ -248,7 +248,7 @@ def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) ->
         with bench.runner(index, view) as runner:
             states = stream.read(entry.batches[0])
             outputs.append(runner(view.tensors(), states, entry.arguments(0, index)))
-        advance_full_precision(bench, index, bench.stored(index), entry, stream)
+        advance_full_precision(bench, index, bench.stored(index), entry, stream, stream)
     return outputs
 
 

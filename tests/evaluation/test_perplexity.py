@@ -11,8 +11,10 @@ import torch
 from lrquant import LRQuantError, evaluate, quantize
 from lrquant.blocks import BlockInputs
 from lrquant.config import Config
+from lrquant.data import Samples
 from lrquant.evaluation import measures, perplexity
-from lrquant.evaluation.measures import measure_perplexity, prepare_evaluation, preparer
+from lrquant.evaluation.measures import measure as measure_set
+from lrquant.evaluation.measures import prepare_evaluation, preparer
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import from_module
@@ -49,11 +51,9 @@ def windows_of(text, tokenizer, size, limit=-1):
 
 
 def measure(bench, windows, scheme=FLOATING_POINT):
-    class Windows:
-        ids = windows
-
+    samples = Samples(windows, "text", "test", "here", "", "a text")
     variants = {"it": preparer(bench, scheme)}
-    return measure_perplexity(bench, "text", Windows, variants, Progress())["it"]
+    return measure_set(bench, samples, variants, Progress())["perplexity"]["text"]["it"]
 
 
 @pytest.mark.parametrize(("size", "limit"), [(2, 30), (7, -1), (32, 1), (32, 1000), (64, 5)])
@@ -156,9 +156,7 @@ def test_progress_is_told_each_block(make_model, make_bench, token_ids):
     entry = BlockInputs(bench.model, token_ids(2, 8), 1, bench.device)
     (stream,) = bench.streams(entry, 1)
     prepare = preparer(bench, FLOATING_POINT)
-    perplexity.perplexity(
-        bench.model, prepare, token_ids(2, 8), stream, entry, bench.dtype, told.append
-    )
+    perplexity.send_through(bench.model, prepare, stream, entry, told.append)
     assert told == [0, 1]
     assert prepare(0).runner.scheme == FLOATING_POINT
     assert bench.view(0, bench.stored(0), FLOATING_POINT, Method()).parameters == {}

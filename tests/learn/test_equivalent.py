@@ -11,7 +11,6 @@ from lrquant.errors import LRQuantError
 from lrquant.learn.equivalent import (
     equivalent_parameters,
     fold_factors,
-    keep_scales_positive_,
     logarithmic_scale,
 )
 from lrquant.sites import norm_site, query_key_site, up_down_site, value_output_site
@@ -90,19 +89,6 @@ def test_midpoints_of_another_model_are_refused(statistics):
     statistics.midpoints["block.q"] = torch.ones(5)
     with pytest.raises(LRQuantError, match=r"block\.q has 5 channels, this model has 4"):
         equivalent_parameters((NORM,), frozenset({"norm"}), statistics, "block", CPU)
-
-
-def test_scales_are_kept_from_zero_and_nothing_else():
-    parameters = {
-        "let.norm.scale": torch.tensor([-3.0, 0.0, 0.009, 0.011, 2.0]),
-        "let.norm.shift": torch.tensor([-3.0, 0.0, 0.001]),
-        "lwc.q.upper": torch.tensor([-3.0, 0.0]),
-    }
-    before = {name: values.clone() for name, values in parameters.items()}
-    keep_scales_positive_(parameters)
-    expected = torch.tensor([0.01, 0.01, 0.01, 0.011, 2.0])
-    assert torch.equal(parameters.pop("let.norm.scale"), expected)
-    assert all(torch.equal(values, before[name]) for name, values in parameters.items())
 
 
 def test_factors_of_all_sites_compose():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lrquant.blocks import SHIFT_SUFFIX
+from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.errors import LRQuantError
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import from_module
@@ -21,7 +21,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 SYMMETRY = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 GROUPS = pytest.mark.parametrize("group_size", [None, 16])
-EVERYTHING = Method(lwc=True, let=True, let_sites=KINDS, let_shift="always")
+ROTATIONS = [("site", 1), ("linear", 1), ("none", 1), ("weight", 1), ("weight", 3)]
+EVERYTHING = Method(
+    lwc=True,
+    let=True,
+    let_sites=KINDS,
+    let_shift="always",
+    rotation=True,
+    rotation_sharing="linear",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,8 @@ def perturb_(view: BlockView, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, values in view.parameters.items():
         noise = torch.randn(values.shape, generator=generator)
-        view.parameters[name] = values * noise.exp() if ".scale" in name else values + 2 * noise
+        positive = ".scale" in name or name.startswith("rotation.")
+        view.parameters[name] = values * noise.exp() if positive else values + 2 * noise
 
 
 def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
@@ -80,6 +89,9 @@ def methods():
     for kinds in [*((kind,) for kind in KINDS), KINDS]:
         for lwc, shift in itertools.product((False, True), ("auto", "always")):
             yield Method(lwc, True, kinds, shift)
+    for (sharing, rank), lwc, let in itertools.product(ROTATIONS, (False, True), (False, True)):
+        rotation = {"rotation": True, "rotation_sharing": sharing, "rotate_rank": rank}
+        yield Method(lwc, let, KINDS, "always", **rotation)
 
 
 @DTYPES
@@ -96,6 +108,20 @@ def test_frozen_equals_learned_bit_for_bit(name, bits, dtype, symmetric, group_s
         with torch.no_grad():
             learned = view.tensors()
         assert differing(view.freeze().tensors(dtype), learned) == [], method
+
+
+@pytest.mark.parametrize(("sharing", "rank"), ROTATIONS)
+def test_dropping_the_learned_factor_at_the_end_is_seen(sharing, rank, make_view):
+    """The published code freezes without it."""
+    method = Method(True, rotation=True, rotation_sharing=sharing, rotate_rank=rank)
+    view = make_view("llama", Scheme(4), method)
+    perturb_(view)
+    with torch.no_grad():
+        learned = view.tensors()
+    view.parameters = {k: v for k, v in view.parameters.items() if not k.startswith("rotation.")}
+    dropped = view.freeze().tensors(torch.float32)
+    wrong = differing({k: v for k, v in learned.items() if k in dropped}, dropped)
+    assert {f"{linear}.weight" for linear in view.linears} <= set(wrong)
 
 
 @BITS
@@ -276,6 +302,29 @@ def test_only_the_chosen_sites_are_learned(make_view):
         view = make_view("opt", Scheme(4), Method(let=True, let_sites=(kind,)))
         assert {site.kind for site in view.sites} == {kind}
     assert make_view("opt", Scheme(4), Method(let_sites=KINDS)).sites == ()
+
+
+def test_scales_are_kept_from_zero_and_nothing_else(make_view):
+    view = make_view("opt", Scheme(4), Method(True, True))
+    for values in view.parameters.values():
+        values.sub_(values.mean()).clamp_(-3, 3)
+    before = {name: values.clone() for name, values in view.parameters.items()}
+    view.keep_scales_positive_()
+    for name, values in view.parameters.items():
+        expected = before[name].clamp(min=0.01) if name.endswith(".scale") else before[name]
+        assert torch.equal(values, expected), name
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_plain_block_holds_the_input_factors_in_its_weights(bits, make_view):
+    view = make_view("llama", Scheme(bits), Method(rotation=True, rotation_sharing="linear"))
+    perturb_(view)
+    tensors, dense = view.freeze().tensors(torch.float32), view.freeze().dense()
+    assert not any(name.endswith(INPUT_FACTOR_SUFFIX) for name in dense)
+    for linear in view.linears:
+        weight = tensors[f"{linear}.weight"]
+        factor = tensors.get(linear + INPUT_FACTOR_SUFFIX, torch.ones(weight.shape[1]))
+        assert torch.equal(dense[f"{linear}.weight"], weight * factor)
 
 
 def test_a_group_size_that_does_not_divide_is_refused(make_view):

@@ -185,6 +185,32 @@ def test_each_input_may_be_the_only_one(given, symmetric):
     assert_near(results[0][1], results[1][1], given)
 
 
+@SYMMETRY
+@BITS
+@pytest.mark.parametrize("group_size", [IN, 16])
+def test_a_gain_of_the_scale_matches_autograd(bits, group_size, symmetric):
+    """Value, gradient of the gain, and what the gain makes of every other gradient."""
+    weight = normal(OUT, IN)
+    results = []
+    for ours in (True, False):
+        inputs = weight_inputs(weight, group_size)
+        gain = uniform(0.5, 2, OUT, IN // group_size, seed=5).requires_grad_()
+        settings = bits, group_size, symmetric
+        if ours:
+            output = fake_quantize_weight(weight, *inputs, *settings, gain=gain)
+            codes = quantize_weight(weight, *inputs, *settings, gain=gain)
+            assert torch.equal(output, dequantize_weight(*codes))
+            assert torch.equal(codes[0], quantize_weight(weight, *inputs, *settings)[0])
+        else:
+            spread = gain.repeat_interleave(group_size, 1)
+            output = reference_weight(weight, *inputs, *settings) * spread
+        leaves = [*inputs, gain]
+        gradients = torch.autograd.grad((output * normal(OUT, IN, seed=9)).sum(), leaves)
+        results.append([output.detach(), *gradients])
+    for name, found, expected in zip([*NAMES, "gain"], *results, strict=True):
+        assert_near(found, expected, name)
+
+
 def test_no_gradient_reaches_the_stored_weight():
     weight = normal(OUT, IN).requires_grad_()
     factor = torch.ones(OUT, requires_grad=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import BlockInputs
+from lrquant.blocks import BlockInputs, Head
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.perplexity import PreparedBlock, perplexity
+from lrquant.evaluation.adaptation import adapt, check_adaptation
+from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
 from lrquant.evaluation.zero_shot import check_tasks, evaluate_tasks
 from lrquant.learn.view import Method
 from lrquant.model import Model
@@ -34,6 +35,7 @@ def prepare_evaluation(config: Config, model: Model) -> dict[str, Samples]:
     """
     if config.tasks:
         check_tasks(config.tasks)
+    check_adaptation(config, len(model.blocks))
     if not config.perplexity_sets:
         return {}
     if model.tokenizer is None:
@@ -51,7 +53,7 @@ def prepare_evaluation(config: Config, model: Model) -> dict[str, Samples]:
                 Path(config.cache_dir) if config.cache_dir else None,
             )
         except LRQuantError as error:
-            if config.ppl:
+            if config.ppl or name in config.agreement:
                 raise
             missing.append(error)
             logger.warning("perplexity on %s is left out: %s", name, error)
@@ -69,7 +71,7 @@ def evaluate_run(
 ) -> Iterator[dict[str, Any]]:
     """Measures of the learned model, and with `compare` of full precision and round-to-nearest.
 
-    Perplexities come first, tasks when they are done, so that neither is lost with the other.
+    Each set's measures come when they are done, tasks last, so that none is lost with another.
     """
     blocks = len(workbench.model.blocks)
     if folder.finished_blocks() < blocks:
@@ -77,62 +79,76 @@ def evaluate_run(
             f"run folder {folder.path}: {folder.finished_blocks()} of {blocks} blocks are "
             "finished; go on with --resume and the run's own --epochs first"
         )
-    variants: dict[str, Callable[[int], PreparedBlock]] = {}
-    if config.compare:
-        variants["full_precision"] = preparer(workbench, FLOATING_POINT)
-        variants["round_to_nearest"] = preparer(workbench, config.quantization)
     quantized = preparer(workbench, config.quantization, config, folder)
-    variants["quantized"] = quantized
-    yield _perplexities(workbench, texts, variants, progress)
+    for name, windows in texts.items():
+        variants: dict[str, Callable[[int], PreparedBlock]] = {}
+        if config.compare or name in config.agreement:
+            variants["full_precision"] = preparer(workbench, FLOATING_POINT)
+        if config.compare:
+            variants["round_to_nearest"] = preparer(workbench, config.quantization)
+        variants["quantized"] = quantized
+        if config.tta:
+            adapt(workbench, config, folder, windows, _batch_size(windows), progress)
+            variants["test_time_adapted"] = preparer(
+                workbench, config.quantization, config, folder, name
+            )
+        yield measure(workbench, windows, variants, progress, agreement=name in config.agreement)
     if config.tasks:
         yield {"tasks": evaluate_tasks(workbench, quantized, config)}
 
 
 def evaluate_model(
     workbench: Workbench, config: Config, texts: dict[str, Samples], progress: Progress
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Measures of the model itself, in floating point."""
     prepare = preparer(workbench, FLOATING_POINT)
-    results = _perplexities(workbench, texts, {"full_precision": prepare}, progress)
+    for windows in texts.values():
+        yield measure(workbench, windows, {"full_precision": prepare}, progress)
     if config.tasks:
-        results["tasks"] = evaluate_tasks(workbench, prepare, config)
-    return results
+        yield {"tasks": evaluate_tasks(workbench, prepare, config)}
 
 
-def _perplexities(
+def measure(
     workbench: Workbench,
-    texts: dict[str, Samples],
-    variants: dict[str, Callable[[int], PreparedBlock]],
-    progress: Progress,
-) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
-    for name, windows in texts.items():
-        logger.info("perplexity on %s", windows.description)
-        measured = measure_perplexity(workbench, name, windows, variants, progress)
-        scores[name] = {"text": windows.description, **measured}
-    return {"perplexity": scores}
-
-
-def measure_perplexity(
-    workbench: Workbench,
-    name: str,
     windows: Samples,
     variants: dict[str, Callable[[int], PreparedBlock]],
     progress: Progress,
-) -> dict[str, float]:
-    """Perplexity of each variant of the model on one set of windows."""
+    *,
+    agreement: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of each variant of the model on one set of windows.
+
+    With `agreement` also that of the others' next-token distributions with those of the first
+    variant, the full-precision model, whose final hidden states alone are kept.
+    """
+    logger.info("perplexity on %s", windows.description)
     model = workbench.model
-    batch_size = max(1, EVALUATION_TOKENS // windows.ids.shape[1])
-    entry = BlockInputs(model, windows.ids, batch_size, workbench.device)
-    (stream,) = workbench.streams(entry, 1)
-    scores = {}
-    for variant, prepare in variants.items():
-        with progress.measuring(f"{name} {variant}", len(model.blocks)) as told:
-            scores[variant] = perplexity(
-                model, prepare, windows.ids, stream, entry, workbench.dtype, told
-            )
-        logger.info("%s perplexity, %s: %.4f", name, variant.replace("_", " "), scores[variant])
-    return scores
+    entry = BlockInputs(model, windows.ids, _batch_size(windows), workbench.device)
+    stream, *kept = workbench.streams(entry, 2 if agreement else 1)
+    head = Head(model, workbench.device, workbench.dtype)
+    perplexities: dict[str, Any] = {"text": windows.description}
+    agreements: dict[str, Any] = {"text": windows.description}
+    for index, (variant, prepare) in enumerate(variants.items()):
+        with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
+            send_through(model, prepare, stream, entry, told)
+            scores = score(head, stream, windows.ids, kept[0] if kept and index else None)
+        if kept and not index:
+            kept[0].copy(stream)
+        perplexities[variant] = scores.pop("perplexity")
+        words = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+        logger.info(
+            "%s perplexity, %s: %.4f%s",
+            *(windows.name, variant.replace("_", " "), perplexities[variant]),
+            f"; {words}" if words else "",
+        )
+        if scores:
+            agreements[variant] = scores
+    results: dict[str, Any] = {"perplexity": {windows.name: perplexities}}
+    return results | ({"agreement": {windows.name: agreements}} if agreement else {})
+
+
+def _batch_size(windows: Samples) -> int:
+    return max(1, EVALUATION_TOKENS // windows.ids.shape[1])
 
 
 def preparer(
@@ -140,13 +156,17 @@ def preparer(
     scheme: Scheme,
     config: Config | None = None,
     folder: RunFolder | None = None,
+    adapted: str | None = None,
 ) -> Callable[[int], PreparedBlock]:
-    """How block i is made ready: under `scheme` alone, or as a run learned it."""
+    """How block i is made ready: under `scheme` alone, or as a run learned it.
+
+    `adapted` names the text whose test-time adapted parameters are taken where there are any.
+    """
 
     @torch.no_grad()
     def prepare(index: int) -> PreparedBlock:
         if config is not None and folder is not None:
-            view = learned_view(workbench, config, folder, index)
+            view = learned_view(workbench, config, folder, index, adapted)
         else:
             view = workbench.view(index, workbench.stored(index), scheme, Method())
         return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))

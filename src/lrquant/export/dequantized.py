@@ -76,7 +76,7 @@ def save_dequantized(workbench: Workbench, config: Config, folder: RunFolder, ta
         _save_shard(temporary / "model-outer.safetensors", outer, dtype, shards)
         for index in range(len(model.blocks)):
             view = learned_view(workbench, config, folder, index)
-            tensors = view.freeze().tensors(torch.float32)
+            tensors = view.freeze().dense()
             prefix = model.block_name(index) + "."
             named = {prefix + name: tensor for name, tensor in tensors.items()}
             _save_shard(temporary / f"model-{index:04d}.safetensors", named, dtype, shards)

@@ -13,7 +13,6 @@ from lrquant.sites import Fold, Site
 from lrquant.stats import ChannelStatistics
 
 SMALLEST_ACTIVATION = 1e-5
-SMALLEST_LEARNED_SCALE = 1e-2
 
 
 def logarithmic_scale(maxima: Tensor) -> Tensor:
@@ -68,14 +67,6 @@ def _reduce(site: Site, values: Tensor, how: str) -> Tensor:
     """Input-channel values of the measured consumer -> one value an element of the scale."""
     index = torch.tensor(site.consumers[0].index)
     return torch.zeros(site.size).scatter_reduce_(0, index, values, how, include_self=False)
-
-
-def keep_scales_positive_(parameters: dict[str, Tensor]) -> None:
-    """Scales never cross zero: clamp them to at least 1e-2 (published code: |s| >= 1e-2)."""
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name.startswith("let.") and name.endswith(".scale"):
-                parameter.clamp_(min=SMALLEST_LEARNED_SCALE)
 
 
 @dataclass

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrquant.blocks import SHIFT_SUFFIX
+from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.errors import LRQuantError
-from lrquant.learn.clipping import clipping_parameters, clipping_strengths
+from lrquant.learn.clipping import clipping_parameters, clipping_strengths, searched_logits
 from lrquant.learn.equivalent import Factors, equivalent_parameters, fold_factors
+from lrquant.learn.rotation import (
+    input_name,
+    rotation_parameters,
+    scale_gain,
+    scale_norms,
+    shared_parameters,
+    weight_factor,
+)
 from lrquant.numerics.affine import (
     Extremes,
     dequantize_weight,
@@ -23,13 +31,20 @@ from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.sites import Site
 from lrquant.stats import ChannelStatistics
 
+SMALLEST_LEARNED_SCALE = 1e-2
+_Quantizer = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, bool
+]
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
     """One frozen linear: all that an exporter sees.
 
     codes (out, in) uint8, or int8 on a symmetric grid; scale and zero_point (out, groups) float32;
-    bias (out,) float32 or None.  ``weight = scale * (codes - zero_point)``.
+    bias (out,) float32 or None.  ``weight = scale * (codes - zero_point)``, times ``r1 r2`` where
+    there is a `factor` (r1 (out, k), r2 (k, in)), which no integer format holds.  A linear with an
+    `input_factor` (in,) multiplies its input by it before the activation quantizer.
     """
 
     codes: Tensor
@@ -39,10 +54,13 @@ class QuantizedLinear:
     bits: int
     group_size: int
     symmetric: bool
+    factor: tuple[Tensor, Tensor] | None = None
+    input_factor: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
-        return dequantize_weight(self.codes, self.scale, self.zero_point).to(dtype)
+        weight = dequantize_weight(self.codes, self.scale, self.zero_point)
+        return (weight if self.factor is None else weight * torch.mm(*self.factor)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,16 @@ class FrozenBlock:
             tensors[f"{name}.weight"] = linear.dequantize(dtype)
             if linear.bias is not None:
                 tensors[f"{name}.bias"] = linear.bias.to(dtype)
+            if linear.input_factor is not None:
+                tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
+        return tensors
+
+    def dense(self) -> dict[str, Tensor]:
+        """Float32 tensors of a plain block, the linears' input factors multiplied into weights."""
+        tensors = self.tensors(torch.float32)
+        for name, linear in self.linears.items():
+            if linear.input_factor is not None:
+                tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)
         return tensors
 
 
@@ -70,6 +98,10 @@ class Method:
     let: bool = False
     let_sites: tuple[str, ...] = ("norm", "value_output", "query_key")
     let_shift: str = "auto"
+    rotation: bool = False
+    rotate_rank: int = 1
+    rotation_sharing: str = "site"
+    lwc_init: float | None = None
 
 
 class BlockView:
@@ -90,7 +122,12 @@ class BlockView:
         self.stored, self.linears, self.scheme, self.dtype = stored, linears, scheme, dtype
         chosen = sites if method.let else ()
         self.sites = tuple(site for site in chosen if site.kind in method.let_sites)
+        self.method = method
         self.clipped = method.lwc and scheme.weight_bits != FLOAT_BITS
+        self.rotated = method.rotation and scheme.weight_bits != FLOAT_BITS
+        self._own_inputs = self.rotated and method.rotation_sharing == "linear"
+        share = self.rotated and method.rotation_sharing == "site"
+        self.rotated_sites = tuple(site for site in sites if share and site.kind == "norm")
         self.shifted = frozenset(
             site.name for site in self.sites if self._takes_shift(site, method.let_shift)
         )
@@ -146,65 +183,88 @@ class BlockView:
         self.parameters = equivalent_parameters(
             self.sites, self.shifted, statistics, block_name, device
         )
+        if self.rotated:
+            self.parameters |= shared_parameters(self.rotated_sites, device)
+        for linear in self.linears:
+            rows, columns = self.stored[f"{linear}.weight"].shape
+            groups = columns // self.group_size(linear)
+            if self.rotated:
+                sharing, rank = self.method.rotation_sharing, self.method.rotate_rank
+                self.parameters |= rotation_parameters(
+                    linear, rows, columns, groups, sharing, rank, device
+                )
         if self.clipped:
-            for linear in self.linears:
-                rows, columns = self.stored[f"{linear}.weight"].shape
-                groups = columns // self.group_size(linear)
-                self.parameters.update(clipping_parameters(linear, rows, groups, device))
+            self._initialize_clipping(statistics, block_name)
+
+    def _initialize_clipping(self, statistics: ChannelStatistics, block_name: str) -> None:
+        """Start the clipping at the method's logit, or where a search finds the least error."""
+        factors = self._factors()
+        for linear in self.linears:
+            weight, size = self.stored[f"{linear}.weight"], self.group_size(linear)
+            rows, groups = weight.shape[0], weight.shape[1] // size
+            start: float | Tensor | None = self.method.lwc_init
+            if start is None:
+                row, column = factors.rows.get(linear), factors.columns.get(linear)
+                importance = statistics.importance(f"{block_name}.{linear}", weight)
+                if column is not None:
+                    importance = importance / column.square()
+                start = searched_logits(
+                    *(weight, row, column, importance),
+                    *(self.scheme.weight_bits, size, self.scheme.symmetric),
+                )
+            self.parameters |= clipping_parameters(linear, rows, groups, start, weight.device)
 
     def load(self, parameters: dict[str, Tensor]) -> None:
         """Take parameters that were learned earlier."""
         device = self.stored[f"{self.linears[0]}.weight"].device
         self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
 
+    @torch.no_grad()
+    def keep_scales_positive_(self) -> None:
+        """Scales and foldable factors stay >= 1e-2 (published code: scales, |s| >= 1e-2)."""
+        dense = self.method.rotation_sharing == "weight"
+        for name, parameter in self.parameters.items():
+            scale = name.startswith("let.") and name.endswith(".scale")
+            if scale or (name.startswith("rotation.") and not dense):
+                parameter.clamp_(min=SMALLEST_LEARNED_SCALE)
+
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
-        factors = fold_factors(self.sites, self.parameters)
+        factors = self._factors()
         tensors = self._others(factors)
         for linear in self.linears:
-            weight = self.stored[f"{linear}.weight"]
             if self.scheme.weight_bits == FLOAT_BITS:
+                weight = self.stored[f"{linear}.weight"]
                 tensors[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
             else:
-                tensors[f"{linear}.weight"] = fake_quantize_weight(
-                    weight,
-                    factors.rows.get(linear),
-                    factors.columns.get(linear),
-                    *clipping_strengths(self.parameters, linear),
-                    self.scheme.weight_bits,
-                    self.group_size(linear),
-                    self.scheme.symmetric,
-                    self.dtype,
-                    self._extremes.get(linear),
-                )
+                tensors[f"{linear}.weight"] = self._fake_quantized(linear, factors)
             bias = self._bias(linear, factors)
             if bias is not None:
                 tensors[f"{linear}.bias"] = bias.to(self.dtype)
+            if self._own_inputs:
+                factor = self.parameters[input_name(linear)]
+                tensors[linear + INPUT_FACTOR_SUFFIX] = factor
         return tensors
 
     @torch.no_grad()
     def freeze(self) -> FrozenBlock:
         """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""
-        factors = fold_factors(self.sites, self.parameters)
+        parameters = {name: tensor.detach() for name, tensor in self.parameters.items()}
+        factors = self._factors()
         others = self._others(factors)
         linears = {}
         for linear in self.linears:
-            weight = self.stored[f"{linear}.weight"]
             bias = self._bias(linear, factors)
             if self.scheme.weight_bits == FLOAT_BITS:
+                weight = self.stored[f"{linear}.weight"]
                 others[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
                 if bias is not None:
                     others[f"{linear}.bias"] = bias.to(self.dtype)
                 continue
             codes, scale, zero_point = quantize_weight(
-                weight,
-                factors.rows.get(linear),
-                factors.columns.get(linear),
-                *clipping_strengths(self.parameters, linear),
-                self.scheme.weight_bits,
-                self.group_size(linear),
-                self.scheme.symmetric,
-                self._extremes.get(linear),
+                *self._quantizer(linear, factors),
+                extremes=self._extremes.get(linear),
+                gain=scale_gain(parameters, linear),
             )
             linears[linear] = QuantizedLinear(
                 codes.to(torch.int8 if self.scheme.symmetric else torch.uint8),
@@ -214,8 +274,39 @@ class BlockView:
                 self.scheme.weight_bits,
                 self.group_size(linear),
                 self.scheme.symmetric,
+                weight_factor(parameters, linear),
+                parameters.get(input_name(linear)) if self._own_inputs else None,
             )
         return FrozenBlock(linears, others)
+
+    def _factors(self) -> Factors:
+        factors = fold_factors(self.sites, self.parameters)
+        scale_norms(factors, self.parameters, self.rotated_sites)
+        return factors
+
+    def _quantizer(self, linear: str, factors: Factors) -> _Quantizer:
+        """What decides a linear's codes: the first arguments of both weight functions."""
+        upper, lower = clipping_strengths(self.parameters, linear)
+        return (
+            self.stored[f"{linear}.weight"],
+            factors.rows.get(linear),
+            factors.columns.get(linear),
+            upper,
+            lower,
+            self.scheme.weight_bits,
+            self.group_size(linear),
+            self.scheme.symmetric,
+        )
+
+    def _fake_quantized(self, linear: str, factors: Factors) -> Tensor:
+        factor = weight_factor(self.parameters, linear)
+        weight = fake_quantize_weight(
+            *self._quantizer(linear, factors),
+            dtype=self.dtype if factor is None else torch.float32,
+            extremes=self._extremes.get(linear),
+            gain=scale_gain(self.parameters, linear),
+        )
+        return weight if factor is None else (weight * torch.mm(*factor)).to(self.dtype)
 
     def _others(self, factors: Factors) -> dict[str, Tensor]:
         tensors = dict(self._plain)

@@ -123,17 +123,20 @@ def quantize_weight(
     group_size: int,
     symmetric: bool,
     extremes: Extremes | None = None,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in) float32, scale and zero point (out, groups) of a weight (out, in).
 
-    `extremes` are those of the scaled weight, for a caller who knows them already.
+    `extremes` are those of the scaled weight, for a caller who knows them already.  `gain`
+    (out, groups) multiplies the scale that is returned and changes no code.
     """
     effective = effective_weight(weight, row_factor, column_factor)
     grouped = effective.view(weight.shape[0], -1, group_size)
     extremes = extremes or group_extremes(effective, group_size)
     grid = weight_grid(extremes, upper, lower, bits, symmetric)
     codes = encode_(grouped, grid).view(weight.shape)
-    return codes, grid.scale.squeeze(-1), grid.zero_point.squeeze(-1)
+    scale = grid.scale.squeeze(-1)
+    return codes, scale if gain is None else scale * gain, grid.zero_point.squeeze(-1)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -153,29 +156,37 @@ def fake_quantize_weight(
     symmetric: bool = False,
     dtype: torch.dtype = torch.float32,
     extremes: Extremes | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Quantise and de-quantise ``row_factor * W * column_factor``: (out, in) in `dtype`.
 
-    Differentiable in the factors (out,) and (in,) and in the clipping strengths (out, groups), not
-    in `weight`.  Equals `dequantize_weight(*quantize_weight(...))` bit for bit.
+    Differentiable in the factors (out,) and (in,), in the clipping strengths and in the `gain` of
+    the de-quantisation scale (out, groups), not in `weight`.  Equals
+    `dequantize_weight(*quantize_weight(...))` bit for bit.
     """
     settings = bits, group_size, symmetric, dtype, extremes
-    return _FakeQuantizeWeight.apply(weight, row_factor, column_factor, upper, lower, settings)
+    return _FakeQuantizeWeight.apply(
+        weight, row_factor, column_factor, upper, lower, gain, settings
+    )
 
 
-def _round_trip_gradient(values: Tensor, gradient: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
+def _round_trip_gradient(
+    values: Tensor, gradient: Tensor, grid: Affine
+) -> tuple[Tensor, Tensor, Tensor]:
     """Straight-through gradients of ``h * (clamp(round(v/h) + z) - z)``.
 
-    Returns those to h, shape (..., 1), and to the values.  With m the mask of values that are not
-    clipped: ``dv = g m`` and ``dh = sum g ((code - z) - m v / h)``.  Overwrites `values`.
+    Returns those to h, shape (..., 1), and to the values, and ``sum g (code - z)``, shape (..., 1).
+    With m the mask of values that are not clipped: ``dv = g m`` and
+    ``dh = sum g ((code - z) - m v / h)``.  Overwrites `values`.
     """
     ratio = values.div_(grid.scale)
     unclamped = torch.round(ratio).add_(grid.zero_point)
     codes = unclamped.clamp(grid.code_min, grid.code_max)
     passed = torch.eq(codes, unclamped, out=unclamped)
-    error = codes.sub_(grid.zero_point).sub_(ratio.mul_(passed))
-    scale_gradient = torch.linalg.vecdot(error, gradient).unsqueeze(-1)
-    return scale_gradient, passed.mul_(gradient)
+    level_gradient = torch.linalg.vecdot(codes.sub_(grid.zero_point), gradient).unsqueeze(-1)
+    ratio.mul_(passed)
+    scale_gradient = level_gradient - torch.linalg.vecdot(ratio, gradient).unsqueeze(-1)
+    return scale_gradient, passed.mul_(gradient), level_gradient
 
 
 def _spread_(target: Tensor, where: Tensor, gradient: Tensor) -> None:
@@ -218,7 +229,7 @@ class _FakeQuantizeTokens(torch.autograd.Function):
             low, high = chunk.amin(-1, keepdim=True), chunk.amax(-1, keepdim=True)
             at_low, at_high = _equal(chunk, low), _equal(chunk, high)
             grid = affine_grid(low.clamp_(max=0), high.clamp_(min=0), bits, symmetric)
-            to_scale, to_values = _round_trip_gradient(chunk, gradient[rows].float(), grid)
+            to_scale, to_values, _ = _round_trip_gradient(chunk, gradient[rows].float(), grid)
             to_low, to_high = _range_gradient(to_scale, low, high, grid, symmetric)
             _spread_(to_values, at_low, to_low.mul_(low < 0))
             _spread_(to_values, at_high, to_high.mul_(high > 0))
@@ -235,6 +246,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         column_factor: Tensor | None,
         upper: Tensor | None,
         lower: Tensor | None,
+        gain: Tensor | None,
         settings: tuple[int, int, bool, torch.dtype, Extremes | None],
     ) -> Tensor:
         bits, group_size, symmetric, dtype, extremes = settings
@@ -250,22 +262,24 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 group_size,
                 symmetric,
                 _extreme_rows(extremes, rows),
+                _rows(gain, rows),
             )
             grouped = codes.view(*scale.shape, group_size)
             output[rows] = decode_(grouped, zero_point[..., None], scale[..., None]).view_as(codes)
-        ctx.save_for_backward(weight, row_factor, column_factor, upper, lower)
+        ctx.save_for_backward(weight, row_factor, column_factor, upper, lower, gain)
         ctx.settings = settings
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weight, row_factor, column_factor, upper, lower = ctx.saved_tensors
+        weight, row_factor, column_factor, upper, lower, gain = ctx.saved_tensors
         bits, group_size, symmetric, _, known_extremes = ctx.settings
-        _, need_row, need_column, need_upper, need_lower = ctx.needs_input_grad[:5]
+        _, need_row, need_column, need_upper, need_lower, need_gain = ctx.needs_input_grad[:6]
         to_row: Any = torch.empty_like(row_factor) if need_row else None
         to_column: Any = torch.zeros_like(column_factor) if need_column else None
         to_upper: Any = torch.empty_like(upper) if need_upper else None
         to_lower: Any = torch.empty_like(lower) if need_lower else None
+        to_gain: Any = torch.empty_like(gain) if need_gain else None
 
         for rows in row_chunks(weight):
             source = weight[rows].float()
@@ -284,7 +298,12 @@ class _FakeQuantizeWeight(torch.autograd.Function):
             low, high = minimum * strength_low, maximum * strength_high
             grid = affine_grid(low, high, bits, symmetric)
             grad = gradient[rows].float().view(grouped.shape)
-            to_scale, to_values = _round_trip_gradient(grouped, grad, grid)
+            to_scale, to_values, to_levels = _round_trip_gradient(grouped, grad, grid)
+            if need_gain:
+                to_gain[rows] = to_levels.mul_(grid.scale).squeeze(-1)
+            if gain is not None:
+                to_scale.mul_(gain[rows][..., None])
+                to_values.mul_(gain[rows][..., None])
             to_low, to_high = _range_gradient(to_scale, low, high, grid, symmetric)
             if need_lower:
                 to_lower[rows] = (to_low * minimum).squeeze(-1)
@@ -302,7 +321,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 if row_factor is not None:
                     product.mul_(chunk_row[:, None])
                 to_column.add_(product.sum(0))
-        return None, to_row, to_column, to_upper, to_lower, None
+        return None, to_row, to_column, to_upper, to_lower, to_gain, None
 
 
 def _equal(values: Tensor, extremes: Tensor) -> Tensor:

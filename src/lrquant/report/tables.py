@@ -9,7 +9,9 @@ COLUMNS = {
     "full_precision": "full precision",
     "round_to_nearest": "round-to-nearest",
     "quantized": "LRQuant",
+    "test_time_adapted": "adapted to this text (TTA)",
 }
+AGREEMENT = {"kl_mean": "mean KL", "kl_p99": "KL p99", "same_top": "same top token"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,16 +29,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Perplexities side by side, one row a set; empty if nothing was measured."""
+    """Perplexities side by side, one row a set, and agreements; empty if nothing was measured."""
+    labels = {**COLUMNS, "quantized": results.get("method_name", COLUMNS["quantized"])}
+    tables = [_perplexities(results, labels), _agreements(results, labels)]
+    return "\n\n".join(filter(None, tables))
+
+
+def _perplexities(results: dict[str, Any], labels: dict[str, str]) -> str:
     perplexities = results.get("perplexity") or {}
-    shown = [key for key in COLUMNS if any(key in scores for scores in perplexities.values())]
+    shown = [key for key in labels if any(key in scores for scores in perplexities.values())]
     rows = [
         [name, *(_number(scores.get(key)) for key in shown)]
         for name, scores in perplexities.items()
     ]
     if not rows:
         return ""
-    return table([f"perplexity, {results['scheme']}", *(COLUMNS[key] for key in shown)], rows)
+    return table([f"perplexity, {results['scheme']}", *(labels[key] for key in shown)], rows)
+
+
+def _agreements(results: dict[str, Any], labels: dict[str, str]) -> str:
+    rows = [
+        [f"{name}, {labels[variant]}", *(f"{scores[key]:.4f}" for key in AGREEMENT)]
+        for name, variants in (results.get("agreement") or {}).items()
+        for variant, scores in variants.items()
+        if variant in labels
+    ]
+    return table(["agreement with full precision", *AGREEMENT.values()], rows) if rows else ""
 
 
 def _number(value: float | None) -> str:

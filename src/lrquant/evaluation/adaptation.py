@@ -1,0 +1,83 @@
+"""Test-time adaptation (LRQuant, ACL 2024): the last blocks learned again on the text to score.
+
+It sees the test text, never labels: its results stand under their own name beside the plain ones,
+and the parameters it learns in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from lrquant.blocks import BlockInputs
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.errors import LRQuantError
+from lrquant.fit import BlockData, advance_quantized, fit_block
+from lrquant.identity import fit_settings
+from lrquant.progress import Progress
+from lrquant.workbench import Workbench, advance_full_precision, learned_view
+from lrquant.workdir import RunFolder
+
+logger = logging.getLogger("lrquant")
+
+
+def check_adaptation(config: Config, blocks: int) -> None:
+    """Refuse, before any hour is spent, an adaptation that has nothing to learn."""
+    if not config.tta:
+        return
+    if not (config.lwc or config.let or config.rotation):
+        raise LRQuantError(
+            "--tta: the run learns nothing that could be adapted; give --lwc, --let or --lr-plus"
+        )
+    if config.tta_blocks > blocks:
+        raise LRQuantError(f"--tta_blocks {config.tta_blocks}: the model has {blocks} blocks")
+    if not config.perplexity_sets:
+        raise LRQuantError("--tta: no text to adapt to and measure on; give --ppl or --eval_ppl")
+
+
+def adapt(
+    workbench: Workbench,
+    config: Config,
+    folder: RunFolder,
+    text: Samples,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Learn the last `tta_blocks` blocks again on `text`, from the run's own parameters.
+
+    Each is compared with the full-precision block on that block's true inputs in the
+    full-precision model, both streams having gone through all blocks before it.
+    """
+    model = workbench.model
+    blocks = len(model.blocks)
+    settings = dataclasses.replace(
+        fit_settings(config),
+        epochs=config.tta_epochs,
+        let_lr=config.tta_let_lr,
+        two_branch=False,
+        keep_best=True,
+    )
+    entry = BlockInputs(model, text.ids, batch_size, workbench.device)
+    full, quantized = workbench.streams(entry, 2)
+    entry.embed(full)
+    quantized.copy(full)
+    folder.forget_adapted(text.name)
+    with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
+        for index in range(blocks):
+            view = learned_view(workbench, config, folder, index)
+            advance_full_precision(workbench, index, view.stored, entry, full, full)
+            data = BlockData(index, entry, quantized, (full,))
+            with workbench.runner(index, view) as runner:
+                if index >= blocks - config.tta_blocks:
+                    report = fit_block(view, runner, data, settings)
+                    folder.save_adapted(text.name, index, view.parameters)
+                    logger.info(
+                        "test-time adaptation to %s, block %d: loss %.6g -> %.6g",
+                        *(text.name, index, report.initial_loss),
+                        min([report.initial_loss, *report.held_losses]),
+                    )
+                advance_quantized(view, runner, data, settings.loss)
+            told(index)

@@ -1,0 +1,58 @@
+"""The block loss: its terms summed over branches, and the weights of the terms.
+
+With D = MSE + NLC, LRQuant (ACL 2024) learns ``D(Fq(X_q), F(X_fp))``; LRQuant+ (TPAMI 2025) adds
+the homologous branch ``D(Fq(X_q), F(X_q))`` and weighs the sum of the squared errors L1 and that of
+the cosine terms L2 by their running means: ``L1 / (e1 + 1e-6) + L2 / (e2 + 1e-6)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrquant.numerics.losses import mean_squared_error, negative_log_cosine
+
+TERMS = {"mse": mean_squared_error, "nlc": negative_log_cosine}
+MEAN_DECAY = 0.95
+SMALLEST_MEAN = 1e-6
+
+
+def loss_terms(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
+    """Each term of `kind` ("mse+nlc", "mse", "nlc"), summed over the branches' targets.
+
+    Block outputs (batch, tokens, hidden) -> (terms,) float32.
+    """
+    terms = [TERMS[part] for part in kind.split("+")]
+    return torch.stack(
+        [torch.stack([term(output, target) for target in targets]).sum() for term in terms]
+    )
+
+
+class Objective:
+    """How the terms (terms,) of one block become one number; made anew for every block.
+
+    `loss` is what a step descends.  `measure` has fixed weights, so that its values at different
+    steps compare: 1 without dynamic weights, else the inverse of the terms before learning.
+    `ema_init` starts the running means at the first loss ("first") or at 1 as published ("one").
+    """
+
+    def __init__(self, initial: Tensor, dynamic: bool, ema_init: str) -> None:
+        self._dynamic = dynamic
+        self._means = torch.ones_like(initial) if ema_init == "one" else None
+        ones = torch.ones_like(initial)
+        self._fixed = 1 / (initial + SMALLEST_MEAN) if dynamic else ones
+
+    def loss(self, terms: Tensor) -> Tensor:
+        """Weighted sum of one step's terms, a float32 scalar; moves the running means."""
+        if not self._dynamic:
+            return terms.sum()
+        seen = terms.detach()
+        before = seen if self._means is None else self._means
+        self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * seen
+        return (terms / (self._means + SMALLEST_MEAN)).sum()
+
+    def measure(self, terms: Tensor) -> float:
+        """Sum of terms under the fixed weights."""
+        return float((terms.detach() * self._fixed).sum())
