@@ -1,6 +1,6 @@
 """Peak memory of learning at full-size settings, from the first blocks of a run.
 
-    python benchmarks/memory.py --model MODEL --data-dir DIR [--nsamples 128 --seqlen 2048]
+    python benchmarks/memory.py --model MODEL --data-dir DIR [--lr-plus --nsamples 128 --seqlen 2048]
 
 Starts `lrquant quantize` (W4A4, one epoch), waits until it has finished `--blocks` blocks, stops it
 and prints the peak that it recorded beside the size of its hidden states.
@@ -26,13 +26,15 @@ def main() -> None:
     options = _options()
     dtype = choose_precision("auto", choose_device("auto"))
     hidden = load_model(options.model).skeleton.config.hidden_size
-    streams = 2 * options.nsamples * options.seqlen * hidden * dtype.itemsize
+    count = 3 if options.lr_plus else 2
+    streams = count * options.nsamples * options.seqlen * hidden * dtype.itemsize
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lrquant", "quantize", "--model", options.model]
         command += ["--scheme", "W4A4", "--epochs", "1", "--nsamples", str(options.nsamples)]
         command += ["--seqlen", str(options.seqlen), "--output-dir", folder]
         command += ["--offload", options.offload, "--seed", str(Config.seed)]
         command += ["--data-dir", options.data_dir] if options.data_dir else []
+        command += ["--lr-plus"] if options.lr_plus else []
         process = subprocess.Popen(command)
         records: list[dict] = []
         while len(records) < options.blocks and process.poll() is None:
@@ -49,7 +51,8 @@ def main() -> None:
     peak = records[-1]["peak_memory_bytes"]
     print(
         f"{options.nsamples} x {options.seqlen} tokens, {dtype_name(dtype)}, offload "
-        f"{options.offload}: peak {peak / 1e9:.2f} GB, hidden states {streams / 1e9:.2f} GB, "
+        f"{options.offload}{', LRQuant+' if options.lr_plus else ''}: "
+        f"peak {peak / 1e9:.2f} GB, {count} streams of hidden states {streams / 1e9:.2f} GB, "
         f"difference {(peak - streams) / 1e9:.2f} GB; {records[-1]['seconds']:.0f} s a block"
     )
 
@@ -60,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data-dir")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--lr-plus", action="store_true")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--offload", default="host")
     return parser.parse_args()
