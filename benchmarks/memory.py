@@ -1,6 +1,6 @@
 """Peak memory of learning at full-size settings, from the first blocks of a run.
 
-    python benchmarks/memory.py --model MODEL --data-dir DIR [--lr-plus --nsamples 128 --seqlen 2048]
+    python benchmarks/memory.py --model MODEL --data-dir DIR [--lr-plus] [--nsamples 128]
 
 Starts `lrquant quantize` (W4A4, one epoch), waits until it has finished `--blocks` blocks, stops it
 and prints the peak that it recorded beside the size of its hidden states.

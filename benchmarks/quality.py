@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from lrquant.blocks import BlockInputs, Head
-from lrquant.config import PRESETS, Config
+from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.evaluation.measures import preparer
 from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
 from lrquant.model import Model, load_model
 from lrquant.pipeline import run
+from lrquant.presets import PRESETS
 from lrquant.report.tables import table
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.sites import KINDS
@@ -48,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {"LRQuant": PUBLISHED, "LRQuant+": {"lr_plu
 
 ABLATION: dict[str, dict[str, Any]] = {
     "LRQuant": PUBLISHED,
-    "LRQuant, searched start, best epoch": {},
+    "LRQuant, default settings": {},
     "two branches alone": {"two_branch": True},
     "dynamic weights alone": {"dynamic_weights": True},
     "rotation alone": {"rotation": True},
@@ -60,6 +61,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "LRQuant+, r2 a linear": {"lr_plus": True, "rotation_sharing": "linear"},
     "LRQuant+, dense factor (published form)": {"lr_plus": True, "rotation_sharing": "weight"},
     "LRQuant+ as published": PLUS_AS_PUBLISHED,
+    "LRQuant+, sites of the papers": {"lr_plus": True, "let_sites": PUBLISHED["let_sites"]},
     "LRQuant+, all sites": {"lr_plus": True, "let_sites": KINDS},
 }
 
@@ -69,9 +71,9 @@ def main() -> None:
     options = _options()
     rows = _rows(options.epochs)
     wanted = options.only or ["*"]
-    chosen = [name for name in rows if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    chosen = [name for pattern in wanted for name in rows if fnmatchcase(name, pattern)]
     bench = _Bench(options)
-    for name in chosen:
+    for name in dict.fromkeys(chosen):
         bench.measure(name, rows[name])
     if not options.only:
         _print_tables(rows, bench)

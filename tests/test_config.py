@@ -9,15 +9,14 @@ import pytest
 import yaml
 
 from lrquant.config import (
-    PRESETS,
     Config,
     convert,
     overridden,
     require_one_scheme,
     typed_settings,
-    with_preset,
 )
 from lrquant.errors import LRQuantError
+from lrquant.presets import PRESETS, with_preset
 from lrquant.scheme import Scheme
 
 PUBLISHED = {

@@ -14,11 +14,11 @@ import yaml
 
 from lrquant.errors import LRQuantError
 from lrquant.learn.rotation import SHARINGS
+from lrquant.presets import PRESETS
 from lrquant.scheme import Scheme
 from lrquant.sites import KINDS
 
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
-_PRESET_NAMES = ("default", "paper")
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -31,7 +31,7 @@ class Config:
 
     model: str = _setting("", "local folder, hub name or GGUF file")
     preset: str = _setting(
-        "default", "values of all settings not given: ours, or those of the papers", _PRESET_NAMES
+        "default", "values of all settings not given: ours, or those of the papers", tuple(PRESETS)
     )
     net: str | None = _setting(None, "short name of the model (default: last part of --model)")
 
@@ -46,7 +46,7 @@ class Config:
     lwc: bool | None = _setting(None, "learn weight clipping (default: with --let, if neither set)")
     let: bool | None = _setting(None, "learn equivalent transformations")
     let_sites: tuple[str, ...] = _setting(
-        ("norm", "value_output", "query_key"), f"site kinds to use, of {', '.join(KINDS)}"
+        ("norm", "value_output", "up_down"), f"site kinds to use, of {', '.join(KINDS)}"
     )
     let_shift: str = _setting(
         "auto",
@@ -240,32 +240,6 @@ class Config:
 
 _SMALLEST = {"epochs": 0, "nsamples": 1, "batch_size": 1, "seqlen": 2, "rotate_rank": 1}
 _SMALLEST |= {"tta_blocks": 1, "tta_epochs": 1}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "epochs": 20,
-        "let_lr": 5e-3,
-        "lwc_lr": 1e-2,
-        "rotation_lr": 1e-2,
-        "lwc_init": 4.0,
-        "let_sites": ("norm", "value_output", "query_key"),
-        "let_shift": "always",
-        "loss": "mse+nlc",
-        "ema_init": "one",
-        "rotation_sharing": "weight",
-        "keep_best": False,
-        "batch_size": 1,
-        "nsamples": 128,
-        "seqlen": 2048,
-    },
-}
-
-
-def with_preset(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` over the values of the preset that they name."""
-    name = settings.get("preset", "default")
-    return {**PRESETS.get(name, {}), **settings}
 
 
 def _given_or(value: bool | None, default: bool) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.blocks import BlockInputs
-from lrquant.config import Config, require_one_scheme, typed_settings, with_preset
+from lrquant.config import Config, require_one_scheme, typed_settings
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import (
@@ -33,6 +33,7 @@ from lrquant.identity import describe_method, describe_run, dtype_name, environm
 from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
+from lrquant.presets import with_preset
 from lrquant.progress import Progress
 from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.stats import ChannelStatistics, load_statistics

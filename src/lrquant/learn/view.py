@@ -12,6 +12,7 @@ from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.errors import LRQuantError
 from lrquant.learn.clipping import clipping_parameters, clipping_strengths, searched_logits
 from lrquant.learn.equivalent import Factors, equivalent_parameters, fold_factors
+from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.learn.rotation import (
     input_name,
     rotation_parameters,
@@ -22,7 +23,6 @@ from lrquant.learn.rotation import (
 )
 from lrquant.numerics.affine import (
     Extremes,
-    dequantize_weight,
     fake_quantize_weight,
     group_extremes,
     quantize_weight,
@@ -38,65 +38,12 @@ _Quantizer = tuple[
 
 
 @dataclass(frozen=True)
-class QuantizedLinear:
-    """One frozen linear: all that an exporter sees.
-
-    codes (out, in) uint8, or int8 on a symmetric grid; scale and zero_point (out, groups) float32;
-    bias (out,) float32 or None.  ``weight = scale * (codes - zero_point)``, times ``r1 r2`` where
-    there is a `factor` (r1 (out, k), r2 (k, in)), which no integer format holds.  A linear with an
-    `input_factor` (in,) multiplies its input by it before the activation quantizer.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bias: Tensor | None
-    bits: int
-    group_size: int
-    symmetric: bool
-    factor: tuple[Tensor, Tensor] | None = None
-    input_factor: Tensor | None = None
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the codes stand for."""
-        weight = dequantize_weight(self.codes, self.scale, self.zero_point)
-        return (weight if self.factor is None else weight * torch.mm(*self.factor)).to(dtype)
-
-
-@dataclass(frozen=True)
-class FrozenBlock:
-    """A finished block: quantised linears, and every other tensor with its factors folded in."""
-
-    linears: dict[str, QuantizedLinear]
-    others: dict[str, Tensor]
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the block computes with: weights in `dtype`, the rest float32."""
-        tensors = dict(self.others)
-        for name, linear in self.linears.items():
-            tensors[f"{name}.weight"] = linear.dequantize(dtype)
-            if linear.bias is not None:
-                tensors[f"{name}.bias"] = linear.bias.to(dtype)
-            if linear.input_factor is not None:
-                tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
-        return tensors
-
-    def dense(self) -> dict[str, Tensor]:
-        """Float32 tensors of a plain block, the linears' input factors multiplied into weights."""
-        tensors = self.tensors(torch.float32)
-        for name, linear in self.linears.items():
-            if linear.input_factor is not None:
-                tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)
-        return tensors
-
-
-@dataclass(frozen=True)
 class Method:
     """What is learned in a block: which transformations, at which sites, with which shifts."""
 
     lwc: bool = False
     let: bool = False
-    let_sites: tuple[str, ...] = ("norm", "value_output", "query_key")
+    let_sites: tuple[str, ...] = ("norm", "value_output", "up_down")
     let_shift: str = "auto"
     rotation: bool = False
     rotate_rank: int = 1
