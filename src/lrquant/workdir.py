@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -145,7 +146,8 @@ class RunFolder:
 
     def adapted_path(self, text: str, index: int) -> Path:
         """Where a block's parameters adapted to a text are, apart from the learned ones."""
-        return self.path / "adapted" / Path(text).name / f"{index:04d}.safetensors"
+        folder = re.sub(r"[^\w.-]+", "_", text)  # a text may be named by its path
+        return self.path / "adapted" / folder / f"{index:04d}.safetensors"
 
     def forget_adapted(self, text: str) -> None:
         """Make an empty folder for parameters that are adapted to `text`."""
