@@ -27,6 +27,7 @@ _EVALUATE_SETTINGS = (
     *("tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir"),
 )
+_EXPORT_SETTINGS = ("format", "model", "device")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", "measure a run or a model", _evaluate)
     evaluate.add_argument("target", help="run folder, or a model as for --model")
     _add_settings(evaluate, _EVALUATE_SETTINGS)
+
+    export = _command(commands, "export", "write a finished run as a checkpoint", _export)
+    export.add_argument("run", help="run folder")
+    export.add_argument("target", help="folder to make")
+    _add_settings(export, _EXPORT_SETTINGS)
 
     inspect = _command(commands, "inspect", "show what a run folder or checkpoint is", _inspect)
     inspect.add_argument("target", type=Path, help="run folder or checkpoint folder")
@@ -196,6 +202,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     settings = _settings(options, _EVALUATE_SETTINGS)
     results = evaluate(options.target, progress=BarProgress(console), **settings)
     _print_results(results)
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.pipeline import export
+    from lrquant.progress import BarProgress
+
+    settings = _settings(options, _EXPORT_SETTINGS)
+    export(options.run, options.target, progress=BarProgress(console), **settings)
+    print(f"checkpoint: {options.target}")
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:

@@ -27,7 +27,8 @@ from lrquant.evaluation.measures import (
     prepare_evaluation,
     preparer,
 )
-from lrquant.export.dequantized import check_target, save_dequantized
+from lrquant.export import choose_format
+from lrquant.export.checkpoint import check_target, save_checkpoint
 from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView, Method
@@ -130,6 +131,7 @@ def _run(
     model = model or load_model(config.model, _path(config.cache_dir))
     _check_groups(model, config.quantization)
     if config.save_dir is not None:
+        choose_format(config)
         check_target(model, config, Path(config.save_dir))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
@@ -154,7 +156,7 @@ def _run(
         for measured in evaluate_run(workbench, config, folder, evaluation, progress):
             results = results_folder.add_results({**environment(config, workbench), **measured})
     if config.save_dir is not None:
-        save_dequantized(workbench, config, folder, Path(config.save_dir))
+        save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
     return Run(folder, config, workbench, results)
 
 
@@ -203,6 +205,13 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         results = RunFolder(Path(config.output_dir)).add_results(results)
     return results
+
+
+def export(target: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
+    """Write another checkpoint of a finished run without learning or measuring again."""
+    given = {**settings, "resume": target, "epochs": 0, "save_dir": save_dir}
+    none = {"eval_ppl": False, "ppl": (), "agreement": (), "tasks": "", "tta": False}
+    return run({**given, **none}, progress=progress)
 
 
 def learn_blocks(
@@ -365,7 +374,7 @@ def _asks_for_measures(settings: dict[str, Any]) -> bool:
 
 _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
-    *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir"),
+    *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrquant import LRQuantError, quantize
 from lrquant.config import Config
-from lrquant.export import dequantized
-from lrquant.export.dequantized import INDEX, MADE_BY, check_target, save_dequantized
+from lrquant.export import checkpoint, choose_format
+from lrquant.export.checkpoint import INDEX, MADE_BY, check_target, save_checkpoint
 from lrquant.model import from_module, load_model
 
 
@@ -24,7 +24,8 @@ def learn(make_model, token_ids, tmp_path):
             scheme,
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
-            **{"epochs": 3, "precision": "float32", "overwrite": True, **settings},
+            **{"epochs": 3, "precision": "float32", "overwrite": True},
+            **{"format": "dequantized", **settings},
         )
 
     return run
@@ -100,6 +101,7 @@ def test_the_checkpoint_keeps_tokenizer_dtype_and_settings(
     (tmp_path / "text.txt").write_text("some words, and some more of them. " * 20)
     settings = {"nsamples": 2, "seqlen": 16, "epochs": 1, "calib_dataset": tmp_path / "text.txt"}
     settings |= {"output_dir": tmp_path / "run", "save_dir": tmp_path / "deep" / "saved"}
+    settings |= {"format": "dequantized"}
     run = quantize(folder, "W4A16", **settings)
     target = tmp_path / "deep" / "saved"
     assert Config.from_yaml(target / MADE_BY) == run.config
@@ -142,13 +144,14 @@ def test_a_run_is_not_replaced_by_its_checkpoint(learn, tmp_path):
     run = learn("llama", "W4A16")
     with pytest.raises(LRQuantError, match="holds files"):
         elsewhere = Config(model="m", output_dir=str(tmp_path / "elsewhere"))
-        save_dequantized(run.workbench, elsewhere, run.folder, run.folder.path)
+        form = choose_format(run.config)
+        save_checkpoint(run.workbench, elsewhere, run.folder, run.folder.path, form)
     assert run.folder.finished_blocks() == 2
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_full_disk_leaves_no_folder(learn, tmp_path, monkeypatch, call):
-    calls, save = [], dequantized.save_file
+    calls, save = [], checkpoint.save_file
 
     def full(tensors, path, **rest):
         calls.append(path)
@@ -157,7 +160,7 @@ def test_a_full_disk_leaves_no_folder(learn, tmp_path, monkeypatch, call):
             raise OSError(28, "No space left on device")
         save(tensors, path, **rest)
 
-    monkeypatch.setattr(dequantized, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(LRQuantError) as error:
         learn("llama", "W4A16", save_dir=str(tmp_path / "saved"))
     assert str(tmp_path / "saved") in str(error.value) and "No space left" in str(error.value)
@@ -172,7 +175,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(learn, tmp_path, monkeypatch):
     def full(*arguments, **rest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dequantized, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(LRQuantError, match="No space left"):
         learn("llama", "W3A16", save_dir=str(tmp_path / "saved"))
     assert Config.from_yaml(tmp_path / "saved" / MADE_BY).scheme == "W4A16"
@@ -182,7 +185,8 @@ def test_a_damaged_run_leaves_no_folder(learn, tmp_path):
     run = learn("llama", "W4A16")
     run.folder.block_path(1).write_bytes(b"x")
     with pytest.raises(LRQuantError, match="corrupt"):
-        save_dequantized(run.workbench, run.config, run.folder, tmp_path / "saved")
+        form = choose_format(run.config)
+        save_checkpoint(run.workbench, run.config, run.folder, tmp_path / "saved", form)
     assert not list(tmp_path.glob("saved*"))
 
 

@@ -1,1 +1,62 @@
-"""Formats on disk: one file each."""
+"""Formats on disk: one file each, found by looking into this folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.learn.frozen import FrozenBlock
+from lrquant.scheme import Scheme
+
+DEFAULT = "compressed-tensors"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is special to a format: what it holds, and how a block's tensors are named and packed.
+
+    `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
+    block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
+    `quantization_config` is what config.json says of it, or None for dense weights; it is given the
+    names of the linears outside the blocks, which stay as they are.
+    """
+
+    name: str
+    refusal: Callable[[Config], str | None]
+    tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
+    quantization_config: Callable[[Scheme, list[str]], dict[str, Any] | None]
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """Every format in this folder, by name."""
+    found: dict[str, Format] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        declared = getattr(
+            importlib.import_module(f"{__name__}.{module_info.name}"), "FORMAT", None
+        )
+        if declared is not None:
+            found[declared.name] = declared
+    return found
+
+
+def choose_format(config: Config) -> Format:
+    """The format that the settings name, or the default, if it holds what they learn."""
+    known = formats()
+    name = config.format or DEFAULT
+    if name not in known:
+        raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
+    reason = known[name].refusal(config)
+    if reason is not None:
+        other = "" if config.format else "; or --format dequantized"
+        raise LRQuantError(f"--format {name}: {reason}{other}")
+    return known[name]

@@ -212,6 +212,7 @@ class BlockView:
                 *self._quantizer(linear, factors),
                 extremes=self._extremes.get(linear),
                 gain=scale_gain(parameters, linear),
+                scale_dtype=self._scale_dtype(linear),
             )
             linears[linear] = QuantizedLinear(
                 codes.to(torch.int8 if self.scheme.symmetric else torch.uint8),
@@ -230,6 +231,11 @@ class BlockView:
         factors = fold_factors(self.sites, self.parameters)
         scale_norms(factors, self.parameters, self.rotated_sites)
         return factors
+
+    def _scale_dtype(self, linear: str) -> torch.dtype:
+        """Scales are rounded as a checkpoint in the model's own dtype will store them."""
+        dtype = self.stored[f"{linear}.weight"].dtype
+        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
     def _quantizer(self, linear: str, factors: Factors) -> _Quantizer:
         """What decides a linear's codes: the first arguments of both weight functions."""
@@ -252,6 +258,7 @@ class BlockView:
             dtype=self.dtype if factor is None else torch.float32,
             extremes=self._extremes.get(linear),
             gain=scale_gain(self.parameters, linear),
+            scale_dtype=self._scale_dtype(linear),
         )
         return weight if factor is None else (weight * torch.mm(*factor)).to(self.dtype)
 

@@ -44,7 +44,8 @@ def affine_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Affine
     code_min, code_max = code_range(bits, symmetric)
     levels = code_max - code_min
     if symmetric:
-        scale = (torch.maximum(-low, high) * (2.0 / levels)).clamp_(min=SMALLEST_SCALE)
+        # their order of operations: the largest value lies exactly between two codes
+        scale = (torch.maximum(-low, high) / (levels / 2)).clamp_(min=SMALLEST_SCALE)
         return Affine(scale, torch.zeros_like(scale), code_min, code_max)
     scale = ((high - low) / levels).clamp_(min=SMALLEST_SCALE)
     zero_point = torch.round(-low / scale).clamp_(code_min, code_max)
@@ -124,11 +125,13 @@ def quantize_weight(
     symmetric: bool,
     extremes: Extremes | None = None,
     gain: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in) float32, scale and zero point (out, groups) of a weight (out, in).
 
     `extremes` are those of the scaled weight, for a caller who knows them already.  `gain`
-    (out, groups) multiplies the scale that is returned and changes no code.
+    (out, groups) multiplies the scale that is returned and changes no code; that scale is rounded
+    to `scale_dtype`, in which a checkpoint stores it.
     """
     effective = effective_weight(weight, row_factor, column_factor)
     grouped = effective.view(weight.shape[0], -1, group_size)
@@ -136,7 +139,8 @@ def quantize_weight(
     grid = weight_grid(extremes, upper, lower, bits, symmetric)
     codes = encode_(grouped, grid).view(weight.shape)
     scale = grid.scale.squeeze(-1)
-    return codes, scale if gain is None else scale * gain, grid.zero_point.squeeze(-1)
+    scale = scale if gain is None else scale * gain
+    return codes, scale.to(scale_dtype).float(), grid.zero_point.squeeze(-1)
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -157,6 +161,7 @@ def fake_quantize_weight(
     dtype: torch.dtype = torch.float32,
     extremes: Extremes | None = None,
     gain: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Quantise and de-quantise ``row_factor * W * column_factor``: (out, in) in `dtype`.
 
@@ -164,7 +169,7 @@ def fake_quantize_weight(
     the de-quantisation scale (out, groups), not in `weight`.  Equals
     `dequantize_weight(*quantize_weight(...))` bit for bit.
     """
-    settings = bits, group_size, symmetric, dtype, extremes
+    settings = bits, group_size, symmetric, dtype, extremes, scale_dtype
     return _FakeQuantizeWeight.apply(
         weight, row_factor, column_factor, upper, lower, gain, settings
     )
@@ -247,9 +252,9 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         upper: Tensor | None,
         lower: Tensor | None,
         gain: Tensor | None,
-        settings: tuple[int, int, bool, torch.dtype, Extremes | None],
+        settings: tuple[int, int, bool, torch.dtype, Extremes | None, torch.dtype],
     ) -> Tensor:
-        bits, group_size, symmetric, dtype, extremes = settings
+        bits, group_size, symmetric, dtype, extremes, scale_dtype = settings
         output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for rows in row_chunks(weight):
             codes, scale, zero_point = quantize_weight(
@@ -263,6 +268,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
                 symmetric,
                 _extreme_rows(extremes, rows),
                 _rows(gain, rows),
+                scale_dtype,
             )
             grouped = codes.view(*scale.shape, group_size)
             output[rows] = decode_(grouped, zero_point[..., None], scale[..., None]).view_as(codes)
@@ -273,7 +279,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, row_factor, column_factor, upper, lower, gain = ctx.saved_tensors
-        bits, group_size, symmetric, _, known_extremes = ctx.settings
+        bits, group_size, symmetric, _, known_extremes, _ = ctx.settings
         _, need_row, need_column, need_upper, need_lower, need_gain = ctx.needs_input_grad[:6]
         to_row: Any = torch.empty_like(row_factor) if need_row else None
         to_column: Any = torch.zeros_like(column_factor) if need_column else None

@@ -1,0 +1,141 @@
+"""Writing a checkpoint folder of any format: shards, index, and all that travels along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.export import Format
+from lrquant.model import Model
+from lrquant.workbench import Workbench, learned_view
+from lrquant.workdir import RunFolder
+
+INDEX = "model.safetensors.index.json"
+MADE_BY = "lrquant.yaml"
+
+
+def check_target(model: Model, config: Config, target: Path) -> None:
+    """Refuse, before any hour is spent, what could not be written or would destroy other files."""
+    if target.resolve() == Path(config.output_dir).resolve():
+        raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
+    if target.exists() and not target.is_dir():
+        raise LRQuantError(f"--save_dir {target}: a file; use another folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / MADE_BY).is_file():
+        raise LRQuantError(
+            f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
+            "deleted; use a new folder"
+        )
+    if config.let and config.let_shift == "always":
+        _refuse_missing_biases(model, config)
+
+
+def _refuse_missing_biases(model: Model, config: Config) -> None:
+    present = {name for name, _ in model.blocks[0].named_parameters()}
+    sites = model.architecture.sites(model.skeleton.config)
+    modules = {
+        fold.module
+        for site in sites
+        if site.shiftable and site.kind in config.let_sites
+        for fold in site.folds
+    }
+    missing = sorted(module for module in modules if f"{module}.bias" not in present)
+    if missing:
+        raise LRQuantError(
+            f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
+            f"({', '.join(missing)}); learn with --let_shift auto"
+        )
+
+
+def checkpoint_dtype(model: Model) -> torch.dtype:
+    """The dtype of a checkpoint's floating-point tensors: that of the model's own weights."""
+    first = next(name for name in model.skeleton.state_dict())
+    return model.source.tensor(first).dtype
+
+
+@torch.no_grad()
+def save_checkpoint(
+    workbench: Workbench, config: Config, folder: RunFolder, target: Path, form: Format
+) -> None:
+    """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
+    model = workbench.model
+    check_target(model, config, target)
+    target = target.resolve()
+    temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_tensors(workbench, config, folder, temporary, form)
+        _write_config(model, config, temporary, form)
+        _copy_along(model, config, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise LRQuantError(
+            f"checkpoint {target}: cannot be written ({error}); free some space or use another "
+            f"folder, then `lrquant export {folder.path} DIR`"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tensors(
+    workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
+) -> None:
+    model = workbench.model
+    dtype = checkpoint_dtype(model)
+    outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
+    if model.skeleton.config.tie_word_embeddings:
+        outer.pop("lm_head.weight", None)
+    outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
+    outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
+    shards = {"model-outer.safetensors": outer}
+    weight_map: dict[str, str] = {}
+    size = 0
+    for index in range(-1, len(model.blocks)):
+        if index >= 0:
+            frozen = learned_view(workbench, config, folder, index).freeze()
+            prefix = model.block_name(index) + "."
+            tensors = form.tensors(frozen, config.quantization, dtype)
+            shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
+        for name, tensors in shards.items():
+            whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(whole, place / name, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(whole, name))
+            size += sum(tensor.nbytes for tensor in whole.values())
+    index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
+    (place / INDEX).write_text(index_text, encoding="utf-8")
+
+
+def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
+    saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
+    saved.dtype = checkpoint_dtype(model)
+    saved.architectures = [type(model.skeleton).__name__]
+    saved.save_pretrained(place)
+    outside = [
+        name
+        for name, module in model.skeleton.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(model.architecture.blocks + ".")
+    ]
+    quantization = form.quantization_config(config.quantization, outside)
+    if quantization is not None:
+        path = place / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["quantization_config"] = quantization
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_along(model: Model, config: Config, place: Path) -> None:
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(place)
+    generation = (model.folder or Path()) / "generation_config.json"
+    if model.folder is not None and generation.is_file():
+        shutil.copyfile(generation, place / generation.name)
+    (place / MADE_BY).write_text(config.to_yaml(), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""compressed-tensors: packed integers that transformers and vLLM load.
+
+Weights of 2 to 8 bits, symmetric or not, by row or group; activations as they are, or symmetric,
+dynamic, one scale a token.  Codes are packed by the library itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+)
+from torch import Tensor
+
+from lrquant.config import Config
+from lrquant.export import Format
+from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
+from lrquant.scheme import FLOAT_BITS, Scheme
+
+
+def _refusal(config: Config) -> str | None:
+    """Why the format can't hold a run, with the nearest that it can."""
+    scheme = config.quantization
+    if scheme.weight_bits == FLOAT_BITS:
+        return "weights of 16 bits are not packed; use --format dequantized"
+    if config.rotation and config.rotation_sharing in ("weight", "linear"):
+        return (
+            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
+            "--rotation_sharing site"
+        )
+    wanted = _nearest(scheme)
+    if wanted != scheme:
+        symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
+        return (
+            f"{scheme.describe()}: the nearest that it holds is --scheme {wanted.name}{symmetric}, "
+            "to be asked for before learning"
+        )
+    return None
+
+
+def _nearest(scheme: Scheme) -> Scheme:
+    if scheme.activation_bits == FLOAT_BITS:
+        return Scheme(scheme.weight_bits, FLOAT_BITS, scheme.group_size, scheme.symmetric)
+    bits = 8 if scheme.activation_bits > 4 else 4
+    weights = 8 if scheme.weight_bits > 4 else 4
+    return Scheme(weights, bits, None if weights == 8 else scheme.group_size, True, True, 16)
+
+
+def _layout(scheme: Scheme) -> str:
+    """Explicit always: left to itself the library stores 4-bit codes as bytes."""
+    eight = scheme.weight_bits == 8 and scheme.activation_bits == 8
+    return "int-quantized" if eight else "pack-quantized"
+
+
+def _quantization_config(scheme: Scheme, outside: list[str]) -> dict[str, Any]:
+    layout = _layout(scheme)
+    activations = None
+    if scheme.activation_bits != FLOAT_BITS:
+        activations = QuantizationArgs(
+            num_bits=scheme.activation_bits, symmetric=True, strategy="token", dynamic=True
+        )
+    weights = QuantizationArgs(
+        num_bits=scheme.weight_bits,
+        symmetric=scheme.symmetric,
+        strategy="group" if scheme.group_size else "channel",
+        group_size=scheme.group_size,
+    )
+    group = QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=activations, format=layout
+    )
+    whole = QuantizationConfig(
+        config_groups={"group_0": group},
+        format=layout,
+        ignore=outside,
+        quantization_status="compressed",
+    )
+    values = _without_nothing(whole.model_dump(mode="json"))
+    if not scheme.symmetric and activations is None:
+        # Unless it decodes while loading, transformers makes room for zero points that are not
+        # packed (compressed-tensors 0.20); other readers do not look at this key.
+        values["dequantize"] = True
+    return values
+
+
+def _without_nothing(value: Any) -> Any:
+    """Leave out keys without a value: readers refuse keys that are newer than they are."""
+    if isinstance(value, dict):
+        return {key: _without_nothing(part) for key, part in value.items() if part is not None}
+    return value
+
+
+def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
+    for name, linear in frozen.linears.items():
+        parts = _packed(linear, _layout(scheme), dtype)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return tensors
+
+
+def _packed(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One linear under the library's names; its codes are signed: code and zero - 2^(b-1)."""
+    offset = 0 if linear.symmetric else 1 << (linear.bits - 1)
+    codes = (linear.codes.to(torch.int16) - offset).to(torch.int8)
+    packed = {"weight_scale": linear.scale.to(dtype)}
+    if linear.bias is not None:
+        packed["bias"] = linear.bias.to(dtype)
+    if layout == "int-quantized":
+        return packed | {"weight": codes}
+    packed["weight_packed"] = pack_to_int32(codes, linear.bits)
+    packed["weight_shape"] = torch.tensor(codes.shape)
+    if not linear.symmetric:
+        zero_points = (linear.zero_point - offset).to(torch.int8)
+        packed["weight_zero_point"] = pack_to_int32(zero_points, linear.bits, packed_dim=0)
+    return packed
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    refusal=_refusal,
+    tensors=_tensors,
+    quantization_config=_quantization_config,
+)
