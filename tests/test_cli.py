@@ -136,7 +136,7 @@ def test_the_published_weight_only_line(command, succeed, tmp_path, monkeypatch)
     line = command("--eval_ppl", "--limit", 1, "--wbits", 4, "--abits", 16, "--lwc")
     out = succeed(line[1:], entry=quantize_main)
     assert out.startswith("scheme W4A16: weights 4 bits, asymmetric, per output channel")
-    assert "method weight clipping" in out and "transformation" not in out.splitlines()[1]
+    assert "method LRQuant: weight clipping" in out and "transformation" not in out.splitlines()[1]
     assert "| wikitext2" in out
 
 
@@ -359,7 +359,7 @@ def test_inspecting(command, succeed, refuse, tmp_path, monkeypatch):
     records = RunFolder.open(tmp_path / "run").records()
     assert "2 of 2 blocks, finished" in out and "scheme: W3A4: weights 3 bits" in out
     assert "wikitext2/validation" in out and "seed 2" in out and "float32" in out
-    assert "let_sites norm+value_output+query_key" in out and "epochs 1" in out
+    assert "let_sites norm+value_output+up_down" in out and "epochs 1" in out
     for record in records:
         assert f"{record.initial_loss:.6g}" in out and f"{record.final_loss:.6g}" in out
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "blocks").iterdir())

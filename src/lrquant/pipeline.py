@@ -131,8 +131,8 @@ def _run(
     model = model or load_model(config.model, _path(config.cache_dir))
     _check_groups(model, config.quantization)
     if config.save_dir is not None:
-        choose_format(config)
         check_target(model, config, Path(config.save_dir))
+        choose_format(config)
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -153,6 +153,8 @@ def _run(
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
         results = environment(config, workbench)
+        if not measure_only:
+            results = results_folder.add_results(results)
         for measured in evaluate_run(workbench, config, folder, evaluation, progress):
             results = results_folder.add_results({**environment(config, workbench), **measured})
     if config.save_dir is not None:

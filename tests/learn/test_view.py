@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -238,7 +239,8 @@ def test_floating_point_weights_are_only_scaled(make_view):
 
 
 def test_start_of_learning(make_view):
-    view = make_view("opt", Scheme(4, group_size=16), EVERYTHING)
+    published = dataclasses.replace(EVERYTHING, lwc_init=4.0)
+    view = make_view("opt", Scheme(4, group_size=16), published)
     clipping = {name: v for name, v in view.parameters.items() if name.startswith("lwc.")}
     assert clipping.keys() == {
         f"lwc.{linear}.{side}" for linear in view.linears for side in ("upper", "lower")
@@ -247,6 +249,11 @@ def test_start_of_learning(make_view):
         linear = name.split(".", 1)[1].rpartition(".")[0]
         rows, columns = view.stored[f"{linear}.weight"].shape
         assert torch.equal(values, torch.full((rows, columns // 16), 4.0))
+    searched = make_view("opt", Scheme(4, group_size=16), EVERYTHING).parameters
+    assert not all(torch.equal(searched[name], values) for name, values in clipping.items())
+    for linear in view.linears:
+        sides = (searched[f"lwc.{linear}.{side}"] for side in ("upper", "lower"))
+        assert torch.equal(*sides), "one logit for both"
 
 
 def test_load_takes_parameters_learned_earlier(make_view):

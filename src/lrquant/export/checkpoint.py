@@ -80,7 +80,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise LRQuantError(
             f"checkpoint {target}: cannot be written ({error}); free some space or use another "
-            f"folder, then `lrquant export {folder.path} DIR`"
+            f"--save_dir; the run is whole: `lrquant export {folder.path} DIR`"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
