@@ -43,9 +43,14 @@ TEXTS = ("wikitext2", "c4")
 SCHEMES = ("W8A8", "W6A6", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
 
 PUBLISHED = {name: PRESETS["paper"][name] for name in ("lwc_init", "keep_best", "let_sites")}
-PLUS_AS_PUBLISHED = {**PUBLISHED, "lr_plus": True, "ema_init": "one", "rotation_sharing": "weight"}
+PLUS_AS_PUBLISHED = {k: v for k, v in PRESETS["paper"].items() if k not in PROTOCOL}
+PLUS_AS_PUBLISHED |= {"lr_plus": True}
 
-METHODS: dict[str, dict[str, Any]] = {"LRQuant": PUBLISHED, "LRQuant+": {"lr_plus": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "LRQuant": PUBLISHED,
+    "LRQuant, default settings": {},
+    "LRQuant+": {"lr_plus": True},
+}
 
 ABLATION: dict[str, dict[str, Any]] = {
     "LRQuant": PUBLISHED,
@@ -118,14 +123,14 @@ class _Bench:
     def measure(self, name: str, settings: dict[str, Any]) -> None:
         """Learn one row, unless its run is there, and measure it on every text."""
         missing = [text for text in self.texts if (name, text) not in self.measures()]
+        if not missing:
+            return
         place = self.folder / name.replace(" ", "_").replace(",", "")
         prepare = preparer(self.bench, Scheme.parse(settings["scheme"]))
         if settings["epochs"]:
-            there = RunFolder(place).finished_blocks()
             given = {**self.common, **settings, "output_dir": str(place)}
             given |= {"precision": self.precision}
-            if there < len(self.model.blocks):
-                run(given | ({"resume": str(place)} if there else {}), self.model)
+            run(given | ({"resume": str(place)} if place.is_dir() else {}), self.model)
             learned = RunFolder.open(place)
             config = learned.config.resolved()
             prepare = preparer(self.bench, config.quantization, config, learned)
@@ -139,7 +144,13 @@ class _Bench:
         """What was measured, by (row, text)."""
         path = self.folder / "measures.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return {(row["row"], row["text"]): row for row in map(json.loads, lines)}
+        rows = [json.loads(line) for line in lines]
+        described = {name: samples.description for name, samples in self.texts.items()}
+        return {
+            (row["row"], row["text"]): row
+            for row in rows
+            if row["windows"] == described.get(row["text"])
+        }
 
     @torch.no_grad()
     def _scores(

@@ -53,7 +53,7 @@ def main() -> None:
     entry.embed(full)
     quantized.copy(full)
     observed = ChannelStatistics()
-    advance_full_precision(bench, 0, bench.stored(0), entry, full, observed.observe)
+    advance_full_precision(bench, 0, bench.stored(0), entry, full, full, observed.observe)
     data = BlockData(0, entry, quantized, (full,))
     two_branches = BlockData(0, entry, quantized, (full, full))
 

@@ -140,6 +140,19 @@ def test_the_published_weight_only_line(command, succeed, tmp_path, monkeypatch)
     assert "| wikitext2" in out
 
 
+@pytest.mark.parametrize("line", ["--wbits 4 --abits 4 --lwc --let", "--wbits 4 --abits 16 --lwc"])
+def test_the_published_lines_of_lrquant_plus(command, succeed, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    arguments = command("--eval_ppl", "--limit", 1, *line.split(), "--lr_plus")
+    out = succeed(arguments[1:], entry=quantize_main)
+    assert "method LRQuant+: weight clipping" in out and "two branches, dynamic weights" in out
+    assert "| LRQuant+ |" in out and "| wikitext2" in out
+    out = succeed(
+        [*arguments[1:], "--preset", "paper", "--epochs", 1, "--overwrite"], entry=quantize_main
+    )
+    assert "dense on the weight" in out and "dynamic weights from one" in out
+
+
 def test_weight_only_by_mistake_is_said(command, succeed):
     """The published W4A16 line passes --abits 4."""
     assert succeed(command("--wbits", 4, "--abits", 4, "--lwc")).startswith("scheme W4A4: ")

@@ -262,6 +262,11 @@ def test_the_parts_of_lrquant_plus():
             not part for part in alone
         )
     assert parts(scheme="W4A4", lr_plus=True, epochs=0) == (False, False, False)
+    nothing = {"lwc": False, "let": False, "rotation": False}
+    assert parts(scheme="W4A4", lr_plus=True, **nothing) == (False, False, False)
+    for name in ("two_branch", "dynamic_weights"):
+        with pytest.raises(LRQuantError, match=f"--{name}: nothing is learned"):
+            Config(scheme="W4A4", lwc=False, let=False, **{name: True}).resolved()
     assert parts(scheme="W16A4", lr_plus=True) == (False, True, True), "no weight is quantised"
 
 
@@ -279,12 +284,26 @@ def test_the_form_of_the_rotation_vectors():
 
 
 def test_the_paper_s_preset_gives_way_to_what_is_given():
-    settings = with_preset({"preset": "paper", "epochs": 3, "model": "m"})
+    settings = with_preset({"preset": "paper", "epochs": 3, "model": "m", "lr_plus": True})
     config = Config(**settings).resolved()
     assert (config.epochs, config.ema_init, config.rotation_sharing) == (3, "one", "weight")
     assert config.let_shift == "always" and config.lwc_init == 4.0 and not config.keep_best
     assert with_preset({"epochs": 3}) == {"epochs": 3}
     assert Config(**with_preset(dataclasses.asdict(config))) == config, "a file of it is the same"
+
+
+def test_a_switch_over_a_file_of_resolved_settings_is_a_switch():
+    plain = dataclasses.asdict(Config(model="m").resolved())
+    plus = dataclasses.asdict(Config(model="m", lr_plus=True).resolved())
+
+    def resolved(file, **typed):
+        return Config(**with_preset(overridden(file, typed))).resolved()
+
+    assert resolved(plain, lr_plus=True) == Config(model="m", lr_plus=True).resolved()
+    assert resolved(plus, lr_plus=False) == Config(model="m").resolved()
+    assert resolved(plus, rotation=False).two_branch
+    paper = resolved(plus, preset="paper")
+    assert (paper.epochs, paper.lwc_init, paper.keep_best) == (20, 4.0, False)
 
 
 @pytest.mark.parametrize("name", PRESETS)

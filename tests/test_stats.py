@@ -222,3 +222,19 @@ def test_values_that_are_not_finite_are_refused(value, tmp_path):
     path = tmp_path / "scales.pt"
     torch.save({"good": torch.ones(3), "bad": torch.tensor([1.0, value])}, path)
     refused(path, "bad holds a value that is not finite")
+
+
+def test_importance_is_the_mean_square_of_what_the_linear_reads():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 8, generator=generator) + 20
+    statistics = ChannelStatistics()
+    statistics.observe("q", values)
+    weight = torch.zeros(2, 8)
+    squares = values.double().square().mean((0, 1))
+    plain = statistics.importance("q", weight, None)
+    torch.testing.assert_close(plain.double(), squares / squares.mean(), rtol=1e-5, atol=0)
+    shift = values.mean((0, 1)) + 0.1
+    shifted = (values.double() - shift).square().mean((0, 1))
+    found = statistics.importance("q", weight, shift)
+    torch.testing.assert_close(found.double(), shifted / shifted.mean(), rtol=1e-2, atol=0)
+    assert torch.equal(statistics.importance("never seen", weight, shift), torch.ones(8))

@@ -178,6 +178,12 @@ class Config:
             lwc, let = scheme.weight_bits < 16, not scheme.weight_only
         plus = config.lr_plus and config.epochs > 0
         rotation = _given_or(config.rotation, plus and scheme.weight_bits < 16)
+        if (config.two_branch or config.dynamic_weights) and not (lwc or let or rotation):
+            part = "two_branch" if config.two_branch else "dynamic_weights"
+            raise LRQuantError(
+                f"--{part}: nothing is learned; give --lwc, --let or --rotation, and epochs"
+            )
+        plus = plus and bool(lwc or let or rotation)
         return dataclasses.replace(
             config,
             scheme=scheme.name,
@@ -185,13 +191,14 @@ class Config:
             let=bool(let),
             net=config.net_name,
             rotation=rotation,
-            rotation_sharing=config._sharing(rotation, scheme),
+            rotate_rank=config.rotate_rank if rotation else 1,
+            rotation_sharing=config._sharing(scheme) if rotation else None,
             two_branch=_given_or(config.two_branch, plus),
             dynamic_weights=_given_or(config.dynamic_weights, plus),
         )
 
-    def _sharing(self, rotation: bool, scheme: Scheme) -> str:
-        if rotation and scheme.weight_bits == 16:
+    def _sharing(self, scheme: Scheme) -> str:
+        if scheme.weight_bits == 16:
             raise LRQuantError(
                 "--rotation with --wbits 16: there is no quantised weight to scale; give --wbits "
                 "below 16"
@@ -249,6 +256,7 @@ def _given_or(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
 
+_PARTS = ("rotation", "two_branch", "dynamic_weights")
 _SPELLED_OUT = {
     **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
     **{"symmetric": "symmetric", "qkv_bits": "qkv_bits"},
@@ -269,7 +277,13 @@ def require_one_scheme(settings: dict[str, Any]) -> None:
 
 
 def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with those of `by` in their place; a scheme and its bits replace each other."""
+    """`settings` with those of `by` in their place; a scheme and its bits replace each other.
+
+    A preset in `by` replaces every value that it names, `lr_plus` its three parts.
+    """
+    replaced = set(PRESETS["paper"]) if "preset" in by else set()
+    replaced |= set(_PARTS) if "lr_plus" in by else set()
+    settings = {name: value for name, value in settings.items() if name not in replaced}
     if by.get("scheme"):
         settings = {name: value for name, value in settings.items() if name not in _SPELLED_OUT}
     elif settings.get("scheme") and by.keys() & _SPELLED_OUT.keys():

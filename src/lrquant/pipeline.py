@@ -120,11 +120,12 @@ def _run(
     progress: Progress,
     earlier: MemoryHandler,
 ) -> Run:
-    settings = with_preset(typed_settings(settings, "settings"))
+    settings = typed_settings(settings, "settings")
     require_one_scheme(settings)
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
     if measure_only:
         settings = _settings_of_finished_run(settings)
+    settings = with_preset(settings)
     config = Config(**settings).resolved()
     logger.info("scheme %s", config.quantization.describe())
     logger.info("method %s", describe_method(config))
@@ -246,7 +247,7 @@ def learn_blocks(
         for index in range(blocks):
             started = time.monotonic()
             statistics = ChannelStatistics()
-            observed = searched or (config.let and given is None)
+            observed = index >= finished and (searched or (config.let and given is None))
             observer = statistics.observe if observed else None
             stored = workbench.stored(index)
             advance_full_precision(workbench, index, stored, entry, full, full, observer)

@@ -15,16 +15,19 @@ SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
 @dataclass
 class ChannelStatistics:
-    """Statistics by linear name: `maxima`, `midpoints`, `squares`, each (in,), float32 on the CPU.
+    """Statistics by linear name, each (in,), float32 on the CPU.
 
     maxima: largest |x_j| over all tokens.  midpoints: ``0.99 m + 0.01 (max_j + min_j) / 2`` over
-    the samples in order, the first sample's midpoint as the start.  squares: sum of x_j**2 over all
-    tokens; they stay in memory, the published files do not have them.
+    the samples in order, the first sample's midpoint as the start.  means and squares:
+    of x_j and x_j**2, of each sample, summed over the samples; they stay in memory, the published
+    files do not have them.
     """
 
     maxima: dict[str, Tensor] = field(default_factory=dict)
     midpoints: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
 
     def observe(self, name: str, values: Tensor) -> None:
         """Take in the input (samples, tokens, in) or (tokens, in) of one linear."""
@@ -37,14 +40,23 @@ class ChannelStatistics:
                 maximum = torch.maximum(self.maxima[name], maximum)
                 midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
             self.maxima[name], self.midpoints[name] = maximum, midpoint
-            squares = sample.square().sum(0).cpu()
-            self.squares[name] = self.squares.get(name, torch.zeros_like(squares)) + squares
+            for sums, values in ((self.means, sample), (self.squares, sample.square())):
+                mean = values.mean(0).cpu()
+                sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
+            self.samples[name] = self.samples.get(name, 0) + 1
 
-    def importance(self, name: str, like: Tensor) -> Tensor:
-        """Squared inputs of a linear (in,), of mean 1, on the device of `like`; ones if unseen."""
-        squares = self.squares.get(name, torch.ones(like.shape[1]))
-        mean = squares.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return (squares / mean).to(like.device, torch.float32)
+    def importance(self, name: str, like: Tensor, shift: Tensor | None) -> Tensor:
+        """Mean squared inputs of a linear (in,), `shift` taken off them, on the device of `like`.
+
+        Ones for a linear that was not seen; their mean is 1 in any case.
+        """
+        if name not in self.squares:
+            return torch.ones(like.shape[1], device=like.device)
+        count = self.samples[name]
+        mean, square = (sums[name].to(like.device) / count for sums in (self.means, self.squares))
+        if shift is not None:
+            square = (square - 2 * shift * mean + shift.square()).clamp(min=0)
+        return square / square.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""

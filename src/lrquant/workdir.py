@@ -194,10 +194,8 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
-        """A finished block's learned parameters, or those adapted to the text `adapted`, if any."""
-        path = self.block_path(index)
-        if adapted is not None and self.adapted_path(adapted, index).is_file():
-            path = self.adapted_path(adapted, index)
+        """A finished block's learned parameters, or those adapted to the text `adapted`."""
+        path = self.block_path(index) if adapted is None else self.adapted_path(adapted, index)
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -276,7 +274,7 @@ class RunFolder:
 
 def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new`, with what it did not measure kept of `old`."""
-    measured = ("perplexity", "agreement", "tasks")
+    measured = ("perplexity", "agreement", "test_time_adaptation", "tasks")
     kept = {name: {**old.get(name, {}), **new.get(name, {})} for name in measured}
     return {**new, **{name: value for name, value in kept.items() if value}}
 

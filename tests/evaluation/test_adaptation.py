@@ -118,6 +118,44 @@ def test_the_last_block_sees_its_own_true_inputs(learn, tmp_path, monkeypatch):
     assert (inputs - embedded).abs().mean() > 0.1 * embedded.abs().mean()
 
 
+def test_a_second_block_reads_what_the_adapted_first_one_gives(learn, monkeypatch):
+    """Advancing the stream with the calibrated parameters would be seen here."""
+    from lrquant.evaluation import adaptation
+
+    inputs = {}
+    fit = adaptation.fit_block
+
+    def fitting(view, runner, data, settings):
+        inputs[settings.let_lr, data.index] = data.inputs.states.clone()
+        return fit(view, runner, data, settings)
+
+    monkeypatch.setattr(adaptation, "fit_block", fitting)
+    settings = {"tta": True, "tta_blocks": 2, "keep_best": False}
+    for rate in (0.0, 0.05):
+        learn(tta_let_lr=rate, **settings)
+    first, last = BLOCKS - 2, BLOCKS - 1
+    assert torch.equal(inputs[0.0, first], inputs[0.05, first])
+    assert not torch.equal(inputs[0.0, last], inputs[0.05, last])
+
+
+def test_what_was_done_is_in_the_results(learn, tmp_path):
+    results = learn(tta=True, tta_epochs=2, tta_let_lr=2e-3, lr_plus=True).results
+    done = results["test_time_adaptation"]["wikitext2"]
+    (block,) = done["blocks"]
+    assert (done["epochs"], done["let_lr"], block["block"]) == (2, 2e-3, BLOCKS - 1)
+    assert block["final_loss"] <= block["initial_loss"] and block["non_finite"] == []
+    path = tmp_path / "run" / "adapted" / "wikitext2" / f"{BLOCKS - 1:04d}.safetensors"
+    path.unlink()
+    from lrquant.evaluation.measures import preparer
+    from lrquant.workdir import RunFolder
+
+    folder = RunFolder.open(tmp_path / "run")
+    config = folder.config
+    bench = learn(tta=False).workbench
+    with pytest.raises(LRQuantError, match="missing or corrupt"):
+        preparer(bench, config.quantization, config, folder, "wikitext2")(BLOCKS - 1)
+
+
 def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, tmp_path):
     learn()
     results = evaluate(str(tmp_path / "run"), ppl=("wikitext2", "other"), tta=True, compare=True)

@@ -48,6 +48,29 @@ def test_opposite_tokens_cancel_in_the_mean_cosine(pair):
     assert float(negative_log_cosine(output, pair[1])) == pytest.approx(-math.log(0.8), rel=1e-5)
 
 
+@pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_nearly_equal_outputs_keep_their_digits(step):
+    """A float32 cosine is a multiple of 6e-8 away from 1, and 1e-10 would be lost, or negative."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(1, 64, 1024, generator=generator)
+    target[..., 7] *= 300
+    output = target + step * target.abs() * torch.randn(target.shape, generator=generator)
+    pairs = output.double(), target.double()
+    cosine = torch.nn.functional.cosine_similarity(*pairs, dim=-1).mean()
+    found = float(negative_log_cosine(output, target))
+    assert found == pytest.approx(float(-torch.log(cosine)), rel=1e-2, abs=1e-13) and found > 0
+
+
+def test_outputs_that_point_away():
+    """Beyond a right angle on average: the absolute value of the cosine counts."""
+    target = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    output = -target + 0.3 * torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    cosine = torch.nn.functional.cosine_similarity(output, target, dim=-1).mean()
+    assert cosine < -0.8
+    expected = float(-torch.log(cosine.abs()))
+    assert float(negative_log_cosine(output, target)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_cosine_ignores_length_and_mse_does_not(pair):
     target = pair[1]
     assert float(negative_log_cosine(3 * target, target)) == pytest.approx(0, abs=1e-6)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import torch
 
@@ -43,13 +44,13 @@ def adapt(
     config: Config,
     folder: RunFolder,
     text: Samples,
-    batch_size: int,
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
     """Learn the last `tta_blocks` blocks again on `text`, from the run's own parameters.
 
     Each is compared with the full-precision block on that block's true inputs in the
-    full-precision model, both streams having gone through all blocks before it.
+    full-precision model, both streams having gone through all blocks before it; the loss is the
+    run's `loss` on that one branch, unweighted.  Returns how it was done and what came of it.
     """
     model = workbench.model
     blocks = len(model.blocks)
@@ -58,9 +59,10 @@ def adapt(
         epochs=config.tta_epochs,
         let_lr=config.tta_let_lr,
         two_branch=False,
-        keep_best=True,
+        dynamic_weights=False,
     )
-    entry = BlockInputs(model, text.ids, batch_size, workbench.device)
+    done: dict[str, Any] = {"epochs": config.tta_epochs, "let_lr": config.tta_let_lr, "blocks": []}
+    entry = BlockInputs(model, text.ids, config.batch_size, workbench.device)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
@@ -70,14 +72,24 @@ def adapt(
             view = learned_view(workbench, config, folder, index)
             advance_full_precision(workbench, index, view.stored, entry, full, full)
             data = BlockData(index, entry, quantized, (full,))
+            adapted = is_adapted(config, index, blocks)
             with workbench.runner(index, view) as runner:
-                if index >= blocks - config.tta_blocks:
+                if adapted:
                     report = fit_block(view, runner, data, settings)
                     folder.save_adapted(text.name, index, view.parameters)
-                    logger.info(
-                        "test-time adaptation to %s, block %d: loss %.6g -> %.6g",
-                        *(text.name, index, report.initial_loss),
-                        min([report.initial_loss, *report.held_losses]),
-                    )
-                advance_quantized(view, runner, data, settings.loss)
+                final = float(advance_quantized(view, runner, data, settings.loss).sum())
+            if adapted:
+                losses = {"initial_loss": report.initial_loss, "final_loss": final}
+                done["blocks"].append({"block": index, **losses, "non_finite": report.non_finite})
+                logger.info(
+                    "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
+                    *(text.name, index, report.initial_loss, final),
+                    "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
+                )
             told(index)
+    return done
+
+
+def is_adapted(config: Config, index: int, blocks: int) -> bool:
+    """Whether test-time adaptation learns block `index` of `blocks` again."""
+    return index >= blocks - config.tta_blocks

@@ -13,7 +13,7 @@ from lrquant.blocks import BlockInputs, Head
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.adaptation import adapt, check_adaptation
+from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
 from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
 from lrquant.evaluation.zero_shot import check_tasks, evaluate_tasks
 from lrquant.learn.view import Method
@@ -88,7 +88,8 @@ def evaluate_run(
             variants["round_to_nearest"] = preparer(workbench, config.quantization)
         variants["quantized"] = quantized
         if config.tta:
-            adapt(workbench, config, folder, windows, _batch_size(windows), progress)
+            done = adapt(workbench, config, folder, windows, progress)
+            yield {"test_time_adaptation": {name: done}}
             variants["test_time_adapted"] = preparer(
                 workbench, config.quantization, config, folder, name
             )
@@ -160,13 +161,14 @@ def preparer(
 ) -> Callable[[int], PreparedBlock]:
     """How block i is made ready: under `scheme` alone, or as a run learned it.
 
-    `adapted` names the text whose test-time adapted parameters are taken where there are any.
+    `adapted` names the text to which the last blocks' parameters were adapted.
     """
 
     @torch.no_grad()
     def prepare(index: int) -> PreparedBlock:
         if config is not None and folder is not None:
-            view = learned_view(workbench, config, folder, index, adapted)
+            here = adapted if is_adapted(config, index, len(workbench.model.blocks)) else None
+            view = learned_view(workbench, config, folder, index, here)
         else:
             view = workbench.view(index, workbench.stored(index), scheme, Method())
         return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))

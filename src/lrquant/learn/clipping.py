@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrquant.numerics.affine import dequantize_weight, effective_weight, quantize_weight, row_chunks
+from lrquant.numerics.affine import (
+    dequantize_weight,
+    effective_weight,
+    group_extremes,
+    quantize_weight,
+    row_chunks,
+)
 
 PUBLISHED_LOGIT = 4.0  # sigmoid(4) = 0.982
 SEARCHED_STRENGTHS = tuple(step / 20 for step in range(19, 7, -1))  # 0.95, 0.9, … 0.4
@@ -57,10 +63,11 @@ def searched_logits(
         scaled = effective_weight(weight[rows], row, column_factor)
         best = torch.full((len(scaled), groups), torch.inf, device=weight.device)
         chosen = torch.full_like(best, PUBLISHED_LOGIT)
+        extremes = group_extremes(scaled, group_size)
         for logit in tried:
             strength = torch.full_like(best, logit).sigmoid_()
             quantized = quantize_weight(
-                scaled, None, None, strength, strength, bits, group_size, symmetric
+                scaled, None, None, strength, strength, bits, group_size, symmetric, extremes
             )
             error = dequantize_weight(*quantized).sub_(scaled).square_().mul_(importance)
             error = error.view(len(scaled), groups, group_size).sum(-1)

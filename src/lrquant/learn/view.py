@@ -152,7 +152,8 @@ class BlockView:
             start: float | Tensor | None = self.method.lwc_init
             if start is None:
                 row, column = factors.rows.get(linear), factors.columns.get(linear)
-                importance = statistics.importance(f"{block_name}.{linear}", weight)
+                shift = factors.add.get(linear)
+                importance = statistics.importance(f"{block_name}.{linear}", weight, shift)
                 if column is not None:
                     importance = importance / column.square()
                 start = searched_logits(
