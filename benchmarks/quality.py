@@ -54,6 +54,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 ABLATION: dict[str, dict[str, Any]] = {
     "LRQuant": PUBLISHED,
+    "LRQuant, clipping alone": {**PUBLISHED, "lwc": True, "let": False},
+    "LRQuant, transformation alone": {**PUBLISHED, "lwc": False, "let": True},
+    "LRQuant, MSE alone": {**PUBLISHED, "loss": "mse"},
+    "LRQuant, NLC alone": {**PUBLISHED, "loss": "nlc"},
+    **{
+        f"LRQuant, without {kind} sites": {
+            **PUBLISHED,
+            "let_sites": tuple(k for k in PUBLISHED["let_sites"] if k != kind),
+        }
+        for kind in PUBLISHED["let_sites"]
+    },
     "LRQuant, default settings": {},
     "two branches alone": {"two_branch": True},
     "dynamic weights alone": {"dynamic_weights": True},
