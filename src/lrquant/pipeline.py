@@ -213,8 +213,7 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
 def export(target: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
     given = {**settings, "resume": target, "epochs": 0, "save_dir": save_dir}
-    none = {"eval_ppl": False, "ppl": (), "agreement": (), "tasks": "", "tta": False}
-    return run({**given, **none}, progress=progress)
+    return run({**given, **_NO_MEASURES}, progress=progress)
 
 
 def learn_blocks(
@@ -365,9 +364,7 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     own = RunFolder.open(Path(given["resume"])).config
     chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
     places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
-    none = {"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""}
-    none |= {"limit": -1, "tta": False}
-    replaced = none if _asks_for_measures(given) else {}
+    replaced = _NO_MEASURES if _asks_for_measures(given) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
 
 
@@ -375,6 +372,10 @@ def _asks_for_measures(settings: dict[str, Any]) -> bool:
     return any(settings.get(name) for name in ("eval_ppl", "ppl", "agreement", "tasks"))
 
 
+_NO_MEASURES: dict[str, Any] = {
+    **{"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""},
+    **{"limit": -1, "tta": False},
+}
 _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
