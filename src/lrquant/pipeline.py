@@ -132,8 +132,7 @@ def _run(
     model = model or load_model(config.model, _path(config.cache_dir))
     _check_groups(model, config.quantization)
     if config.save_dir is not None:
-        check_target(model, config, Path(config.save_dir))
-        choose_format(config)
+        check_target(model, config, Path(config.save_dir), choose_format(config))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)

@@ -213,4 +213,5 @@ def test_shifts_everywhere_are_saved_where_every_module_has_a_bias(
         logits(loaded(tmp_path / "saved"), ids), learned, rtol=1e-4, atol=1e-4
     )
     config = Config(let=True, let_shift="always", let_sites=("query_key",), output_dir="x")
-    check_target(from_module(make_model("llama")), config, tmp_path / "new")
+    form = choose_format(run.config)
+    check_target(from_module(make_model("llama")), config, tmp_path / "new", form)

@@ -27,13 +27,15 @@ class Format:
     `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
     block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
-    names of the linears outside the blocks, which stay as they are.
+    names of the linears outside the blocks, which stay as they are, and of a block's tensors.
+    `shifts` says whether modules may have biases and shifts that the architecture lacks.
     """
 
     name: str
     refusal: Callable[[Config], str | None]
     tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
-    quantization_config: Callable[[Scheme, list[str]], dict[str, Any] | None]
+    quantization_config: Callable[[Scheme, list[str], list[str]], dict[str, Any] | None]
+    shifts: bool = False
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 MADE_BY = "lrquant.yaml"
 
 
-def check_target(model: Model, config: Config, target: Path) -> None:
+def check_target(model: Model, config: Config, target: Path, form: Format) -> None:
     """Refuse, before any hour is spent, what could not be written or would destroy other files."""
     if target.resolve() == Path(config.output_dir).resolve():
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
@@ -33,7 +33,7 @@ def check_target(model: Model, config: Config, target: Path) -> None:
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
         )
-    if config.let and config.let_shift == "always":
+    if config.let and config.let_shift == "always" and not form.shifts:
         _refuse_missing_biases(model, config)
 
 
@@ -50,7 +50,7 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
     if missing:
         raise LRQuantError(
             f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
-            f"({', '.join(missing)}); learn with --let_shift auto"
+            f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
         )
 
 
@@ -66,14 +66,14 @@ def save_checkpoint(
 ) -> None:
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
-    check_target(model, config, target)
+    check_target(model, config, target, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_tensors(workbench, config, folder, temporary, form)
-        _write_config(model, config, temporary, form)
+        names = _write_tensors(workbench, config, folder, temporary, form)
+        _write_config(model, config, temporary, form, names)
         _copy_along(model, config, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
@@ -88,7 +88,8 @@ def save_checkpoint(
 
 def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
-) -> None:
+) -> list[str]:
+    """Write all shards and their index; returns the names of a block's tensors."""
     model = workbench.model
     dtype = checkpoint_dtype(model)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
@@ -98,6 +99,7 @@ def _write_tensors(
     outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     size = 0
     for index in range(-1, len(model.blocks)):
         if index >= 0:
@@ -105,16 +107,19 @@ def _write_tensors(
             prefix = model.block_name(index) + "."
             tensors = form.tensors(frozen, config.quantization, dtype)
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
-        for name, tensors in shards.items():
-            whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        for name, shard in shards.items():
+            whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+    return sorted(tensors)
 
 
-def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
+def _write_config(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
     saved.dtype = checkpoint_dtype(model)
     saved.architectures = [type(model.skeleton).__name__]
@@ -124,7 +129,7 @@ def _write_config(model: Model, config: Config, place: Path, form: Format) -> No
         for name, module in model.skeleton.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(model.architecture.blocks + ".")
     ]
-    quantization = form.quantization_config(config.quantization, outside)
+    quantization = form.quantization_config(config.quantization, outside, names)
     if quantization is not None:
         path = place / "config.json"
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -22,5 +22,5 @@ FORMAT = Format(
     name="dequantized",
     refusal=lambda config: None,
     tensors=_tensors,
-    quantization_config=lambda scheme, outside: None,
+    quantization_config=lambda scheme, outside, names: None,
 )
