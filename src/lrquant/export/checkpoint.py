@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format
+from lrquant.identity import dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
@@ -37,6 +38,16 @@ def check_target(model: Model, config: Config, target: Path) -> None:
         _refuse_missing_biases(model, config)
 
 
+def check_shapes(model: Model, form: Format) -> None:
+    """Refuse a model with a linear whose shape the format cannot hold."""
+    parameters = dict(model.blocks[0].named_parameters())
+    for linear in model.linears:
+        rows, columns = parameters[f"{linear}.weight"].shape
+        reason = form.shape_refusal(rows, columns)
+        if reason is not None:
+            raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
+
+
 def _refuse_missing_biases(model: Model, config: Config) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
     sites = model.architecture.sites(model.skeleton.config)
@@ -55,7 +66,7 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
 
 
 def checkpoint_dtype(model: Model) -> torch.dtype:
-    """The dtype of a checkpoint's floating-point tensors: that of the model's own weights."""
+    """The dtype of the model's own weights: a checkpoint's too, unless its format says another."""
     first = next(name for name in model.skeleton.state_dict())
     return model.source.tensor(first).dtype
 
@@ -67,6 +78,7 @@ def save_checkpoint(
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
     check_target(model, config, target)
+    check_shapes(model, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +102,7 @@ def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
 ) -> None:
     model = workbench.model
-    dtype = checkpoint_dtype(model)
+    dtype = form.dtype(checkpoint_dtype(model))
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
@@ -107,6 +119,7 @@ def _write_tensors(
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
         for name, tensors in shards.items():
             whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            _refuse_overflow(whole, form)
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
@@ -114,9 +127,18 @@ def _write_tensors(
     (place / INDEX).write_text(index_text, encoding="utf-8")
 
 
+def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LRQuantError(
+                f"--format {form.name}: {name} has values that are not finite, or too large for "
+                f"{dtype_name(tensor.dtype)}; use --format dequantized, or learn again"
+            )
+
+
 def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = checkpoint_dtype(model)
+    saved.dtype = form.dtype(checkpoint_dtype(model))
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
     outside = [
