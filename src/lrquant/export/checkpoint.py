@@ -106,7 +106,8 @@ def _write_tensors(
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
-    outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
+    extra = model.source.extra_names()
+    outer |= {name: model.source.tensor(name) for name in extra}
     outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
@@ -119,7 +120,7 @@ def _write_tensors(
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
         for name, tensors in shards.items():
             whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-            _refuse_overflow(whole, form)
+            _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
