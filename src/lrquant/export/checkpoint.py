@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format
+from lrquant.identity import dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
@@ -33,8 +34,19 @@ def check_target(model: Model, config: Config, target: Path, form: Format) -> No
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
         )
+    _check_shapes(model, form)
     if config.let and config.let_shift == "always" and not form.shifts:
         _refuse_missing_biases(model, config)
+
+
+def _check_shapes(model: Model, form: Format) -> None:
+    """Refuse a model with a linear whose shape the format cannot hold."""
+    parameters = dict(model.blocks[0].named_parameters())
+    for linear in model.linears:
+        rows, columns = parameters[f"{linear}.weight"].shape
+        reason = form.shape_refusal(rows, columns)
+        if reason is not None:
+            raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
 
 
 def _refuse_missing_biases(model: Model, config: Config) -> None:
@@ -55,7 +67,7 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
 
 
 def checkpoint_dtype(model: Model) -> torch.dtype:
-    """The dtype of a checkpoint's floating-point tensors: that of the model's own weights."""
+    """The dtype of the model's own weights: a checkpoint's too, unless its format says another."""
     first = next(name for name in model.skeleton.state_dict())
     return model.source.tensor(first).dtype
 
@@ -91,11 +103,12 @@ def _write_tensors(
 ) -> list[str]:
     """Write all shards and their index; returns the names of a block's tensors."""
     model = workbench.model
-    dtype = checkpoint_dtype(model)
+    dtype = form.dtype(checkpoint_dtype(model))
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
-    outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
+    extra = model.source.extra_names()
+    outer |= {name: model.source.tensor(name) for name in extra}
     outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
@@ -109,6 +122,7 @@ def _write_tensors(
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
         for name, shard in shards.items():
             whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
+            _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
@@ -117,11 +131,20 @@ def _write_tensors(
     return sorted(tensors)
 
 
+def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LRQuantError(
+                f"--format {form.name}: {name} has values that are not finite, or too large for "
+                f"{dtype_name(tensor.dtype)}; use --format dequantized, or learn again"
+            )
+
+
 def _write_config(
     model: Model, config: Config, place: Path, form: Format, names: list[str]
 ) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = checkpoint_dtype(model)
+    saved.dtype = form.dtype(checkpoint_dtype(model))
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
     outside = [

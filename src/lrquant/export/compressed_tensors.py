@@ -18,7 +18,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from lrquant.config import Config
-from lrquant.export import Format
+from lrquant.export import Format, factor_refusal
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -29,11 +29,9 @@ def _refusal(config: Config) -> str | None:
     scheme = config.quantization
     if scheme.weight_bits == FLOAT_BITS:
         return "weights of 16 bits are not packed; use --format dequantized"
-    if config.rotation and config.rotation_sharing in ("weight", "linear"):
-        return (
-            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
-            "--rotation_sharing site"
-        )
+    reason = factor_refusal(config)
+    if reason is not None:
+        return reason
     wanted = _nearest(scheme)
     if wanted != scheme:
         symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
