@@ -27,7 +27,7 @@ _EVALUATE_SETTINGS = (
     *("tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir"),
 )
-_EXPORT_SETTINGS = ("format", "model", "device")
+_EXPORT_SETTINGS = ("format", "target", "model", "device")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

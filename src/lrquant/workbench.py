@@ -88,6 +88,13 @@ def method_of(config: Config) -> Method:
     )
 
 
+def block_shapes(model: Model, scheme: Scheme) -> BlockView:
+    """Block 0 under a scheme with nothing learned, on the meta device: shapes without weights."""
+    stored = {name: tensor.data for name, tensor in model.blocks[0].state_dict().items()}
+    sites = model.architecture.sites(model.skeleton.config)
+    return BlockView(stored, model.linears, sites, scheme, Method(), torch.float32)
+
+
 def peak_memory(device: torch.device) -> int:
     """Largest memory so far: of the CUDA device, or of this process on a CPU, in bytes."""
     if device.type == "cuda":

@@ -33,11 +33,13 @@ def check_target(model: Model, config: Config, target: Path) -> None:
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
         )
-    if config.let and config.let_shift == "always":
-        _refuse_missing_biases(model, config)
 
 
-def _refuse_missing_biases(model: Model, config: Config) -> None:
+def check_shifts(model: Model, config: Config, form: Format) -> None:
+    """Refuse learned shifts without a bias to hold them: only the native runtime has a place."""
+    native = form.loading(config.quantization, "native").refusal is None
+    if native or not config.let or config.let_shift != "always":
+        return
     present = {name for name, _ in model.blocks[0].named_parameters()}
     sites = model.architecture.sites(model.skeleton.config)
     modules = {
@@ -49,7 +51,7 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
     missing = sorted(module for module in modules if f"{module}.bias" not in present)
     if missing:
         raise LRQuantError(
-            f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
+            f"--let_shift always with {form.name}: shifts need biases that this architecture lacks "
             f"({', '.join(missing)}); learn with --let_shift auto"
         )
 
