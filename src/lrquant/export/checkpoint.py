@@ -75,8 +75,7 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         _write_tensors(workbench, config, folder, temporary, form)
-        _write_config(model, config, temporary, form)
-        _copy_along(model, config, temporary)
+        write_small_files(model, config, temporary, form)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -114,6 +113,12 @@ def _write_tensors(
             size += sum(tensor.nbytes for tensor in whole.values())
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+
+
+def write_small_files(model: Model, config: Config, place: Path, form: Format) -> None:
+    """Write all of a checkpoint but its tensors and their index."""
+    _write_config(model, config, place, form)
+    _copy_along(model, config, place)
 
 
 def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
