@@ -18,6 +18,7 @@ from lrquant.presets import PRESETS
 from lrquant.scheme import Scheme
 from lrquant.sites import KINDS
 
+TARGETS = ("vllm", "transformers", "native")
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
 
 
@@ -114,6 +115,12 @@ class Config:
     save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
     format: str | None = _setting(
         None, "format of --save-dir: compressed-tensors (default), awq, dequantized"
+    )
+    target: str | None = _setting(
+        None,
+        "runtime that must be able to load the result: what it can't hold is refused before "
+        "learning, and --format is chosen for it",
+        TARGETS,
     )
     resume: str | None = _setting(None, "go on with this run folder")
     overwrite: bool = _setting(False, "replace the run that --output_dir holds")

@@ -15,7 +15,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from lrquant.config import Config
-from lrquant.export import Format, factor_refusal
+from lrquant.export import Format, Loading, factor_refusal
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.scheme import FLOAT_BITS, Scheme
 
@@ -87,11 +87,20 @@ def _words(codes: Tensor) -> Tensor:
     return pack_to_int32((columns - (1 << (BITS - 1))).to(torch.int8), BITS)
 
 
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "vllm":
+        return Loading(notes=("vLLM computes AWQ models in float16",))
+    if target == "transformers":
+        return Loading(notes=("transformers loads AWQ with gptqmodel installed",))
+    return Loading("made for other runtimes; use --target vllm")
+
+
 FORMAT = Format(
     name="awq",
     refusal=_refusal,
     tensors=_tensors,
     quantization_config=_quantization_config,
+    loading=_loading,
     shape_refusal=_shape_refusal,
     dtype=_dtype,
 )

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 MADE_BY = "lrquant.yaml"
 
 
-def check_target(model: Model, config: Config, target: Path, form: Format) -> None:
+def check_target(model: Model, config: Config, target: Path) -> None:
     """Refuse, before any hour is spent, what could not be written or would destroy other files."""
     if target.resolve() == Path(config.output_dir).resolve():
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
@@ -34,22 +34,21 @@ def check_target(model: Model, config: Config, target: Path, form: Format) -> No
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
         )
-    _check_shapes(model, form)
-    if config.let and config.let_shift == "always" and not form.shifts:
-        _refuse_missing_biases(model, config)
 
 
-def _check_shapes(model: Model, form: Format) -> None:
-    """Refuse a model with a linear whose shape the format cannot hold."""
+def check_format(model: Model, config: Config, form: Format) -> None:
+    """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
     parameters = dict(model.blocks[0].named_parameters())
     for linear in model.linears:
         rows, columns = parameters[f"{linear}.weight"].shape
         reason = form.shape_refusal(rows, columns)
         if reason is not None:
             raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
+    if config.let and config.let_shift == "always" and not form.shifts:
+        _refuse_missing_biases(model, config, form)
 
 
-def _refuse_missing_biases(model: Model, config: Config) -> None:
+def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
     sites = model.architecture.sites(model.skeleton.config)
     modules = {
@@ -61,7 +60,7 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
     missing = sorted(module for module in modules if f"{module}.bias" not in present)
     if missing:
         raise LRQuantError(
-            f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
+            f"--let_shift always with {form.name}: shifts need biases that this architecture lacks "
             f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
         )
 
@@ -78,15 +77,15 @@ def save_checkpoint(
 ) -> None:
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
-    check_target(model, config, target, form)
+    check_target(model, config, target)
+    check_format(model, config, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         names = _write_tensors(workbench, config, folder, temporary, form)
-        _write_config(model, config, temporary, form, names)
-        _copy_along(model, config, temporary)
+        write_small_files(model, config, temporary, form, names)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -138,6 +137,14 @@ def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
                 f"--format {form.name}: {name} has values that are not finite, or too large for "
                 f"{dtype_name(tensor.dtype)}; use --format dequantized, or learn again"
             )
+
+
+def write_small_files(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
+    """Write all of a checkpoint but its tensors and index; `names` are those of a block's."""
+    _write_config(model, config, place, form, names)
+    _copy_along(model, config, place)
 
 
 def _write_config(

@@ -6,6 +6,7 @@ dynamic, one scale a token.  Codes are packed by the library itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from lrquant.config import Config
-from lrquant.export import Format, factor_refusal
+from lrquant.export import Format, Loading, factor_refusal
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -44,10 +45,41 @@ def _refusal(config: Config) -> str | None:
 
 def _nearest(scheme: Scheme) -> Scheme:
     if scheme.activation_bits == FLOAT_BITS:
-        return Scheme(scheme.weight_bits, FLOAT_BITS, scheme.group_size, scheme.symmetric)
+        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS)
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
     return Scheme(weights, bits, None if weights == 8 else scheme.group_size, True, True, 16)
+
+
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "native":
+        return Loading("made for other runtimes; use --target vllm or transformers")
+    if target == "vllm":
+        return _in_vllm(scheme)
+    if scheme.activation_bits != FLOAT_BITS:
+        return Loading(notes=("transformers emulates quantised activations: no speed-up",))
+    return Loading(notes=("transformers decodes the weights at the first forward: no speed-up",))
+
+
+def _in_vllm(scheme: Scheme) -> Loading:
+    """What vLLM 0.32 loads; its CPU build has kernels for W4A16 and W8A8 alone."""
+    bits, group = scheme.weight_bits, scheme.group_size
+    if scheme.activation_bits != FLOAT_BITS:
+        if bits == scheme.activation_bits == 8:
+            return Loading()
+        return Loading(notes=("a recent vLLM on CUDA only, compute capability 7.5 or higher",))
+    if group is not None and group < 32:
+        return Loading(f"vLLM has no kernel for groups of {group}, of 32 columns or more only")
+    if bits == 4:
+        return Loading(multiple=32, where="vLLM's CPU build")
+    if bits == 8:
+        return Loading(notes=("vLLM on CUDA only: its CPU build has no W8A16 kernel",))
+    if bits == 7 or not scheme.symmetric:
+        return Loading(
+            f"vLLM has no kernel for {bits}-bit weights"
+            f"{'' if scheme.symmetric else ' with zero points'}"
+        )
+    return Loading(notes=(f"a recent vLLM on CUDA only for {bits}-bit weights",))
 
 
 def _layout(scheme: Scheme) -> str:
@@ -129,4 +161,5 @@ FORMAT = Format(
     refusal=_refusal,
     tensors=_tensors,
     quantization_config=_quantization_config,
+    loading=_loading,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.config import Config
-from lrquant.export import Format
+from lrquant.export import Format, Loading
 from lrquant.export.compressed_tensors import packed_linear
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
@@ -61,10 +61,17 @@ def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -
     }
 
 
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "native":
+        return Loading()
+    return Loading(f"{target} alone does not know this package's format; use --target native")
+
+
 FORMAT = Format(
     name=NAME,
     refusal=_refusal,
     tensors=_tensors,
     quantization_config=_quantization_config,
+    loading=_loading,
     shifts=True,
 )
