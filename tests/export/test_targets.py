@@ -58,7 +58,12 @@ def test_sixteen_bits_need_no_packing():
         ("W4A4", "native", {"lr_plus": True, "rotate_rank": 2}, ["is --rotation_sharing site"]),
         ("W4A4", "vllm", {"format": "dequantized"}, ["quantizers", "--scheme W4A16"]),
         ("W3A16", "vllm", {"format": "compressed-tensors"}, ["zero points", "--scheme W3A16-sym"]),
-        ("W4A16", "vllm", {"format": "lrquant"}, ["use --target native", "leave --format or --target"]),
+        (
+            "W4A16",
+            "vllm",
+            {"format": "lrquant"},
+            ["use --target native", "leave --format or --target"],
+        ),
         ("W4A16", "vllm", {"format": "gguf"}, ["use one of"]),
     ],
 )
