@@ -56,12 +56,12 @@ class Preflight:
             self.add(what, "warning" if need > NARROW * free else "ok", text)
 
     @contextmanager
-    def checking(self, what: str) -> Iterator[None]:
-        """Turn an error into a finding: the checks after it still run."""
+    def checking(self, what: str, more: str = "") -> Iterator[None]:
+        """Turn an error, and what `more` is to be said of it, into a finding, and go on."""
         try:
             yield
         except LRQuantError as error:
-            self.add(what, "failed", str(error))
+            self.add(what, "failed", f"{error}{more}")
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             self.add(what, "failed", f"{error.strerror or error}{where}")

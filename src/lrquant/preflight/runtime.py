@@ -37,9 +37,12 @@ def check_shapes(done: Preflight, model: Model, form: Format | None) -> bool:
     scheme = config.quantization
     view = block_shapes(model, dataclasses.replace(scheme, weight_bits=FLOAT_BITS))
     before = len(done.failed)
+    by_width: dict[int, list[str]] = {}
     for linear in model.linears if scheme.weight_bits != FLOAT_BITS else ():
-        with done.checking("groups"):
-            view.group_size(linear)
+        by_width.setdefault(view.stored[f"{linear}.weight"].shape[1], []).append(linear)
+    for first, *others in by_width.values():
+        with done.checking("groups", f"; nor those of {', '.join(others)}" if others else ""):
+            view.group_size(first)
     fits = len(done.failed) == before
     if fits:
         per = f"groups of {scheme.group_size} divide" if scheme.group_size else "one scale a row of"
