@@ -114,7 +114,7 @@ class Config:
     output_dir: str = _setting("../log/", "run folder: config, log, blocks, results")
     save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
     format: str | None = _setting(
-        None, "format of --save-dir: compressed-tensors (default), dequantized"
+        None, "format of --save-dir: compressed-tensors (default), awq, dequantized"
     )
     target: str | None = _setting(
         None,

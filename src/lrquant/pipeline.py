@@ -28,7 +28,7 @@ from lrquant.evaluation.measures import (
     preparer,
 )
 from lrquant.export import choose_format
-from lrquant.export.checkpoint import check_shifts, check_target, save_checkpoint
+from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
 from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView
@@ -129,7 +129,7 @@ def _run(
     if config.save_dir is not None:
         check_target(model, config, Path(config.save_dir))
     if config.save_dir is not None or (config.target and not measure_only):
-        check_shifts(model, config, choose_format(config))
+        check_format(model, config, choose_format(config))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)

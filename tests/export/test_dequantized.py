@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrquant import LRQuantError, quantize
 from lrquant.config import Config
 from lrquant.export import checkpoint, choose_format
-from lrquant.export.checkpoint import INDEX, MADE_BY, check_target, save_checkpoint
+from lrquant.export.checkpoint import INDEX, MADE_BY, check_format, save_checkpoint
 from lrquant.model import from_module, load_model
 
 
@@ -213,4 +213,4 @@ def test_shifts_everywhere_are_saved_where_every_module_has_a_bias(
         logits(loaded(tmp_path / "saved"), ids), learned, rtol=1e-4, atol=1e-4
     )
     config = Config(let=True, let_shift="always", let_sites=("query_key",), output_dir="x")
-    check_target(from_module(make_model("llama")), config, tmp_path / "new")
+    check_format(from_module(make_model("llama")), config, choose_format(run.config))

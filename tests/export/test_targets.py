@@ -6,28 +6,12 @@ import pytest
 
 from lrquant import LRQuantError, export, quantize
 from lrquant.config import TARGETS, Config
-from lrquant.export import Format, Loading, choose_format, formats
+from lrquant.export import Format, choose_format, formats
 from lrquant.scheme import Scheme
 
 
 def config_of(scheme, target, **settings):
     return Config(scheme=scheme, target=target, **settings).resolved()
-
-
-NATIVE = Format(
-    name="lrquant",
-    refusal=lambda config: "no dense factor" if config.rotation_sharing == "weight" else None,
-    tensors=lambda frozen, scheme, dtype: {},
-    quantization_config=lambda scheme, outside: {"quant_method": "lrquant"},
-    loading=lambda scheme, target: Loading(None if target == "native" else "its own runtime alone"),
-)
-
-
-@pytest.fixture
-def with_native(monkeypatch):
-    """A stand-in for a format that holds everything, for the native runtime alone."""
-    known = {**formats(), "lrquant": NATIVE}
-    monkeypatch.setattr(export, "formats", lambda: known)
 
 
 @pytest.mark.parametrize("target", ["vllm", "transformers"])
@@ -74,11 +58,16 @@ def test_sixteen_bits_need_no_packing():
         ("W4A4", "native", {"lr_plus": True, "rotate_rank": 2}, ["is --rotation_sharing site"]),
         ("W4A4", "vllm", {"format": "dequantized"}, ["quantizers", "--scheme W4A16"]),
         ("W3A16", "vllm", {"format": "compressed-tensors"}, ["zero points", "--scheme W3A16-sym"]),
-        ("W4A16", "vllm", {"format": "lrquant"}, ["its own runtime", "leave --format or --target"]),
+        (
+            "W4A16",
+            "vllm",
+            {"format": "lrquant"},
+            ["use --target native", "leave --format or --target"],
+        ),
         ("W4A16", "vllm", {"format": "gguf"}, ["use one of"]),
     ],
 )
-def test_what_a_target_cannot_hold(with_native, scheme, target, settings, parts):
+def test_what_a_target_cannot_hold(scheme, target, settings, parts):
     with pytest.raises(LRQuantError) as error:
         choose_format(config_of(scheme, target, **settings))
     text = str(error.value)
@@ -99,7 +88,7 @@ def test_the_nearest_is_held_when_it_is_asked_for(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "W6A6", "W8A8", "W3A16g64"])
-def test_the_native_format_is_chosen_for_its_runtime(with_native, scheme):
+def test_the_native_format_is_chosen_for_its_runtime(scheme):
     assert choose_format(config_of(scheme, "native")).name == "lrquant"
 
 

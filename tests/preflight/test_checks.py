@@ -66,6 +66,20 @@ def test_a_run_that_works(settings, tmp_path):
     assert quantize(**settings, **asked).results["perplexity"], "and it does work"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "target", "name"),
+    [
+        ("W4A16g16", "transformers", "compressed-tensors"),
+        ("W4A4", "native", "lrquant"),
+        ("W16A16", "vllm", "dequantized"),
+    ],
+)
+def test_the_format_is_chosen_for_the_target(settings, scheme, target, name):
+    done = check({**settings, "scheme": scheme, "target": target})
+    assert not done.failed and done.checkpoint is not None
+    assert ("format", f"{name}, which {target} loads") in found(done, "ok")
+
+
 def test_without_a_target_nothing_is_packed(settings):
     done = check(settings)
     assert not done.failed and done.checkpoint is None
@@ -85,7 +99,7 @@ def failing(settings, tmp_path):
         "format": ({"scheme": "W4A4", "target": "vllm"}, "--scheme W4A4-sym-qkv16"),
         "format-name": ({"format": "gguf", "save_dir": saved}, "use one of"),
         "groups": ({"scheme": "W4A16g32"}, "does not divide the 48 input columns of mlp.down"),
-        "shifts": (
+        "format-shifts": (
             {"let": True, "let_shift": "always", "target": "transformers"},
             "learn with --let_shift auto",
         ),
@@ -104,7 +118,7 @@ def failing(settings, tmp_path):
 
 
 NAMES = [
-    *("model", "format", "format-name", "groups", "shifts", "device", "calibration"),
+    *("model", "format", "format-name", "groups", "format-shifts", "device", "calibration"),
     *("seqlen", "statistics", "evaluation", "evaluation-tta", "evaluation-tasks"),
     *("output_dir", "save_dir", "save_dir-same", "run folder"),
 ]

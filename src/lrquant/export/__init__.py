@@ -41,17 +41,23 @@ class Format:
     `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
     block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
-    names of the linears outside the blocks, which stay as they are.  `loading` says how a runtime
-    (one of `TARGETS`) takes a scheme that the format holds.
+    names of the linears outside the blocks, which stay as they are, and of a block's tensors.
+    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds.
+    `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
+    or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
+    biases and shifts that the architecture lacks.
     """
 
     name: str
     refusal: Callable[[Config], str | None]
     tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
-    quantization_config: Callable[[Scheme, list[str]], dict[str, Any] | None]
+    quantization_config: Callable[[Scheme, list[str], list[str]], dict[str, Any] | None]
     loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
         "this format does not say which runtimes load it"
     )
+    shape_refusal: Callable[[int, int], str | None] = lambda rows, columns: None
+    dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
+    shifts: bool = False
 
 
 @cache
@@ -88,3 +94,13 @@ def choose_format(config: Config) -> Format:
             mend = mended(config, [known[name]]) or "leave --format or --target out"
             raise LRQuantError(f"--format {name} with --target {config.target}: {reason}; {mend}")
     return known[name]
+
+
+def factor_refusal(config: Config) -> str | None:
+    """Why a format whose linears are codes, scales and biases alone can't hold a run, or None."""
+    if config.rotation and config.rotation_sharing in ("weight", "linear"):
+        return (
+            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
+            "--rotation_sharing site"
+        )
+    return None

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format
+from lrquant.identity import dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
@@ -35,11 +36,19 @@ def check_target(model: Model, config: Config, target: Path) -> None:
         )
 
 
-def check_shifts(model: Model, config: Config, form: Format) -> None:
-    """Refuse learned shifts without a bias to hold them: only the native runtime has a place."""
-    native = form.loading(config.quantization, "native").refusal is None
-    if native or not config.let or config.let_shift != "always":
-        return
+def check_format(model: Model, config: Config, form: Format) -> None:
+    """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
+    parameters = dict(model.blocks[0].named_parameters())
+    for linear in model.linears:
+        rows, columns = parameters[f"{linear}.weight"].shape
+        reason = form.shape_refusal(rows, columns)
+        if reason is not None:
+            raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
+    if config.let and config.let_shift == "always" and not form.shifts:
+        _refuse_missing_biases(model, config, form)
+
+
+def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
     sites = model.architecture.sites(model.skeleton.config)
     modules = {
@@ -52,12 +61,12 @@ def check_shifts(model: Model, config: Config, form: Format) -> None:
     if missing:
         raise LRQuantError(
             f"--let_shift always with {form.name}: shifts need biases that this architecture lacks "
-            f"({', '.join(missing)}); learn with --let_shift auto"
+            f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
         )
 
 
 def checkpoint_dtype(model: Model) -> torch.dtype:
-    """The dtype of a checkpoint's floating-point tensors: that of the model's own weights."""
+    """The dtype of the model's own weights: a checkpoint's too, unless its format says another."""
     first = next(name for name in model.skeleton.state_dict())
     return model.source.tensor(first).dtype
 
@@ -69,13 +78,14 @@ def save_checkpoint(
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
     check_target(model, config, target)
+    check_format(model, config, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_tensors(workbench, config, folder, temporary, form)
-        write_small_files(model, config, temporary, form)
+        names = _write_tensors(workbench, config, folder, temporary, form)
+        write_small_files(model, config, temporary, form, names)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -89,16 +99,19 @@ def save_checkpoint(
 
 def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
-) -> None:
+) -> list[str]:
+    """Write all shards and their index; returns the names of a block's tensors."""
     model = workbench.model
-    dtype = checkpoint_dtype(model)
+    dtype = form.dtype(checkpoint_dtype(model))
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
-    outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
+    extra = model.source.extra_names()
+    outer |= {name: model.source.tensor(name) for name in extra}
     outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     size = 0
     for index in range(-1, len(model.blocks)):
         if index >= 0:
@@ -106,24 +119,39 @@ def _write_tensors(
             prefix = model.block_name(index) + "."
             tensors = form.tensors(frozen, config.quantization, dtype)
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
-        for name, tensors in shards.items():
-            whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        for name, shard in shards.items():
+            whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
+            _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+    return sorted(tensors)
 
 
-def write_small_files(model: Model, config: Config, place: Path, form: Format) -> None:
-    """Write all of a checkpoint but its tensors and their index."""
-    _write_config(model, config, place, form)
+def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LRQuantError(
+                f"--format {form.name}: {name} has values that are not finite, or too large for "
+                f"{dtype_name(tensor.dtype)}; use --format dequantized, or learn again"
+            )
+
+
+def write_small_files(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
+    """Write all of a checkpoint but its tensors and index; `names` are those of a block's."""
+    _write_config(model, config, place, form, names)
     _copy_along(model, config, place)
 
 
-def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
+def _write_config(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = checkpoint_dtype(model)
+    saved.dtype = form.dtype(checkpoint_dtype(model))
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
     outside = [
@@ -131,7 +159,7 @@ def _write_config(model: Model, config: Config, place: Path, form: Format) -> No
         for name, module in model.skeleton.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(model.architecture.blocks + ".")
     ]
-    quantization = form.quantization_config(config.quantization, outside)
+    quantization = form.quantization_config(config.quantization, outside, names)
     if quantization is not None:
         path = place / "config.json"
         values = json.loads(path.read_text(encoding="utf-8"))

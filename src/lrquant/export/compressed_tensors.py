@@ -19,8 +19,9 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from lrquant.config import Config
-from lrquant.export import Format, Loading
+from lrquant.export import Format, Loading, factor_refusal
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
+from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
 
 
@@ -29,11 +30,9 @@ def _refusal(config: Config) -> str | None:
     scheme = config.quantization
     if scheme.weight_bits == FLOAT_BITS:
         return "weights of 16 bits are not packed; use --format dequantized"
-    if config.rotation and config.rotation_sharing in ("weight", "linear"):
-        return (
-            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
-            "--rotation_sharing site"
-        )
+    reason = factor_refusal(config)
+    if reason is not None:
+        return reason
     wanted = _nearest(scheme)
     if wanted != scheme:
         symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
@@ -89,7 +88,7 @@ def _layout(scheme: Scheme) -> str:
     return "int-quantized" if eight else "pack-quantized"
 
 
-def _quantization_config(scheme: Scheme, outside: list[str]) -> dict[str, Any]:
+def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
     layout = _layout(scheme)
     activations = None
     if scheme.activation_bits != FLOAT_BITS:
@@ -129,25 +128,31 @@ def _without_nothing(value: Any) -> Any:
 def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
     for name, linear in frozen.linears.items():
-        parts = _packed(linear, _layout(scheme), dtype)
+        parts = packed_linear(linear, _layout(scheme), dtype)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return tensors
 
 
-def _packed(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_linear(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """One linear under the library's names; its codes are signed: code and zero - 2^(b-1)."""
-    offset = 0 if linear.symmetric else 1 << (linear.bits - 1)
-    codes = (linear.codes.to(torch.int16) - offset).to(torch.int8)
+    codes = centred(linear.codes.to(torch.int16), linear.bits, linear.symmetric)
     packed = {"weight_scale": linear.scale.to(dtype)}
     if linear.bias is not None:
         packed["bias"] = linear.bias.to(dtype)
     if layout == "int-quantized":
         return packed | {"weight": codes}
-    packed["weight_packed"] = pack_to_int32(codes, linear.bits)
-    packed["weight_shape"] = torch.tensor(codes.shape)
-    if not linear.symmetric:
-        zero_points = (linear.zero_point - offset).to(torch.int8)
-        packed["weight_zero_point"] = pack_to_int32(zero_points, linear.bits, packed_dim=0)
+    zero_points = None if linear.symmetric else centred(linear.zero_point, linear.bits, False)
+    return packed | packed_weight(codes, zero_points, linear.bits)
+
+
+def packed_weight(codes: Tensor, zero_points: Tensor | None, bits: int) -> dict[str, Tensor]:
+    """Signed codes (out, in) and zero points (out, groups), int8, in 32-bit words."""
+    packed = {
+        "weight_packed": pack_to_int32(codes, bits),
+        "weight_shape": torch.tensor(codes.shape),
+    }
+    if zero_points is not None:
+        packed["weight_zero_point"] = pack_to_int32(zero_points, bits, packed_dim=0)
     return packed
 
 

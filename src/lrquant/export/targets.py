@@ -65,7 +65,7 @@ def _dense(form: Format, config: Config) -> bool:
     """Whether a format would hold quantised weights without packing them."""
     if config.wbits == FLOAT_BITS or form.refusal(config) is not None:
         return False
-    return form.quantization_config(config.quantization, []) is None
+    return form.quantization_config(config.quantization, [], []) is None
 
 
 def _nearest(config: Config, forms: Sequence[Format]) -> Config | None:

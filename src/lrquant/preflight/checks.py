@@ -28,7 +28,7 @@ from lrquant.preflight.estimate import (
 from lrquant.preflight.findings import Preflight
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
-from lrquant.preflight.runtime import check_format, check_shapes
+from lrquant.preflight.runtime import check_shapes, chosen_format
 from lrquant.workbench import Workbench, make_workbench
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
@@ -42,7 +42,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     """
     config, measure_only = resolve_settings(settings)
     done = Preflight(config)
-    form = check_format(done)
+    form = chosen_format(done)
     with done.checking("model"):
         model = model or load_model(config.model, _path(config.cache_dir))
         text = f"{model.architecture.name}, {len(model.blocks)} blocks, {_parameters(model):.1f} M"

@@ -108,7 +108,7 @@ def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSiz
 
     Linears are packed one at a time.  Raises LRQuantError where the format refuses a shape.
     """
-    dtype = checkpoint_dtype(model)
+    dtype = form.dtype(checkpoint_dtype(model))
     view = block_shapes(model, config.quantization)
     tensors = form.tensors(FrozenBlock({}, _others(view)), config.quantization, dtype)
     packed = 0
@@ -124,7 +124,7 @@ def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSiz
     index = sum(len(prefix + name) + _INDEX for name in tensors)
     return CheckpointSize(
         blocks=len(model.blocks) * (block + index),
-        outside=_outside_bytes(model, dtype) + _small_files(model, config, form),
+        outside=_outside_bytes(model, dtype) + _small_files(model, config, form, list(tensors)),
         bits_per_weight=bits,
     )
 
@@ -173,10 +173,10 @@ def _outside_bytes(model: Model, dtype: torch.dtype) -> int:
     return _file_bytes(tensors.items())
 
 
-def _small_files(model: Model, config: Config, form: Format) -> int:
+def _small_files(model: Model, config: Config, form: Format, names: list[str]) -> int:
     """Configuration, tokenizer and what else travels along, written once to be measured."""
     with tempfile.TemporaryDirectory() as folder:
-        write_small_files(model, config, Path(folder), form)
+        write_small_files(model, config, Path(folder), form, names)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lrquant.export import Format, Loading, choose_format
-from lrquant.export.checkpoint import check_shifts
+from lrquant.export.checkpoint import check_format
 from lrquant.model import Model
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.preflight.findings import Preflight
@@ -13,7 +13,7 @@ from lrquant.scheme import FLOAT_BITS
 from lrquant.workbench import block_shapes
 
 
-def check_format(done: Preflight) -> Format | None:
+def chosen_format(done: Preflight) -> Format | None:
     """Which format; how the target takes the scheme in it."""
     config = done.config
     if config.save_dir is None and config.target is None and config.format is None:
@@ -32,7 +32,7 @@ def check_format(done: Preflight) -> Format | None:
 
 
 def check_shapes(done: Preflight, model: Model, form: Format | None) -> bool:
-    """Group sizes, kernels' sizes, fused modules, shifts, packing; whether the shapes fit."""
+    """Group sizes, what format and kernels ask of shapes, packing; whether the shapes fit."""
     config = done.config
     scheme = config.quantization
     view = block_shapes(model, dataclasses.replace(scheme, weight_bits=FLOAT_BITS))
@@ -49,8 +49,8 @@ def check_shapes(done: Preflight, model: Model, form: Format | None) -> bool:
         done.add("groups", "ok", f"{per} all {len(model.linears)} linears")
     if form is None:
         return fits
-    with done.checking("shifts"):
-        check_shifts(model, config, form)
+    with done.checking("format"):
+        check_format(model, config, form)
     if config.target is not None:
         sizes = {name: tuple(view.stored[f"{name}.weight"].shape) for name in model.linears}
         _check_kernels(done, form.loading(scheme, config.target), sizes)
@@ -82,7 +82,7 @@ def _check_kernels(done: Preflight, loading: Loading, sizes: dict[str, tuple[int
 
 def _check_fused(done: Preflight, model: Model, form: Format) -> None:
     """Linears that read one norm are fused by runtimes, so that their scheme must be the same."""
-    outside = form.quantization_config(done.config.quantization, []) or {}
+    outside = form.quantization_config(done.config.quantization, [], []) or {}
     schemes = outside.get("config_groups") or {"all": None}
     sites = model.architecture.sites(model.skeleton.config)
     fused = [
