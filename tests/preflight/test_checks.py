@@ -180,6 +180,10 @@ def test_a_finished_run_in_the_place(settings, tmp_path):
     resumed = check({**settings, "resume": settings["output_dir"]})
     assert ("run folder", "2 of 2 blocks are learned") in found(resumed, "ok")
     assert resumed.seconds.learning == 0
+    measured = {"resume": settings["output_dir"], "epochs": 0, "ppl": ("wikitext2",)}
+    done = check({**measured, "data_dir": settings["data_dir"], "seqlen": 16})
+    assert not done.failed and done.seconds.learning == 0 < done.seconds.measuring
+    assert "calibration" not in [finding.what for finding in done.findings]
     other = check({**settings, "resume": settings["output_dir"], "epochs": 2})
     assert "its learning epochs differs" in other.failed[0].text
     shutil.rmtree(tmp_path / "runs" / "run" / "blocks")
