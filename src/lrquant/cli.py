@@ -28,7 +28,7 @@ _EVALUATE_SETTINGS = (
     *("tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir"),
 )
-_EXPORT_SETTINGS = ("format", "target", "model", "device")
+_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", "write a finished run as a checkpoint", _export)
     export.add_argument("run", help="run folder")
-    export.add_argument("target", help="folder to make")
+    export.add_argument("folder", help="folder to make")
     _add_settings(export, _EXPORT_SETTINGS)
 
     inspect = _command(commands, "inspect", "show what a run folder or checkpoint is", _inspect)
@@ -236,8 +236,8 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     from lrquant.progress import BarProgress
 
     settings = _settings(options, _EXPORT_SETTINGS)
-    export(options.run, options.target, progress=BarProgress(console), **settings)
-    print(f"checkpoint: {options.target}")
+    export(options.run, options.folder, progress=BarProgress(console), **settings)
+    print(f"checkpoint: {options.folder}")
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:

@@ -122,6 +122,11 @@ class Config:
         "learning, and --format is chosen for it",
         TARGETS,
     )
+    save_dtype: str | None = _setting(
+        None,
+        "dtype of a checkpoint's scales and unquantised tensors (default: the model's own)",
+        ("bfloat16", "float16", "float32"),
+    )
     resume: str | None = _setting(None, "go on with this run folder")
     overwrite: bool = _setting(False, "replace the run that --output_dir holds")
 

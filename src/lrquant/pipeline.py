@@ -216,9 +216,9 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     return results
 
 
-def export(target: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
+def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
-    given = {**settings, "resume": target, "epochs": 0, "save_dir": save_dir}
+    given = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
     return run({**given, **_NO_MEASURES}, progress=progress)
 
 
@@ -386,7 +386,7 @@ _NO_MEASURES: dict[str, Any] = {
 _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
-    "target",
+    *("target", "save_dtype"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
 

@@ -87,6 +87,7 @@ def method_of(config: Config) -> Method:
         rotate_rank=config.rotate_rank,
         rotation_sharing=config.rotation_sharing or "site",
         lwc_init=config.lwc_init,
+        save_dtype=config.save_dtype,
     )
 
 

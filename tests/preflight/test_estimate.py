@@ -12,7 +12,8 @@ from lrquant import quantize
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.export import formats
-from lrquant.export.checkpoint import INDEX, MADE_BY
+from lrquant.export.checkpoint import INDEX
+from lrquant.export.manifest import SETTINGS
 from lrquant.model import from_module, load_model
 from lrquant.preflight.estimate import (
     checkpoint_size,
@@ -26,6 +27,7 @@ from lrquant.preflight.estimate import (
 from lrquant.preflight.probe import BlockCosts
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+WIDE_OPT = {"hidden_size": 128, "ffn_dim": 192, "word_embed_proj_dim": 128}
 COSTS = BlockCosts(
     **{"read": 1.0, "observed": 3.0, "full": 2.0, "start": 5.0, "weights": 0.5, "held": 4.0},
     **{"step": 10.0, "freeze": 0.25, "peak_memory": 9_000, "streams": 1_000},
@@ -83,7 +85,7 @@ def estimated(run):
     ],
 )
 def test_the_size_of_a_checkpoint(written, tmp_path, family, scheme, settings):
-    run = written(family, scheme, {} if "opt" in family else WIDE, **settings)
+    run = written(family, scheme, WIDE_OPT if "opt" in family else WIDE, **settings)
     assert estimated(run).total == pytest.approx(size_of(tmp_path / "saved"), rel=0.02)
 
 
@@ -224,4 +226,4 @@ def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):
     saved = tmp_path / "tokenizer"
     model.tokenizer.save_pretrained(saved)
     assert with_tokenizer - without == size_of(saved)
-    assert not list(Path(model.name).glob(MADE_BY)), "the model's own folder is left alone"
+    assert not list(Path(model.name).glob(SETTINGS)), "the model's own folder is left alone"

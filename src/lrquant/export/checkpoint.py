@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format
-from lrquant.identity import dtype_name
+from lrquant.export.card import model_card
+from lrquant.export.manifest import SETTINGS, write_manifest
+from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
-from lrquant.workdir import RunFolder
+from lrquant.workdir import RunFolder, read_json
 
 INDEX = "model.safetensors.index.json"
-MADE_BY = "lrquant.yaml"
 
 
 def check_target(model: Model, config: Config, target: Path) -> None:
@@ -29,7 +31,7 @@ def check_target(model: Model, config: Config, target: Path) -> None:
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
     if target.exists() and not target.is_dir():
         raise LRQuantError(f"--save_dir {target}: a file; use another folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MADE_BY).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / SETTINGS).is_file():
         raise LRQuantError(
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
@@ -65,10 +67,15 @@ def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
         )
 
 
-def checkpoint_dtype(model: Model) -> torch.dtype:
-    """The dtype of the model's own weights: a checkpoint's too, unless its format says another."""
-    first = next(name for name in model.skeleton.state_dict())
-    return model.source.tensor(first).dtype
+def model_dtype(model: Model) -> torch.dtype:
+    """The dtype of the model's own weights."""
+    return model.source.tensor(next(iter(model.skeleton.state_dict()))).dtype
+
+
+def checkpoint_dtype(model: Model, config: Config, form: Format) -> torch.dtype:
+    """That of a checkpoint's floating-point tensors: what is asked for, or the model's own."""
+    asked = config.save_dtype
+    return form.dtype(getattr(torch, asked) if asked else model_dtype(model))
 
 
 @torch.no_grad()
@@ -86,6 +93,9 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         names = _write_tensors(workbench, config, folder, temporary, form)
         write_small_files(model, config, temporary, form, names)
+        facts = _facts(model, config, folder, form)
+        (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
+        write_manifest(temporary, facts)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -97,18 +107,37 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing that differs between two exports of a run."""
+    path = Path(config.output_dir) / "results.json"
+    results = read_json(path) if path.is_file() else {}
+    return {
+        "format": form.name,
+        "scheme": config.quantization.describe(),
+        "base_model": config.net_name,
+        "method": describe_method(config),
+        "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
+        "precision": folder.identity["precision"],
+        "results": {key: results[key] for key in _RESULTS if key in results},
+        "extra_tensors": sorted(model.source.extra_names()),
+    }
+
+
+_RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "tasks")
+
+
 def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
 ) -> list[str]:
     """Write all shards and their index; returns the names of a block's tensors."""
     model = workbench.model
-    dtype = form.dtype(checkpoint_dtype(model))
+    dtype = checkpoint_dtype(model, config, form)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
     extra = model.source.extra_names()
     outer |= {name: model.source.tensor(name) for name in extra}
-    outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
+    outer = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -151,7 +180,7 @@ def _write_config(
     model: Model, config: Config, place: Path, form: Format, names: list[str]
 ) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = form.dtype(checkpoint_dtype(model))
+    saved.dtype = checkpoint_dtype(model, config, form)
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
     outside = [
@@ -173,4 +202,4 @@ def _copy_along(model: Model, config: Config, place: Path) -> None:
     generation = (model.folder or Path()) / "generation_config.json"
     if model.folder is not None and generation.is_file():
         shutil.copyfile(generation, place / generation.name)
-    (place / MADE_BY).write_text(config.to_yaml(), encoding="utf-8")
+    (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")

@@ -16,17 +16,18 @@ from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.evaluation.perplexity import HEAD_TOKENS
 from lrquant.export import Format
-from lrquant.export.checkpoint import checkpoint_dtype, write_small_files
-from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
+from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small_files
+from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.learn.view import BlockView
 from lrquant.model import Model
 from lrquant.preflight.probe import BlockCosts
-from lrquant.scheme import FLOAT_BITS
 from lrquant.stats import ChannelStatistics
 from lrquant.workbench import block_shapes, method_of
 
 _LENGTH = 8  # bytes in front of a safetensors header
 _INDEX = 36  # bytes that one tensor takes in the index of shards, beside its name
+_HASH = 170  # bytes of one shard's size and hash in lrquant.json
+_ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
 _RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
 
 
@@ -104,58 +105,20 @@ def run_bytes(model: Model, config: Config) -> int:
 
 
 def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
-    """What a checkpoint will take: zeros of one block's shapes, packed by the format itself.
-
-    Linears are packed one at a time.  Raises LRQuantError where the format refuses a shape.
-    """
-    dtype = form.dtype(checkpoint_dtype(model))
+    """What a checkpoint will take.  Raises LRQuantError where the format refuses a shape."""
+    dtype = checkpoint_dtype(model, config, form)
     view = block_shapes(model, config.quantization)
-    tensors = form.tensors(FrozenBlock({}, _others(view)), config.quantization, dtype)
-    packed = 0
-    for linear in model.linears if config.wbits != FLOAT_BITS else ():
-        frozen = FrozenBlock({linear: _zeros(view, linear, config)}, {})
-        parts = form.tensors(frozen, config.quantization, dtype)
-        packed += sum(t.nbytes for name, t in parts.items() if not name.endswith(".bias"))
-        tensors |= {name: part.to("meta") for name, part in parts.items()}
-    weights = sum(view.stored[f"{linear}.weight"].numel() for linear in model.linears)
-    bits = 8 * packed / weights if packed else 8.0 * dtype.itemsize
+    tensors = expected_block(view, config, form, dtype)
     prefix = model.block_name(0) + "."
     block = _file_bytes((prefix + name, t) for name, t in tensors.items())
     index = sum(len(prefix + name) + _INDEX for name in tensors)
     return CheckpointSize(
-        blocks=len(model.blocks) * (block + index),
-        outside=_outside_bytes(model, dtype) + _small_files(model, config, form, list(tensors)),
-        bits_per_weight=bits,
+        blocks=len(model.blocks) * (block + index + _HASH),
+        outside=_outside_bytes(model, dtype)
+        + _small_files(model, config, form, list(tensors))
+        + _ORIGIN,
+        bits_per_weight=bits_per_weight(tensors, view),
     )
-
-
-def _zeros(view: BlockView, linear: str, config: Config) -> QuantizedLinear:
-    """A linear of a block's shapes whose codes are 0."""
-    weight, bias = view.stored[f"{linear}.weight"], view.stored.get(f"{linear}.bias")
-    scheme, size = config.quantization, view.group_size(linear)
-    rows, columns = weight.shape
-    rank = config.rotate_rank if config.rotation_sharing == "weight" else 0
-    return QuantizedLinear(
-        codes=torch.zeros((rows, columns), dtype=torch.int8 if scheme.symmetric else torch.uint8),
-        scale=torch.ones((rows, columns // size)),
-        zero_point=torch.zeros((rows, columns // size)),
-        bias=None if bias is None else torch.zeros(rows),
-        bits=scheme.weight_bits,
-        group_size=size,
-        symmetric=scheme.symmetric,
-        factor=(torch.ones(rows, rank), torch.ones(rank, columns)) if rank else None,
-        input_factor=torch.ones(columns) if config.rotation_sharing == "linear" else None,
-    )
-
-
-def _others(view: BlockView) -> dict[str, Tensor]:
-    """What of a block a format stores as it is."""
-    quantized = view.linears if view.scheme.weight_bits != FLOAT_BITS else ()
-    return {
-        name: tensor
-        for name, tensor in view.stored.items()
-        if name.rpartition(".")[0] not in quantized
-    }
 
 
 def _outside_bytes(model: Model, dtype: torch.dtype) -> int:
@@ -216,11 +179,10 @@ def estimate_memory(
     streams = stream_bytes(config.nsamples, config.seqlen, hidden, dtype, count) * in_memory
     tokens = max((text.ids.numel() for text in texts), default=0)
     states = tokens * hidden * dtype.itemsize * (2 if config.agreement else 1) * in_memory
-    stored = checkpoint_dtype(model)
+    stored = model_dtype(model)
     outer = _outer_elements(model)
-    copies = 4 * outer["embedding"] + stored.itemsize * outer["embedding"] * (
-        stored != torch.float32
-    )
+    beside = 0 if stored == torch.float32 else stored.itemsize
+    copies = (4 + beside) * outer["embedding"]
     head = 0
     if tokens:
         vocabulary = model.skeleton.config.vocab_size
