@@ -188,7 +188,7 @@ def _settings_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace, console: Console) -> None:
-    from lrquant.preflight import preflight
+    from lrquant.preflight.checks import preflight
     from lrquant.report.preflight import preflight_text, preflight_values
 
     logging.getLogger("lrquant").setLevel(logging.ERROR)  # what is left out is a finding

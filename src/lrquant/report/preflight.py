@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lrquant.identity import describe_method
-from lrquant.preflight import Preflight
+from lrquant.preflight.findings import Preflight
 
 
 def preflight_text(done: Preflight) -> str:

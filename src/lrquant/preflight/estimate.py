@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,12 +20,14 @@ from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small
 from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.learn.view import BlockView
 from lrquant.model import Model
-from lrquant.probe import BlockCosts
+from lrquant.preflight.probe import BlockCosts
 from lrquant.stats import ChannelStatistics
 from lrquant.workbench import block_shapes, method_of
 
-_HEADER = 100  # bytes that one tensor takes in a safetensors header, beside its name
+_LENGTH = 8  # bytes in front of a safetensors header
 _INDEX = 36  # bytes that one tensor takes in the index of shards, beside its name
+_HASH = 170  # bytes of one shard's size and hash in lrquant.json
+_ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
 _RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
 
 
@@ -111,8 +113,10 @@ def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSiz
     block = _file_bytes((prefix + name, t) for name, t in tensors.items())
     index = sum(len(prefix + name) + _INDEX for name in tensors)
     return CheckpointSize(
-        blocks=len(model.blocks) * (block + index),
-        outside=_outside_bytes(model, dtype) + _small_files(model, config, form, list(tensors)),
+        blocks=len(model.blocks) * (block + index + _HASH),
+        outside=_outside_bytes(model, dtype)
+        + _small_files(model, config, form, list(tensors))
+        + _ORIGIN,
         bits_per_weight=bits_per_weight(tensors, view),
     )
 
@@ -120,12 +124,16 @@ def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSiz
 def _outside_bytes(model: Model, dtype: torch.dtype) -> int:
     """Tensors outside the blocks as a checkpoint stores them, a tied head once."""
     blocks = model.architecture.blocks + "."
-    shapes = {n: tuple(t.shape) for n, t in model.skeleton.state_dict().items()}
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(blocks)}
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.skeleton.state_dict().items()
+        if not name.startswith(blocks)
+    }
     if model.skeleton.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     shapes |= {name: model.source.shape(name) for name in model.source.extra_names()}
-    return sum(math.prod(s) * dtype.itemsize + len(n) + _HEADER for n, s in shapes.items())
+    tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
+    return _file_bytes(tensors.items())
 
 
 def _small_files(model: Model, config: Config, form: Format, names: list[str]) -> int:
@@ -136,8 +144,14 @@ def _small_files(model: Model, config: Config, form: Format, names: list[str]) -
 
 
 def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """A safetensors file: its tensors and its header."""
-    return sum(tensor.nbytes + len(name) + _HEADER for name, tensor in tensors)
+    """A safetensors file: its tensors, and a header of their names, shapes and places."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors:
+        place = [end, end + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+        end += tensor.nbytes
+    return end + len(json.dumps(header, separators=(",", ":"))) + _LENGTH if header else 0
 
 
 def _columns(view: BlockView, linear: str) -> int:
@@ -167,9 +181,8 @@ def estimate_memory(
     states = tokens * hidden * dtype.itemsize * (2 if config.agreement else 1) * in_memory
     stored = model_dtype(model)
     outer = _outer_elements(model)
-    copies = 4 * outer["embedding"] + stored.itemsize * outer["embedding"] * (
-        stored != torch.float32
-    )
+    beside = 0 if stored == torch.float32 else stored.itemsize
+    copies = (4 + beside) * outer["embedding"]
     head = 0
     if tokens:
         vocabulary = model.skeleton.config.vocab_size

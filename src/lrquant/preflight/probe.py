@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrquant.blocks import BlockInputs, BlockRunner
 from lrquant.config import Config
+from lrquant.errors import LRQuantError
 from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
 from lrquant.identity import fit_settings
 from lrquant.learn.objective import Objective
@@ -76,7 +77,7 @@ def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
     """Learn block 0 for a few steps on one batch of random hidden states (batch, tokens, hidden).
 
     Batch, length, scheme, method, device and precision are those of `config`; no weight outside
-    that block is read and nothing is written.
+    that block is read and nothing is written.  Raises LRQuantError if the device's memory is short.
     """
     model = workbench.model
     source = _FirstBlock(model.source, model.block_name(0) + ".")
@@ -92,7 +93,13 @@ def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
         stream.write(entry.batches[0], hidden)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    return _measure(_Clock(bench.device), bench, config, settings, entry, streams)
+    try:
+        return _measure(_Clock(bench.device), bench, config, settings, entry, streams)
+    except torch.OutOfMemoryError as error:
+        raise LRQuantError(
+            f"a step on {batch} x {config.seqlen} tokens of one block does not fit into the memory "
+            f"of {bench.device}; use a smaller --batch_size or --seqlen"
+        ) from error
 
 
 class _Clock:
