@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.task_sets import FAILURES, find_set, one_line, unavailable
-from lrquant.evaluation.zero_shot import Tasks, data_folders, logger, require_known
-
-_GROUP = "lrquant"  # holds what was asked for while it is built, never shown
+from lrquant.evaluation.zero_shot import Tasks, data_folders, require_known
 
 
 class LocalTask(ConfigurableTask):
@@ -68,58 +68,58 @@ class LocalTask(ConfigurableTask):
 
 def build_tasks(names: list[str], config: Config) -> Tasks:
     """Tasks and groups by name, with their sets."""
-    manager = TaskManager()
+    manager = _all_tasks()
     require_known(names, manager.all_tasks)
     own = {"class": LocalTask, "folders": data_folders(config), "cache_dir": config.cache_dir}
-    specifications = [part for name in names for part in _specifications(name, manager, own)]
+    tops: list[Any] = []
     try:
-        built = manager.load({"group": _GROUP, "task": specifications})
-        children = list(built["groups"][_GROUP])
-        manager.load(children)  # refuses a task that is asked for twice
+        for name in names:
+            tops += _build(name, manager, own)
+        loaded = manager.load(tops)  # refuses a task that is asked for twice
     except (TypeError, *FAILURES) as error:
         raise LRQuantError(
             f"--tasks {config.tasks}: the harness cannot load them ({one_line(error)})"
         ) from error
-    for name, task in built["tasks"].items():
+    for name, task in loaded["tasks"].items():
         _check(name, task, config)
-    for child in children if config.max_drop is not None else ():
-        _require_accuracy(child)
-    sets = {name: _described(task) for name, task in built["tasks"].items()}
-    for name, text in sets.items():
-        logger.info("task %s: %s", name, text)
-    groups = {name: group for name, group in built["groups"].items() if name != _GROUP}
+    for top in tops if config.max_drop is not None else ():
+        _require_accuracy(top)
+    groups = loaded.get("groups", {})
     parents = {
-        part: child.name
-        for child in children
-        if isinstance(child, Group)
-        for part in (*_tasks_of(child), *(group.name for group in child.get_all_groups()))
+        part: top.name
+        for top in tops
+        if isinstance(top, Group)
+        for part in (*_tasks_of(top), *(group.name for group in top.get_all_groups()))
     }
     return Tasks(
-        names=tuple(c.name if isinstance(c, Group) else c.task_name for c in children),
-        loaded=tuple(children),
-        sets=sets,
+        names=tuple(top.name if isinstance(top, Group) else top.task_name for top in tops),
+        loaded=tuple(tops),
+        sets={name: _described(task) for name, task in loaded["tasks"].items()},
         members={name: _tasks_of(group) for name, group in groups.items()},
         parents=parents,
         weighted=frozenset(name for name, group in groups.items() if _weighted(group)),
     )
 
 
-def _tasks_of(group: Group) -> tuple[str, ...]:
-    return tuple(task.task_name for task in group.get_all_tasks())
+@cache
+def _all_tasks() -> TaskManager:
+    """The harness's index: it reads thousands of files."""
+    return TaskManager()
 
 
-def _specifications(name: str, manager: TaskManager, own: dict[str, Any]) -> list[Any]:
-    """How `manager` is asked for one name so that its tasks are `LocalTask`s.
+def _build(name: str, manager: TaskManager, own: dict[str, Any]) -> list[Any]:
+    """The task, group, or tasks of a tag, of that name, as `LocalTask`s.
 
     Tasks that the harness writes in Python have a class of their own and stay as they are.
     """
-    entry = manager.task_index[name]
-    kind = entry.kind.name
-    if kind == "TAG":
-        return [part for task in sorted(entry.tags) for part in _specifications(task, manager, own)]
-    if _written_in_python(name, manager):
-        return [name]
-    return [{"group" if kind == "GROUP" else "task": name, **own}]
+    overrides = None if _written_in_python(name, manager) else own
+    registry = manager.task_index
+    built = TaskFactory().build(registry[name], overrides=overrides, registry=registry)
+    return built if isinstance(built, list) else [built]
+
+
+def _tasks_of(group: Group) -> tuple[str, ...]:
+    return tuple(task.task_name for task in group.get_all_tasks())
 
 
 def _written_in_python(name: str, manager: TaskManager) -> bool:

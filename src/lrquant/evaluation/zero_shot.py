@@ -73,7 +73,11 @@ def load_tasks(config: Config) -> Tasks | None:
     from lrquant.evaluation.harness_tasks import build_tasks
 
     with quiet_harness():
-        return build_tasks(task_names(config.tasks), config)
+        tasks = build_tasks(task_names(config.tasks), config)
+    for name, text in tasks.sets.items():
+        if name not in tasks.parents:
+            logger.info("task %s: %s", name, text)
+    return tasks
 
 
 def score_tasks(
@@ -83,6 +87,7 @@ def score_tasks(
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     if tokenizer is None:
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
@@ -99,6 +104,7 @@ def score_tasks(
             tasks=list(tasks.loaded),
             num_fewshot=config.num_fewshot,
             limit=None if config.limit < 0 else config.limit,
+            task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
         )
     samples = output.pop("samples")
     return TaskScores(output, {task: _items(found) for task, found in samples.items()})
