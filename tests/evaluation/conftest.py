@@ -41,7 +41,12 @@ def harness(index, monkeypatch):
 @pytest.fixture
 def piqa_rows():
     return [
-        {"goal": f"count to {n}", "sol1": f"say {n + 10}", "sol2": f"tell {30 - n}", "label": 0}
+        {
+            "goal": f"count to {n}",
+            "sol1": f"say {n * 37 % 91}",
+            "sol2": f"say {n * 53 % 97}.",
+            "label": 0,
+        }
         for n in range(2, 14)
     ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -62,7 +63,9 @@ class Checkpoint:
         try:
             for index in range(len(windows.ids)):
                 window = slice(index, index + 1)
-                self.module.base_model(windows.ids[window].to(self.device), use_cache=False)
+                # The whole module: some formats unpack themselves before its first forward.
+                ids = windows.ids[window].to(self.device)
+                self.module(input_ids=ids, use_cache=False, logits_to_keep=1)
                 stream.write(window, seen.pop())
         finally:
             handle.remove()
@@ -106,7 +109,7 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
         module = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtypes.get(config.precision, "auto")
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LRQuantError(
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
