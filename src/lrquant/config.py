@@ -114,9 +114,7 @@ class Config:
     tta_epochs: int = _setting(5, "passes over the test text")
     tta_let_lr: float = _setting(1e-3, "learning rate of scales and shifts while adapting")
     tasks: str = _setting("", "zero-shot tasks of lm-evaluation-harness, separated by commas")
-    num_fewshot: int | None = _setting(
-        None, "examples in the prompt of a task (default: as many as the task says, mostly 0)"
-    )
+    num_fewshot: int = _setting(0, "examples in the prompt of a task, whatever the task says")
     task_batch_size: str = _setting(
         "auto", "requests of a task at once; auto: what fits on a GPU, 8 on a CPU"
     )

@@ -136,8 +136,7 @@ def _check(name: str, task: Any, config: Config) -> None:
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         what = "runs generated code" if getattr(task, "UNSAFE_CODE", False) else "needs pictures"
         raise LRQuantError(f"--tasks {name}: {what}, which is not supported; leave it out")
-    own = task.config.num_fewshot
-    shots = own if config.num_fewshot is None or own == 0 else config.num_fewshot
+    shots = 0 if task.config.num_fewshot == 0 else config.num_fewshot  # so does the harness
     split = next((s for s in ("train", "dev") if s in getattr(task, "lacking", ())), None)
     if shots and split is not None:
         raise LRQuantError(
