@@ -35,7 +35,7 @@ def test_nine_tasks_find_their_sets_and_the_harness_makes_the_prompts(package, p
     tasks = load(package(piqa_rows, others=True) / part, NINE)
     assert tasks.names == tuple(NINE.split(","))
     first = {name: prompts(tasks, name)[0] for name in tasks.names}
-    assert first["piqa"] == ("Question: count to 2\nAnswer:", " say 2")
+    assert first["piqa"] == ("Question: count to 2\nAnswer:", " say 74")
     assert first["arc_easy"] == ("Question: 0 and none?\nAnswer:", " 0 apples")
     assert first["arc_challenge"] == ("Question: 3 and none?\nAnswer:", " 3 apples")
     assert first["hellaswag"] == ("Counting: She says 0. He", " says 0.")
