@@ -48,6 +48,7 @@ def perplexity(target, data_dir, **settings):
         ("W3A16g16", "compressed-tensors"),
         ("W8A8-sym-qkv16", "compressed-tensors"),
         ("W3A16g16", "dequantized"),
+        ("W4A4", "lrquant"),
     ],
 )
 def test_a_checkpoint_has_its_run_s_perplexity(learn, data_dir, tmp_path, scheme, form):

@@ -21,7 +21,7 @@ from lrquant.blocks import stubs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import MADE_BY
+from lrquant.export.manifest import SETTINGS
 from lrquant.model import choose_device
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
@@ -97,7 +97,7 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
         values = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LRQuantError(f"{files.folder}/config.json: cannot be read; get it again") from error
-    return bool(values.get("quantization_config")) or (files.folder / MADE_BY).is_file()
+    return bool(values.get("quantization_config")) or (files.folder / SETTINGS).is_file()
 
 
 def load_checkpoint(name: str, config: Config) -> Checkpoint:
@@ -115,7 +115,7 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
             "the run that it is of"
         ) from error
-    made_by = folder / MADE_BY
+    made_by = folder / SETTINGS
     settings = Config.from_yaml(made_by) if made_by.is_file() else None
     nn.Module.to(module, choose_device(config.device))
     return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
