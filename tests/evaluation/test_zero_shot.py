@@ -107,6 +107,16 @@ def test_a_wrong_label_changes_the_accuracy(score, piqa_rows):
     assert abs(after - before) == pytest.approx(1 / len(piqa_rows))
 
 
+def test_the_harness_leaves_a_tied_head_as_it_is(make_model, make_bench, harness, token_ids):
+    """Its wrapper ties weights again, which would compute the head in the embedding's dtype."""
+    bench = make_bench(make_model("llama-tied"), torch.bfloat16)
+    module = materialize(bench, preparer(bench, FLOATING_POINT))
+    before = module(token_ids(1, 8)).logits
+    module.tie_weights()
+    assert module.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(module(token_ids(1, 8)).logits, before)
+
+
 def test_a_limit_takes_the_first_items(score, piqa_rows):
     whole, part = score(piqa_rows), score(piqa_rows, name="again", limit=5)
     assert part.items["piqa"]["acc,none"] == whole.items["piqa"]["acc,none"][:5]
