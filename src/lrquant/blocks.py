@@ -39,7 +39,8 @@ class _Stub(nn.Module):
 
 
 @contextmanager
-def _stubs(blocks: nn.ModuleList, visits: Sequence[Callable]) -> Iterator[None]:
+def stubs(blocks: nn.ModuleList, visits: Sequence[Callable]) -> Iterator[None]:
+    """Blocks that are not run: each calls its visit with (hidden states, arguments) instead."""
     originals = list(blocks)
     try:
         for index, visit in enumerate(visits):
@@ -91,7 +92,7 @@ class BlockInputs:
 
             with (
                 torch.no_grad(),
-                _stubs(self._model.blocks, [visit] * len(self._model.blocks)),
+                stubs(self._model.blocks, [visit] * len(self._model.blocks)),
             ):
                 try:
                     inputs = {"input_ids": self._ids[samples], "use_cache": False}
@@ -236,7 +237,7 @@ class Head:
         ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self._device)
         handles = cast_outer_linears(model.skeleton, model.architecture.blocks)
         try:
-            with torch.no_grad(), _stubs(model.blocks, visits):
+            with torch.no_grad(), stubs(model.blocks, visits):
                 inputs = {"input_ids": ids, "use_cache": False}
                 return functional_call(
                     model.skeleton, self._tensors, (), inputs, tie_weights=False

@@ -100,7 +100,14 @@ class Config:
     agreement: tuple[str, ...] = _setting(
         (), "KL divergence of next-token distributions from full precision on these sets"
     )
-    compare: bool = _setting(False, "evaluate full precision and round-to-nearest beside it")
+    compare: bool | str = _setting(
+        False,
+        "evaluate full precision and round-to-nearest beside it, or the run, checkpoint or model "
+        "that is given",
+    )
+    max_drop: float | None = _setting(
+        None, "exit with 1 if the tasks' mean accuracy falls by more than this (0.01: one point)"
+    )
     tta: bool = _setting(
         False, "test-time adaptation: measure also with blocks learned again on the test text"
     )
@@ -108,7 +115,10 @@ class Config:
     tta_epochs: int = _setting(5, "passes over the test text")
     tta_let_lr: float = _setting(1e-3, "learning rate of scales and shifts while adapting")
     tasks: str = _setting("", "zero-shot tasks of lm-evaluation-harness, separated by commas")
-    num_fewshot: int = _setting(0, "examples in the prompt of a task")
+    num_fewshot: int = _setting(0, "examples in the prompt of a task, whatever the task says")
+    task_batch_size: str = _setting(
+        "auto", "requests of a task at once; auto: what fits on a GPU, 8 on a CPU"
+    )
     limit: int = _setting(-1, "windows a set and items a task (-1: all)")
 
     output_dir: str = _setting("../log/", "run folder: config, log, blocks, results")
@@ -147,6 +157,15 @@ class Config:
         for name in ("lwc_lr", "let_lr", "rotation_lr", "tta_let_lr", "wd"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LRQuantError(f"{name} {getattr(self, name)}: use a finite number from 0 on")
+        size = self.task_batch_size
+        if size != "auto" and not (size.isdecimal() and int(size)):
+            raise LRQuantError(
+                f"task_batch_size {size!r}: use auto or a whole number of at least 1"
+            )
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise LRQuantError(
+                f"max_drop {self.max_drop}: use a share of accuracy from 0 to 1 (0.01: one point)"
+            )
         if self.limit < -1 or self.limit == 0:
             raise LRQuantError(
                 f"limit {self.limit}: use a whole number of at least 1, or -1 for all"
@@ -333,8 +352,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type `kind`, from YAML or a command line's text."""
-    optional = isinstance(kind, types.UnionType)
-    if optional:
+    if kind == bool | str:
+        kind = bool if isinstance(value, bool) else str
+    if isinstance(kind, types.UnionType):
         if value is None:
             return None
         (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -78,7 +78,17 @@ def describe_run(
     }
 
 
-def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
+class Place(Protocol):
+    """Where and in what a model computes."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def environment(config: Config, place: Place) -> dict[str, Any]:
     """What a reader needs to repeat the numbers."""
     return {
         "model": config.model,
@@ -86,15 +96,15 @@ def environment(config: Config, workbench: Workbench) -> dict[str, Any]:
         "method": describe_method(config),
         "method_name": method_name(config),
         "seed": config.seed,
-        "device": str(workbench.device),
-        "precision": dtype_name(workbench.dtype),
+        "device": str(place.device),
+        "precision": dtype_name(place.dtype),
         "versions": {
             "lrquant": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "peak_memory_bytes": peak_memory(workbench.device),
+        "peak_memory_bytes": peak_memory(place.device),
     }
 
 

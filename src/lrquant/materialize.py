@@ -35,5 +35,6 @@ def materialize(workbench: Workbench, prepare: Callable[[int], PreparedBlock]) -
         owner = module.get_submodule(name.rpartition(".")[0])
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         owner.register_parameter(name.rpartition(".")[2], parameter)
+    module.config.tie_word_embeddings = False  # two tensors here: the head is in another dtype
     cast_outer_linears(module, architecture.blocks)
     return module

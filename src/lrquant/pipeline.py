@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -21,12 +22,10 @@ from lrquant.blocks import BlockInputs
 from lrquant.config import Config, require_one_scheme, typed_settings
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.measures import (
-    evaluate_model,
-    evaluate_run,
-    prepare_evaluation,
-    preparer,
-)
+from lrquant.evaluation.comparison import TaskBoard
+from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
+from lrquant.evaluation.subject import check_comparison, measure_subject, open_subject
+from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
 from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
 from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
@@ -46,7 +45,7 @@ from lrquant.workbench import (
     method_of,
     peak_memory,
 )
-from lrquant.workdir import BlockRecord, RunFolder, merge_results
+from lrquant.workdir import BlockRecord, RunFolder, beside
 
 logger = logging.getLogger("lrquant")
 _KEPT_LINES = 10_000
@@ -124,6 +123,8 @@ def _run(
     config, measure_only = resolve_settings(settings)
     logger.info("scheme %s", config.quantization.describe())
     logger.info("method %s", describe_method(config))
+    check_comparison(config)
+    tasks = load_tasks(config)
     model = model or load_model(config.model, _path(config.cache_dir))
     check_groups(model, config.quantization)
     if config.save_dir is not None:
@@ -152,8 +153,11 @@ def _run(
         results = environment(config, workbench)
         if not measure_only:
             results = results_folder.add_results(results)
-        for measured in evaluate_run(workbench, config, folder, evaluation, progress):
+        board = None if tasks is None else TaskBoard(tasks, config, results_folder)
+        for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
             results = results_folder.add_results({**environment(config, workbench), **measured})
+        for measured in _measure_base(config, board, progress):
+            results = results_folder.add_results(beside(results, measured))
     if config.save_dir is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
     return Run(folder, config, workbench, results)
@@ -204,16 +208,33 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         raise LRQuantError(f"--{name} {target}: needs a run folder; this is a model")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
     config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
-    model = load_model(config.model, _path(config.cache_dir))
-    texts = prepare_evaluation(config, model)
-    workbench = make_workbench(model, config)
-    results: dict[str, Any] = {}
-    for measured in evaluate_model(workbench, config, texts, progress or Progress()):
-        results = merge_results(results, {**environment(config, workbench), **measured})
-    if "output_dir" in settings:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        results = RunFolder(Path(config.output_dir)).add_results(results)
-    return results
+    check_comparison(config)
+    if config.compare is True:
+        raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
+    tasks = load_tasks(config)
+    folder = RunFolder(Path(config.output_dir)) if "output_dir" in settings else None
+    if folder is not None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    board = None if tasks is None else TaskBoard(tasks, config, folder)
+    subject = open_subject(target, config)
+    results = environment(subject.settings or config, subject) | {"model": target}
+    own = measure_subject(subject, subject.variant, config, board, progress or Progress())
+    base = _measure_base(config, board, progress or Progress())
+    kept = results
+    for measured in itertools.chain(own, base):
+        kept = results = beside(results, measured)
+        if folder is not None:
+            kept = folder.add_results(results)
+    return kept
+
+
+def _measure_base(
+    config: Config, board: TaskBoard | None, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Measures of what `compare` names, if it names anything."""
+    if isinstance(config.compare, str):
+        subject = open_subject(config.compare, config)
+        yield from measure_subject(subject, "base", config, board, progress)
 
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
@@ -381,10 +402,11 @@ def _asks_for_measures(settings: dict[str, Any]) -> bool:
 
 _NO_MEASURES: dict[str, Any] = {
     **{"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""},
-    **{"limit": -1, "tta": False},
+    **{"limit": -1, "tta": False, "max_drop": None},
 }
 _MEASURE_SETTINGS = (
-    *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
+    *("eval_ppl", "ppl", "agreement", "compare", "max_drop", "tasks", "num_fewshot"),
+    *("limit", "task_batch_size"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("target", "save_dtype"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),

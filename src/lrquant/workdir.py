@@ -278,9 +278,18 @@ class RunFolder:
 
 def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new`, with what it did not measure kept of `old`."""
-    measured = ("perplexity", "agreement", "test_time_adaptation", "tasks")
+    measured = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means")
     kept = {name: {**old.get(name, {}), **new.get(name, {})} for name in measured}
     return {**new, **{name: value for name, value in kept.items() if value}}
+
+
+def beside(results: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """`results` with another model's measures of the same texts put beside those that it has."""
+    texts = {**results.get("perplexity", {})}
+    for name, scores in measured.get("perplexity", {}).items():
+        texts[name] = {**texts.get(name, {}), **scores}
+    joined = {**results, **measured}
+    return {**joined, "perplexity": texts} if texts else joined
 
 
 class _LogFile(logging.FileHandler):

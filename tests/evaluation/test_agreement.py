@@ -54,10 +54,36 @@ def test_divergence_is_torch_s(
     assert scores["kl_mean"] != pytest.approx(float(reversed_.mean()), rel=1e-3), "direction"
 
 
+def test_the_ratio_and_what_is_said_along_the_window(make_model, make_bench, token_ids):
+    module, windows = make_model("llama"), token_ids(3, 24)
+    module.lm_head.weight *= 4
+    bench, parsed = make_bench(module), Scheme.parse("W3A16g16")
+    results = measured(bench, windows, parsed)
+    scores, perplexities = results["agreement"]["text"]["quantized"], results["perplexity"]["text"]
+    ratio = perplexities["quantized"] / perplexities["full_precision"]
+    assert scores["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
+    spans = [(entry["first"], entry["last"]) for entry in scores["positions"]]
+    assert spans == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 23)]
+    quantised = materialize(bench, preparer(bench, parsed))
+    with torch.no_grad():
+        full, other = (model(windows).logits[:, :-1].double() for model in (module, quantised))
+    full, other = full.log_softmax(-1), other.log_softmax(-1)
+    divergence = (full.exp() * (full - other)).sum(-1)
+    for entry in scores["positions"]:
+        part = slice(entry["first"] - 1, entry["last"])
+        assert entry["kl_mean"] == pytest.approx(float(divergence[:, part].mean()), rel=1e-3)
+        targets = windows[:, 1:, None][:, part]
+        gap = (full[:, part] - other[:, part]).gather(-1, targets).mean()
+        assert entry["perplexity_ratio"] == pytest.approx(float(gap.exp()), rel=1e-3)
+    first, last = scores["positions"][0]["kl_mean"], scores["positions"][-1]["kl_mean"]
+    assert first != pytest.approx(last, rel=1e-2), "or a mistaken span would not be seen"
+
+
 def test_a_model_agrees_with_itself(make_model, make_bench, token_ids):
     scores = measured(make_bench(make_model("llama")), token_ids(2, 16), FLOATING_POINT)
     found = scores["agreement"]["text"]["quantized"]
     assert abs(found["kl_mean"]) < 1e-6 and found["same_top"] == 1
+    assert found["perplexity_ratio"] == pytest.approx(1, rel=1e-6)
 
 
 def test_a_run_measures_it_where_asked(make_model, tiny_tokenizer, tmp_path):

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lrquant.blocks import BlockInputs, Head
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
+from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
-from lrquant.evaluation.zero_shot import check_tasks, evaluate_tasks
 from lrquant.learn.view import Method
+from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
 from lrquant.scheme import FLOATING_POINT, Scheme
@@ -33,12 +35,15 @@ def prepare_evaluation(config: Config, model: Model) -> dict[str, Samples]:
     Sets asked for by name must be there; of the published five, those that can't be had are named
     in the log and left out, as long as one is left.
     """
-    if config.tasks:
-        check_tasks(config.tasks)
     check_adaptation(config, len(model.blocks))
+    return read_texts(config, model.tokenizer)
+
+
+def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Samples]:
+    """Every text that will be scored, in windows of one model's tokens."""
     if not config.perplexity_sets:
         return {}
-    if model.tokenizer is None:
+    if tokenizer is None:
         raise LRQuantError("no tokenizer: perplexity needs one")
     found: dict[str, Samples] = {}
     missing: list[LRQuantError] = []
@@ -46,7 +51,7 @@ def prepare_evaluation(config: Config, model: Model) -> dict[str, Samples]:
         try:
             found[name] = perplexity_windows(
                 name,
-                model.tokenizer,
+                tokenizer,
                 config.seqlen,
                 config.limit,
                 Path(config.data_dir) if config.data_dir else None,
@@ -68,10 +73,12 @@ def evaluate_run(
     folder: RunFolder,
     texts: dict[str, Samples],
     progress: Progress,
+    board: TaskBoard | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures of the learned model, and with `compare` of full precision and round-to-nearest.
 
-    Each set's measures come when they are done, tasks last, so that none is lost with another.
+    Each set's measures come when they are done, the tasks of `board` last, so that none is lost
+    with another.
     """
     blocks = len(workbench.model.blocks)
     if folder.finished_blocks() < blocks:
@@ -82,9 +89,9 @@ def evaluate_run(
     quantized = preparer(workbench, config.quantization, config, folder)
     for name, windows in texts.items():
         variants: dict[str, Callable[[int], PreparedBlock]] = {}
-        if config.compare or name in config.agreement:
+        if config.compare is True or name in config.agreement:
             variants["full_precision"] = preparer(workbench, FLOATING_POINT)
-        if config.compare:
+        if config.compare is True:
             variants["round_to_nearest"] = preparer(workbench, config.quantization)
         variants["quantized"] = quantized
         if config.tta:
@@ -94,19 +101,13 @@ def evaluate_run(
                 workbench, config.quantization, config, folder, name
             )
         yield measure(workbench, windows, variants, progress, agreement=name in config.agreement)
-    if config.tasks:
-        yield {"tasks": evaluate_tasks(workbench, quantized, config)}
-
-
-def evaluate_model(
-    workbench: Workbench, config: Config, texts: dict[str, Samples], progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """Measures of the model itself, in floating point."""
-    prepare = preparer(workbench, FLOATING_POINT)
-    for windows in texts.values():
-        yield measure(workbench, windows, {"full_precision": prepare}, progress)
-    if config.tasks:
-        yield {"tasks": evaluate_tasks(workbench, prepare, config)}
+    if board is not None:
+        scored = {"quantized": quantized}
+        if config.compare is True:
+            scored["full_precision"] = preparer(workbench, FLOATING_POINT)
+            scored["round_to_nearest"] = preparer(workbench, config.quantization)
+        for variant, prepare in scored.items():
+            yield board.add(variant, materialize(workbench, prepare), workbench.model.tokenizer)
 
 
 def measure(
@@ -136,7 +137,7 @@ def measure(
         if kept and not index:
             kept[0].copy(stream)
         perplexities[variant] = scores.pop("perplexity")
-        words = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
+        words = ", ".join(f"{key} {scores[key]:.4g}" for key in scores if key != "positions")
         logger.info(
             "%s perplexity, %s: %.4f%s",
             *(windows.name, variant.replace("_", " "), perplexities[variant]),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner, Head, Stream
+from lrquant.blocks import BlockInputs, BlockRunner, Stream
+from lrquant.evaluation.agreement import agreement, perplexity
 from lrquant.model import Model
 
 HEAD_TOKENS = 512  # tokens whose logits are in memory at once
-LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,19 @@ def send_through(
 
 @torch.no_grad()
 def score(
-    head: Head, stream: Stream, windows: Tensor, reference: Stream | None = None
-) -> dict[str, float]:
+    head: Callable[[Tensor], Tensor],
+    stream: Stream,
+    windows: Tensor,
+    reference: Stream | None = None,
+    reference_head: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
     """Perplexity of windows (windows, tokens), and agreement with a reference's final states.
 
-    perplexity: ``exp`` of the mean negative log-likelihood of tokens 2..n of each window.  Against
-    the reference, over the same positions: `kl_mean` and `kl_p99`, the mean and 99th percentile of
-    ``KL(reference || model)`` of the next-token distributions in nats, and `same_top`, the share of
-    positions at which both prefer one token.
+    perplexity: ``exp`` of the mean negative log-likelihood of tokens 2..n of each window.  The
+    agreement over the same positions is that of `agreement`; the reference has the same head unless
+    another one is given.
     """
-    losses: list[Tensor] = []
-    divergences: list[Tensor] = []
-    same: list[Tensor] = []
+    scores: list[list[Tensor]] = []
     for index in range(len(windows)):
         window = slice(index, index + 1)
         targets = windows[index, 1:].to(stream.device)
@@ -70,31 +71,22 @@ def score(
         for start in range(0, len(targets), HEAD_TOKENS):
             part = slice(start, min(start + HEAD_TOKENS, len(targets)))
             logits = head(states[:, part])[0].float()
-            losses.append(
-                torch.nn.functional.cross_entropy(logits, targets[part], reduction="none").cpu()
-            )
-            if compared is None:
-                continue
-            expected = head(compared[:, part])[0].float()
-            same.append((logits.argmax(-1) == expected.argmax(-1)).cpu())
-            divergences.append(_divergence(expected, logits).cpu())
-    mean = float(torch.cat(losses).double().mean())
-    scores = {"perplexity": math.exp(mean) if mean < LARGEST_EXPONENT else math.inf}
-    if reference is not None:
-        divergence = torch.cat(divergences).double()
-        scores["kl_mean"] = float(divergence.mean())
-        scores["kl_p99"] = _percentile(divergence, 0.99)
-        scores["same_top"] = float(torch.cat(same).double().mean())
-    return scores
+            found = [_losses(logits, targets[part])]
+            if compared is not None:
+                expected = (reference_head or head)(compared[:, part])[0].float()
+                found += [_losses(expected, targets[part]), _divergence(expected, logits)]
+                found.append(logits.argmax(-1) == expected.argmax(-1))
+            scores.append([values.double().cpu() for values in found])
+    shape = (len(windows), windows.shape[1] - 1)
+    joined = [torch.cat(values).view(shape) for values in zip(*scores, strict=True)]
+    return {"perplexity": perplexity(joined[0])} | (agreement(*joined) if joined[1:] else {})
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
     """``KL(softmax(expected) || softmax(logits))`` of each row (tokens, vocabulary), in nats."""
     expected, logits = expected.log_softmax(-1), logits.log_softmax(-1)
     return torch.linalg.vecdot(expected.exp(), expected - logits)
-
-
-def _percentile(values: Tensor, share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
-    rank = max(1, math.ceil(share * values.numel()))
-    return float(values.kthvalue(rank).values)

