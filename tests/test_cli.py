@@ -514,7 +514,7 @@ def test_a_file_in_the_place_of_a_folder(command, refuse, quick, data_dir, tmp_p
 def test_no_space_left_for_a_block(command, succeed, refuse, tmp_path, monkeypatch):
     save, calls = workdir.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         calls.append(path)
         if len(calls) > 1:
             Path(path).write_bytes(b"half a file")
