@@ -38,7 +38,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def quick(data_dir):
     """Flags of a run that takes a moment."""
-    return [*QUICK, "--data_dir", str(data_dir), "--nsamples", "3", "--epochs", "1"]
+    few = ["--nsamples", "3", "--epochs", "1", "--no-report"]
+    return [*QUICK, "--data_dir", str(data_dir), *few]
 
 
 @pytest.fixture
