@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lrquant.blocks import INPUT_FACTOR_SUFFIX, BlockRunner
 from lrquant.fit import BlockData
+from lrquant.learn.frozen import QuantizedLinear
 from lrquant.learn.view import BlockView, Method
 from lrquant.scheme import FLOATING_POINT
 from lrquant.workbench import Workbench
@@ -88,8 +89,9 @@ class _Variant:
 
     def __init__(self, workbench: Workbench, index: int, view: BlockView) -> None:
         self.workbench, self.index, self.view = workbench, index, view
-        self.frozen = view.freeze()
-        self.tensors = self.frozen.tensors(view.dtype)
+        frozen = view.freeze()
+        self.codes = {name: code_counts(linear) for name, linear in frozen.linears.items()}
+        self.tensors = frozen.tensors(view.dtype)
         self.made, self.total = _Ratio(), _Ratio()
         self.snr = {name: _Ratio() for name in view.linears}
         self.own = {name: _Ratio() for name in view.linears}
@@ -133,15 +135,6 @@ class _Variant:
             )
             self.snr[name].add(output, reference.outputs[name])
             self.own[name].add(output, own)
-
-    def codes(self) -> dict[str, Tensor]:
-        """How often each code stands in each linear."""
-        counts = {}
-        for name, linear in self.frozen.linears.items():
-            offset = 2 ** (linear.bits - 1) if linear.symmetric else 0
-            flat = linear.codes.flatten().long() + offset
-            counts[name] = torch.bincount(flat, minlength=2**linear.bits).cpu()
-        return counts
 
 
 @torch.no_grad()
@@ -189,7 +182,7 @@ def measure_block(
     for linear in view.linears:
         tensors[f"weights.{linear}"] = weight_histogram(stored[f"{linear}.weight"])
     for name, variant in variants.items():
-        tensors |= {f"codes.{linear}.{name}": counts for linear, counts in variant.codes().items()}
+        tensors |= {f"codes.{linear}.{name}": counts for linear, counts in variant.codes.items()}
     figures = {
         "samples": samples,
         "tokens": samples * data.entry.shape[1],
@@ -239,6 +232,14 @@ def largest_magnitudes(values: Tensor) -> Tensor:
 def run_lengths(tokens: int, channels: int) -> tuple[int, int]:
     """How many tokens and channels one cell of a picture stands for."""
     return -(-tokens // PICTURE_TOKENS), -(-channels // PICTURE_CHANNELS)
+
+
+def code_counts(linear: QuantizedLinear) -> Tensor:
+    """How often each code is used, from the smallest on, (2**bits,) int64 on the CPU."""
+    offset = 2 ** (linear.bits - 1) if linear.symmetric else 0
+    return torch.stack(
+        [(linear.codes == code - offset).sum() for code in range(2**linear.bits)]
+    ).cpu()
 
 
 def weight_histogram(weight: Tensor) -> Tensor:

@@ -11,10 +11,20 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from lrquant.report.pictures import CARRIED, FAINT, INK, LEARNED, NEAREST, Picture, drawing
+from lrquant.report.pictures import (
+    CARRIED,
+    FAINT,
+    INK,
+    LEARNED,
+    NEAREST,
+    Picture,
+    drawing,
+    logarithmic,
+)
 
 DEPTHS = "viridis"
 _NUMBERED = 12  # blocks whose ratios are written into the cells of a map
+_NO_ERROR = 1e-10  # of a signal's energy: what rounding in float32 leaves
 _PANEL = 1.15  # inches of a small panel
 
 
@@ -43,6 +53,11 @@ def series(values: Sequence[float | None]) -> list[float]:
     return [numpy.nan if value is None else value for value in values]
 
 
+def positive(values: Sequence[float | None]) -> list[float]:
+    """Ratios for a logarithmic axis, with gaps where there is none, or no error to speak of."""
+    return [value if value > _NO_ERROR else numpy.nan for value in series(values)]
+
+
 def _errors(blocks: list[dict[str, Any]]) -> Picture:
     figures = [block["figures"] for block in blocks]
     with drawing(1) as canvas:
@@ -59,8 +74,8 @@ def _errors(blocks: list[dict[str, Any]]) -> Picture:
         }
         for label, (values, colour) in lines.items():
             dash = ":" if colour == INK else "-"
-            axis.plot(places, series(values), dash, color=colour, label=label, marker=".")
-        axis.set_yscale("log")
+            axis.plot(places, positive(values), dash, color=colour, label=label, marker=".")
+        logarithmic(axis)
         axis.set_ylabel("error energy / output's")
         canvas.figure.legend(loc="outside upper left", ncols=2)
         return canvas.picture(
@@ -80,10 +95,10 @@ def _cosines(blocks: list[dict[str, Any]]) -> Picture:
             ("round_to_nearest", "round-to-nearest", NEAREST),
             ("learned", "learned", LEARNED),
         ):
-            values = series([block["figures"]["cosine"][variant] for block in blocks])
-            distance = [max(1 - value, 1e-9) for value in values]
-            axis.plot(places, distance, color=colour, label=label, marker=".")
-        axis.set_yscale("log")
+            cosines = series([block["figures"]["cosine"][variant] for block in blocks])
+            distance = [1 - value for value in cosines]
+            axis.plot(places, positive(distance), color=colour, label=label, marker=".")
+        logarithmic(axis)
         axis.set_ylabel("1 − cosine")
         canvas.figure.legend(loc="outside upper left", ncols=2)
         return canvas.picture(
@@ -194,9 +209,11 @@ def parameter_pictures(contents: dict[str, Any]) -> list[Picture]:
     blocks = contents["blocks"]
     pictures = []
     for kind, (title, words, scale) in _KINDS.items():
-        owners = list(
-            dict.fromkeys(o for block in blocks for o in block["parameters"].get(kind, ()))
-        )
+        found = {owner for block in blocks for owner in block["parameters"].get(kind, ())}
+        order = [
+            linear for block in diagnosed(contents)[:1] for linear in block["figures"]["linears"]
+        ]
+        owners = sorted(found, key=lambda owner: (owner in order and order.index(owner) + 1, owner))
         if owners:
             pictures.append(_bands(blocks, kind, owners, title, words, scale))
     return pictures
@@ -222,7 +239,8 @@ def _bands(
             axis.fill_between(places, low, high, color=LEARNED, alpha=0.18, linewidth=0)
             axis.fill_between(places, quarter, upper, color=LEARNED, alpha=0.35, linewidth=0)
             axis.plot(places, middle, color=LEARNED, marker=".", markersize=3)
-            axis.set_yscale(scale)
+            if scale == "log":
+                logarithmic(axis)
             axis.set_title(short(owner))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
         for axis in canvas.axes[len(owners) :]:

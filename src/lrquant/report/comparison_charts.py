@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lrquant.report.charts import by_block, diagnosed, series
-from lrquant.report.pictures import FAINT, SERIES, Picture, drawing
+from lrquant.report.charts import by_block, diagnosed, positive
+from lrquant.report.pictures import FAINT, SERIES, Picture, drawing, logarithmic
 
 _LINES = ("-", "--", ":")
 
@@ -45,7 +45,7 @@ _QUANTITIES: tuple[tuple[str, str, str, str, Callable[[dict[str, Any]], float | 
 
 
 def _distance(cosine: float | None) -> float | None:
-    return None if cosine is None else max(1 - cosine, 1e-9)
+    return None if cosine is None else 1 - cosine
 
 
 def _by_block(
@@ -66,13 +66,13 @@ def _by_block(
             places = by_block(axis, blocks)
             axis.plot(
                 places,
-                series([value(block) for block in blocks]),
+                positive([value(block) for block in blocks]),
                 color=SERIES[index % len(SERIES)],
                 linestyle=_LINES[index // len(SERIES) % len(_LINES)],
                 label=_plain(run),
                 marker=".",
             )
-        axis.set_yscale("log")
+        logarithmic(axis)
         axis.set_ylabel(unit)
         canvas.figure.legend(loc="outside upper left")
         return canvas.picture(
@@ -103,7 +103,7 @@ def _perplexities(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[
                 axis.axvline(each, color=FAINT, linewidth=0.8, linestyle="--")
             axis.set_yticks(range(len(values)), [_plain(name) for name, _, _ in measured])
             axis.set_ylim(len(values) - 0.5, -0.5)
-            axis.set_xscale("log")
+            logarithmic(axis, horizontal=True)
             axis.set_xlabel("perplexity")
             words = " Dashed: full precision." if full else ""
             alike = {each.get("text") for each in scores if each} == {scores[0].get("text")}

@@ -15,7 +15,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 INK, FAINT, LEARNED, NEAREST, CARRIED = "#1c1d1f", "#8c8d8f", "#2c6dd1", "#d1722c", "#6c6d6f"
 VARIABLES = {
@@ -23,6 +31,7 @@ VARIABLES = {
     **{CARRIED: "--carried"},
 }
 SERIES = ("#2c6dd1", "#d1722c", "#2f9e68", "#a24fc4", "#c43f5f", "#8a7a1f", "#1f97a8", "#777777")
+_WIDE = 30.0  # times from the smallest to the largest value, for labels at powers of ten
 WIDTH = 4.8  # inches; 72 points each are the units of the SVG
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -86,6 +95,22 @@ class _Canvas:
         unknown: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=unknown)
         return Picture(title, caption, inline(buffer.getvalue(), name, title))
+
+
+def logarithmic(axes: Axes, *, horizontal: bool = False) -> None:
+    """Make an axis of what is drawn logarithmic, with few labels, plain numbers that keep apart."""
+    axis: Axis = axes.xaxis if horizontal else axes.yaxis
+    if horizontal:
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+    else:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+    wide = low > 0 and high / low > _WIDE
+    axis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(4))
+    axis.set_minor_locator(LogLocator(subs="all", numticks=50) if wide else NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def inline(svg: str, name: str, title: str) -> str:

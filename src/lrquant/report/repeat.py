@@ -9,12 +9,19 @@ from typing import Any
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 
-_NOT_OF_THE_RUN = ("resume", "overwrite", "preset")  # a preset's values are spelled out
+_NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out
+_ALWAYS = ("model", "scheme")
 
 
 def repeating_command(config: Config) -> str:
-    """`lrquant quantize …` with no more flags than it takes to resolve to the same settings."""
-    plain = dataclasses.replace(config, resume=None, overwrite=False, preset="default").resolved()
+    """`lrquant quantize …` with few flags that resolve to the same settings.
+
+    Its output goes beside the run's folder, to the same name with "-again".
+    """
+    beside = config.output_dir.rstrip("/") + "-again"
+    plain = dataclasses.replace(
+        config, resume=None, overwrite=False, log_dir=None, preset="default", output_dir=beside
+    ).resolved()
     defaults = Config()
     flags = {
         entry.name: getattr(plain, entry.name)
@@ -22,8 +29,10 @@ def repeating_command(config: Config) -> str:
         if getattr(plain, entry.name) != getattr(defaults, entry.name)
         and entry.name not in _NOT_OF_THE_RUN
     }
-    for name in sorted(flags, key=lambda name: name in ("model", "scheme", "lr_plus")):
-        fewer = {other: value for other, value in flags.items() if other != name}
+    flags = {"model": plain.model, "scheme": plain.scheme, **flags}
+    single = [(name,) for name in flags if name not in _ALWAYS and name != "lr_plus"]
+    for names in (("lwc", "let"), *single, ("lr_plus",)):
+        fewer = {name: value for name, value in flags.items() if name not in names}
         if _resolves_to(fewer, plain):
             flags = fewer
     parts = ["lrquant", "quantize"]

@@ -10,11 +10,12 @@ from matplotlib.colors import LogNorm
 
 from lrquant.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
 from lrquant.report.charts import diagnosed, short
-from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing
+from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
+from lrquant.report.sections import number
 from lrquant.workdir import RunFolder
 
 _ACTIVATION_PICTURES = 6
-_DECADES = 1e-4  # of the largest magnitude; smaller ones look alike
+_SMALLEST = 1e-6  # of the largest magnitude; smaller ones look alike
 _PANEL = 1.0
 
 
@@ -42,7 +43,8 @@ def _activations(
     tokens = figures["tokens"] // figures["samples"]
     channels = figures["picture_channels"][linear]
     largest = max(float(values.max()) for values in pair) or 1.0
-    norm = LogNorm(largest * _DECADES, largest, clip=True)
+    dim = min(float(numpy.quantile(values, 0.05)) for values in pair)
+    norm = LogNorm(max(dim, largest * _SMALLEST), largest, clip=True)
     with drawing(3, height=4.4, sharex=True, height_ratios=(1, 1, 0.8)) as canvas:
         *maps, below = canvas.axes
         for axis, values, when in zip(maps, pair, ("before", "after"), strict=True):
@@ -57,10 +59,10 @@ def _activations(
         edges = numpy.linspace(0, channels, pair[0].shape[1] + 1)
         for values, when, colour in zip(pair, ("before", "after"), (NEAREST, LEARNED), strict=True):
             below.stairs(values.max(0), edges, color=colour, label=when, linewidth=0.9)
-        below.set_yscale("log")
+        logarithmic(below)
         below.set_ylabel("largest")
         below.set_xlabel("channel")
-        below.legend(loc="upper right", ncols=2)
+        below.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=2)
         run = run_lengths(tokens, channels)
         cell = (
             "Nothing is down-sampled"
@@ -73,7 +75,7 @@ def _activations(
             f"Magnitudes of the first sample's input to {linear}, in the model as it is (before) "
             "and as the learned block hands it to the quantizer (after), on the same hidden "
             f"states. {cell}. Of all blocks, this one's channels differ most before: the largest "
-            f"is {spread:.3g} times the median one.",
+            f"is {number(spread)} times the median one.",
         )
 
 
@@ -104,7 +106,7 @@ def _weights(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> 
             share[share == 0] = numpy.nan
             centres = (edges[:-1] + edges[1:]) / 2
             axis.plot(centres, share, color=SERIES[index % len(SERIES)], label=short(linear), lw=1)
-        axis.set_yscale("log")
+        logarithmic(axis)
         axis.set_xlabel("weight / standard deviation of its linear")
         axis.set_ylabel("share")
         canvas.figure.legend(loc="outside upper left", ncols=4)
