@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
 from lrquant.scheme import Scheme
 from lrquant.version import __version__
@@ -56,8 +57,8 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any])
         "learned_blocks": len(records),
         "scheme": scheme.name,
         "scheme_in_words": scheme.describe(),
-        "method": results.get("method"),
-        "method_name": results.get("method_name", "LRQuant"),
+        "method": results.get("method", describe_method(config)),
+        "method_name": results.get("method_name", method_name(config)),
         "calibration": identity["calibration"],
         "data": identity["data"],
         "statistics": identity["statistics"],

@@ -21,7 +21,6 @@ from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
     MaxNLocator,
-    NullFormatter,
     NullLocator,
 )
 
@@ -91,6 +90,8 @@ class _Canvas:
 
     def picture(self, name: str, title: str, caption: str) -> Picture:
         """The finished picture; `name`, of letters, is its own on the page."""
+        self.figure.draw_without_rendering()  # lays out once; saving would do it twice
+        self.figure.set_layout_engine("none")
         buffer = io.StringIO()
         unknown: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=unknown)
@@ -108,9 +109,8 @@ def logarithmic(axes: Axes, *, horizontal: bool = False) -> None:
         low, high = axes.get_ylim()
     wide = low > 0 and high / low > _WIDE
     axis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(4))
-    axis.set_minor_locator(LogLocator(subs="all", numticks=50) if wide else NullLocator())
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def inline(svg: str, name: str, title: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("Model", f"{run['model']} ({run['model_type']}, {blocks} blocks)"),
         ("Weights' SHA-256", run["weights"]),
         ("Scheme", run["scheme_in_words"]),
-        ("Method", run["method"] or run["method_name"]),
+        ("Method", run["method"]),
         ("Calibration", run["calibration"]),
         ("Data's SHA-256", run["data"]["sha256"]),
         ("Statistics' SHA-256", statistics),
@@ -60,8 +59,9 @@ def duration(seconds: float) -> str:
 
 
 def result_tables(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
-    """Perplexities, agreement, tasks; of several runs, each column or row says whose it is."""
-    tables = [_perplexities(runs, names), _agreements(runs, names), _tasks(runs, names)]
+    """Perplexities, agreement, tasks; of several runs, one row each, with its name."""
+    perplexities = [_perplexities(runs[0])] if len(runs) == 1 else _by_text(runs, names)
+    tables = [*perplexities, _agreements(runs, names), _tasks(runs, names)]
     return [table for table in tables if table.rows]
 
 
@@ -70,30 +70,41 @@ def _labels(contents: dict[str, Any], name: str, alone: bool) -> dict[str, str]:
     return labels if alone else {key: f"{name}: {label}" for key, label in labels.items()}
 
 
-def _perplexities(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    columns: dict[tuple[int, str], str] = {}
-    rows: dict[tuple[str, str], dict[tuple[int, str], float]] = {}
-    for index, (contents, name) in enumerate(zip(runs, names, strict=True)):
-        labels = _labels(contents, name, len(runs) == 1)
-        for key in labels:
-            for text, scores in contents["results"].get("perplexity", {}).items():
-                if scores.get(key) is not None:
-                    columns[index, key] = labels[key]
-                    row = text, scores.get("text", text)
-                    rows.setdefault(row, {})[index, key] = scores[key]
-    several = Counter(text for text, _ in rows)
-    notes = [f"{text}: {words}." for text, words in rows if several[text] == 1]
-    if any(key == "test_time_adapted" for _, key in columns):
-        notes.append(ADAPTED_NOTE)
+def _perplexities(contents: dict[str, Any]) -> Table:
+    measured = contents["results"].get("perplexity", {})
+    labels = _measured(_labels(contents, "", True), measured.values())
+    notes = [f"{text}: {scores['text']}." for text, scores in measured.items() if "text" in scores]
     return Table(
         "Perplexity",
-        ["text", *columns.values()],
-        [
-            [text if several[text] == 1 else words, *(number(row.get(key)) for key in columns)]
-            for (text, words), row in rows.items()
-        ],
-        " ".join(notes),
+        ["text", *labels.values()],
+        [[text, *(number(scores.get(key)) for key in labels)] for text, scores in measured.items()],
+        " ".join([*notes, *_adapted_note(labels)]),
     )
+
+
+def _by_text(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
+    """One table a text; each row says over which windows of it."""
+    texts = dict.fromkeys(text for each in runs for text in each["results"].get("perplexity", {}))
+    tables = []
+    for text in texts:
+        scores = [each["results"].get("perplexity", {}).get(text, {}) for each in runs]
+        labels = _measured({**COLUMNS, "quantized": "learned"}, scores)
+        rows = [
+            [name, *(number(each.get(key)) for key in labels), each.get("text", "not measured")]
+            for name, each in zip(names, scores, strict=True)
+        ]
+        head = ["run", *labels.values(), "windows"]
+        tables.append(Table(f"Perplexity on {text}", head, rows, " ".join(_adapted_note(labels))))
+    return tables
+
+
+def _measured(labels: dict[str, str], scores: Iterable[dict[str, Any]]) -> dict[str, str]:
+    found = {key for each in scores for key, value in each.items() if value is not None}
+    return {key: label for key, label in labels.items() if key in found}
+
+
+def _adapted_note(labels: dict[str, str]) -> list[str]:
+    return [ADAPTED_NOTE] if "test_time_adapted" in labels else []
 
 
 def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
@@ -276,7 +287,7 @@ def figure(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A ratio as per cent, three digits."""
-    return "" if value is None else f"{100 * value:.3g} %"
+    return "" if value is None else f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
 
 
 def decibels(value: float | None) -> str:

@@ -55,6 +55,7 @@ def _activations(
             axis.set_ylabel("token")
         bar = canvas.figure.colorbar(shown, ax=maps, pad=0.02)
         bar.set_label("magnitude")
+        bar.minorticks_off()
         bar.outline.set_visible(False)
         edges = numpy.linspace(0, channels, pair[0].shape[1] + 1)
         for values, when, colour in zip(pair, ("before", "after"), (NEAREST, LEARNED), strict=True):
