@@ -20,6 +20,7 @@ from lrquant.pipeline import evaluate
 from lrquant.presets import with_preset
 from lrquant.report.contents import QUANTILES, quantiles, run_contents
 from lrquant.report.repeat import repeating_command
+from lrquant.report.sections import result_tables
 from lrquant.report.writing import run_names, write_comparison, write_report
 from lrquant.workdir import RunFolder
 
@@ -141,7 +142,23 @@ def test_tasks_with_their_standard_errors(copied):
     write_report(folder)
     for name in ("report.md", "report.html"):
         text = (copied / name).read_text()
-        assert "0.6250 ± 0.0125" in text and "acc_stderr" not in text
+        assert "0.6250 ± 0.0125" in text and "stderr" not in text
+
+
+def test_tasks_of_several_models_and_their_means():
+    score = {"acc,none": 0.5, "acc_stderr,none": 0.25, "sample_len": 4}
+    change = {"full_precision": {"acc,none": {"difference": -0.125, "stderr": 0.0625}}}
+    results = {
+        "tasks": {"piqa": {"data": "x", "quantized": score, "differences": change}},
+        "task_means": {"published": {"acc": {"quantized": {"mean": 0.75, "stderr": None}}}},
+    }
+    run = {"run": {"method_name": "LRQuant"}, "results": results}
+    (table,) = result_tables([run], [""])
+    assert table.rows == [
+        ["piqa, LRQuant", "acc", "0.5000 ± 0.2500"],
+        ["piqa, differences, full precision, acc,none", "difference", "-0.1250 ± 0.0625"],
+        ["published, acc, LRQuant", "mean", "0.7500"],
+    ]
 
 
 # That it is safe and whole

@@ -130,12 +130,14 @@ def _tasks(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     """Each number that the harness gave, with its standard error."""
     rows = []
     for contents, name in zip(runs, names, strict=True):
-        for path, scores in _leaves(contents["results"].get("tasks", {})):
+        results = contents["results"]
+        measured = {**results.get("tasks", {}), **results.get("task_means", {})}
+        for path, scores in _leaves(measured):
             for metric, value in scores.items():
                 kind, _, selected = metric.partition(",")
-                if kind.endswith("_stderr") or not isinstance(value, float):
+                if kind.endswith("stderr") or not isinstance(value, float):
                     continue
-                error = scores.get(f"{kind}_stderr,{selected}")
+                error = scores.get(f"{kind}_stderr,{selected}", scores.get("stderr"))
                 text = figure(value)
                 text += f" ± {figure(error)}" if isinstance(error, float) else ""
                 whose = [] if len(runs) == 1 else [name]
