@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PretrainedConfig
 
+from lrquant.attention import attention_name
 from lrquant.errors import LRQuantError
 from lrquant.model import Model
 from lrquant.numerics.affine import fake_quantize_tokens
@@ -168,7 +167,7 @@ class BlockRunner:
             self._handles.append(norm.register_forward_hook(partial(self._after_norm, name)))
         self._handles.append(self.block.register_forward_hook(self._after_block))
         self._attention_before = self.config._attn_implementation
-        self.config._attn_implementation = _attention_name(self.scheme, self.dtype)
+        self.config._attn_implementation = attention_name(self.scheme, self.dtype)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -221,36 +220,6 @@ class BlockRunner:
 
     def _after_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._last = None
-
-
-def _attention_name(scheme: Scheme, dtype: torch.dtype) -> str:
-    """Register (once) and name the attention function that quantises Q, K and V."""
-    bits, symmetric = scheme.attention_bits, scheme.activation_symmetric
-    name = f"lrquant_{bits}{'s' if symmetric else 'a'}_{str(dtype).removeprefix('torch.')}"
-    AttentionInterface.register(name, partial(_attention, bits, symmetric, dtype))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    return name
-
-
-def _attention(
-    bits: int,
-    symmetric: bool,
-    dtype: torch.dtype,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    """Scaled dot-product attention on quantised Q, K, V (batch, heads, tokens, head_dim)."""
-    if bits == FLOAT_BITS:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    else:
-        query, key, value = (
-            fake_quantize_tokens(states, bits, symmetric, dtype) for states in (query, key, value)
-        )
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
 
 
 class Head:

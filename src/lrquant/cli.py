@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 import typing
@@ -27,7 +28,7 @@ _EVALUATE_SETTINGS = (
     *("tasks", "num_fewshot", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
 )
-_EXPORT_SETTINGS = ("format", "model", "device")
+_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--published-statistics", action="store_true", help=argparse.SUPPRESS)
     _add_settings(quantize, [entry.name for entry in dataclasses.fields(Config)])
 
+    check = _command(commands, "check", "say before a run whether it will work", _check)
+    check.add_argument("--config", type=Path, help="YAML with any of these settings")
+    check.add_argument("--json", action="store_true", help="findings and estimates as JSON")
+    _add_settings(check, [entry.name for entry in dataclasses.fields(Config)])
+
     stats = _command(commands, "stats", "gather activation statistics of a model", _stats)
     _add_settings(stats, _STATISTICS_SETTINGS)
     stats.add_argument("--num-samples", dest="nsamples", default=None, help=argparse.SUPPRESS)
@@ -96,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", "write a finished run as a checkpoint", _export)
     export.add_argument("run", help="run folder")
-    export.add_argument("target", help="folder to make")
+    export.add_argument("folder", help="folder to make")
     _add_settings(export, _EXPORT_SETTINGS)
 
     report = _command(commands, "report", "write a run's report.html, .md and .json anew", _report)
@@ -169,6 +175,16 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
     from lrquant.pipeline import run
     from lrquant.progress import BarProgress
 
+    settings = _settings_of_a_run(options)
+    if options.published_statistics:
+        settings = _with_published_statistics(settings)
+    done = run(settings, progress=BarProgress(console))
+    _print_results(done.results)
+    print(f"run folder: {done.config.output_dir}")
+
+
+def _settings_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
+    """What was typed over what the file of settings says, and where a run is resumed."""
     names = [entry.name for entry in dataclasses.fields(Config)]
     origin = str(options.config)
     from_file = typed_settings(read_yaml(options.config), origin) if options.config else {}
@@ -177,11 +193,22 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         settings["resume"] = settings.get("output_dir", Config.output_dir)
     elif settings.get("resume") and "output_dir" not in settings:
         settings["output_dir"] = settings["resume"]
-    if options.published_statistics:
-        settings = _with_published_statistics(settings)
-    done = run(settings, progress=BarProgress(console))
-    _print_results(done.results)
-    print(f"run folder: {done.config.output_dir}")
+    return settings
+
+
+def _check(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.preflight.checks import preflight
+    from lrquant.report.preflight import preflight_text, preflight_values
+
+    logging.getLogger("lrquant").setLevel(logging.ERROR)  # what is left out is a finding
+    done = preflight(_settings_of_a_run(options))
+    if options.json:
+        print(json.dumps(preflight_values(done), indent=1))
+    else:
+        print(preflight_text(done))
+    if done.failed:
+        what = ", ".join(dict.fromkeys(finding.what for finding in done.failed))
+        raise LRQuantError(f"check: {len(done.failed)} of {len(done.findings)} failed: {what}")
 
 
 def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
@@ -218,8 +245,8 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     from lrquant.progress import BarProgress
 
     settings = _settings(options, _EXPORT_SETTINGS)
-    export(options.run, options.target, progress=BarProgress(console), **settings)
-    print(f"checkpoint: {options.target}")
+    export(options.run, options.folder, progress=BarProgress(console), **settings)
+    print(f"checkpoint: {options.folder}")
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:

@@ -18,6 +18,7 @@ from lrquant.presets import PRESETS
 from lrquant.scheme import Scheme
 from lrquant.sites import KINDS
 
+TARGETS = ("vllm", "transformers", "native")
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
 
 
@@ -119,7 +120,18 @@ class Config:
     )
     save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
     format: str | None = _setting(
-        None, "format of --save-dir: compressed-tensors (default), dequantized"
+        None, "format of --save-dir: compressed-tensors (default), awq, dequantized"
+    )
+    target: str | None = _setting(
+        None,
+        "runtime that must be able to load the result: what it can't hold is refused before "
+        "learning, and --format is chosen for it",
+        TARGETS,
+    )
+    save_dtype: str | None = _setting(
+        None,
+        "dtype of a checkpoint's scales and unquantised tensors (default: the model's own)",
+        ("bfloat16", "float16", "float32"),
     )
     resume: str | None = _setting(None, "go on with this run folder")
     overwrite: bool = _setting(False, "replace the run that --output_dir holds")

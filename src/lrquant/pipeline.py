@@ -30,10 +30,10 @@ from lrquant.evaluation.measures import (
     preparer,
 )
 from lrquant.export import choose_format
-from lrquant.export.checkpoint import check_target, save_checkpoint
+from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
 from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
-from lrquant.learn.view import BlockView, Method
+from lrquant.learn.view import BlockView
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.presets import with_preset
@@ -45,6 +45,7 @@ from lrquant.tensorboard import with_tensorboard
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
+    block_shapes,
     make_workbench,
     method_of,
     peak_memory,
@@ -124,21 +125,16 @@ def _run(
     progress: Progress,
     earlier: MemoryHandler,
 ) -> Run:
-    settings = typed_settings(settings, "settings")
-    require_one_scheme(settings)
-    measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
-    if measure_only:
-        settings = _settings_of_finished_run(settings)
-    settings = with_preset(settings)
-    config = Config(**settings).resolved()
+    config, measure_only = resolve_settings(settings)
     progress = with_tensorboard(progress, config.log_dir)
     logger.info("scheme %s", config.quantization.describe())
     logger.info("method %s", describe_method(config))
     model = model or load_model(config.model, _path(config.cache_dir))
-    _check_groups(model, config.quantization)
+    check_groups(model, config.quantization)
     if config.save_dir is not None:
         check_target(model, config, Path(config.save_dir))
-        choose_format(config)
+    if config.save_dir is not None or (config.target and not measure_only):
+        check_format(model, config, choose_format(config))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -149,9 +145,9 @@ def _run(
         folder.require_same({"model": model.fingerprint()})
         output.mkdir(parents=True, exist_ok=True)
     else:
-        calibration = _calibration(config, model, samples)
+        calibration = calibration_of(config, model, samples)
         logger.info("calibration %s", calibration.description)
-        statistics = _given_statistics(config)
+        statistics = given_statistics(config)
         identity = describe_run(config, model, workbench, calibration)
         folder = RunFolder.start(output, config, identity, _path(config.resume))
         with folder.logging(logger, earlier):
@@ -167,10 +163,20 @@ def _run(
     if config.save_dir is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
     progress.close()
-    learned_or_measured = not measure_only or _asks_for_measures(settings)
+    learned_or_measured = not measure_only or bool(config.perplexity_sets or config.tasks)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
+
+
+def resolve_settings(settings: dict[str, Any]) -> tuple[Config, bool]:
+    """The run that `settings` ask for, and whether a finished one is only measured."""
+    settings = typed_settings(settings, "settings")
+    require_one_scheme(settings)
+    measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
+    if measure_only:
+        settings = _settings_of_finished_run(settings)
+    return Config(**with_preset(settings)).resolved(), measure_only
 
 
 def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
@@ -178,7 +184,7 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     progress = progress or Progress()
     model = load_model(config.model, _path(config.cache_dir))
     workbench = make_workbench(model, config)
-    calibration = _calibration(config, model, None)
+    calibration = calibration_of(config, model, None)
     logger.info("calibration %s", calibration.description)
     entry = BlockInputs(model, calibration.ids, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)
@@ -220,9 +226,9 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     return results
 
 
-def export(target: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
+def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
-    given = {**settings, "resume": target, "epochs": 0, "save_dir": save_dir}
+    given = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
     return run({**given, **_NO_MEASURES}, progress=progress)
 
 
@@ -334,16 +340,15 @@ def _kept_log() -> Iterator[MemoryHandler]:
         logger.setLevel(level)
 
 
-def _check_groups(model: Model, scheme: Scheme) -> None:
+def check_groups(model: Model, scheme: Scheme) -> None:
     """Refuse a group size that does not divide before any weight is read."""
-    parameters = dict(model.blocks[0].named_parameters())
-    stored = {f"{name}.weight": parameters[f"{name}.weight"].data for name in model.linears}
-    view = BlockView(stored, model.linears, (), scheme, Method(), torch.float32)
+    view = block_shapes(model, scheme)
     for linear in model.linears:
         view.group_size(linear)
 
 
-def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
+def calibration_of(config: Config, model: Model, ids: Tensor | None) -> Samples:
+    """The samples to learn on: `ids` (samples, tokens), or those that the settings name."""
     if ids is not None:
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise LRQuantError(
@@ -366,7 +371,8 @@ def _calibration(config: Config, model: Model, ids: Tensor | None) -> Samples:
     )
 
 
-def _given_statistics(config: Config) -> ChannelStatistics | None:
+def given_statistics(config: Config) -> ChannelStatistics | None:
+    """The statistics files that the settings name, or None."""
     if config.act_scales is None:
         return None
     statistics = load_statistics(Path(config.act_scales), _path(config.act_shifts))
@@ -381,6 +387,7 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     own = RunFolder.open(Path(given["resume"])).config
     chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
     places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
+    places |= {"target": None} if given.get("format") else {}
     replaced = _NO_MEASURES if _asks_for_measures(given) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
 
@@ -397,6 +404,7 @@ _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "tasks", "num_fewshot", "limit"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("report", "log_dir"),
+    *("target", "save_dtype"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
 

@@ -55,12 +55,14 @@ class Workbench:
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:
         """`count` empty streams for the samples of `entry`, where they fit."""
         elements = entry.shape[0] * entry.shape[1] * entry.shape[2]
-        needed = count * elements * torch.empty((), dtype=self.dtype).element_size()
-        place = self.offload if self.offload != "auto" else self._roomiest(needed)
+        place = self.place(count * elements * self.dtype.itemsize)
         folder = self.scratch if self.scratch is not None and self.scratch.is_dir() else None
         return [Stream(entry.shape, self.dtype, self.device, place, folder) for _ in range(count)]
 
-    def _roomiest(self, needed: int) -> str:
+    def place(self, needed: int) -> str:
+        """Where `needed` bytes of hidden states live: "device", "host" or "disk"."""
+        if self.offload != "auto":
+            return self.offload
         if self.device.type == "cuda" and needed < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
             return "device"
         return "host" if needed < 0.7 * psutil.virtual_memory().available else "disk"
@@ -85,7 +87,15 @@ def method_of(config: Config) -> Method:
         rotate_rank=config.rotate_rank,
         rotation_sharing=config.rotation_sharing or "site",
         lwc_init=config.lwc_init,
+        save_dtype=config.save_dtype,
     )
+
+
+def block_shapes(model: Model, scheme: Scheme) -> BlockView:
+    """Block 0 under a scheme with nothing learned, on the meta device: shapes without weights."""
+    stored = {name: tensor.data for name, tensor in model.blocks[0].state_dict().items()}
+    sites = model.architecture.sites(model.skeleton.config)
+    return BlockView(stored, model.linears, sites, scheme, Method(), torch.float32)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -95,12 +95,7 @@ class RunFolder:
             source.require_same(identity)
             if resume.resolve() == path.resolve():
                 return source
-        learned = cls(path).finished_blocks()
-        if learned and not config.overwrite:
-            raise LRQuantError(
-                f"run folder {path}: holds a run of {learned} learned blocks; go on with --resume, "
-                "replace it with --overwrite, or use another --output_dir"
-            )
+        cls(path).require_replaceable(config)
         folder = cls.create(path, config, identity)
         if resume is None:
             return folder
@@ -119,6 +114,15 @@ class RunFolder:
                 f"run folder {path}: format {version}, this version reads format {FORMAT}"
             )
         return folder
+
+    def require_replaceable(self, config: Config) -> None:
+        """Refuse to replace learned blocks, unless the settings say `overwrite`."""
+        learned = self.finished_blocks()
+        if learned and not config.overwrite:
+            raise LRQuantError(
+                f"run folder {self.path}: holds a run of {learned} learned blocks; go on with "
+                "--resume, replace it with --overwrite, or use another --output_dir"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_it_is_really_small(learn, make_model, tmp_path):
         ("W16A8", {"lwc": False}, "use --format dequantized"),
         ("W4A16", {"rotate_rank": 2}, "learn with --rotation_sharing site"),
         ("W4A16", {"rotation_sharing": "linear"}, "learn with --rotation_sharing site"),
-        ("W4A16", {"format": "gguf"}, "use one of compressed-tensors, dequantized"),
+        ("W4A16", {"format": "gguf"}, "use one of awq, compressed-tensors, dequantized, lrquant"),
     ],
 )
 def test_what_it_cannot_hold_is_refused_before_learning(learn, tmp_path, scheme, settings, said):

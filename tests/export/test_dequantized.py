@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrquant import LRQuantError, quantize
 from lrquant.config import Config
 from lrquant.export import checkpoint, choose_format
-from lrquant.export.checkpoint import INDEX, MADE_BY, check_target, save_checkpoint
+from lrquant.export.checkpoint import INDEX, check_format, save_checkpoint
+from lrquant.export.manifest import SETTINGS
 from lrquant.model import from_module, load_model
 
 
@@ -104,7 +105,7 @@ def test_the_checkpoint_keeps_tokenizer_dtype_and_settings(
     settings |= {"format": "dequantized"}
     run = quantize(folder, "W4A16", **settings)
     target = tmp_path / "deep" / "saved"
-    assert Config.from_yaml(target / MADE_BY) == run.config
+    assert Config.from_yaml(target / SETTINGS) == run.config
     assert (
         AutoTokenizer.from_pretrained(target)("any text").input_ids
         == run.workbench.model.tokenizer("any text").input_ids
@@ -121,7 +122,7 @@ def test_a_checkpoint_replaces_an_older_one_of_ours_only(learn, tmp_path, monkey
     learn("llama", "W4A16", save_dir=str(saved))
     (saved / "model-0009.safetensors").write_text("of an older, deeper model")
     learn("llama", "W3A16", save_dir=str(saved))
-    assert Config.from_yaml(saved / MADE_BY).scheme == "W3A16"
+    assert Config.from_yaml(saved / SETTINGS).scheme == "W3A16"
     assert not (saved / "model-0009.safetensors").exists()
     for name in ("home", "file"):
         path = tmp_path / name
@@ -178,7 +179,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(learn, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(LRQuantError, match="No space left"):
         learn("llama", "W3A16", save_dir=str(tmp_path / "saved"))
-    assert Config.from_yaml(tmp_path / "saved" / MADE_BY).scheme == "W4A16"
+    assert Config.from_yaml(tmp_path / "saved" / SETTINGS).scheme == "W4A16"
 
 
 def test_a_damaged_run_leaves_no_folder(learn, tmp_path):
@@ -213,4 +214,4 @@ def test_shifts_everywhere_are_saved_where_every_module_has_a_bias(
         logits(loaded(tmp_path / "saved"), ids), learned, rtol=1e-4, atol=1e-4
     )
     config = Config(let=True, let_shift="always", let_sites=("query_key",), output_dir="x")
-    check_target(from_module(make_model("llama")), config, tmp_path / "new")
+    check_format(from_module(make_model("llama")), config, choose_format(run.config))

@@ -14,10 +14,24 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.export.targets import chosen_for_target, mended
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
 
 DEFAULT = "compressed-tensors"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a runtime takes a scheme in a format: not at all (`refusal`), or with `notes`.
+
+    `multiple` must divide in and out of every linear for the runtime's kernels `where` it says.
+    """
+
+    refusal: str | None = None
+    notes: tuple[str, ...] = ()
+    multiple: int = 1
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,13 +41,23 @@ class Format:
     `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
     block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
-    names of the linears outside the blocks, which stay as they are.
+    names of the linears outside the blocks, which stay as they are, and of a block's tensors.
+    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds.
+    `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
+    or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
+    biases and shifts that the architecture lacks.
     """
 
     name: str
     refusal: Callable[[Config], str | None]
     tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
-    quantization_config: Callable[[Scheme, list[str]], dict[str, Any] | None]
+    quantization_config: Callable[[Scheme, list[str], list[str]], dict[str, Any] | None]
+    loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
+        "this format does not say which runtimes load it"
+    )
+    shape_refusal: Callable[[int, int], str | None] = lambda rows, columns: None
+    dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
+    shifts: bool = False
 
 
 @cache
@@ -50,8 +74,13 @@ def formats() -> dict[str, Format]:
 
 
 def choose_format(config: Config) -> Format:
-    """The format that the settings name, or the default, if it holds what they learn."""
+    """The format that the settings name, or the first that holds what they learn.
+
+    With a `target` that is one which the target loads, `DEFAULT` before others; without, `DEFAULT`.
+    """
     known = formats()
+    if config.target is not None and config.format is None:
+        return chosen_for_target(config, known, DEFAULT)
     name = config.format or DEFAULT
     if name not in known:
         raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
@@ -59,4 +88,19 @@ def choose_format(config: Config) -> Format:
     if reason is not None:
         other = "" if config.format else "; or --format dequantized"
         raise LRQuantError(f"--format {name}: {reason}{other}")
+    if config.target is not None:
+        reason = known[name].loading(config.quantization, config.target).refusal
+        if reason is not None:
+            mend = mended(config, [known[name]]) or "leave --format or --target out"
+            raise LRQuantError(f"--format {name} with --target {config.target}: {reason}; {mend}")
     return known[name]
+
+
+def factor_refusal(config: Config) -> str | None:
+    """Why a format whose linears are codes, scales and biases alone can't hold a run, or None."""
+    if config.rotation and config.rotation_sharing in ("weight", "linear"):
+        return (
+            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
+            "--rotation_sharing site"
+        )
+    return None

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format
+from lrquant.export.card import model_card
+from lrquant.export.manifest import SETTINGS, write_manifest
+from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
-from lrquant.workdir import RunFolder
+from lrquant.workdir import RunFolder, read_json
 
 INDEX = "model.safetensors.index.json"
-MADE_BY = "lrquant.yaml"
 
 
 def check_target(model: Model, config: Config, target: Path) -> None:
@@ -28,16 +31,26 @@ def check_target(model: Model, config: Config, target: Path) -> None:
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
     if target.exists() and not target.is_dir():
         raise LRQuantError(f"--save_dir {target}: a file; use another folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MADE_BY).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / SETTINGS).is_file():
         raise LRQuantError(
             f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
             "deleted; use a new folder"
         )
-    if config.let and config.let_shift == "always":
-        _refuse_missing_biases(model, config)
 
 
-def _refuse_missing_biases(model: Model, config: Config) -> None:
+def check_format(model: Model, config: Config, form: Format) -> None:
+    """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
+    parameters = dict(model.blocks[0].named_parameters())
+    for linear in model.linears:
+        rows, columns = parameters[f"{linear}.weight"].shape
+        reason = form.shape_refusal(rows, columns)
+        if reason is not None:
+            raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
+    if config.let and config.let_shift == "always" and not form.shifts:
+        _refuse_missing_biases(model, config, form)
+
+
+def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
     sites = model.architecture.sites(model.skeleton.config)
     modules = {
@@ -49,15 +62,20 @@ def _refuse_missing_biases(model: Model, config: Config) -> None:
     missing = sorted(module for module in modules if f"{module}.bias" not in present)
     if missing:
         raise LRQuantError(
-            f"--save_dir with --let_shift always: shifts need biases that this architecture lacks "
-            f"({', '.join(missing)}); learn with --let_shift auto"
+            f"--let_shift always with {form.name}: shifts need biases that this architecture lacks "
+            f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
         )
 
 
-def checkpoint_dtype(model: Model) -> torch.dtype:
-    """The dtype of a checkpoint's floating-point tensors: that of the model's own weights."""
-    first = next(name for name in model.skeleton.state_dict())
-    return model.source.tensor(first).dtype
+def model_dtype(model: Model) -> torch.dtype:
+    """The dtype of the model's own weights."""
+    return model.source.tensor(next(iter(model.skeleton.state_dict()))).dtype
+
+
+def checkpoint_dtype(model: Model, config: Config, form: Format) -> torch.dtype:
+    """That of a checkpoint's floating-point tensors: what is asked for, or the model's own."""
+    asked = config.save_dtype
+    return form.dtype(getattr(torch, asked) if asked else model_dtype(model))
 
 
 @torch.no_grad()
@@ -67,14 +85,17 @@ def save_checkpoint(
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
     check_target(model, config, target)
+    check_format(model, config, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_tensors(workbench, config, folder, temporary, form)
-        _write_config(model, config, temporary, form)
-        _copy_along(model, config, temporary)
+        names = _write_tensors(workbench, config, folder, temporary, form)
+        write_small_files(model, config, temporary, form, names)
+        facts = _facts(model, config, folder, form)
+        (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
+        write_manifest(temporary, facts)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
@@ -86,18 +107,40 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
+    """What a checkpoint says of itself; nothing that differs between two exports of a run."""
+    path = Path(config.output_dir) / "results.json"
+    results = read_json(path) if path.is_file() else {}
+    return {
+        "format": form.name,
+        "scheme": config.quantization.describe(),
+        "base_model": config.net_name,
+        "method": describe_method(config),
+        "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
+        "precision": folder.identity["precision"],
+        "results": {key: results[key] for key in _RESULTS if key in results},
+        "extra_tensors": sorted(model.source.extra_names()),
+    }
+
+
+_RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "tasks")
+
+
 def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
-) -> None:
+) -> list[str]:
+    """Write all shards and their index; returns the names of a block's tensors."""
     model = workbench.model
-    dtype = checkpoint_dtype(model)
+    dtype = checkpoint_dtype(model, config, form)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     if model.skeleton.config.tie_word_embeddings:
         outer.pop("lm_head.weight", None)
-    outer |= {name: model.source.tensor(name) for name in model.source.extra_names()}
-    outer = {name: tensor.to(dtype) for name, tensor in outer.items()}
+    extra = model.source.extra_names()
+    outer |= {name: model.source.tensor(name) for name in extra}
+    outer = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
     shards = {"model-outer.safetensors": outer}
     weight_map: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     size = 0
     for index in range(-1, len(model.blocks)):
         if index >= 0:
@@ -105,18 +148,39 @@ def _write_tensors(
             prefix = model.block_name(index) + "."
             tensors = form.tensors(frozen, config.quantization, dtype)
             shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
-        for name, tensors in shards.items():
-            whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        for name, shard in shards.items():
+            whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
+            _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
             save_file(whole, place / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(whole, name))
             size += sum(tensor.nbytes for tensor in whole.values())
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+    return sorted(tensors)
 
 
-def _write_config(model: Model, config: Config, place: Path, form: Format) -> None:
+def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LRQuantError(
+                f"--format {form.name}: {name} has values that are not finite, or too large for "
+                f"{dtype_name(tensor.dtype)}; use --format dequantized, or learn again"
+            )
+
+
+def write_small_files(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
+    """Write all of a checkpoint but its tensors and index; `names` are those of a block's."""
+    _write_config(model, config, place, form, names)
+    _copy_along(model, config, place)
+
+
+def _write_config(
+    model: Model, config: Config, place: Path, form: Format, names: list[str]
+) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = checkpoint_dtype(model)
+    saved.dtype = checkpoint_dtype(model, config, form)
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
     outside = [
@@ -124,7 +188,7 @@ def _write_config(model: Model, config: Config, place: Path, form: Format) -> No
         for name, module in model.skeleton.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(model.architecture.blocks + ".")
     ]
-    quantization = form.quantization_config(config.quantization, outside)
+    quantization = form.quantization_config(config.quantization, outside, names)
     if quantization is not None:
         path = place / "config.json"
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -138,4 +202,4 @@ def _copy_along(model: Model, config: Config, place: Path) -> None:
     generation = (model.folder or Path()) / "generation_config.json"
     if model.folder is not None and generation.is_file():
         shutil.copyfile(generation, place / generation.name)
-    (place / MADE_BY).write_text(config.to_yaml(), encoding="utf-8")
+    (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")

@@ -6,6 +6,7 @@ dynamic, one scale a token.  Codes are packed by the library itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from lrquant.config import Config
-from lrquant.export import Format
+from lrquant.export import Format, Loading, factor_refusal
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
+from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
 
 
@@ -28,11 +30,9 @@ def _refusal(config: Config) -> str | None:
     scheme = config.quantization
     if scheme.weight_bits == FLOAT_BITS:
         return "weights of 16 bits are not packed; use --format dequantized"
-    if config.rotation and config.rotation_sharing in ("weight", "linear"):
-        return (
-            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
-            "--rotation_sharing site"
-        )
+    reason = factor_refusal(config)
+    if reason is not None:
+        return reason
     wanted = _nearest(scheme)
     if wanted != scheme:
         symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
@@ -45,10 +45,41 @@ def _refusal(config: Config) -> str | None:
 
 def _nearest(scheme: Scheme) -> Scheme:
     if scheme.activation_bits == FLOAT_BITS:
-        return Scheme(scheme.weight_bits, FLOAT_BITS, scheme.group_size, scheme.symmetric)
+        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS)
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
     return Scheme(weights, bits, None if weights == 8 else scheme.group_size, True, True, 16)
+
+
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "native":
+        return Loading("made for other runtimes; use --target vllm or transformers")
+    if target == "vllm":
+        return _in_vllm(scheme)
+    if scheme.activation_bits != FLOAT_BITS:
+        return Loading(notes=("transformers emulates quantised activations: no speed-up",))
+    return Loading(notes=("transformers decodes the weights at the first forward: no speed-up",))
+
+
+def _in_vllm(scheme: Scheme) -> Loading:
+    """What vLLM 0.32 loads; its CPU build has kernels for W4A16 and W8A8 alone."""
+    bits, group = scheme.weight_bits, scheme.group_size
+    if scheme.activation_bits != FLOAT_BITS:
+        if bits == scheme.activation_bits == 8:
+            return Loading()
+        return Loading(notes=("a recent vLLM on CUDA only, compute capability 7.5 or higher",))
+    if group is not None and group < 32:
+        return Loading(f"vLLM has no kernel for groups of {group}, of 32 columns or more only")
+    if bits == 4:
+        return Loading(multiple=32, where="vLLM's CPU build")
+    if bits == 8:
+        return Loading(notes=("vLLM on CUDA only: its CPU build has no W8A16 kernel",))
+    if bits == 7 or not scheme.symmetric:
+        return Loading(
+            f"vLLM has no kernel for {bits}-bit weights"
+            f"{'' if scheme.symmetric else ' with zero points'}"
+        )
+    return Loading(notes=(f"a recent vLLM on CUDA only for {bits}-bit weights",))
 
 
 def _layout(scheme: Scheme) -> str:
@@ -57,7 +88,7 @@ def _layout(scheme: Scheme) -> str:
     return "int-quantized" if eight else "pack-quantized"
 
 
-def _quantization_config(scheme: Scheme, outside: list[str]) -> dict[str, Any]:
+def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
     layout = _layout(scheme)
     activations = None
     if scheme.activation_bits != FLOAT_BITS:
@@ -97,25 +128,31 @@ def _without_nothing(value: Any) -> Any:
 def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
     for name, linear in frozen.linears.items():
-        parts = _packed(linear, _layout(scheme), dtype)
+        parts = packed_linear(linear, _layout(scheme), dtype)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return tensors
 
 
-def _packed(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_linear(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """One linear under the library's names; its codes are signed: code and zero - 2^(b-1)."""
-    offset = 0 if linear.symmetric else 1 << (linear.bits - 1)
-    codes = (linear.codes.to(torch.int16) - offset).to(torch.int8)
+    codes = centred(linear.codes.to(torch.int16), linear.bits, linear.symmetric)
     packed = {"weight_scale": linear.scale.to(dtype)}
     if linear.bias is not None:
         packed["bias"] = linear.bias.to(dtype)
     if layout == "int-quantized":
         return packed | {"weight": codes}
-    packed["weight_packed"] = pack_to_int32(codes, linear.bits)
-    packed["weight_shape"] = torch.tensor(codes.shape)
-    if not linear.symmetric:
-        zero_points = (linear.zero_point - offset).to(torch.int8)
-        packed["weight_zero_point"] = pack_to_int32(zero_points, linear.bits, packed_dim=0)
+    zero_points = None if linear.symmetric else centred(linear.zero_point, linear.bits, False)
+    return packed | packed_weight(codes, zero_points, linear.bits)
+
+
+def packed_weight(codes: Tensor, zero_points: Tensor | None, bits: int) -> dict[str, Tensor]:
+    """Signed codes (out, in) and zero points (out, groups), int8, in 32-bit words."""
+    packed = {
+        "weight_packed": pack_to_int32(codes, bits),
+        "weight_shape": torch.tensor(codes.shape),
+    }
+    if zero_points is not None:
+        packed["weight_zero_point"] = pack_to_int32(zero_points, bits, packed_dim=0)
     return packed
 
 
@@ -124,4 +161,5 @@ FORMAT = Format(
     refusal=_refusal,
     tensors=_tensors,
     quantization_config=_quantization_config,
+    loading=_loading,
 )

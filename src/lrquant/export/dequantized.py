@@ -9,18 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrquant.export import Format
+from lrquant.export import Format, Loading
 from lrquant.learn.frozen import FrozenBlock
-from lrquant.scheme import Scheme
+from lrquant.scheme import FLOAT_BITS, Scheme
 
 
 def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in frozen.dense().items()}
 
 
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "native":
+        return Loading("dense weights need no runtime of this package; use --target transformers")
+    if not (scheme.activation_bits == scheme.attention_bits == FLOAT_BITS):
+        return Loading(
+            "dense weights bring no quantizers of activations, Q, K and V along, so they would not "
+            "compute what is learned"
+        )
+    return Loading(notes=("dense weights take the space and time of the original model",))
+
+
 FORMAT = Format(
     name="dequantized",
     refusal=lambda config: None,
     tensors=_tensors,
-    quantization_config=lambda scheme, outside: None,
+    quantization_config=lambda scheme, outside, names: None,
+    loading=_loading,
 )

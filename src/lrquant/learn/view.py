@@ -49,6 +49,7 @@ class Method:
     rotate_rank: int = 1
     rotation_sharing: str = "site"
     lwc_init: float | None = None
+    save_dtype: str | None = None
 
 
 class BlockView:
@@ -254,8 +255,9 @@ class BlockView:
         return factors
 
     def _scale_dtype(self, linear: str) -> torch.dtype:
-        """Scales are rounded as a checkpoint in the model's own dtype will store them."""
-        dtype = self.stored[f"{linear}.weight"].dtype
+        """Scales are rounded as the checkpoint will store them."""
+        named = self.method.save_dtype
+        dtype = getattr(torch, named) if named else self.stored[f"{linear}.weight"].dtype
         return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
     def _quantizer(self, linear: str, factors: Factors) -> _Quantizer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
+from lrquant.export.manifest import MANIFEST, read_manifest
+from lrquant.export.verification import verify
 from lrquant.report.tables import results_table, table
 from lrquant.scheme import Scheme
 from lrquant.workdir import RunFolder, read_json
@@ -62,17 +64,33 @@ def _inspect_checkpoint(path: Path) -> str:
     weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
     method = (config.get("quantization_config") or {}).get("quant_method", "none (dense weights)")
     size = sum(file.stat().st_size for file in weights)
-    lines = [
+    head = [
         f"checkpoint {path}: {config.get('model_type')}, {len(weights)} files, {_size(size)}",
         f"quantization: {method}",
     ]
-    made_by = path / "lrquant.yaml"
-    if made_by.is_file():
-        from lrquant.config import Config
-
-        own = Config.from_yaml(made_by)
-        lines.append(f"learned as: {own.quantization.describe()}, from {own.model}")
-    return "\n".join(lines)
+    if not (path / MANIFEST).is_file():
+        return "\n".join([*head, f"not verified: no {MANIFEST}, so not a checkpoint of lrquant"])
+    facts, found = read_manifest(path), verify(path)
+    if found.problems:
+        more = f", and {len(found.problems) - 3} more" if len(found.problems) > 3 else ""
+        raise LRQuantError(
+            f"{path}: {len(found.problems)} things are wrong ({'; '.join(found.problems[:3])}{more}"
+            "); export the run again"
+        )
+    share = found.stored / found.as_bf16
+    lines = [
+        *head,
+        f"scheme: {facts['scheme']}",
+        f"learned as: {facts['method']}, from {facts['base_model']}",
+        f"calibration: {facts['calibration']['text']}",
+        f"bits per weight of the linears, scales and zero points counted: "
+        f"{found.bits_per_weight:.3f}",
+        f"tensors: {_size(found.stored)}, {share:.1%} of {_size(found.as_bf16)} in bfloat16",
+        f"verified: hashes of {len(facts['files'])} files; names, shapes, dtypes and values of all "
+        "tensors",
+    ]
+    text = results_table(facts["results"])
+    return "\n".join(lines + (["", text] if text else []))
 
 
 def _pairs(values: dict[str, object]) -> str:

@@ -1,0 +1,106 @@
+"""AWQ: 4-bit weights, by row or in groups of 32, 64 or 128, that vLLM and gptqmodel load.
+
+Scales are float16, whatever the model's dtype, and a float32 model is written in float16
+throughout, as its readers compute in half precision.  Scales learned in float16, and those learned
+in bfloat16 from 2^-17 up, keep every bit; those of a float32 model are rounded to 11 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import Tensor
+
+from lrquant.config import Config
+from lrquant.export import Format, Loading, factor_refusal
+from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
+from lrquant.scheme import FLOAT_BITS, Scheme
+
+BITS = 4
+GROUP_SIZES = (32, 64, 128)
+IN_A_WORD = 32 // BITS
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4 bits of a word hold
+
+
+def _refusal(config: Config) -> str | None:
+    """Why the format can't hold a run, with the nearest that it can."""
+    scheme = config.quantization
+    size = scheme.group_size
+    nearest = min(GROUP_SIZES, key=lambda known: abs(math.log2(known / size))) if size else None
+    wanted = Scheme(BITS, FLOAT_BITS, nearest, scheme.symmetric)
+    if wanted.name != scheme.name:
+        return (
+            f"{scheme.describe()}: the nearest that it holds is --scheme {wanted.name}, to be "
+            "asked for before learning"
+        )
+    return factor_refusal(config)
+
+
+def _shape_refusal(rows: int, columns: int) -> str | None:
+    """Why a weight (out, in) = (rows, columns) can't be packed."""
+    if rows % IN_A_WORD:
+        return f"{rows} output rows do not fill words of {IN_A_WORD}; use --format dequantized"
+    return None
+
+
+def _dtype(model: torch.dtype) -> torch.dtype:
+    return torch.float16 if model == torch.float32 else model
+
+
+def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": scheme.group_size or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": outside,
+    }
+
+
+def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
+    for name, linear in frozen.linears.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(linear, dtype).items()}
+    return tensors
+
+
+def _packed(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One linear under the format's names, all with the inputs first: (in or groups, out)."""
+    offset = 1 << (BITS - 1) if linear.symmetric else 0
+    packed = {
+        "qweight": _words(linear.codes.to(torch.int16) + offset),
+        "qzeros": _words(linear.zero_point.to(torch.int16) + offset),
+        "scales": linear.scale.T.to(torch.float16),
+    }
+    if linear.bias is not None:
+        packed["bias"] = linear.bias.to(dtype)
+    return packed
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Unsigned codes (out, n) as int32 (n, out / 8), the format's order in the library's words."""
+    columns = codes.T.reshape(codes.shape[1], -1, IN_A_WORD)[..., ORDER].flatten(1)
+    return pack_to_int32((columns - (1 << (BITS - 1))).to(torch.int8), BITS)
+
+
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "vllm":
+        return Loading(notes=("vLLM computes AWQ models in float16",))
+    if target == "transformers":
+        return Loading(notes=("transformers loads AWQ with gptqmodel installed",))
+    return Loading("made for other runtimes; use --target vllm")
+
+
+FORMAT = Format(
+    name="awq",
+    refusal=_refusal,
+    tensors=_tensors,
+    quantization_config=_quantization_config,
+    loading=_loading,
+    shape_refusal=_shape_refusal,
+    dtype=_dtype,
+)

@@ -1,0 +1,77 @@
+"""README.md of a checkpoint: what it is, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lrquant.config import TARGETS, Config
+from lrquant.export import Format
+from lrquant.report.tables import results_table
+
+_LOADING = {
+    "vllm": "vLLM:\n\n```\nvllm serve FOLDER\n```",
+    "transformers": (
+        "transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n```'
+    ),
+    "native": (
+        "transformers with this package, whose import registers the format:\n\n```python\n"
+        "import lrquant\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n```'
+    ),
+}
+
+
+def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
+    """A model card in Markdown, from the manifest's facts."""
+    calibration = facts["calibration"]
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {json.dumps(facts['base_model'])}",
+        f"tags: [lrquant, {form.name}, {config.quantization.name.lower()}]",
+        "---",
+    ]
+    parts = [
+        "\n".join(front),
+        f"# {facts['base_model']}, {config.quantization.name}",
+        f"Quantised after training with lrquant. Format: {form.name}.",
+        "\n".join(
+            [
+                f"- Scheme: {facts['scheme']}",
+                f"- Method: {facts['method']}",
+                f"- Calibration: {calibration['text']}; SHA-256 of the tokens "
+                f"`{calibration['sha256']}`",
+                f"- Seed {config.seed}; matrix products in {facts['precision']}",
+            ]
+        ),
+        "## Quality",
+        _quality(facts["results"]),
+        "## Loading",
+        *_loading(config, form),
+        "Settings of the run: `lrquant.yaml`. Facts and the hash of each file: `lrquant.json`; "
+        "`lrquant inspect FOLDER` compares them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality(results: dict[str, Any]) -> str:
+    text = results_table(results)
+    if not text:
+        return "Not measured by the run that made it."
+    sets = results.get("perplexity") or {}
+    windows = "; ".join(str(scores["text"]) for scores in sets.values() if "text" in scores)
+    return f"{text}\n\nText: {windows}." if windows else text
+
+
+def _loading(config: Config, form: Format) -> list[str]:
+    """How each runtime that takes it loads it, with what it has to say."""
+    ways = []
+    for target in TARGETS:
+        loading = form.loading(config.quantization, target)
+        if loading.refusal is None:
+            notes = " ".join(f"Note: {note}." for note in loading.notes)
+            ways.append(_LOADING[target] + (f"\n\n{notes}" if notes else ""))
+    return ways or ["No runtime is known to load this scheme in this format."]

@@ -1,0 +1,68 @@
+"""lrquant.json: what a checkpoint is, where it comes from, and the hash of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lrquant.errors import LRQuantError
+from lrquant.version import __version__
+from lrquant.workdir import read_json
+
+MANIFEST = "lrquant.json"
+SETTINGS = "lrquant.yaml"
+VERSION = 1
+_CHUNK = 1 << 24
+
+
+def write_manifest(place: Path, facts: dict[str, Any]) -> None:
+    """Add the facts and the SHA-256 of each file, the run's settings and the model card apart.
+
+    Those two name places and dates, may be edited, and are not read when the model is loaded.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(place.iterdir())
+        if path.name not in (SETTINGS, MANIFEST, "README.md")
+    }
+    values = {"version": VERSION, "lrquant": __version__, **facts, "files": files}
+    (place / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(place: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; LRQuantError if it is of a newer version, or not one at all."""
+    values = read_json(place / MANIFEST)
+    version = values.get("version")
+    if not isinstance(version, int) or not isinstance(values.get("files"), dict):
+        raise LRQuantError(f"{place / MANIFEST}: not a manifest; export the run again")
+    if version > VERSION:
+        raise LRQuantError(
+            f"{place}: a checkpoint of version {version}: this lrquant reads up to {VERSION}; "
+            "update lrquant"
+        )
+    return values
+
+
+def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
+    """What differs from the manifest, a sentence a file."""
+    problems = []
+    for name, promised in manifest["files"].items():
+        path = place / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != promised["bytes"]:
+            size = path.stat().st_size
+            problems.append(f"{name}: {size} bytes, {promised['bytes']} were written")
+        elif _sha256(path) != promised["sha256"]:
+            problems.append(f"{name}: changed since it was written (SHA-256 differs)")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""lrquant: the native format, for all that is learned and that no other format holds.
+
+Asymmetric activations of any bits, quantised Q, K and V, shifts after norms, input factors of
+linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime` computes with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.config import Config
+from lrquant.export import Format, Loading
+from lrquant.export.compressed_tensors import packed_linear
+from lrquant.learn.frozen import FrozenBlock
+from lrquant.scheme import Scheme
+
+NAME = "lrquant"
+VERSION = 1
+
+
+def _refusal(config: Config) -> str | None:
+    """Only the dense factor, which no integer product can carry, is left out."""
+    if config.rotation and config.rotation_sharing == "weight":
+        return (
+            "--rotation_sharing weight multiplies the decoded weight, which no integer product "
+            "can carry; learn with --rotation_sharing site or linear"
+        )
+    return None
+
+
+def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {
+        name: tensor.float() if name.endswith(SHIFT_SUFFIX) else tensor.to(dtype)
+        for name, tensor in frozen.others.items()
+    }
+    for name, linear in frozen.linears.items():
+        parts = packed_linear(linear, "pack-quantized", dtype)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        if linear.input_factor is not None:
+            tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
+    return tensors
+
+
+def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
+    def modules(suffix: str) -> list[str]:
+        return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+
+    return {
+        "quant_method": NAME,
+        "format_version": VERSION,
+        "scheme": dataclasses.asdict(scheme),
+        "ignore": outside,
+        "biases": modules(".bias"),
+        "shifts": modules(SHIFT_SUFFIX),
+        "input_factors": modules(INPUT_FACTOR_SUFFIX),
+    }
+
+
+def _loading(scheme: Scheme, target: str) -> Loading:
+    if target == "native":
+        return Loading()
+    return Loading(f"{target} alone does not know this package's format; use --target native")
+
+
+FORMAT = Format(
+    name=NAME,
+    refusal=_refusal,
+    tensors=_tensors,
+    quantization_config=_quantization_config,
+    loading=_loading,
+    shifts=True,
+)

@@ -1,0 +1,142 @@
+"""Whether a checkpoint is what it says: its files, names, shapes, dtypes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from lrquant.architectures import architecture_of
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.export import formats
+from lrquant.export.expected import bits_per_weight, expected_block
+from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
+from lrquant.model import Model, build_skeleton
+from lrquant.sources import SafetensorsSource
+from lrquant.sources.checks import first_line
+from lrquant.workbench import block_shapes
+
+_BF16 = 2
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in a checkpoint; `problems` are sentences, none if all is well.
+
+    `bits_per_weight` counts all that the quantised linears' weights take; `stored` are the bytes of
+    all tensors, and `as_bf16` what the model they stand for would take in bfloat16.
+    """
+
+    problems: list[str]
+    bits_per_weight: float
+    stored: int
+    as_bf16: int
+
+
+def verify(place: Path) -> Verified:
+    """Compare a checkpoint's tensors with what its configuration and its manifest ask for.
+
+    Every file is read once for its hash and once for its values.  Raises LRQuantError for files
+    that cannot be read at all.
+    """
+    manifest = read_manifest(place)
+    problems = changed_files(place, manifest)
+    source = SafetensorsSource(place)
+    config = Config.from_yaml(place / SETTINGS)
+    model = _model(place, source)
+    expected, bits = _expected(model, config, manifest["format"])
+    names = source.names()
+    problems += [f"{name}: missing" for name in sorted(expected.keys() - names)]
+    extra = set(manifest.get("extra_tensors", []))
+    problems += [
+        f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
+    ]
+    used = _used_bits(model, config)
+    stored = 0
+    for name in sorted(names):
+        tensor = source.tensor(name)
+        stored += tensor.nbytes
+        if name in expected:
+            found = _tensor_problems(name, tensor, expected[name], used.get(name, 0))
+            problems += [f"{name}: {text}" for text in found]
+    parameters = [t.numel() for t in model.skeleton.parameters()]
+    return Verified(problems, bits, stored, _BF16 * sum(parameters))
+
+
+def _model(place: Path, source: SafetensorsSource) -> Model:
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise LRQuantError(
+            f"{place}: config.json cannot be read ({first_line(error)}); export the run again"
+        ) from error
+    return Model(str(place), build_skeleton(config), None, source, architecture_of(config), place)
+
+
+def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor], float]:
+    """Every tensor that the checkpoint must hold, on the meta device; bits per weight."""
+    if name not in formats():
+        raise LRQuantError(f"{model.name}: written as {name!r}, which this lrquant does not know")
+    form, dtype = formats()[name], _dtype(model)
+    view = block_shapes(model, config.quantization)
+    added = _added(model)
+    for module in added.get("biases", []):
+        rows = view.stored[f"{module}.weight"].shape[:1]
+        view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
+    for norm in added.get("shifts", []):
+        view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
+    block = expected_block(view, config, form, dtype)
+    expected = {
+        f"{model.block_name(index)}.{part}": tensor
+        for index in range(len(model.blocks))
+        for part, tensor in block.items()
+    }
+    tied = model.skeleton.config.tie_word_embeddings
+    for outer, tensor in model.skeleton.state_dict().items():
+        inside = outer.startswith(model.architecture.blocks + ".")
+        if not inside and not (tied and outer == "lm_head.weight"):
+            expected[outer] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return expected, bits_per_weight(block, view)
+
+
+def _added(model: Model) -> dict[str, Any]:
+    """Biases and shifts that the native format added, as its quantization_config names them."""
+    found = getattr(model.skeleton.config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else vars(found)
+
+
+def _used_bits(model: Model, config: Config) -> dict[str, int]:
+    """How many bits of a row's last word hold codes, by name; 0 if all do."""
+    return {
+        f"{model.block_name(index)}.{linear}.weight_packed": columns * config.wbits % 32
+        for linear in model.linears
+        for columns in [model.blocks[0].get_submodule(linear).get_parameter("weight").shape[1]]
+        for index in range(len(model.blocks))
+    }
+
+
+def _tensor_problems(name: str, tensor: Tensor, expected: Tensor, used: int) -> Iterator[str]:
+    """What is wrong with a tensor's shape, dtype or values, or in the unused bits of its words."""
+    if tensor.shape != expected.shape:
+        yield f"shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
+    if tensor.dtype != expected.dtype:
+        yield f"{tensor.dtype}, expected {expected.dtype}".replace("torch.", "")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        yield "values that are not finite"
+    if name.endswith((".weight_scale", ".scales")) and (tensor <= 0).any():
+        yield "scales that are not positive"
+    if used and ((tensor[:, -1].long() & 0xFFFFFFFF) >> used).any():
+        yield "codes beyond the last column"
+
+
+def _dtype(model: Model) -> torch.dtype:
+    dtype = model.skeleton.config.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise LRQuantError(f"{model.name}: config.json names no dtype; export the run again")
+    return dtype

@@ -1,0 +1,78 @@
+"""Exact products of small integers: int8 codes in, int32 sums out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lrquant.numerics.affine import affine_grid, encode_
+
+_EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
+_CUDA_ROWS, _CUDA_MULTIPLE = 32, 8  # torch._int_mm on CUDA: more than 16 rows, sides by eights
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of int8 (tokens, in) and (out, in): int32 (tokens, out), exactly.
+
+    Through the int8 instructions where the device has them, else through float32 products that
+    are short enough to be exact.
+    """
+    if left.device.type == "cuda":
+        return _padded_product(left, right)
+    if left.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        return torch._int_mm(left, right.t())
+    return _float_product(left, right)
+
+
+def _float_product(left: Tensor, right: Tensor) -> Tensor:
+    parts = zip(left.split(_EXACT_COLUMNS, 1), right.split(_EXACT_COLUMNS, 1), strict=True)
+    sums = [torch.mm(a.float(), b.float().t()).to(torch.int32) for a, b in parts]
+    return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
+
+
+def _padded_product(left: Tensor, right: Tensor) -> Tensor:
+    """torch._int_mm with zeros added until the sizes are those that CUDA takes."""
+    tokens, columns = left.shape
+    out = right.shape[0]
+    wide = -columns % _CUDA_MULTIPLE
+    left = pad(left, (0, wide, 0, max(0, _CUDA_ROWS - tokens)))
+    right = pad(right, (0, wide, 0, -out % _CUDA_MULTIPLE))
+    return torch._int_mm(left, right.t())[:tokens, :out]
+
+
+def centred(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Codes or zero points as int8: asymmetric ones less 2^(b-1), symmetric ones as they are."""
+    return (codes if symmetric else codes - (1 << (bits - 1))).to(torch.int8)
+
+
+def quantize_tokens(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic per-token codes of (tokens, channels), on the grid of `fake_quantize_tokens`.
+
+    Returns centred codes int8 (tokens, channels), scale float32 (tokens, 1) and centred zero point
+    int32 (tokens, 1): ``value = scale * (code - zero_point)``.
+    """
+    codes = values.to(torch.float32, copy=True)
+    low, high = codes.amin(-1, keepdim=True), codes.amax(-1, keepdim=True)
+    grid = affine_grid(low.clamp_(max=0), high.clamp_(min=0), bits, symmetric)
+    codes = centred(encode_(codes, grid), bits, symmetric)
+    return codes, grid.scale, centred(grid.zero_point, bits, symmetric).int()
+
+
+def affine_product(
+    codes: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_sums: Tensor,
+    weight_zero_point: Tensor,
+) -> Tensor:
+    """``sum (x - zx) (w - zw)`` over the columns, int32 (tokens, out), from centred codes.
+
+    x int8 (tokens, in), zx int32 (tokens, 1); w int8 (out, in) with its row sums and zero points
+    int32 (out,):  ``sum x w - zx sum w - zw (sum x - in zx)``.  Exact where in * 4^bits < 2^31;
+    what overflows on the way there wraps back.
+    """
+    totals = integer_product(codes, weight)
+    totals -= zero_point * weight_sums
+    token_sums = codes.sum(1, keepdim=True, dtype=torch.int32)
+    return totals.sub_((token_sums - codes.shape[1] * zero_point) * weight_zero_point)

@@ -1,0 +1,1 @@
+"""lrquant check: what can be known of a run before any hour is spent."""

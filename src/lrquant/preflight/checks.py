@@ -1,0 +1,182 @@
+"""The pre-flight: whether a run will work and what it will need, said before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lrquant.blocks import BlockInputs
+from lrquant.data import Samples
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.adaptation import check_adaptation
+from lrquant.evaluation.measures import prepare_evaluation
+from lrquant.identity import dtype_name
+from lrquant.model import Model, load_model
+from lrquant.pipeline import calibration_of, given_statistics, resolve_settings
+from lrquant.preflight.estimate import (
+    Seconds,
+    estimate_memory,
+    learning_seconds,
+    measuring_seconds,
+    run_bytes,
+    stream_bytes,
+)
+from lrquant.preflight.findings import Preflight
+from lrquant.preflight.places import check_disk, check_places, check_run_folder
+from lrquant.preflight.probe import probe_block
+from lrquant.preflight.runtime import check_shapes, chosen_format
+from lrquant.workbench import Workbench, make_workbench
+
+_MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
+
+
+def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight:
+    """Check the run that `settings`, fields of `Config`, ask for, without starting it.
+
+    Reads one block's weights, times a few steps of it and writes nothing.  Raises LRQuantError only
+    for settings that contradict each other; all else is a finding.
+    """
+    config, measure_only = resolve_settings(settings)
+    done = Preflight(config)
+    form = chosen_format(done)
+    with done.checking("model"):
+        model = model or load_model(config.model, _path(config.cache_dir))
+        text = f"{model.architecture.name}, {len(model.blocks)} blocks, {_parameters(model):.1f} M"
+        done.add("model", "ok", f"{text} parameters")
+    if model is None:
+        check_places(done, None)
+        done.add("all else", "not checked", "needs the model")
+        return done
+    fits = check_shapes(done, model, form) and _check_length(done, model)
+    workbench = _check_device(done, model)
+    calibration = None if measure_only else _check_calibration(done, model)
+    texts = _check_evaluation(done, model)
+    finished = len(model.blocks) if measure_only else 0
+    if not measure_only:
+        finished = check_run_folder(done, model, workbench, calibration)
+    check_places(done, model)
+    if fits and workbench is not None:
+        _estimate(done, workbench, texts, finished)
+    else:
+        done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
+    return done
+
+
+def _check_length(done: Preflight, model: Model) -> bool:
+    """Whether the model has as many positions as a sample has tokens."""
+    with done.checking("seqlen"):
+        ids = torch.zeros((1, done.config.seqlen), dtype=torch.int64)
+        BlockInputs(model, ids, 1, torch.device("cpu"))
+        return True
+    return False
+
+
+def _check_device(done: Preflight, model: Model) -> Workbench | None:
+    with done.checking("device"):
+        workbench = make_workbench(model, done.config)
+        text = f"matrix products in {dtype_name(workbench.dtype)} on {workbench.device}"
+        done.add("device", "ok", text)
+        return workbench
+    return None
+
+
+def _check_calibration(done: Preflight, model: Model) -> Samples | None:
+    """The calibration text, and given statistics."""
+    with done.checking("statistics"):
+        given_statistics(done.config)
+    with done.checking("calibration"):
+        calibration = calibration_of(done.config, model, None)
+        done.add("calibration", "ok", calibration.description)
+        return calibration
+    return None
+
+
+def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
+    """Each text and task by itself, so that all that are missing are named."""
+    config = done.config
+    alone: dict[str, Any] = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
+    alone |= {"tta": False}
+    parts: list[dict[str, Any]] = [
+        {"ppl": (name,)} for name in dict.fromkeys((*config.ppl, *config.agreement))
+    ]
+    parts += [{"eval_ppl": True}] if config.eval_ppl and not config.ppl else []
+    parts += [{"tasks": name.strip()} for name in config.tasks.split(",") if name.strip()]
+    found: dict[str, Samples] = {}
+    for part in parts:
+        with done.checking("evaluation"):
+            wanted = dataclasses.replace(config, **{**alone, **part})
+            texts = prepare_evaluation(wanted, model)
+            for text in texts.values():
+                done.add("evaluation", "ok", text.description)
+            found |= texts
+            missing = [name for name in wanted.perplexity_sets if name not in texts]
+            if missing:
+                done.add("evaluation", "warning", f"left out: {', '.join(missing)}")
+            if wanted.tasks:
+                done.add("evaluation", "ok", f"task {wanted.tasks}; its time is not estimated")
+    if config.tta:
+        with done.checking("evaluation"):
+            check_adaptation(config, len(model.blocks))
+            done.add("evaluation", "ok", f"adapting the last {config.tta_blocks} blocks to each")
+    return list(found.values())
+
+
+def _estimate(done: Preflight, workbench: Workbench, texts: list[Samples], finished: int) -> None:
+    """Measure one block, and hold memory, disk and time against what there is."""
+    config, model = done.config, workbench.model
+    shape = config.nsamples, config.seqlen, model.skeleton.config.hidden_size
+    count = 3 if config.two_branch else 2
+    done.stream_bytes = stream_bytes(*shape, workbench.dtype, count)
+    place = workbench.place(done.stream_bytes)
+    with done.checking("disk"):
+        done.run_bytes = run_bytes(model, config)
+        check_disk(done, done.stream_bytes if place == "disk" else 0)
+    with done.checking("memory"):
+        _require_room(workbench)
+        costs = done.costs = probe_block(workbench, config)
+        blocks = len(model.blocks)
+        done.seconds = Seconds(
+            learning_seconds(config, costs, blocks, finished) if finished < blocks else 0.0,
+            measuring_seconds(model, config, costs, texts),
+        )
+        cuda = workbench.device.type == "cuda"
+        inside = place == "device" or (place == "host" and not cuda)
+        before = 0 if cuda else psutil.Process().memory_info().rss
+        done.memory = estimate_memory(model, config, costs, before, workbench.dtype, inside, texts)
+        free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
+        done.compare("memory", done.memory.peak, free, where, _MEND)
+        if cuda and place == "host":
+            free = psutil.virtual_memory().available
+            done.compare("memory", done.stream_bytes, free, "on the host", _MEND)
+
+
+def _require_room(workbench: Workbench) -> None:
+    """Refuse to measure a block whose weights, learned weights and gradients cannot fit."""
+    shapes = workbench.model.blocks[0].state_dict().values()
+    least = sum(tensor.numel() for tensor in shapes) * 3 * workbench.dtype.itemsize
+    free = _free_memory(workbench.device)
+    if least > free:
+        raise LRQuantError(
+            f"one block needs more than {least / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on "
+            f"{workbench.device}; use a machine with more memory"
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _parameters(model: Model) -> float:
+    """Parameters in millions, tied ones once."""
+    return sum(tensor.numel() for tensor in model.skeleton.parameters()) / 1e6
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,258 @@
+"""How much memory, disk and time a run needs: formulas over shapes and a probe's measured costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.evaluation.perplexity import HEAD_TOKENS
+from lrquant.export import Format
+from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small_files
+from lrquant.export.expected import bits_per_weight, expected_block
+from lrquant.learn.view import BlockView
+from lrquant.model import Model
+from lrquant.preflight.probe import BlockCosts
+from lrquant.stats import ChannelStatistics
+from lrquant.workbench import block_shapes, method_of
+
+_LENGTH = 8  # bytes in front of a safetensors header
+_INDEX = 36  # bytes that one tensor takes in the index of shards, beside its name
+_HASH = 170  # bytes of one shard's size and hash in lrquant.json
+_ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
+_RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
+
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Bytes of a checkpoint: its blocks, all else, and bits per weight of the quantised linears.
+
+    `bits_per_weight` counts codes, scales, zero points and shapes of the linears, biases apart.
+    """
+
+    blocks: int
+    outside: int
+    bits_per_weight: float
+
+    @property
+    def total(self) -> int:
+        """All files together."""
+        return self.blocks + self.outside
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the largest of each phase: embedding the samples, learning, measuring."""
+
+    embedding: int
+    learning: int
+    measuring: int
+
+    @property
+    def peak(self) -> int:
+        """The largest phase."""
+        return max(self.embedding, self.learning, self.measuring)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Estimated time of a run, in seconds."""
+
+    learning: float
+    measuring: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.learning + self.measuring
+
+
+def stream_bytes(samples: int, tokens: int, hidden: int, dtype: torch.dtype, count: int) -> int:
+    """Hidden states between two blocks: ``samples x tokens x hidden x bytes`` for each stream."""
+    return samples * tokens * hidden * dtype.itemsize * count
+
+
+def learned_bytes(model: Model, config: Config) -> int:
+    """One block's file of learned parameters, from their shapes alone."""
+    method = dataclasses.replace(method_of(config), lwc_init=0.0)  # as many parameters, no search
+    plain = block_shapes(model, config.quantization)
+    view = BlockView(
+        plain.stored,
+        model.linears,
+        model.architecture.sites(model.skeleton.config),
+        config.quantization,
+        method,
+        torch.float32,
+    )
+    name = model.block_name(0)
+    widths = {f"{name}.{linear}": _columns(plain, linear) for linear in model.linears}
+    maxima = {linear: torch.ones(width) for linear, width in widths.items()}
+    view.initialize(ChannelStatistics(maxima), name)
+    return _file_bytes(view.parameters.items())
+
+
+def run_bytes(model: Model, config: Config) -> int:
+    """A finished run folder: learned parameters and records of every block."""
+    return len(model.blocks) * (learned_bytes(model, config) + _RECORD)
+
+
+def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
+    """What a checkpoint will take.  Raises LRQuantError where the format refuses a shape."""
+    dtype = checkpoint_dtype(model, config, form)
+    view = block_shapes(model, config.quantization)
+    tensors = expected_block(view, config, form, dtype)
+    prefix = model.block_name(0) + "."
+    block = _file_bytes((prefix + name, t) for name, t in tensors.items())
+    index = sum(len(prefix + name) + _INDEX for name in tensors)
+    return CheckpointSize(
+        blocks=len(model.blocks) * (block + index + _HASH),
+        outside=_outside_bytes(model, dtype)
+        + _small_files(model, config, form, list(tensors))
+        + _ORIGIN,
+        bits_per_weight=bits_per_weight(tensors, view),
+    )
+
+
+def _outside_bytes(model: Model, dtype: torch.dtype) -> int:
+    """Tensors outside the blocks as a checkpoint stores them, a tied head once."""
+    blocks = model.architecture.blocks + "."
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.skeleton.state_dict().items()
+        if not name.startswith(blocks)
+    }
+    if model.skeleton.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    shapes |= {name: model.source.shape(name) for name in model.source.extra_names()}
+    tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
+    return _file_bytes(tensors.items())
+
+
+def _small_files(model: Model, config: Config, form: Format, names: list[str]) -> int:
+    """Configuration, tokenizer and what else travels along, written once to be measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_files(model, config, Path(folder), form, names)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """A safetensors file: its tensors, and a header of their names, shapes and places."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors:
+        place = [end, end + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+        end += tensor.nbytes
+    return end + len(json.dumps(header, separators=(",", ":"))) + _LENGTH if header else 0
+
+
+def _columns(view: BlockView, linear: str) -> int:
+    return view.stored[f"{linear}.weight"].shape[1]
+
+
+def estimate_memory(
+    model: Model,
+    config: Config,
+    costs: BlockCosts,
+    held: int,
+    dtype: torch.dtype,
+    in_memory: bool,
+    texts: Iterable[Samples],
+) -> Memory:
+    """Peak of each phase on a CPU, bytes: what the process has before (`held`), and what is added.
+
+    learning: what the probe reached, its one batch of hidden states replaced by all of them.
+    embedding: the hidden states and the embedding, in float32 beside its stored form.  measuring:
+    the hidden states of the largest text, everything outside the blocks, and logits of
+    `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
+    """
+    hidden = model.skeleton.config.hidden_size
+    count = 3 if config.two_branch else 2
+    streams = stream_bytes(config.nsamples, config.seqlen, hidden, dtype, count) * in_memory
+    tokens = max((text.ids.numel() for text in texts), default=0)
+    states = tokens * hidden * dtype.itemsize * (2 if config.agreement else 1) * in_memory
+    stored = model_dtype(model)
+    outer = _outer_elements(model)
+    beside = 0 if stored == torch.float32 else stored.itemsize
+    copies = (4 + beside) * outer["embedding"]
+    head = 0
+    if tokens:
+        vocabulary = model.skeleton.config.vocab_size
+        logits = min(HEAD_TOKENS, config.seqlen) * vocabulary * 4 * (4 if config.agreement else 2)
+        head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
+    reached = max(costs.peak_memory - costs.streams, held)
+    return Memory(
+        embedding=held + streams + copies,
+        learning=reached + streams,
+        measuring=held + states + head,
+    )
+
+
+def _outer_elements(model: Model) -> dict[str, int]:
+    """Elements outside the blocks: of linears ("head"), of all else ("embedding")."""
+    counts = {"embedding": 0, "head": 0}
+    for name, tensor in model.skeleton.state_dict().items():
+        if not name.startswith(model.architecture.blocks + "."):
+            owner = model.skeleton.get_submodule(name.rpartition(".")[0])
+            counts["head" if isinstance(owner, nn.Linear) else "embedding"] += tensor.numel()
+    return counts
+
+
+def learning_seconds(config: Config, costs: BlockCosts, blocks: int, finished: int = 0) -> float:
+    """Time to learn the blocks that are not `finished`, and to pass through those that are.
+
+    ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
+    block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
+    """
+    batches = config.nsamples / config.batch_size
+    searched = config.lwc and config.lwc_init is None
+    observed = searched or (config.let and config.act_scales is None)
+    passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
+    block = costs.read + costs.start + costs.weights + costs.freeze
+    block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
+    block += batches * costs.full * bool(config.two_branch)
+    if costs.step:
+        epoch = batches * costs.step
+        epoch += (batches * costs.held + costs.weights) * config.keep_best
+        block += config.epochs * epoch
+    return finished * passed + (blocks - finished) * block
+
+
+def measuring_seconds(
+    model: Model, config: Config, costs: BlockCosts, texts: Iterable[Samples]
+) -> float:
+    """Time to measure perplexities: passes of every variant, and heads by their share of products.
+
+    Zero-shot tasks are not in it: their number of tokens is the harness's.
+    """
+    blocks = len(model.blocks)
+    shapes = model.blocks[0].state_dict()
+    linears = sum(shapes[f"{linear}.weight"].numel() for linear in model.linears)
+    vocabulary = model.skeleton.config.vocab_size * model.skeleton.config.hidden_size
+    batch_tokens = min(config.batch_size, config.nsamples) * config.seqlen
+    total = 0.0
+    for text in texts:
+        tokens = text.ids.numel()
+        plain, quantized = costs.full / batch_tokens, costs.held / batch_tokens
+        agreed = text.name in config.agreement
+        full = bool(config.compare or agreed)
+        others = 1 + bool(config.compare)
+        head = plain * vocabulary / linears
+        passes = full * plain + others * quantized
+        total += tokens * (blocks * passes + (full + others + agreed * others) * head)
+        total += blocks * (full + others) * (costs.read + costs.freeze)
+        if config.tta:
+            adapted = config.tta_epochs * (costs.step + config.keep_best * costs.held) + costs.held
+            batches = tokens / batch_tokens
+            total += batches * (
+                blocks * (costs.full + 2 * costs.held) + config.tta_blocks * adapted
+            )
+    return total

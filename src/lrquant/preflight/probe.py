@@ -1,0 +1,185 @@
+"""A short measured probe: what one block costs on this machine under a run's own settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.blocks import BlockInputs, BlockRunner
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.identity import fit_settings
+from lrquant.learn.objective import Objective
+from lrquant.learn.view import BlockView
+from lrquant.sources import WeightSource
+from lrquant.stats import ChannelStatistics
+from lrquant.streams import Stream
+from lrquant.workbench import Workbench, advance_full_precision, method_of, peak_memory
+
+REPEATS = 3
+LONGEST = 6.0  # seconds spent on repeating one measurement
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Seconds that one block takes, and what memory learning it took.
+
+    A batch: `observed` and `full` a full-precision pass with and without statistics, `held` a
+    quantised pass with its loss, `step` a learning step (0 where nothing is learned).  A block:
+    `read` its weights, `start` to initialise parameters, `weights` to make its weights from them,
+    `freeze` to make the final ones.  `peak_memory` in bytes is that of this process on a CPU, of
+    allocated memory on CUDA, with `streams` bytes of hidden states in it.
+    """
+
+    read: float
+    observed: float
+    full: float
+    start: float
+    weights: float
+    held: float
+    step: float
+    freeze: float
+    peak_memory: int
+    streams: int
+
+
+class _FirstBlock(WeightSource):
+    """A model's weights of which only the first block's are ever read; the others are ones."""
+
+    def __init__(self, source: WeightSource, prefix: str) -> None:
+        self.origin, self._source, self._prefix = source.origin, source, prefix
+
+    def names(self) -> frozenset[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        if name.startswith(self._prefix):
+            return self._source.tensor(name)
+        return torch.ones(()).expand(self.shape(name))
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
+    """Learn block 0 for a few steps on one batch of random hidden states (batch, tokens, hidden).
+
+    Batch, length, scheme, method, device and precision are those of `config`; no weight outside
+    that block is read and nothing is written.  Raises LRQuantError if the device's memory is short.
+    """
+    model = workbench.model
+    source = _FirstBlock(model.source, model.block_name(0) + ".")
+    bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
+    settings = fit_settings(config)
+    batch = min(config.batch_size, config.nsamples)
+    ids = torch.zeros((batch, config.seqlen), dtype=torch.int64)
+    entry = BlockInputs(bench.model, ids, batch, bench.device)
+    streams = bench.streams(entry, 3 if settings.two_branch else 2)
+    entry.embed(streams[0])
+    hidden = torch.randn(entry.shape, generator=torch.Generator().manual_seed(_SEED))
+    for stream in streams:
+        stream.write(entry.batches[0], hidden)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    try:
+        return _measure(_Clock(bench.device), bench, config, settings, entry, streams)
+    except torch.OutOfMemoryError as error:
+        raise LRQuantError(
+            f"a step on {batch} x {config.seqlen} tokens of one block does not fit into the memory "
+            f"of {bench.device}; use a smaller --batch_size or --seqlen"
+        ) from error
+
+
+class _Clock:
+    """Median seconds of what is repeated; a first time that was short only warms up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def once(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of one call, and what it returned."""
+        self._wait()
+        started = time.perf_counter()
+        result = function()
+        self._wait()
+        return time.perf_counter() - started, result
+
+    def repeated(self, function: Callable[[], Any]) -> float:
+        """Median seconds of up to `REPEATS` calls after the first, of fewer if they take long."""
+        first, _ = self.once(function)
+        if first > LONGEST:
+            return first
+        times: list[float] = []
+        while len(times) < REPEATS and sum(times) < LONGEST:
+            times.append(self.once(function)[0])
+        return median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _measure(
+    clock: _Clock,
+    bench: Workbench,
+    config: Config,
+    settings: FitSettings,
+    entry: BlockInputs,
+    streams: list[Stream],
+) -> BlockCosts:
+    full, quantized, *_ = streams
+    statistics = ChannelStatistics()
+    read, stored = clock.once(lambda: bench.stored(0))
+
+    def advance(observer: Callable[[str, Tensor], None] | None) -> None:
+        advance_full_precision(bench, 0, stored, entry, quantized, full, observer)
+
+    plain = clock.repeated(lambda: advance(None))
+    observed = clock.repeated(lambda: advance(statistics.observe))
+    view = bench.view(0, stored, config.quantization, method_of(config))
+    start, _ = clock.once(lambda: view.initialize(statistics, bench.model.block_name(0)))
+    data = BlockData(0, entry, quantized, (full, *streams[2:]))
+    with torch.no_grad():
+        weights, tensors = clock.once(view.tensors)
+    with bench.runner(0, view) as runner:
+        held = clock.repeated(lambda: data.terms(runner, tensors, settings.loss))
+        step = 0.0
+        if settings.epochs and view.parameters:
+            step = _step_seconds(clock, view, runner, data, settings)
+    freeze, _ = clock.once(lambda: view.freeze().tensors(view.dtype))
+    return BlockCosts(
+        read=read,
+        observed=observed,
+        full=plain,
+        start=start,
+        weights=weights,
+        held=held,
+        step=step,
+        freeze=freeze,
+        peak_memory=peak_memory(bench.device),
+        streams=sum(stream.nbytes for stream in streams),
+    )
+
+
+def _step_seconds(
+    clock: _Clock, view: BlockView, runner: BlockRunner, data: BlockData, settings: FitSettings
+) -> float:
+    with torch.no_grad():
+        initial = data.terms(runner, view.tensors(), settings.loss)
+    objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
+    optimizer = make_optimizer(view.parameters, settings)
+    return clock.repeated(
+        lambda: learning_step(view, runner, data, 0, optimizer, objective, settings.loss)
+    )

@@ -1,0 +1,1 @@
+"""What a checkpoint in the native format runs on: its linears, its attention, its cache."""

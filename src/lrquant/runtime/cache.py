@@ -1,0 +1,84 @@
+"""A key-value cache that keeps the codes of K and V instead of their values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from lrquant.attention import mark_quantized
+from lrquant.errors import LRQuantError
+from lrquant.numerics.integer import quantize_tokens
+from lrquant.scheme import FLOAT_BITS, Scheme
+
+_SCALE_BYTES = 4
+
+
+class QuantizedCache(Cache):
+    """Cache for `generate(past_key_values=...)` of a native checkpoint with quantised K and V.
+
+    `config` is the loaded model's.  Per token and head it holds one code a channel, two in a byte
+    up to 4 bits, a float32 scale and a zero point; what attention reads of it equals, bit for bit,
+    what it would quantise itself.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        quantization = getattr(config, "quantization_config", None)
+        given = getattr(quantization, "scheme", None)
+        scheme = Scheme(**given) if given else None
+        if scheme is None or scheme.attention_bits == FLOAT_BITS:
+            raise LRQuantError(
+                "QuantizedCache: this model's K and V are not quantised; leave past_key_values out"
+            )
+        self._records = [_Layer(scheme) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=[*self._records])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cached tokens take."""
+        return sum(
+            states.nbytes
+            for layer in self._records
+            for states in (layer.keys, layer.values)
+            if states is not None
+        )
+
+
+class _Layer(DynamicLayer):
+    """Records uint8 (batch, heads, tokens, bytes) of codes, scale and zero point, in that order."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self._bits, self._symmetric = scheme.attention_bits, scheme.activation_symmetric
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Encode the new states (batch, heads, tokens, head_dim); return all of them, decoded."""
+        records = super().update(self._encode(key_states), self._encode(value_states))
+        keys, values = (self._decode(record, key_states.shape[-1]) for record in records)
+        return mark_quantized(keys), mark_quantized(values)
+
+    def _encode(self, states: Tensor) -> Tensor:
+        flat = states.reshape(-1, states.shape[-1])
+        codes, scale, zero_point = quantize_tokens(flat, self._bits, self._symmetric)
+        if self._bits <= 4:
+            codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+        parts = codes.view(torch.uint8), scale.view(torch.uint8), zero_point.to(torch.int8)
+        records = torch.cat([part.view(torch.uint8) for part in parts], 1)
+        return records.view(*states.shape[:-1], -1)
+
+    def _decode(self, records: Tensor, head_dim: int) -> Tensor:
+        """Records to values, float32 (batch, heads, tokens, head_dim)."""
+        width = records.shape[-1] - _SCALE_BYTES - 1
+        packed, scale, zero_point = records.split((width, _SCALE_BYTES, 1), -1)
+        codes = packed.contiguous().view(torch.int8)
+        if self._bits <= 4:
+            low = (codes << 4) >> 4
+            codes = torch.stack((low, codes >> 4), -1).flatten(-2)[..., :head_dim]
+        values = codes.float().sub_(zero_point.contiguous().view(torch.int8))
+        return values.mul_(scale.contiguous().view(torch.float32))

@@ -1,0 +1,127 @@
+"""A linear of a native checkpoint: packed while it is loaded and saved, int8 codes in memory."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lrquant.export.compressed_tensors import packed_weight
+from lrquant.numerics.integer import affine_product, quantize_tokens
+from lrquant.scheme import FLOAT_BITS, Scheme
+
+
+class IntegerLinear(nn.Module):
+    """``y = (x input_factor) W^T + bias`` with W, and x below 16 bits, as integers.
+
+    Activations are quantised per token, products and zero-point corrections are exact in int32,
+    and the scales follow in float32; with 16-bit activations the weight is decoded to x's dtype.
+    Before `unpack` it holds the checkpoint's tensors, named as in compressed-tensors'
+    pack-quantized layout; after it int8 codes (groups, out, group_size) with zero points and sums
+    (out, groups), int32.
+    """
+
+    codes: Tensor
+    zero_points: Tensor
+    code_sums: Tensor
+    weight_packed: Tensor
+    weight_zero_point: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_factor: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool,
+        input_factor: bool,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.group_size = scheme.group_size or in_features
+        groups = in_features // self.group_size
+        bits = scheme.weight_bits
+        self._register("weight_packed", (out_features, -(-in_features * bits // 32)), torch.int32)
+        self._register("weight_shape", (2,), torch.int64)
+        self._register("weight_scale", (out_features, groups))
+        if not scheme.symmetric:
+            self._register(
+                "weight_zero_point", (-(-out_features * bits // 32), groups), torch.int32
+            )
+        self._register("bias", (out_features,) if bias else None)
+        self._register("input_factor", (in_features,) if input_factor else None)
+
+    def _register(
+        self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        empty = None if shape is None else torch.empty(shape, dtype=dtype)
+        parameter = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.register_parameter(name, parameter)
+
+    def unpack(self) -> None:
+        """Turn what was loaded into the codes that the products take."""
+        bits, shape = self.scheme.weight_bits, (self.out_features, self.in_features)
+        codes = unpack_from_int32(self.weight_packed.data, bits, torch.Size(shape))
+        groups = self.weight_scale.shape[1]
+        zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+        if not self.scheme.symmetric:
+            zero_points = unpack_from_int32(
+                self.weight_zero_point.data, bits, zero_points.shape, packed_dim=0
+            ).int()
+            del self.weight_zero_point
+        del self.weight_packed, self.weight_shape
+        codes = codes.view(self.out_features, groups, -1).transpose(0, 1).contiguous()
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("zero_points", zero_points, persistent=False)
+        sums = codes.sum(-1, dtype=torch.int32).t().contiguous()
+        self.register_buffer("code_sums", sums, persistent=False)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors that `unpack` took apart, as a checkpoint holds them."""
+        codes = self.codes.transpose(0, 1).reshape(self.out_features, self.in_features)
+        zero_points = None if self.scheme.symmetric else self.zero_points.to(torch.int8)
+        return packed_weight(codes, zero_points, self.scheme.weight_bits)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the codes stand for."""
+        scale, zero_points = self.weight_scale.t()[..., None], self.zero_points.t()[..., None]
+        values = self.codes.float().sub_(zero_points).mul_(scale)
+        return values.transpose(0, 1).reshape(self.out_features, -1).to(dtype)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of `values`."""
+        if self.input_factor is not None:
+            values = values * self.input_factor.to(values.dtype)
+        if self.scheme.activation_bits == FLOAT_BITS:
+            bias = None if self.bias is None else self.bias.to(values.dtype)
+            return linear(values, self.weight(values.dtype), bias)
+        output = self._integer(values.reshape(-1, self.in_features))
+        if self.bias is not None:
+            output += self.bias
+        return output.to(values.dtype).view(*values.shape[:-1], self.out_features)
+
+    def _integer(self, values: Tensor) -> Tensor:
+        """(tokens, in) to float32 (tokens, out), without the bias."""
+        scheme = self.scheme
+        codes, scale, zero_point = quantize_tokens(
+            values, scheme.activation_bits, scheme.activation_symmetric
+        )
+        output = values.new_zeros(len(values), self.out_features, dtype=torch.float32)
+        for group, columns in enumerate(codes.split(self.group_size, 1)):
+            totals = affine_product(
+                columns.contiguous(),
+                zero_point,
+                self.codes[group],
+                self.code_sums[:, group],
+                self.zero_points[:, group],
+            )
+            output.addcmul_(totals.float(), self.weight_scale[:, group])
+        return output.mul_(scale)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme."""
+        return f"{self.in_features}, {self.out_features}, {self.scheme.name}"

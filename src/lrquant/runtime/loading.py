@@ -1,0 +1,141 @@
+"""How transformers loads and saves the native format, once this module is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrquant.attention import attention_name
+from lrquant.errors import LRQuantError
+from lrquant.export.native import NAME, VERSION
+from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.runtime.linear import IntegerLinear
+from lrquant.scheme import FLOAT_BITS, Scheme
+
+
+@register_quantization_config(NAME)
+class NativeConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native checkpoint's config.json.
+
+    `scheme` are the fields of `Scheme`; `ignore` names the linears that stay as they are; `biases`,
+    `shifts` and `input_factors` name the modules of a block that have such a tensor.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = NAME,
+        format_version: int = VERSION,
+        scheme: dict[str, Any] | None = None,
+        ignore: list[str] | None = None,
+        biases: list[str] | None = None,
+        shifts: list[str] | None = None,
+        input_factors: list[str] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if format_version > VERSION:
+            raise LRQuantError(
+                f"checkpoint of format version {format_version}: this lrquant reads up to "
+                f"{VERSION}; update lrquant"
+            )
+        if unknown or scheme is None:
+            odd = f"unknown {', '.join(sorted(unknown))}" if unknown else "no scheme"
+            raise LRQuantError(f"quantization_config of config.json: {odd}; export it again")
+        self.quant_method: Any = quant_method
+        self.format_version = format_version
+        self.scheme, self.ignore = scheme, ignore or []
+        self.biases, self.shifts = biases or [], shifts or []
+        self.input_factors = input_factors or []
+
+
+@register_quantizer(NAME)
+class NativeQuantizer(HfQuantizer):
+    """Puts integer linears, shifts and quantised attention in place, and packs again on saving."""
+
+    quantization_config: NativeConfig
+    requires_calibration = True  # learned by lrquant, never quantised while loading
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: Any) -> None:
+        config = self.quantization_config
+        scheme = Scheme(**config.scheme)
+        if scheme.attention_bits != FLOAT_BITS:
+            model.set_attn_implementation(attention_name(scheme))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name not in config.ignore:
+                self._replace(model, name, module, scheme)
+            elif _ends_with(name, config.shifts):
+                empty = torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
+                module.register_parameter("shift", nn.Parameter(empty, requires_grad=False))
+                module.register_forward_hook(_shifted)
+
+    def _replace(self, model: nn.Module, name: str, module: nn.Linear, scheme: Scheme) -> None:
+        config = self.quantization_config
+        if scheme.weight_bits == FLOAT_BITS:
+            module.register_forward_pre_hook(_QuantizedInput(scheme))
+            return
+        with torch.device("meta"):
+            replacement = IntegerLinear(
+                module.in_features,
+                module.out_features,
+                scheme,
+                bias=_ends_with(name, config.biases),
+                input_factor=_ends_with(name, config.input_factors),
+            )
+        model.set_submodule(name, replacement)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **rest: Any
+    ) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, IntegerLinear):
+                module.unpack()
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's tensors, packed again."""
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, IntegerLinear):
+                state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
+        return state, {}
+
+
+def _ends_with(name: str, modules: list[str]) -> bool:
+    """Whether a module's full name is one of a block's `modules`."""
+    return any(name.endswith("." + module) for module in modules)
+
+
+def _shifted(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    shift = module.get_parameter("shift")
+    return (output + shift).to(output.dtype)
+
+
+class _QuantizedInput:
+    """A linear with a dense weight reads quantised activations."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (values,) = inputs
+        bits, symmetric = self._scheme.activation_bits, self._scheme.activation_symmetric
+        if bits == FLOAT_BITS:
+            return (values,)
+        return (fake_quantize_tokens(values, bits, symmetric, values.dtype),)

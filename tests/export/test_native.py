@@ -1,0 +1,166 @@
+"""The native format: all that is learned, loaded by transformers and computed with integers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from lrquant import LRQuantError, quantize
+from lrquant.export.checkpoint import INDEX
+from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.runtime.linear import IntegerLinear
+from lrquant.workbench import learned_view
+
+RUNS = [
+    ("llama", "W4A4", {}),
+    ("llama-biases", "W6A6", {}),
+    ("llama-tied", "W4A4g16", {"symmetric": True}),
+    ("llama", "W4A4", {"let_shift": "always"}),
+    ("llama", "W3A6", {"rotation_sharing": "linear", "let_shift": "always"}),
+    ("llama-no-gqa", "W4A8-qkv4", {}),
+    ("mistral-sliding", "W8A8", {"let_sites": ("norm", "value_output", "query_key", "up_down")}),
+    ("qwen2", "W4A4", {"activation_symmetric": True, "qkv_bits": 16}),
+    ("qwen3", "W5A4g16", {}),
+    ("opt", "W4A4", {"let_shift": "always"}),
+    ("opt-post-norm", "W4A6", {"let_sites": ("value_output",)}),
+    ("opt-no-biases", "W4A4", {"let_shift": "always"}),
+    ("llama", "W3A16g16", {}),
+    ("llama", "W4A16", {"rotation_sharing": "linear"}),
+    ("llama", "W16A8", {"lwc": False, "lr_plus": False}),
+]
+
+
+@pytest.fixture
+def learn(make_model, token_ids, tmp_path):
+    def run(family, scheme, dtype=torch.float32, **settings):
+        given = {"precision": "float32", "overwrite": True, "lr_plus": True, "epochs": 2}
+        given |= {"lwc": True, "let": True, "format": "lrquant", **settings}
+        return quantize(
+            make_model(family, dtype),
+            scheme,
+            samples=token_ids(3, 16),
+            output_dir=str(tmp_path / "run"),
+            save_dir=str(tmp_path / "saved"),
+            **given,
+        )
+
+    return run
+
+
+def loaded(folder, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(("family", "scheme", "settings"), RUNS, ids=str)
+def test_it_computes_what_was_learned(
+    learn, make_model, token_ids, tmp_path, family, scheme, settings
+):
+    """Logits of the integers against those of the fake-quantised model, and saved once more."""
+    run, ids = learn(family, scheme, **settings), token_ids(2, 20)
+    model = loaded(tmp_path / "saved")
+    learned, plain = logits(run.load_model(), ids), logits(make_model(family), ids)
+    torch.testing.assert_close(logits(model, ids), learned, rtol=1e-4, atol=1e-4)
+    assert (plain - learned).abs().mean() > 5e-3, "nothing was quantised"
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), ids), logits(model, ids))
+    assert model.generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W8A8", "W4A4g16", "W3A16"])
+def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme):
+    run = learn("llama-biases", scheme, rotation_sharing="linear")
+    model = loaded(tmp_path / "saved")
+    frozen = learned_view(run.workbench, run.config, run.folder, 1).freeze()
+    generator = torch.Generator().manual_seed(0)
+    for name, expected in frozen.linears.items():
+        module = model.get_submodule(f"model.layers.1.{name}")
+        assert isinstance(module, IntegerLinear)
+        values = torch.randn(7, module.in_features, generator=generator)
+        inputs = values * expected.input_factor
+        bits = run.config.quantization.activation_bits
+        inputs = inputs if bits == 16 else fake_quantize_tokens(inputs, bits)
+        weight = expected.dequantize(torch.float32)
+        assert torch.equal(module.weight(torch.float32), weight)
+        exact = linear(inputs.double(), weight.double(), expected.bias.double())
+        error = (module(values).double() - exact).abs().max() / exact.abs().max()
+        assert error < 1e-6, (name, float(error))
+
+
+def test_the_linears_hold_integers_and_multiply_them(learn, token_ids, tmp_path, monkeypatch):
+    learn("llama", "W4A4")
+    model = loaded(tmp_path / "saved")
+    calls = []
+    from lrquant.numerics import integer
+
+    product = integer.integer_product
+    monkeypatch.setattr(
+        integer, "integer_product", lambda a, b: calls.append((a.dtype, b.dtype)) or product(a, b)
+    )
+    logits(model, token_ids(1, 6))
+    assert calls == [(torch.int8, torch.int8)] * 14
+    linears = [m for m in model.modules() if isinstance(m, IntegerLinear)]
+    assert len(linears) == 14 and all(m.codes.dtype == torch.int8 for m in linears)
+
+
+def test_one_changed_code_is_seen(learn, token_ids, tmp_path):
+    """Negative control."""
+    run, ids = learn("llama", "W4A4"), token_ids(2, 20)
+    path = tmp_path / "saved" / "model-0001.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight_packed"][:, 0] ^= 1 << 3
+    save_file(tensors, path, metadata={"format": "pt"})
+    learned = logits(run.load_model(), ids)
+    assert not torch.allclose(logits(loaded(tmp_path / "saved"), ids), learned, rtol=1e-2)
+
+
+def test_bf16_checkpoints_keep_their_scales(learn, token_ids, tmp_path):
+    run = learn("llama", "W4A4", torch.bfloat16)
+    model = loaded(tmp_path / "saved", dtype=torch.float32)
+    frozen = learned_view(run.workbench, run.config, run.folder, 0).freeze()
+    for name, expected in frozen.linears.items():
+        weight = model.get_submodule(f"model.layers.0.{name}").weight(torch.float32)
+        assert torch.equal(weight, expected.dequantize(torch.float32)), name
+    assert logits(loaded(tmp_path / "saved"), token_ids(1, 5)).dtype == torch.bfloat16
+
+
+def test_the_files_are_packed(learn, tmp_path):
+    learn("llama", "W3A4")
+    index = json.loads((tmp_path / "saved" / INDEX).read_text())["weight_map"]
+    packed = [name for name in index if name.endswith(".weight_packed")]
+    assert len(packed) == 14
+    tensors = load_file(tmp_path / "saved" / "model-0000.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight_packed"].shape == (48, 32 * 3 // 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 2}, "format version 2: this lrquant reads up to 1; update lrquant"),
+        ({"surprise": True}, "unknown surprise"),
+        ({"scheme": None}, "no scheme"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(learn, tmp_path, change, said):
+    learn("llama", "W4A4", epochs=1)
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(LRQuantError, match=said):
+        loaded(tmp_path / "saved")
+
+
+def test_the_dense_factor_is_refused_before_learning(learn, tmp_path):
+    with pytest.raises(LRQuantError, match="--rotation_sharing site or linear"):
+        learn("llama", "W4A4", rotation_sharing="weight")
+    assert list(tmp_path.iterdir()) == []

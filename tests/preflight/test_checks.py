@@ -1,0 +1,280 @@
+"""lrquant check: every refusal is found, all at once, before anything is learned or written."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+
+from lrquant import LRQuantError
+from lrquant.cli import main
+from lrquant.pipeline import quantize
+from lrquant.preflight import checks, places
+from lrquant.preflight.checks import preflight as check
+from lrquant.preflight.estimate import Memory
+from lrquant.report.preflight import preflight_text, preflight_values
+
+SPACE = collections.namedtuple("Space", "total used free")
+WHATS = ["format", "model", "groups", "device", "calibration", "output_dir", "disk", "memory"]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data" / "wikitext2"
+    folder.mkdir(parents=True)
+    for split in ("validation", "test"):
+        (folder / f"{split}.txt").write_text("some words, and some more of them. " * 20)
+    return folder.parent
+
+
+@pytest.fixture
+def settings(model_folder, data_dir, tmp_path):
+    """Settings of a run that would work."""
+    return {
+        **{"model": str(model_folder("llama")), "scheme": "W4A16g16", "precision": "float32"},
+        **{"data_dir": str(data_dir), "nsamples": 2, "seqlen": 16, "epochs": 1},
+        "output_dir": str(tmp_path / "runs" / "run"),
+    }
+
+
+def found(done, state):
+    return [(finding.what, finding.text) for finding in done.findings if finding.state == state]
+
+
+def tree(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def test_a_run_that_works(settings, tmp_path):
+    before = tree(tmp_path)
+    asked = {"target": "transformers", "save_dir": str(tmp_path / "saved"), "ppl": ("wikitext2",)}
+    done = check({**settings, **asked})
+    assert not done.failed
+    whats = [finding.what for finding in done.findings]
+    assert {*WHATS, "packing", "evaluation", "save_dir", "fused"} <= set(whats)
+    assert found(done, "warning") == [
+        ("runtime", "transformers decodes the weights at the first forward: no speed-up")
+    ]
+    assert tree(tmp_path) == before, "nothing is written"
+    assert done.memory.peak > done.stream_bytes == 2 * 2 * 16 * 32 * 4
+    assert done.run_bytes > 0 and done.checkpoint.total > 0
+    assert done.seconds.learning > 0 and done.seconds.measuring > 0
+    assert quantize(**settings, **asked).results["perplexity"], "and it does work"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "name"),
+    [
+        ("W4A16g16", "transformers", "compressed-tensors"),
+        ("W4A4", "native", "lrquant"),
+        ("W16A16", "vllm", "dequantized"),
+    ],
+)
+def test_the_format_is_chosen_for_the_target(settings, scheme, target, name):
+    done = check({**settings, "scheme": scheme, "target": target})
+    assert not done.failed and done.checkpoint is not None
+    assert ("format", f"{name}, which {target} loads") in found(done, "ok")
+
+
+def test_without_a_target_nothing_is_packed(settings):
+    done = check(settings)
+    assert not done.failed and done.checkpoint is None
+    assert ("format", "none: no --save_dir and no --target") in found(done, "ok")
+
+
+def failing(settings, tmp_path):
+    """Changes of the settings, and the one check that must then fail with these words."""
+    file = tmp_path / "file"
+    file.write_text("")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    run, saved = settings["output_dir"], str(tmp_path / "saved")
+    return {
+        "model": ({"model": str(tmp_path / "none")}, "neither a local path"),
+        "format": ({"scheme": "W4A4", "target": "vllm"}, "--scheme W4A4-sym-qkv16"),
+        "format-name": ({"format": "gguf", "save_dir": saved}, "use one of"),
+        "groups": ({"scheme": "W4A16g32"}, "does not divide the 48 input columns of mlp.down"),
+        "format-shifts": (
+            {"let": True, "let_shift": "always", "target": "transformers"},
+            "learn with --let_shift auto",
+        ),
+        "device": ({"device": "cuda:77"}, "use --device cpu"),
+        "calibration": ({"calib_dataset": "nothing"}, "unknown data set 'nothing'"),
+        "seqlen": ({"seqlen": 65}, "use --seqlen 64 or less"),
+        "statistics": ({"act_scales": str(tmp_path / "no.pt")}, "no such file"),
+        "evaluation": ({"ppl": ("nothing",)}, "unknown data set 'nothing'"),
+        "evaluation-tta": ({"tta": True}, "no text to adapt to"),
+        "evaluation-tasks": ({"tasks": "no_such_task"}, "no_such_task"),
+        "output_dir": ({"output_dir": str(file / "run")}, "is a file; use another folder"),
+        "save_dir": ({"save_dir": str(other)}, "would be deleted; use a new folder"),
+        "save_dir-same": ({"save_dir": run}, "this is the run folder"),
+        "run folder": ({"resume": str(tmp_path / "none")}, "no run here"),
+    }
+
+
+NAMES = [
+    *("model", "format", "format-name", "groups", "format-shifts", "device", "calibration"),
+    *("seqlen", "statistics", "evaluation", "evaluation-tta", "evaluation-tasks"),
+    *("output_dir", "save_dir", "save_dir-same", "run folder"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_refusal(settings, tmp_path, name):
+    table = failing(settings, tmp_path)
+    assert sorted(table) == sorted(NAMES)
+    changes, said = table[name]
+    before = tree(tmp_path)
+    done = check({**settings, **changes})
+    assert [finding.what for finding in done.failed] == [name.partition("-")[0]]
+    assert said in done.failed[0].text and "\n" not in done.failed[0].text
+    assert tree(tmp_path) == before
+    assert said in preflight_text(done)
+
+
+def test_all_that_fails_is_listed(settings, tmp_path):
+    table = failing(settings, tmp_path)
+    names = ["format", "groups", "calibration", "evaluation", "output_dir", "save_dir"]
+    changes = {key: value for name in names for key, value in table[name][0].items()}
+    done = check({**settings, **changes, "scheme": "W4A4g7"})
+    failed = [finding.what for finding in done.failed]
+    assert set(failed) == set(names)
+    groups = [text for what, text in found(done, "failed") if what == "groups"]
+    assert len(groups) == 2, "one line for each width that the group does not divide"
+    for linear in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"):
+        assert linear in groups[0] and linear not in groups[1]
+    assert "the 48 input columns of mlp.down_proj" in groups[1]
+    assert ("memory, disk, time", "need sizes that fit and a device") in found(done, "not checked")
+
+
+def test_settings_that_contradict_each_other_are_one_error(settings):
+    with pytest.raises(LRQuantError, match="disagree"):
+        check({**settings, "scheme": "W4A16", "wbits": 3})
+
+
+def test_sizes_that_a_kernel_asks_for(settings, make_model, tiny_tokenizer, tmp_path):
+    done = check({**settings, "target": "vllm", "scheme": "W4A16"})
+    (kernels,) = [text for what, text in found(done, "warning") if what == "kernels"]
+    assert "vLLM's CPU build needs in and out divisible by 32" in kernels
+    assert "mlp.down_proj (48 to 32)" in kernels and "o_proj" not in kernels
+    assert not done.failed, "other builds take them"
+    make_model("llama", intermediate_size=64, hidden_size=64, head_dim=16).save_pretrained(
+        tmp_path / "even"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path / "even")
+    even = {"model": str(tmp_path / "even"), "target": "vllm", "scheme": "W4A16"}
+    assert "kernels" in dict(found(check({**settings, **even}), "ok"))
+
+
+def test_a_finished_run_in_the_place(settings, tmp_path):
+    quantize(**settings)
+    done = check(settings)
+    assert found(done, "failed")[0][0] == "run folder"
+    assert "holds a run of 2 learned blocks" in done.failed[0].text
+    assert not check({**settings, "overwrite": True}).failed
+    resumed = check({**settings, "resume": settings["output_dir"]})
+    assert ("run folder", "2 of 2 blocks are learned") in found(resumed, "ok")
+    assert resumed.seconds.learning == 0
+    measured = {"resume": settings["output_dir"], "epochs": 0, "ppl": ("wikitext2",)}
+    done = check({**measured, "data_dir": settings["data_dir"], "seqlen": 16})
+    assert not done.failed and done.seconds.learning == 0 < done.seconds.measuring
+    assert "calibration" not in [finding.what for finding in done.findings]
+    other = check({**settings, "resume": settings["output_dir"], "epochs": 2})
+    assert "its learning epochs differs" in other.failed[0].text
+    shutil.rmtree(tmp_path / "runs" / "run" / "blocks")
+    assert check({**settings, "resume": settings["output_dir"]}).seconds.learning > 0
+
+
+def test_other_files_in_the_run_folder_are_warned_of(settings, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "notes.txt").write_text("mine")
+    done = check(settings)
+    assert not done.failed
+    assert "notes.txt" in dict(found(done, "warning"))["output_dir"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_that_cannot_be_written(settings, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = check({**settings, "output_dir": str(tmp_path / "locked" / "run")})
+    assert "cannot be written" in done.failed[0].text
+
+
+def test_too_little_disk_and_memory(settings, monkeypatch):
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: SPACE(10, 9, 1))
+    done = check(settings)
+    assert [finding.what for finding in done.failed] == ["disk"]
+    assert "free some space" in done.failed[0].text
+    monkeypatch.undo()
+    need = check(settings).memory.peak
+    monkeypatch.setattr(
+        checks, "estimate_memory", lambda *a: dataclasses.replace(MEMORY, learning=need**2)
+    )
+    done = check(settings)
+    assert [finding.what for finding in done.failed] == ["memory"]
+    assert "--offload disk" in done.failed[0].text
+
+
+def test_a_block_that_cannot_fit_is_not_measured(settings, monkeypatch):
+    monkeypatch.setattr(checks, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(checks, "probe_block", None)
+    done = check(settings)
+    assert [finding.what for finding in done.failed] == ["memory"]
+    assert "one block needs more than" in done.failed[0].text and done.seconds is None
+
+
+MEMORY = Memory(embedding=1, learning=1, measuring=1)
+
+
+def test_missing_published_sets_are_warned_of(settings):
+    """--eval_ppl measures what can be had; sets asked for by name must be there."""
+    done = check({**settings, "eval_ppl": True})
+    assert not done.failed
+    assert dict(found(done, "warning"))["evaluation"] == "left out: ptb, c4, ptb-new, c4-new"
+
+
+# The command
+
+
+def arguments(settings, *more):
+    flags = [["--" + name, str(value)] for name, value in settings.items()]
+    return ["check", *(part for flag in flags for part in flag), *map(str, more)]
+
+
+def test_the_command_and_its_exit_codes(settings, capsys):
+    assert main(arguments(settings, "--target", "transformers")) == 0
+    out = capsys.readouterr().out
+    for part in ("scheme: W4A16g16", "estimates, not promises", "peak memory", "a learning step"):
+        assert part in out
+    assert main(arguments(settings, "--scheme", "W4A4", "--target", "vllm", "--ppl", "no")) == 2
+    streams = capsys.readouterr()
+    assert (
+        streams.err.splitlines() == [streams.err.strip()]
+        and "failed: format, evaluation" in streams.err
+    )
+    assert streams.out.count("failed ") == 2
+    assert main(arguments(settings, "--scheme", "W99")) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_json(settings, capsys):
+    assert main(arguments(settings, "--json", "--eval_ppl")) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["passed"] is True and values["memory"]["learning"] > 0
+    assert values.keys() == preflight_values(check(settings)).keys()
+    assert main(arguments(settings, "--json", "--ppl", "no")) == 2
+    values = json.loads(capsys.readouterr().out)
+    assert values["passed"] is False
+    assert [f["what"] for f in values["findings"] if f["state"] == "failed"] == ["evaluation"]
+
+
+def test_a_file_of_settings(settings, tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    assert main(["check", "--config", str(path)]) == 0
+    assert "W4A16g16" in capsys.readouterr().out

@@ -1,0 +1,229 @@
+"""Estimates: sizes against really written files, formulas against values worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrquant import quantize
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.export import formats
+from lrquant.export.checkpoint import INDEX
+from lrquant.export.manifest import SETTINGS
+from lrquant.model import from_module, load_model
+from lrquant.preflight.estimate import (
+    checkpoint_size,
+    estimate_memory,
+    learned_bytes,
+    learning_seconds,
+    measuring_seconds,
+    run_bytes,
+    stream_bytes,
+)
+from lrquant.preflight.probe import BlockCosts
+
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+WIDE_OPT = {"hidden_size": 128, "ffn_dim": 192, "word_embed_proj_dim": 128}
+COSTS = BlockCosts(
+    **{"read": 1.0, "observed": 3.0, "full": 2.0, "start": 5.0, "weights": 0.5, "held": 4.0},
+    **{"step": 10.0, "freeze": 0.25, "peak_memory": 9_000, "streams": 1_000},
+)
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("some words, and some more of them. " * 20)
+    return path
+
+
+@pytest.fixture
+def written(model_folder, text_file, tmp_path):
+    """A finished run with its checkpoint."""
+
+    def make(family, scheme, changes=WIDE, **settings):
+        return quantize(
+            model_folder(family, **changes),
+            scheme,
+            output_dir=str(tmp_path / "run"),
+            save_dir=str(tmp_path / "saved"),
+            **{"calib_dataset": str(text_file), "nsamples": 1, "seqlen": 16, "epochs": 1},
+            **settings,
+        )
+
+    return make
+
+
+def estimated(run):
+    form = formats()[run.config.format or "compressed-tensors"]
+    return checkpoint_size(run.workbench.model, run.config, form)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "settings"),
+    [
+        ("llama", "W4A16g32", {}),
+        ("llama-tied", "W3A16", {}),
+        ("llama-biases", "W2A16g16-sym", {"lr_plus": True}),
+        ("qwen3", "W8A8-sym-qkv16", {"activation_symmetric": True}),
+        ("opt", "W4A4-sym-qkv16", {"activation_symmetric": True}),
+        ("opt-bare", "W8A16", {}),
+        ("llama", "W4A16g32", {"format": "awq"}),
+        ("opt", "W4A16", {"format": "awq"}),
+        ("llama", "W4A4", {"format": "lrquant"}),
+        ("qwen2", "W3A3g16", {"format": "lrquant", "lr_plus": True, "rotation_sharing": "linear"}),
+        ("llama", "W4A4", {"format": "dequantized"}),
+        ("mistral", "W16A16", {"format": "dequantized", "lwc": False}),
+    ],
+)
+def test_the_size_of_a_checkpoint(written, tmp_path, family, scheme, settings):
+    run = written(family, scheme, WIDE_OPT if "opt" in family else WIDE, **settings)
+    assert estimated(run).total == pytest.approx(size_of(tmp_path / "saved"), rel=0.02)
+
+
+def test_another_scheme_is_not_within_two_per_cent(written, tmp_path):
+    """Negative control: groups and zero points weigh that much."""
+    run = written("llama", "W4A16g16", {**WIDE, "num_hidden_layers": 4, "vocab_size": 264})
+    real = size_of(tmp_path / "saved")
+    assert estimated(run).total == pytest.approx(real, rel=0.02)
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, group_size=None))
+    assert estimated(other).total < 0.98 * real
+
+
+def test_the_parts_of_a_checkpoint(written, tmp_path):
+    run = written("llama", "W4A16g64")
+    size = estimated(run)
+    blocks = sum(path.stat().st_size for path in (tmp_path / "saved").glob("model-0*"))
+    outer = (tmp_path / "saved" / "model-outer.safetensors").stat().st_size
+    index = (tmp_path / "saved" / INDEX).stat().st_size
+    assert size.blocks == pytest.approx(blocks + index, rel=0.02)
+    assert size.outside > outer
+    weights = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192
+    expected = 4 + (32 + 4) / 64 + 7 * 8 * 16 / weights  # float32 scales, codes of zero, shapes
+    assert size.bits_per_weight == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scheme": "W4A4"},
+        {"scheme": "W4A4", "lr_plus": True},
+        {"scheme": "W3A16g16", "lr_plus": True, "rotation_sharing": "linear"},
+        {"scheme": "W4A16", "lr_plus": True, "rotate_rank": 2},
+    ],
+)
+def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings):
+    run = quantize(
+        make_model("llama", **WIDE),
+        samples=token_ids(2, 16),
+        output_dir=str(tmp_path / "run"),
+        epochs=1,
+        **settings,
+    )
+    model = run.workbench.model
+    one = (tmp_path / "run" / "blocks" / "0000.safetensors").stat().st_size
+    assert learned_bytes(model, run.config) == pytest.approx(one, rel=0.02)
+    whole = size_of(tmp_path / "run")
+    assert whole / 2 < run_bytes(model, run.config) < 1.2 * whole + 4096
+
+
+def test_nothing_learned_takes_no_space(make_model):
+    config = Config(scheme="W16A16", epochs=0).resolved()
+    assert learned_bytes(from_module(make_model("llama")), config) == 0
+
+
+def test_the_size_of_hidden_states():
+    """128 samples of 2048 tokens, LLaMA-7B's width, bfloat16, two branches: 6 GiB."""
+    assert stream_bytes(128, 2048, 4096, torch.bfloat16, 3) == 6 * 2**30
+    assert stream_bytes(16, 512, 576, torch.float32, 2) == 2 * 18_874_368
+
+
+def texts(windows, tokens, name="a"):
+    return [Samples(torch.zeros((windows, tokens), dtype=torch.int64), name, "", "", "", "")]
+
+
+def test_the_memory_of_each_phase(make_model):
+    """Hidden 32, vocabulary 264, untied, float32: values added up by hand."""
+    model = from_module(make_model("llama"))
+    config = Config(scheme="W4A4", nsamples=10, seqlen=16).resolved()
+    memory = estimate_memory(model, config, COSTS, 5_000, torch.float32, True, texts(6, 16))
+    streams = 2 * 10 * 16 * 32 * 4
+    embedding = 4 * (264 * 32 + 32)  # and the last norm
+    assert memory.embedding == 5_000 + streams + embedding
+    assert memory.learning == 9_000 - 1_000 + streams
+    logits = 2 * 16 * 264 * 4
+    assert memory.measuring == 5_000 + 6 * 16 * 32 * 4 + embedding + logits
+    assert memory.peak == max(memory.embedding, memory.learning, memory.measuring)
+
+
+def test_memory_of_other_settings(make_model):
+    model = from_module(make_model("llama", torch.bfloat16))
+    config = Config(scheme="W4A4", nsamples=10, seqlen=16, lr_plus=True).resolved()
+
+    def memory(config, dtype=torch.bfloat16, inside=True, windows=()):
+        return estimate_memory(model, config, COSTS, 5_000, dtype, inside, windows)
+
+    streams = 3 * 10 * 16 * 32 * 2
+    assert memory(config).learning == 8_000 + streams
+    assert memory(config, inside=False).learning == 8_000, "hidden states are on disk"
+    assert memory(config, torch.float32).learning == 8_000 + 2 * streams
+    copies = (4 + 2) * (264 * 32 + 32)  # as stored, and in float32
+    assert memory(config).embedding == 5_000 + streams + copies
+    assert memory(config).measuring == 5_000, "nothing is measured"
+    plain = memory(config, windows=texts(2, 16)).measuring
+    agreed = dataclasses.replace(config, agreement=("a",))
+    more = 2 * 16 * 32 * 2 + 2 * 16 * 264 * 4  # a second stream, and the reference's logits
+    assert memory(agreed, windows=texts(2, 16)).measuring == plain + more
+
+
+def test_the_time_of_learning():
+    """COSTS are whole numbers of seconds: 6 batches, 3 epochs, 4 blocks, worked out by hand."""
+    plain = Config(
+        scheme="W4A16", epochs=3, nsamples=12, batch_size=2, keep_best=False, lwc_init=4.0
+    ).resolved()
+    block = 1 + 5 + 0.5 + 0.25 + 6 * (2 + 2 * 4) + 3 * 6 * 10
+    assert learning_seconds(plain, COSTS, 4) == 4 * block
+    searched = dataclasses.replace(plain, lwc_init=None)
+    assert learning_seconds(searched, COSTS, 4) == 4 * (block + 6 * 1)
+    best = dataclasses.replace(plain, keep_best=True)
+    assert learning_seconds(best, COSTS, 4) == 4 * (block + 3 * (6 * 4 + 0.5))
+    branches = dataclasses.replace(plain, two_branch=True)
+    assert learning_seconds(branches, COSTS, 4) == 4 * (block + 6 * 2)
+    passed = 1 + 0.25 + 6 * (2 + 4)
+    assert learning_seconds(plain, COSTS, 4, finished=3) == block + 3 * passed
+    nothing = dataclasses.replace(COSTS, step=0.0)
+    assert learning_seconds(plain, nothing, 4) == 4 * (block - 3 * 6 * 10)
+
+
+def test_the_time_of_measuring(make_model):
+    model = from_module(make_model("llama"))
+    config = Config(scheme="W4A16", nsamples=4, seqlen=8, batch_size=2).resolved()
+    linears = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    head = 264 * 32 / linears * 2.0 / 16  # seconds a token, by the share of products
+    quantized = 2 * 4.0 / 16
+    once = measuring_seconds(model, config, COSTS, texts(5, 8))
+    assert once == pytest.approx(40 * (quantized + head) + 2 * 1.25)
+    assert measuring_seconds(model, config, COSTS, []) == 0
+    compared = dataclasses.replace(config, compare=True)
+    more = 40 * (2 * quantized + 2 * 2.0 / 16 + 3 * head) + 3 * 2 * 1.25
+    assert measuring_seconds(model, compared, COSTS, texts(5, 8)) == pytest.approx(more)
+
+
+def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):
+    model = load_model(str(model_folder("llama")))
+    config = Config(scheme="W4A16", model=model.name).resolved()
+    form = formats()["compressed-tensors"]
+    with_tokenizer = checkpoint_size(model, config, form).outside
+    without = checkpoint_size(dataclasses.replace(model, tokenizer=None), config, form).outside
+    saved = tmp_path / "tokenizer"
+    model.tokenizer.save_pretrained(saved)
+    assert with_tokenizer - without == size_of(saved)
+    assert not list(Path(model.name).glob(SETTINGS)), "the model's own folder is left alone"

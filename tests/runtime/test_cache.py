@@ -1,0 +1,97 @@
+"""The quantised cache: a step at a time gives what the whole text gives, in fewer bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from lrquant import LRQuantError, QuantizedCache, quantize
+from lrquant.attention import attention_name, mark_quantized
+from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.runtime.cache import _Layer
+from lrquant.scheme import Scheme
+
+
+@pytest.fixture
+def saved(make_model, token_ids, tmp_path):
+    def make(family, scheme, **settings):
+        quantize(
+            make_model(family),
+            scheme,
+            samples=token_ids(3, 16),
+            output_dir=str(tmp_path / "run"),
+            save_dir=str(tmp_path / "saved"),
+            **{"precision": "float32", "epochs": 1, "format": "lrquant", **settings},
+        )
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+    return make
+
+
+@torch.no_grad()
+def step_by_step(model, ids, cache):
+    """Logits with the first seven tokens at once, then one at a time."""
+    parts = [ids[:, :7], *ids[:, 7:].split(1, 1)]
+    return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        *(("llama", "W4A4"), ("mistral-sliding", "W6A6"), ("qwen2-alternating", "W4A4")),
+        *(("qwen3", "W8A8"), ("opt", "W4A4"), ("llama", "W4A16-qkv3")),
+    ],
+)
+def test_steps_give_what_the_whole_text_gives(saved, token_ids, family, scheme):
+    model, ids = saved(family, scheme), token_ids(2, 16)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    cache, plain = QuantizedCache(model.config), DynamicCache()
+    found = step_by_step(model, ids, cache)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, step_by_step(model, ids, plain)), "the codes say it exactly"
+    assert cache.get_seq_length() == 16
+    values = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
+    assert cache.nbytes < values / 2, "even with heads of 8 channels, in float32"
+    beams = model.generate(
+        ids[:1, :4],
+        max_new_tokens=3,
+        num_beams=2,
+        do_sample=False,
+        past_key_values=QuantizedCache(model.config),
+    )
+    assert beams.shape == (1, 7)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("head_dim", [7, 8])
+def test_what_it_holds_decodes_bit_for_bit(bits, symmetric, head_dim):
+    layer = _Layer(Scheme(4, bits, activation_symmetric=symmetric))
+    states = torch.randn(2, 3, 11, head_dim, generator=torch.Generator().manual_seed(bits))
+    layer.update(states[:, :, :4], -states[:, :, :4])
+    keys, values = layer.update(states[:, :, 4:], -states[:, :, 4:])
+    assert torch.equal(keys, fake_quantize_tokens(states, bits, symmetric))
+    assert torch.equal(values, fake_quantize_tokens(-states, bits, symmetric))
+    width = -(-head_dim // 2) if bits <= 4 else head_dim
+    assert layer.keys.shape == (2, 3, 11, width + 5) and layer.keys.dtype == torch.uint8
+
+
+def test_marked_states_are_not_quantised_again(make_model):
+    """Negative control: unmarked ones are."""
+    from transformers import AttentionInterface
+
+    attention = AttentionInterface()[attention_name(Scheme(4, 2))]
+    module = make_model("llama").model.layers[0].self_attn
+    states = [torch.randn(1, n, 5, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2)]
+    query, key = states
+    unmarked, _ = attention(module, query, key, key, None)
+    marked, _ = attention(module, query, mark_quantized(key), key, None)
+    assert not torch.allclose(unmarked, marked)
+
+
+def test_a_model_whose_cache_is_not_quantised_has_no_use_for_it(saved, make_model):
+    for model in (saved("llama", "W4A16"), make_model("llama")):
+        with pytest.raises(LRQuantError, match="leave past_key_values out"):
+            QuantizedCache(model.config)
