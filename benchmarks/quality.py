@@ -37,7 +37,7 @@ from lrquant.streams import Stream
 from lrquant.workbench import Workbench, make_workbench
 from lrquant.workdir import RunFolder
 
-PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "epochs": 5, "seed": 2}
+PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "epochs": 5, "seed": 2, "report": False}
 WINDOWS = 40
 TEXTS = ("wikitext2", "c4")
 SCHEMES = ("W8A8", "W6A6", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")

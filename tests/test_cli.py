@@ -38,7 +38,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def quick(data_dir):
     """Flags of a run that takes a moment."""
-    return [*QUICK, "--data_dir", str(data_dir), "--nsamples", "3", "--epochs", "1"]
+    few = ["--nsamples", "3", "--epochs", "1", "--no-report"]
+    return [*QUICK, "--data_dir", str(data_dir), *few]
 
 
 @pytest.fixture
@@ -383,7 +384,7 @@ def test_inspecting(command, succeed, refuse, tmp_path, monkeypatch):
 def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
     succeed(command("--scheme", "W4A16", "--save_dir", tmp_path / "saved"))
     out = succeed(["inspect", tmp_path / "saved"])
-    assert "llama, 3 files" in out and "learned as: W4A16: " in out
+    assert "llama, 3 files" in out and "scheme: W4A16: " in out
     out = succeed(["inspect", tmp_path / "model-llama"])
     assert "llama, 1 files" in out and "none (dense weights)" in out
     refuse(["inspect", tmp_path], tmp_path, "neither a run folder")
@@ -514,7 +515,7 @@ def test_a_file_in_the_place_of_a_folder(command, refuse, quick, data_dir, tmp_p
 def test_no_space_left_for_a_block(command, succeed, refuse, tmp_path, monkeypatch):
     save, calls = workdir.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         calls.append(path)
         if len(calls) > 1:
             Path(path).write_bytes(b"half a file")

@@ -32,6 +32,7 @@ OTHER = {  # a legal value that is not the default, by type or by name
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},
+    **{"report": False},
 }
 
 

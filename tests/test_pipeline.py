@@ -39,7 +39,7 @@ def learn(model, token_ids):
     """learn(folder, **settings) -> a Run of the tiny model on random tokens."""
 
     def run(folder, model=model, samples=None, **settings):
-        defaults = {"scheme": "W4A4", "epochs": 2, "precision": "float32"}
+        defaults = {"scheme": "W4A4", "epochs": 2, "precision": "float32", "report": False}
         return quantize(
             model,
             samples=token_ids(4, TOKENS) if samples is None else samples,
@@ -52,8 +52,8 @@ def learn(model, token_ids):
 
 @pytest.fixture(scope="module")
 def reference(learn, tmp_path_factory):
-    """One undisturbed run; not to be changed."""
-    return learn(tmp_path_factory.mktemp("reference") / "run")
+    """One undisturbed run, with a report; not to be changed."""
+    return learn(tmp_path_factory.mktemp("reference") / "run", report=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,20 @@ def test_results_of_a_plain_model_go_where_asked(model_folder, data_dir, tmp_pat
 def test_a_run_folder_is_complete(reference):
     path = reference.folder.path
     assert sorted(entry.name for entry in path.iterdir()) == [
-        *("blocks", "blocks.jsonl", "config.yaml", "results.json", "run.json", "run.log")
+        *("blocks", "blocks.jsonl", "config.yaml", "diagnostics", "report.html", "report.json"),
+        *("report.md", "results.json", "run.json", "run.log"),
     ]
     assert sorted(learned_bytes(path)) == [f"{block:04d}.safetensors" for block in range(BLOCKS)]
     assert RunFolder.open(path).config == reference.config == reference.config.resolved()
+
+
+def test_the_report_changes_nothing_else(reference, learn, tmp_path):
+    run = learn(tmp_path, report=False)
+    assert learned_bytes(tmp_path) == learned_bytes(reference.folder.path)
+    assert [r.epoch_losses for r in run.records] == [r.epoch_losses for r in reference.records]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        *("blocks", "blocks.jsonl", "config.yaml", "results.json", "run.json", "run.log")
+    ]
 
 
 def test_a_record_a_block(reference):
@@ -395,6 +405,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     ]
     said = f"resuming after block {finished} of {BLOCKS}" in (tmp_path / "run.log").read_text()
     assert said == (0 < finished < BLOCKS)
+
+
+def diagnostics_bytes(folder):
+    return {path.name: path.read_bytes() for path in Path(folder, "diagnostics").iterdir()}
+
+
+def test_the_report_of_a_killed_run_is_that_of_an_undisturbed_one(
+    reference, learn, tmp_path, monkeypatch
+):
+    interrupted(monkeypatch, "before it is saved", block=1)
+    with pytest.raises(Killed):
+        learn(tmp_path / "a", report=True)
+    monkeypatch.undo()
+    assert len(diagnostics_bytes(tmp_path / "a")) == 2
+    learn(tmp_path / "b", resume=str(tmp_path / "a"), report=True)
+    expected = diagnostics_bytes(reference.folder.path)
+    assert len(expected) == BLOCKS and diagnostics_bytes(tmp_path / "b") == expected
+    assert learned_bytes(tmp_path / "b") == learned_bytes(reference.folder.path)
+    assert (
+        json.loads((tmp_path / "b" / "report.json").read_text())["missing"]
+        == json.loads((reference.folder.path / "report.json").read_text())["missing"]
+    )
 
 
 def test_a_killed_start_leaves_nothing_to_resume(learn, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_a_start_that_is_killed_leaves_no_run(tmp_path, monkeypatch, failing):
 
 
 def kill_while_writing(monkeypatch):
-    def half(tensors, path):
+    def half(tensors, path, metadata=None):
         Path(path).write_bytes(b"half a file")
         raise Killed
 
@@ -189,7 +189,7 @@ def test_a_kill_while_a_block_is_saved_loses_that_block_only(tmp_path, monkeypat
 def test_no_space_for_a_block(tmp_path, monkeypatch, error):
     folder = a_run(tmp_path, blocks=1)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half a file")
         raise error
 

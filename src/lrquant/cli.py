@@ -26,7 +26,7 @@ _STATISTICS_SETTINGS = (
 _EVALUATE_SETTINGS = (
     *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
     *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
-    *("cache_dir", "device", "precision", "offload", "output_dir"),
+    *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
 )
 _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
 
@@ -106,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run folder")
     export.add_argument("folder", help="folder to make")
     _add_settings(export, _EXPORT_SETTINGS)
+
+    report = _command(commands, "report", "write a run's report.html, .md and .json anew", _report)
+    report.add_argument("run", type=Path, help="run folder")
+
+    compare = _command(commands, "compare", "show several runs side by side in a page", _compare)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    compare.add_argument(
+        "--output", type=Path, default=Path("compare.html"), help="page to write [compare.html]"
+    )
 
     inspect = _command(commands, "inspect", "show what a run folder or checkpoint is", _inspect)
     inspect.add_argument("target", type=Path, help="run folder or checkpoint folder")
@@ -247,6 +256,19 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     settings = _settings(options, _EXPORT_SETTINGS)
     export(options.run, options.folder, progress=BarProgress(console), **settings)
     print(f"checkpoint: {options.folder}")
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.report.writing import write_report
+    from lrquant.workdir import RunFolder
+
+    print(f"report: {write_report(RunFolder.open(options.run))}")
+
+
+def _compare(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.report.writing import write_comparison
+
+    print(f"comparison: {write_comparison(options.runs, options.output)}")
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> None:

@@ -122,6 +122,12 @@ class Config:
     limit: int = _setting(-1, "windows a set and items a task (-1: all)")
 
     output_dir: str = _setting("../log/", "run folder: config, log, blocks, results")
+    report: bool = _setting(
+        True, "measure each learned block over a few samples, and write report.html, .md and .json"
+    )
+    log_dir: str | None = _setting(
+        None, "write losses and measures for TensorBoard here (lrquant[tensorboard])"
+    )
     save_dir: str | None = _setting(None, "write the quantised model as a checkpoint here")
     format: str | None = _setting(
         None, "format of --save-dir: compressed-tensors (default), awq, dequantized"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from lrquant.blocks import BlockInputs
 from lrquant.config import Config, require_one_scheme, typed_settings
 from lrquant.data import Samples, calibration_samples
+from lrquant.diagnostics import measure_block
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
@@ -35,8 +37,10 @@ from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
+from lrquant.report.writing import write_report
 from lrquant.scheme import FLOAT_BITS, Scheme
 from lrquant.stats import ChannelStatistics, load_statistics
+from lrquant.tensorboard import with_tensorboard
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
@@ -121,6 +125,7 @@ def _run(
     earlier: MemoryHandler,
 ) -> Run:
     config, measure_only = resolve_settings(settings)
+    progress = with_tensorboard(progress, config.log_dir)
     logger.info("scheme %s", config.quantization.describe())
     logger.info("method %s", describe_method(config))
     check_comparison(config)
@@ -156,10 +161,15 @@ def _run(
         board = None if tasks is None else TaskBoard(tasks, config, results_folder)
         for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
             results = results_folder.add_results({**environment(config, workbench), **measured})
+            progress.measured(measured)
         for measured in _measure_base(config, board, progress):
             results = results_folder.add_results(beside(results, measured))
     if config.save_dir is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
+    progress.close()
+    learned_or_measured = not measure_only or bool(config.perplexity_sets or config.tasks)
+    if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
+        logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
 
 
@@ -268,8 +278,8 @@ def learn_blocks(
     entry.embed(full)
     quantized.copy(full)
     searched = config.lwc and config.lwc_init is None
-    steps = settings.epochs * len(entry.batches)
-    with progress.blocks(blocks, steps):
+    memory = partial(peak_memory, workbench.device)
+    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
         for index in range(blocks):
             started = time.monotonic()
             statistics = ChannelStatistics()
@@ -283,7 +293,7 @@ def learn_blocks(
                 data = BlockData(index, entry, quantized, (full,))
                 with workbench.runner(index, view) as runner:
                     advance_quantized(view, runner, data, settings.loss)
-                progress.finished(index)
+                progress.finished(index, None)
                 continue
             if given is not None:
                 statistics.maxima, statistics.midpoints = given.maxima, given.midpoints
@@ -293,10 +303,16 @@ def learn_blocks(
             data = BlockData(index, entry, quantized, (full, *homologous))
             with workbench.runner(index, view) as runner:
                 report = fit_block(view, runner, data, settings, progress.stepper(index))
+            if config.report:
+                measure = report.objective.measure
+                seen = measure_block(workbench, view, data, measure, settings.loss)
+                folder.save_diagnostics(index, seen.figures, seen.tensors)
+            with workbench.runner(index, view) as runner:
                 final = advance_quantized(view, runner, data, settings.loss)
             final_loss = report.objective.measure(final)
-            _record(folder, view, index, report, final_loss, time.monotonic() - started, workbench)
-            progress.finished(index)
+            seconds = time.monotonic() - started
+            record = _record(folder, view, index, report, final_loss, seconds, workbench)
+            progress.finished(index, record)
 
 
 def _record(
@@ -307,7 +323,7 @@ def _record(
     final_loss: float,
     seconds: float,
     workbench: Workbench,
-) -> None:
+) -> BlockRecord:
     record = BlockRecord(
         block=index,
         initial_loss=report.initial_loss,
@@ -328,6 +344,7 @@ def _record(
         seconds,
         "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
     )
+    return record
 
 
 @contextmanager
@@ -408,6 +425,7 @@ _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "max_drop", "tasks", "num_fewshot"),
     *("limit", "task_batch_size"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
+    *("report", "log_dir"),
     *("target", "save_dtype"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )

@@ -47,6 +47,8 @@ class BlockRecord:
 class RunFolder:
     """`config.yaml`, `run.json` (what must match to resume), `blocks/`, `blocks.jsonl`, results.
 
+    `diagnostics/`, where a report is asked for, has what a block looked like when it was learned.
+
     A block is finished when its file exists: files are written under a temporary name, flushed and
     renamed, so a kill at any point leaves whole files only.
     """
@@ -62,11 +64,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             blocks = path / "blocks"
             blocks.mkdir(exist_ok=True)
-            for old in ("run.json", "blocks.jsonl", "results.json"):
+            reports = ("report.html", "report.md", "report.json")
+            for old in ("run.json", "blocks.jsonl", "results.json", *reports):
                 (path / old).unlink(missing_ok=True)
             for learned in (*blocks.glob("*.safetensors"), *blocks.glob("*.tmp")):
                 learned.unlink()
-            shutil.rmtree(path / "adapted", ignore_errors=True)
+            for derived in ("adapted", "diagnostics"):
+                shutil.rmtree(path / derived, ignore_errors=True)
             folder.write_text("config.yaml", config.to_yaml())
             folder.write_text(
                 "run.json", json.dumps({"format": FORMAT, **identity}, indent=1) + "\n"
@@ -153,6 +157,10 @@ class RunFolder:
         folder = re.sub(r"[^\w.-]+", "_", text)  # a text may be named by its path
         return self.path / "adapted" / folder / f"{index:04d}.safetensors"
 
+    def diagnostics_path(self, index: int) -> Path:
+        """Where the report's figures of a block are, if they were taken."""
+        return self.path / "diagnostics" / f"{index:04d}.safetensors"
+
     def forget_adapted(self, text: str) -> None:
         """Make an empty folder for parameters that are adapted to `text`."""
         place = self.adapted_path(text, 0).parent
@@ -179,13 +187,40 @@ class RunFolder:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
         self._save(self.adapted_path(text, index), parameters, lambda: None)
 
+    def save_diagnostics(
+        self, index: int, figures: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> None:
+        """Keep a block's figures for the report; before `save_block`, so that none is missing."""
+        metadata = {"figures": json.dumps(figures)}
+        self._save(self.diagnostics_path(index), tensors, lambda: None, metadata)
+
+    def load_diagnostics(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """A block's figures and tensors, None if they were not taken."""
+        path = self.diagnostics_path(index)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                figures = json.loads((file.metadata() or {})["figures"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise LRQuantError(
+                f"{path}: corrupt; delete it, the report then says that it is missing"
+            ) from error
+        return figures, tensors
+
     def _save(
-        self, path: Path, parameters: dict[str, Tensor], before_rename: Callable[[], None]
+        self,
+        path: Path,
+        parameters: dict[str, Tensor],
+        before_rename: Callable[[], None],
+        metadata: dict[str, str] | None = None,
     ) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
         temporary = path.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary)
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, temporary, metadata)
             _flush(temporary)
             before_rename()
             temporary.replace(path)
@@ -227,10 +262,9 @@ class RunFolder:
         try:
             self._write_records(other.records())
             for index in range(other.finished_blocks()):
-                temporary = self.block_path(index).with_suffix(".tmp")
-                shutil.copyfile(other.block_path(index), temporary)
-                _flush(temporary)
-                temporary.replace(self.block_path(index))
+                if other.diagnostics_path(index).is_file():
+                    _copy_whole(other.diagnostics_path(index), self.diagnostics_path(index))
+                _copy_whole(other.block_path(index), self.block_path(index))
         except OSError as error:
             raise LRQuantError(
                 f"run folder {self.path}: the blocks of {other.path} cannot be copied "
@@ -262,18 +296,26 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file so that it is whole or absent."""
-        temporary = self.path / (name + ".tmp")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            _flush(temporary)
-            temporary.replace(self.path / name)
+            write_whole(self.path / name, text)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise LRQuantError(
                 f"run folder {self.path}: {name} cannot be written ({error.strerror}); free some "
                 "space or use another --output_dir"
             ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -322,6 +364,14 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
         parts = value.items() if isinstance(value, dict) else ()
         flat.update({f"{key} {part}": inner for part, inner in parts} or {key: value})
     return flat
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    shutil.copyfile(source, temporary)
+    _flush(temporary)
+    temporary.replace(target)
 
 
 def _flush(path: Path) -> None:

@@ -36,7 +36,7 @@ def learn(model_folder, data_dir, tmp_path):
             "W3A4",
             output_dir=str(tmp_path / "run"),
             data_dir=str(data_dir),
-            **(defaults | {"ppl": ("wikitext2",), "overwrite": True} | settings),
+            **(defaults | {"ppl": ("wikitext2",), "overwrite": True, "report": False} | settings),
         )
 
     return run

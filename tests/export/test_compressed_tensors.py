@@ -34,7 +34,7 @@ def learn(make_model, token_ids, tmp_path):
             scheme,
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
-            **{"precision": "float32", "overwrite": True, "lr_plus": True},
+            **{"precision": "float32", "overwrite": True, "lr_plus": True, "report": False},
             **{
                 "epochs": 2,
                 "lwc": True,

@@ -25,7 +25,7 @@ def learn(make_model, token_ids, tmp_path):
             scheme,
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
-            **{"epochs": 3, "precision": "float32", "overwrite": True},
+            **{"epochs": 3, "precision": "float32", "overwrite": True, "report": False},
             **{"format": "dequantized", **settings},
         )
 

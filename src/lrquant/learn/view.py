@@ -229,6 +229,26 @@ class BlockView:
             )
         return FrozenBlock(linears, others)
 
+    def in_stored_units(
+        self, linear: str, inputs: Tensor, outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a linear reads and gives under the parameters, (tokens, in) and (tokens, out), with
+        the scales and shifts undone: ``outputs`` is then about ``inputs @ W.T + b``, all stored.
+        """
+        factors = self._factors()
+        for site in self.rotated_sites:
+            if linear in (fold.module for fold in site.consumers):
+                inputs = inputs / self.parameters[input_name(site.name)]
+        if linear in factors.columns:
+            inputs = inputs * factors.columns[linear]
+        if linear in factors.add:
+            inputs = inputs + factors.add[linear]
+        if linear in factors.rows:
+            outputs = outputs / factors.rows[linear]
+        if linear in factors.subtract:
+            outputs = outputs + factors.subtract[linear]
+        return inputs, outputs
+
     def _factors(self) -> Factors:
         factors = fold_factors(self.sites, self.parameters)
         scale_norms(factors, self.parameters, self.rotated_sites)

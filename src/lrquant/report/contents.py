@@ -1,0 +1,189 @@
+"""All numbers of a report, gathered from a run folder as JSON has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.identity import describe_method, method_name
+from lrquant.report.repeat import repeating_command
+from lrquant.scheme import Scheme
+from lrquant.version import __version__
+from lrquant.workdir import BlockRecord, RunFolder, read_json
+
+FORMAT = 1
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+_WORST = 10
+_MEASURES = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means")
+
+
+def run_contents(folder: RunFolder) -> dict[str, Any]:
+    """What report.json holds: run, results, blocks, worst_linears, worst_blocks, missing.
+
+    Figures of a block are those of `BlockDiagnostics`, None where they were not taken; its
+    parameters are quantiles (`QUANTILES`) over all values, nothing left out.
+    """
+    records = folder.records()
+    path = folder.path / "results.json"
+    results = read_json(path) if path.is_file() else {}
+    blocks = [_block(folder, record) for record in records]
+    contents = {
+        "format": FORMAT,
+        "written_by": f"lrquant {__version__}",
+        "run": _run(folder, records, results),
+        "results": {name: results[name] for name in _MEASURES if results.get(name)},
+        "blocks": blocks,
+        "worst_linears": _worst_linears(blocks),
+        "worst_blocks": _worst_blocks(blocks),
+    }
+    contents["missing"] = _missing(contents)
+    return _finite(contents)
+
+
+def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any]) -> dict[str, Any]:
+    identity, config = folder.identity, folder.config
+    scheme = Scheme(**identity["scheme"])
+    return {
+        "folder": folder.path.resolve().name,
+        "name": config.net_name,
+        "model": config.model,
+        "model_type": identity["model"]["model_type"],
+        "weights": identity["model"]["weights"],
+        "blocks": identity["model"]["blocks"],
+        "learned_blocks": len(records),
+        "scheme": scheme.name,
+        "scheme_in_words": scheme.describe(),
+        "method": results.get("method", describe_method(config)),
+        "method_name": results.get("method_name", method_name(config)),
+        "calibration": identity["calibration"],
+        "data": identity["data"],
+        "statistics": identity["statistics"],
+        "seed": config.seed,
+        "precision": identity["precision"],
+        "device": results.get("device"),
+        "versions": results.get("versions", {}),
+        "seconds": sum(record.seconds for record in records),
+        "peak_memory_bytes": max((record.peak_memory_bytes for record in records), default=0),
+        "parameter_bytes": sum(folder.block_path(r.block).stat().st_size for r in records),
+        "command": repeating_command(config),
+        "repeatable": identity["data"]["set"] != "given/given",
+    }
+
+
+def _block(folder: RunFolder, record: BlockRecord) -> dict[str, Any]:
+    diagnosed = folder.load_diagnostics(record.block)
+    return {
+        **vars(record),
+        "figures": None if diagnosed is None else diagnosed[0],
+        "parameters": _parameters(folder.load_block(record.block)),
+    }
+
+
+def _parameters(parameters: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
+    """Quantiles by kind and by the site or linear that owns them; clipping as share of the range.
+
+    A linear's upper and lower clipping, and its rotation vectors, count as one set each.
+    """
+    values: dict[str, dict[str, list[Tensor]]] = {}
+    for name, tensor in parameters.items():
+        kind, _, rest = name.partition(".")
+        owner, _, part = rest.rpartition(".")
+        if kind == "let":
+            kind = part
+        elif kind == "lwc":
+            kind, tensor = "clipping", torch.sigmoid(tensor)
+        values.setdefault(kind, {}).setdefault(owner, []).append(tensor.flatten())
+    return {
+        kind: {owner: quantiles(torch.cat(parts)) for owner, parts in owners.items()}
+        for kind, owners in values.items()
+    }
+
+
+def quantiles(values: Tensor) -> list[float]:
+    """The values nearest to the ranks `QUANTILES` of a flat tensor of any size."""
+    ordered = values.float().sort().values
+    return [float(ordered[round(share * (len(ordered) - 1))]) for share in QUANTILES]
+
+
+def _worst_linears(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The linears that add most error themselves."""
+    found = [
+        {
+            "block": block["block"],
+            "linear": linear,
+            "own_snr": snr["own_snr"]["learned"],
+            "own_snr_round_to_nearest": snr["own_snr"]["round_to_nearest"],
+            "snr": snr["snr"]["learned"],
+        }
+        for block in blocks
+        if block["figures"]
+        for linear, snr in block["figures"]["linears"].items()
+        if snr["own_snr"]["learned"] is not None
+    ]
+    return sorted(found, key=lambda entry: entry["own_snr"])[:_WORST]
+
+
+def _worst_blocks(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The blocks that add most error to their output."""
+    found = [
+        {"block": block["block"], "error_made": block["figures"]["error_made"]["learned"]}
+        for block in blocks
+        if block["figures"] and block["figures"]["error_made"]["learned"] is not None
+    ]
+    return sorted(found, key=lambda entry: -entry["error_made"])[:3]
+
+
+def _missing(contents: dict[str, Any]) -> list[str]:
+    """What the report could show and this run does not have, with what brings it."""
+    run, results, blocks = contents["run"], contents["results"], contents["blocks"]
+    missing = []
+    if run["learned_blocks"] < run["blocks"]:
+        missing.append(
+            f"blocks {run['learned_blocks']} to {run['blocks'] - 1}: the run is not finished; go "
+            "on with lrquant quantize --resume"
+        )
+    bare = [block["block"] for block in blocks if block["figures"] is None]
+    if bare:
+        missing.append(
+            f"errors, activations and histograms of {_spans(bare)}: learned without the report's "
+            "measurements (--no-report, or an earlier version); learn again to have them"
+        )
+    if not results.get("perplexity"):
+        missing.append("perplexity: lrquant evaluate RUN --ppl wikitext2 --compare")
+    elif not all(
+        {"full_precision", "round_to_nearest"} <= scores.keys()
+        for scores in results["perplexity"].values()
+    ):
+        missing.append(
+            "full precision or round-to-nearest beside a perplexity: lrquant evaluate RUN --compare"
+        )
+    if not results.get("agreement"):
+        missing.append("agreement with full precision: lrquant evaluate RUN --agreement wikitext2")
+    if not results.get("tasks"):
+        missing.append("zero-shot tasks: lrquant evaluate RUN --tasks piqa,arc_easy")
+    return missing
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "blocks 0-2, 5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
+    return ("blocks " if len(words) > 1 or "-" in words[0] else "block ") + ", ".join(words)
+
+
+def _finite(value: Any) -> Any:
+    """None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

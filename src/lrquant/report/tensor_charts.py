@@ -1,0 +1,155 @@
+"""Pictures of tensors: activations before and after the transformation, weights, codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import torch
+from matplotlib.colors import LogNorm
+
+from lrquant.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
+from lrquant.report.charts import diagnosed, short
+from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
+from lrquant.report.sections import number
+from lrquant.workdir import RunFolder
+
+_ACTIVATION_PICTURES = 6
+_SMALLEST = 1e-6  # of the largest magnitude; smaller ones look alike
+_PANEL = 1.0
+
+
+def activation_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture]:
+    """For each kind of input, the block whose channels differed most before learning."""
+    chosen: dict[str, tuple[float, int]] = {}
+    for block in diagnosed(contents):
+        tensors = _tensors(folder, block["block"])
+        for linear in block["figures"]["picture_channels"]:
+            channels = tensors[f"inputs.{linear}.before"].float().amax(0)
+            spread = float(channels.max() / channels.median().clamp(min=1e-12))
+            chosen[linear] = max(chosen.get(linear, (-1.0, 0)), (spread, block["block"]))
+    figures = {block["block"]: block["figures"] for block in diagnosed(contents)}
+    return [
+        _activations(folder, block, linear, spread, figures[block])
+        for linear, (spread, block) in list(chosen.items())[:_ACTIVATION_PICTURES]
+    ]
+
+
+def _activations(
+    folder: RunFolder, block: int, linear: str, spread: float, figures: dict[str, Any]
+) -> Picture:
+    tensors = _tensors(folder, block)
+    pair = [tensors[f"inputs.{linear}.{when}"].float().numpy() for when in ("before", "after")]
+    tokens = figures["tokens"] // figures["samples"]
+    channels = figures["picture_channels"][linear]
+    largest = max(float(values.max()) for values in pair) or 1.0
+    dim = min(float(numpy.quantile(values, 0.05)) for values in pair)
+    norm = LogNorm(max(dim, largest * _SMALLEST), largest, clip=True)
+    with drawing(3, height=4.4, sharex=True, height_ratios=(1, 1, 0.8)) as canvas:
+        *maps, below = canvas.axes
+        for axis, values, when in zip(maps, pair, ("before", "after"), strict=True):
+            shown = axis.imshow(
+                values, norm=norm, cmap="inferno", aspect="auto", extent=(0, channels, tokens, 0)
+            )
+            axis.set_title(when)
+            axis.set_ylabel("token")
+        bar = canvas.figure.colorbar(shown, ax=maps, pad=0.02)
+        bar.set_label("magnitude")
+        bar.minorticks_off()
+        bar.outline.set_visible(False)
+        edges = numpy.linspace(0, channels, pair[0].shape[1] + 1)
+        for values, when, colour in zip(pair, ("before", "after"), (NEAREST, LEARNED), strict=True):
+            below.stairs(values.max(0), edges, color=colour, label=when, linewidth=0.9)
+        logarithmic(below)
+        below.set_ylabel("largest")
+        below.set_xlabel("channel")
+        below.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=2)
+        run = run_lengths(tokens, channels)
+        cell = (
+            "Nothing is down-sampled"
+            if run == (1, 1)
+            else f"A cell is the largest of {run[0]} × {run[1]} (tokens × channels)"
+        )
+        return canvas.picture(
+            "activations-" + "-".join(linear.split(".")),
+            f"What {short(linear)} of block {block} reads",
+            f"Magnitudes of the first sample's input to {linear}, in the model as it is (before) "
+            "and as the learned block hands it to the quantizer (after), on the same hidden "
+            f"states. {cell}. Of all blocks, this one's channels differ most before: the largest "
+            f"is {number(spread)} times the median one.",
+        )
+
+
+def weight_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture]:
+    """Histograms of weights and of codes, over all blocks of which there are figures."""
+    blocks = diagnosed(contents)
+    if not blocks:
+        return []
+    linears = list(blocks[0]["figures"]["linears"])
+    sums: dict[str, torch.Tensor] = {}
+    for block in blocks:
+        for name, tensor in _tensors(folder, block["block"]).items():
+            if name.startswith(("weights.", "codes.")):
+                sums[name] = sums[name] + tensor if name in sums else tensor
+    pictures = [_weights(sums, linears, len(blocks))]
+    if f"codes.{linears[0]}.learned" in sums:
+        pictures.append(_codes(sums, linears, len(blocks)))
+    return pictures
+
+
+def _weights(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Picture:
+    edges = numpy.linspace(-WEIGHT_DEVIATIONS, WEIGHT_DEVIATIONS, WEIGHT_BINS + 1)
+    with drawing(1, height=3.0) as canvas:
+        (axis,) = canvas.axes
+        for index, linear in enumerate(linears):
+            counts = sums[f"weights.{linear}"].double().numpy()
+            share = counts / counts.sum()
+            share[share == 0] = numpy.nan
+            centres = (edges[:-1] + edges[1:]) / 2
+            axis.plot(centres, share, color=SERIES[index % len(SERIES)], label=short(linear), lw=1)
+        logarithmic(axis)
+        axis.set_xlabel("weight / standard deviation of its linear")
+        axis.set_ylabel("share")
+        canvas.figure.legend(loc="outside upper left", ncols=4)
+        return canvas.picture(
+            "weights",
+            "Weights of the model",
+            f"All weights of {blocks} blocks, each in standard deviations of its own linear; the "
+            "outermost bins hold everything beyond six.",
+        )
+
+
+def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Picture:
+    rows = -(-len(linears) // 2)
+    with drawing(rows, 2, 0.7 + _PANEL * rows) as canvas:
+        for axis, linear in zip(canvas.axes, linears, strict=False):
+            for variant, colour, label in zip(
+                VARIANTS, (NEAREST, LEARNED), ("round-to-nearest", "learned"), strict=True
+            ):
+                counts = sums[f"codes.{linear}.{variant}"].double().numpy()
+                axis.stairs(
+                    counts / counts.sum(),
+                    numpy.arange(len(counts) + 1) - 0.5,
+                    color=colour,
+                    label=label,
+                    fill=variant == "learned",
+                    alpha=0.6 if variant == "learned" else 1.0,
+                )
+            axis.set_title(short(linear))
+        for axis in canvas.axes[len(linears) :]:
+            axis.set_visible(False)
+        handles, labels = canvas.axes[0].get_legend_handles_labels()
+        canvas.figure.legend(handles, labels, loc="outside upper left", ncols=2)
+        canvas.figure.supxlabel("code", fontsize=8)
+        canvas.figure.supylabel("share", fontsize=8)
+        return canvas.picture(
+            "codes",
+            "Codes of the quantised weights",
+            f"How often each code is used, over all weights of {blocks} blocks. Clipping moves "
+            "weights into the outermost codes and spreads the rest over more of them.",
+        )
+
+
+def _tensors(folder: RunFolder, block: int) -> dict[str, torch.Tensor]:
+    diagnostics = folder.load_diagnostics(block)
+    return {} if diagnostics is None else diagnostics[1]

@@ -1,0 +1,48 @@
+"""Writing reports: report.html, report.md and report.json of a run, and one page of several."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrquant.report.contents import run_contents
+from lrquant.report.markdown import run_markdown
+from lrquant.workdir import RunFolder, write_whole
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write the three files into the run's folder, each whole or not at all; the page's path."""
+    from lrquant.report.page import run_page
+
+    contents = run_contents(folder)
+    written = {
+        "report.json": json.dumps(contents, indent=1, allow_nan=False) + "\n",
+        "report.md": run_markdown(contents),
+        "report.html": run_page(contents, folder),
+    }
+    for name, text in written.items():
+        folder.write_text(name, text)
+    return folder.path / "report.html"
+
+
+def write_comparison(paths: Sequence[Path], output: Path) -> Path:
+    """Write one page with several runs side by side."""
+    from lrquant.report.page import comparison_page
+
+    folders = [RunFolder.open(path) for path in paths]
+    runs = [run_contents(folder) for folder in folders]
+    write_whole(output, comparison_page(runs, run_names(runs)))
+    return output
+
+
+def run_names(runs: Sequence[dict]) -> list[str]:
+    """A name for each run: its folder's, with a number where several have the same."""
+    folders = [contents["run"]["folder"] for contents in runs]
+    counts, seen = Counter(folders), Counter[str]()
+    names = []
+    for folder in folders:
+        seen[folder] += 1
+        names.append(f"{folder} ({seen[folder]})" if counts[folder] > 1 else folder)
+    return names

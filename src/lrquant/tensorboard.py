@@ -1,0 +1,77 @@
+"""Losses and measures for TensorBoard, through torch's own writer (the extra `tensorboard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lrquant.errors import LRQuantError
+from lrquant.progress import Progress, Together
+from lrquant.workdir import BlockRecord
+
+_OF_A_BLOCK = ("initial_loss", "final_loss", "seconds", "peak_memory_bytes")
+
+
+def with_tensorboard(progress: Progress, folder: str | None) -> Progress:
+    """`progress`, and beside it a log in `folder` if one is given."""
+    return progress if folder is None else Together((progress, TensorBoardLog(folder)))
+
+
+class TensorBoardLog(Progress):
+    """learning/loss by step over all blocks; block/… by block; perplexity/… and agreement/….
+
+    Flushed after each block and each measure, so that a kill loses little.
+    """
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise LRQuantError(
+                f"--log_dir {folder}: tensorboard is not installed; "
+                "pip install 'lrquant[tensorboard]', or leave the option out"
+            ) from error
+        try:
+            self._writer = SummaryWriter(folder)
+        except OSError as error:
+            raise LRQuantError(
+                f"--log_dir {folder}: cannot be written ({error.strerror}); use another folder"
+            ) from error
+        self._steps = 1
+
+    @contextmanager
+    def blocks(
+        self, blocks: int, epochs: int, batches: int, memory: Callable[[], int]
+    ) -> Iterator[None]:
+        self._steps = max(epochs * batches, 1)
+        yield
+        self._writer.flush()
+
+    def stepper(self, block: int) -> Callable[[int, float], None]:
+        def step(done: int, loss: float) -> None:
+            self._writer.add_scalar("learning/loss", loss, block * self._steps + done)
+
+        return step
+
+    def finished(self, block: int, record: BlockRecord | None) -> None:
+        if record is None:
+            return
+        for name in _OF_A_BLOCK:
+            self._writer.add_scalar(f"block/{name}", getattr(record, name), block)
+        self._writer.flush()
+
+    def measured(self, results: dict[str, Any]) -> None:
+        for text, variants in results.get("perplexity", {}).items():
+            for variant, value in variants.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"perplexity/{text} {variant}", value, 0)
+        for text, variants in results.get("agreement", {}).items():
+            for variant, scores in variants.items():
+                if isinstance(scores, dict):
+                    for name, value in scores.items():
+                        self._writer.add_scalar(f"agreement/{text} {variant} {name}", value, 0)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
