@@ -28,7 +28,7 @@ def saved(make_model, token_ids, tmp_path):
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
-            **{"precision": "float32", "epochs": 0, **settings},
+            **{"precision": "float32", "epochs": 0, "report": False, **settings},
         )
         return tmp_path / "saved"
 

@@ -22,7 +22,13 @@ def saved(make_model, token_ids, tmp_path):
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
-            **{"precision": "float32", "epochs": 1, "format": "lrquant", **settings},
+            **{
+                "precision": "float32",
+                "epochs": 1,
+                "format": "lrquant",
+                "report": False,
+                **settings,
+            },
         )
         return AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
@@ -57,6 +63,7 @@ def test_steps_give_what_the_whole_text_gives(saved, token_ids, family, scheme):
     beams = model.generate(
         ids[:1, :4],
         max_new_tokens=3,
+        min_new_tokens=3,
         num_beams=2,
         do_sample=False,
         past_key_values=QuantizedCache(model.config),
