@@ -14,9 +14,10 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GgufConfig, PreTrainedModel
 
 from lrquant import LRQuantError, QuantizedCache
 from lrquant.report.tables import table
@@ -44,7 +45,9 @@ def main() -> None:
 
 def _models(options: argparse.Namespace) -> dict[str, Callable[[], PreTrainedModel]]:
     path = Path(options.model)
-    named = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    named: dict[str, Any] = {}
+    if path.suffix == ".gguf":
+        named = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     folder = path.parent if named else path
 
     def dense(dtype: str) -> Callable[[], PreTrainedModel]:

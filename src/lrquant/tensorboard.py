@@ -70,7 +70,8 @@ class TensorBoardLog(Progress):
             for variant, scores in variants.items():
                 if isinstance(scores, dict):
                     for name, value in scores.items():
-                        self._writer.add_scalar(f"agreement/{text} {variant} {name}", value, 0)
+                        if isinstance(value, float):
+                            self._writer.add_scalar(f"agreement/{text} {variant} {name}", value, 0)
         self._writer.flush()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings):
         epochs=1,
         **settings,
     )
+    with_report = run_bytes(run.workbench.model, run.config)
+    assert size_of(tmp_path / "run") < with_report < 3 * size_of(tmp_path / "run")
+    for place in ("report.html", "report.json", "report.md"):
+        (tmp_path / "run" / place).unlink()
+    shutil.rmtree(tmp_path / "run" / "diagnostics")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, report=False))
     model = run.workbench.model
     one = (tmp_path / "run" / "blocks" / "0000.safetensors").stat().st_size
     assert learned_bytes(model, run.config) == pytest.approx(one, rel=0.02)

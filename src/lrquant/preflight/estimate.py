@@ -29,6 +29,8 @@ _INDEX = 36  # bytes that one tensor takes in the index of shards, beside its na
 _HASH = 170  # bytes of one shard's size and hash in lrquant.json
 _ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
 _RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
+_REPORT = 400_000  # bytes of a report, beside
+_REPORTED = 240_000  # what a block adds to it and to diagnostics/ (SmolLM2-135M: 238,000)
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,10 @@ def learned_bytes(model: Model, config: Config) -> int:
 
 
 def run_bytes(model: Model, config: Config) -> int:
-    """A finished run folder: learned parameters and records of every block."""
-    return len(model.blocks) * (learned_bytes(model, config) + _RECORD)
+    """A finished run folder: learned parameters, records, and a report of every block."""
+    blocks = len(model.blocks)
+    report = _REPORT + blocks * _REPORTED if config.report else 0
+    return blocks * (learned_bytes(model, config) + _RECORD) + report
 
 
 def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
