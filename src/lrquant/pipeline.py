@@ -133,7 +133,7 @@ def _run(
     model = model or load_model(config.model, _path(config.cache_dir))
     check_groups(model, config.quantization)
     if config.save_dir is not None:
-        check_target(model, config, Path(config.save_dir))
+        check_target(config, Path(config.save_dir))
     if config.save_dir is not None or (config.target and not measure_only):
         check_format(model, config, choose_format(config))
     workbench = make_workbench(model, config)

@@ -174,6 +174,15 @@ class RunFolder:
             count += 1
         return count
 
+    def require_finished(self) -> None:
+        """Refuse a run of which blocks are still to be learned."""
+        finished, blocks = self.finished_blocks(), self.identity["model"]["blocks"]
+        if finished < blocks:
+            raise LRQuantError(
+                f"run folder {self.path}: {finished} of {blocks} blocks are finished; go on with "
+                "--resume and the run's own --epochs first"
+            )
+
     def save_block(self, parameters: dict[str, Tensor], record: BlockRecord) -> None:
         """Finish a block: its line in blocks.jsonl, then its parameters.
 

@@ -80,12 +80,7 @@ def evaluate_run(
     Each set's measures come when they are done, the tasks of `board` last, so that none is lost
     with another.
     """
-    blocks = len(workbench.model.blocks)
-    if folder.finished_blocks() < blocks:
-        raise LRQuantError(
-            f"run folder {folder.path}: {folder.finished_blocks()} of {blocks} blocks are "
-            "finished; go on with --resume and the run's own --epochs first"
-        )
+    folder.require_finished()
     quantized = preparer(workbench, config.quantization, config, folder)
     for name, windows in texts.items():
         variants: dict[str, Callable[[int], PreparedBlock]] = {}

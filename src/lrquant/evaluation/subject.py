@@ -69,7 +69,7 @@ def check_comparison(config: Config) -> None:
     if not isinstance(config.compare, str):
         return
     if (Path(config.compare) / "run.json").is_file():
-        _finished(RunFolder.open(Path(config.compare)))
+        RunFolder.open(Path(config.compare)).require_finished()
     else:
         resolve_model(config.compare, _path(config.cache_dir))
 
@@ -87,17 +87,8 @@ def measure_subject(
 
 def _run(name: str, config: Config) -> Subject:
     folder = RunFolder.open(Path(name))
-    _finished(folder)
+    folder.require_finished()
     return _blocks("quantized", folder.config.model, config, folder)
-
-
-def _finished(folder: RunFolder) -> None:
-    blocks = folder.identity["model"]["blocks"]
-    if folder.finished_blocks() < blocks:
-        raise LRQuantError(
-            f"run folder {folder.path}: {folder.finished_blocks()} of {blocks} blocks are "
-            "finished; go on with --resume and the run's own --epochs first"
-        )
 
 
 def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -> Subject:

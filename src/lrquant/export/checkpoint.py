@@ -25,7 +25,7 @@ from lrquant.workdir import RunFolder, read_json
 INDEX = "model.safetensors.index.json"
 
 
-def check_target(model: Model, config: Config, target: Path) -> None:
+def check_target(config: Config, target: Path) -> None:
     """Refuse, before any hour is spent, what could not be written or would destroy other files."""
     if target.resolve() == Path(config.output_dir).resolve():
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
@@ -84,7 +84,7 @@ def save_checkpoint(
 ) -> None:
     """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
     model = workbench.model
-    check_target(model, config, target)
+    check_target(config, target)
     check_format(model, config, form)
     target = target.resolve()
     temporary = target.with_name(target.name + ".partial")

@@ -56,7 +56,7 @@ def check_places(done: Preflight, model: Model | None) -> None:
     if config.save_dir is not None:
         with done.checking("save_dir"):
             if model is not None:
-                check_target(model, config, Path(config.save_dir))
+                check_target(config, Path(config.save_dir))
             _require_writable(Path(config.save_dir).resolve().parent, "--save_dir")
             done.add("save_dir", "ok", f"{config.save_dir} can be written")
 
