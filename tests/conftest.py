@@ -7,6 +7,7 @@
 ``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
 ``tiny_tokenizer``  one token a byte, ids 3 to 258 (0 <unk>, 1 <s> and padding, 2 </s>)
 ``model_folder``    model_folder(name, **changes) -> a checkpoint with tokenizer on disk
+``saved``           saved(name, scheme, **settings) -> a checkpoint of a run of zero epochs
 ``randomize_``      randomize_(module) -> fills parameters, biases and norms included, in place
 
 Everything is offline, on the CPU and seeded.  Helpers come as fixtures, never as imports.
@@ -30,6 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lrquant import quantize
 from lrquant.model import from_module
 from lrquant.workbench import Workbench
 
@@ -158,5 +160,21 @@ def model_folder(tmp_path, tiny_tokenizer):
         _make_model(name, **changes).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         return folder
+
+    return make
+
+
+@pytest.fixture
+def saved(tmp_path, token_ids):
+    def make(name: str, scheme: str, **settings):
+        quantize(
+            _make_model(name),
+            scheme,
+            samples=token_ids(3, 16),
+            output_dir=str(tmp_path / "run"),
+            save_dir=str(tmp_path / "saved"),
+            **{"precision": "float32", "epochs": 0, "report": False, **settings},
+        )
+        return tmp_path / "saved"
 
     return make

@@ -6,14 +6,11 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AwqConfig
 
 from lrquant import LRQuantError, quantize
-from lrquant.export.checkpoint import INDEX
 from lrquant.pipeline import export
-from lrquant.workbench import learned_view
 
 COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # of eight, held by bits 0 to 3, 4 to 7, …
 SIZES = {"llama": {"intermediate_size": 64}, "opt": {"ffn_dim": 64}}
@@ -38,17 +35,6 @@ def learn(make_model, token_ids, tmp_path):
     return run
 
 
-def tensors_of(folder):
-    """Every tensor of a checkpoint, through its index."""
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    found = {}
-    for name in sorted(set(index.values())):
-        with safe_open(folder / name, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert found.keys() == index.keys()
-    return found
-
-
 def unpacked(words):
     """Codes (rows, out) of int32 (rows, out / 8), bit by bit."""
     rows, count = words.shape
@@ -68,27 +54,30 @@ def weight_of(tensors, module):
     return (scales.float().repeat_interleave(size, 0) * steps).T
 
 
-def dense_model(make_model, family, folder):
+@pytest.fixture
+def dense_model(make_model, tensors_of, tmp_path):
     """A float32 transformers model with what the checkpoint stands for."""
-    tensors = tensors_of(folder)
-    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    parts = ("qweight", "qzeros", "scales")
-    dense = {name: t.float() for name, t in tensors.items() if name.split(".")[-1] not in parts}
-    dense |= {f"{module}.weight": weight_of(tensors, module) for module in modules}
-    model = make_model(family, **SIZES[family.partition("-")[0]])
-    missing, unexpected = model.load_state_dict(dense, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    return model
 
+    def make(family):
+        tensors = tensors_of(tmp_path / "saved")
+        modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        parts = ("qweight", "qzeros", "scales")
+        dense = {n: t.float() for n, t in tensors.items() if n.split(".")[-1] not in parts}
+        dense |= {f"{module}.weight": weight_of(tensors, module) for module in modules}
+        model = make_model(family, **SIZES[family.partition("-")[0]])
+        missing, unexpected = model.load_state_dict(dense, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        return model
 
-def learned_linears(run, index):
-    return learned_view(run.workbench, run.config, run.folder, index).freeze().linears
+    return make
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=["bf16", "f16"])
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16g32", "W4A16-sym", "W4A16g32-sym"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_half_precision_models_keep_every_bit(learn, tmp_path, family, scheme, dtype):
+def test_half_precision_models_keep_every_bit(
+    learn, tmp_path, family, scheme, dtype, tensors_of, learned_linears
+):
     run = learn(family, scheme, dtype)
     tensors = tensors_of(tmp_path / "saved")
     for index in range(2):
@@ -100,7 +89,9 @@ def test_half_precision_models_keep_every_bit(learn, tmp_path, family, scheme, d
     assert kinds == {torch.int32, torch.float16, dtype}
 
 
-def test_scales_of_a_float32_model_are_rounded_to_float16(learn, tmp_path):
+def test_scales_of_a_float32_model_are_rounded_to_float16(
+    learn, tmp_path, tensors_of, learned_linears
+):
     run = learn(dtype=torch.float32)
     tensors, changed = tensors_of(tmp_path / "saved"), 0
     for name, linear in learned_linears(run, 0).items():
@@ -125,7 +116,7 @@ def test_from_which_scale_on_bfloat16_is_exact():
     assert not torch.equal(smaller.to(torch.float16).float(), smaller)
 
 
-def test_one_changed_code_is_seen(learn, tmp_path):
+def test_one_changed_code_is_seen(learn, tmp_path, learned_linears):
     """Negative control of the comparison."""
     run = learn()
     path, module = tmp_path / "saved" / "model-0000.safetensors", "model.layers.0.mlp.up_proj"
@@ -137,14 +128,16 @@ def test_one_changed_code_is_seen(learn, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-biases", "opt"])
-def test_the_whole_model_computes_what_was_learned(learn, make_model, token_ids, tmp_path, family):
+def test_the_whole_model_computes_what_was_learned(
+    learn, make_model, dense_model, token_ids, family
+):
     """transformers' own model with the unpacked weights, nothing else from this package."""
     run = learn(family, "W4A16g32", torch.float32)
     ids = token_ids(2, 20)
     with torch.no_grad():
         learned = run.load_model()(ids).logits
         plain = make_model(family, **SIZES[family.partition("-")[0]])(ids).logits
-        found = dense_model(make_model, family, tmp_path / "saved")(ids).logits
+        found = dense_model(family)(ids).logits
     torch.testing.assert_close(found, learned, rtol=1e-2, atol=1e-2)
     assert (plain - learned).abs().mean() > 10 * (found - learned).abs().mean()
 
@@ -167,7 +160,7 @@ def test_what_config_json_says(learn, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16g32"])
-def test_gptqmodel_reads_what_was_learned(learn, tmp_path, scheme):
+def test_gptqmodel_reads_what_was_learned(learn, tmp_path, scheme, tensors_of, learned_linears):
     packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
     run = learn(scheme=scheme)
     tensors = tensors_of(tmp_path / "saved")
@@ -179,16 +172,14 @@ def test_gptqmodel_reads_what_was_learned(learn, tmp_path, scheme):
         assert torch.equal(found.T, linear.dequantize(torch.float32)), name
 
 
-def test_transformers_loads_it(learn, make_model, token_ids, tmp_path):
+def test_transformers_loads_it(learn, dense_model, token_ids, tmp_path):
     pytest.importorskip("gptqmodel")
     learn("llama-tied", "W4A16g32", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert "Awq" in type(model.model.layers[0].mlp.up_proj).__name__
     with torch.no_grad():
         found = model(token_ids(2, 20)).logits
-        expected = dense_model(make_model, "llama-tied", tmp_path / "saved")(
-            token_ids(2, 20)
-        ).logits
+        expected = dense_model("llama-tied")(token_ids(2, 20)).logits
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # its linears are float16
     assert model.generate(token_ids(1, 4), max_new_tokens=3, do_sample=False).shape == (1, 7)
 

@@ -10,14 +10,11 @@ import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrquant import LRQuantError, quantize
-from lrquant.export.checkpoint import INDEX
 from lrquant.pipeline import export
-from lrquant.workbench import learned_view
 
 SCHEMES = [
     *("W4A16", "W4A16g16", "W4A16-sym", "W4A16g16-sym", "W2A16g16", "W3A16", "W3A16-sym"),
@@ -47,38 +44,30 @@ def learn(make_model, token_ids, tmp_path):
     return run
 
 
-def tensors_of(folder):
-    """Every tensor of a checkpoint, through its index."""
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
-    found = {}
-    for name in sorted(set(index.values())):
-        with safe_open(folder / name, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert found.keys() == index.keys()
-    return found
-
-
-def decompressed(folder, module):
+@pytest.fixture
+def decompressed(tensors_of):
     """What the library makes of one linear."""
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    prefix = module + "."
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors_of(folder).items()
-        if name.startswith(prefix)
-    }
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    return compressor.decompress(state, scheme)["weight"]
 
+    def read(folder, module):
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+        prefix = module + "."
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors_of(folder).items()
+            if name.startswith(prefix)
+        }
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        return compressor.decompress(state, scheme)["weight"]
 
-def learned_linears(run, index):
-    return learned_view(run.workbench, run.config, run.folder, index).freeze().linears
+    return read
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("scheme", [*SCHEMES, *WITH_ACTIVATIONS])
-def test_the_library_decodes_what_was_learned_bit_for_bit(learn, tmp_path, scheme, dtype):
+def test_the_library_decodes_what_was_learned_bit_for_bit(
+    learn, tmp_path, scheme, dtype, decompressed, learned_linears
+):
     activations = {"activation_symmetric": True} if scheme in WITH_ACTIVATIONS else {}
     run = learn("llama", scheme, dtype, **activations)
     for index in range(2):
@@ -89,7 +78,7 @@ def test_the_library_decodes_what_was_learned_bit_for_bit(learn, tmp_path, schem
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("symmetric", ["", "-sym"])
-def test_odd_shapes(learn, make_model, tmp_path, bits, symmetric):
+def test_odd_shapes(learn, make_model, tmp_path, bits, symmetric, decompressed, learned_linears):
     """44 columns and 20 rows fill no whole number of words."""
     changes = {"hidden_size": 44, "intermediate_size": 20, "head_dim": 12}
     run = learn("llama", f"W{bits}A16{symmetric}", model=make_model("llama", **changes))
@@ -98,7 +87,7 @@ def test_odd_shapes(learn, make_model, tmp_path, bits, symmetric):
         assert torch.equal(found, linear.dequantize(torch.float32)), name
 
 
-def test_one_changed_code_is_seen(learn, tmp_path):
+def test_one_changed_code_is_seen(learn, tmp_path, decompressed, learned_linears):
     """Negative control of the comparison."""
     run = learn("llama", "W4A16g16")
     path = tmp_path / "saved" / "model-0000.safetensors"
@@ -172,7 +161,7 @@ def test_what_config_json_says(learn, tmp_path):
     assert "input_activations" not in group, "no key that says nothing"
 
 
-def test_it_is_really_small(learn, make_model, tmp_path):
+def test_it_is_really_small(learn, make_model, tmp_path, tensors_of):
     """The blocks' bits a weight, all overheads counted, against what the scheme says."""
     size = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     learn("llama", "W4A16g64", model=make_model("llama", torch.bfloat16, **size), epochs=1)
@@ -204,7 +193,9 @@ def test_what_it_cannot_hold_is_refused_before_learning(learn, tmp_path, scheme,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_format_of_a_finished_run(model_folder, data_file, tmp_path):
+def test_another_format_of_a_finished_run(
+    model_folder, data_file, tmp_path, tensors_of, decompressed, learned_linears
+):
     run = quantize(
         model_folder("llama"),
         "W4A16",

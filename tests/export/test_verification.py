@@ -19,22 +19,6 @@ from lrquant.report.inspection import inspect_folder
 SHARD = "model-0001.safetensors"
 
 
-@pytest.fixture
-def saved(make_model, token_ids, tmp_path):
-    def make(family="llama", scheme="W4A16", **settings):
-        quantize(
-            make_model(family),
-            scheme,
-            samples=token_ids(3, 16),
-            output_dir=str(tmp_path / "run"),
-            save_dir=str(tmp_path / "saved"),
-            **{"precision": "float32", "epochs": 0, "report": False, **settings},
-        )
-        return tmp_path / "saved"
-
-    return make
-
-
 def rehashed(folder):
     """As if the changed files had been written so: what is found then is not their hash."""
     facts = json.loads((folder / MANIFEST).read_text())
@@ -89,7 +73,7 @@ def test_what_was_written_is_whole(saved, family, scheme, settings, bits):
 
 def test_bits_per_weight_count_scales_zero_points_and_shapes(saved, make_model):
     """By hand: 4-bit codes, float32 scale and 4-bit zero point a row, two int64 a linear."""
-    found = verify(saved())
+    found = verify(saved("llama", "W4A16"))
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     bits = sum(4 * rows * columns + (32 + 4) * rows + 128 for rows, columns in shapes)
     assert found.bits_per_weight == pytest.approx(bits / sum(r * c for r, c in shapes))
@@ -124,7 +108,7 @@ def test_what_is_wrong_is_named(saved, capsys, change, said):
 
 
 def test_one_changed_bit_is_seen(saved):
-    folder = saved()
+    folder = saved("llama", "W4A16")
     edit(folder, lambda t: t[f"{Q}.weight_packed"].bitwise_xor_(1))
     assert verify(folder).problems == [f"{SHARD}: changed since it was written (SHA-256 differs)"]
 
@@ -146,7 +130,7 @@ def test_one_changed_bit_is_seen(saved):
     ],
 )
 def test_damaged_folders_are_one_line(saved, capsys, damage, said):
-    folder = saved()
+    folder = saved("llama", "W4A16")
     damage(folder)
     assert main(["inspect", str(folder)]) == 2
     error = capsys.readouterr().err
@@ -179,7 +163,7 @@ def test_the_manifest_and_the_card_say_where_it_comes_from(model_folder, tmp_pat
 
 
 def test_a_run_that_is_not_finished_is_refused(saved, tmp_path, capsys):
-    saved(epochs=1)
+    saved("llama", "W4A16", epochs=1)
     (tmp_path / "run" / "blocks" / "0001.safetensors").unlink()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lrquant import LRQuantError, QuantizedCache, quantize
+from lrquant import LRQuantError, QuantizedCache
 from lrquant.attention import attention_name, mark_quantized
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.cache import _Layer
@@ -14,25 +14,13 @@ from lrquant.scheme import Scheme
 
 
 @pytest.fixture
-def saved(make_model, token_ids, tmp_path):
-    def make(family, scheme, **settings):
-        quantize(
-            make_model(family),
-            scheme,
-            samples=token_ids(3, 16),
-            output_dir=str(tmp_path / "run"),
-            save_dir=str(tmp_path / "saved"),
-            **{
-                "precision": "float32",
-                "epochs": 1,
-                "format": "lrquant",
-                "report": False,
-                **settings,
-            },
+def loaded(saved):
+    def load(family, scheme):
+        return AutoModelForCausalLM.from_pretrained(
+            saved(family, scheme, format="lrquant", epochs=1)
         )
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
-    return make
+    return load
 
 
 @torch.no_grad()
@@ -49,8 +37,8 @@ def step_by_step(model, ids, cache):
         *(("qwen3", "W8A8"), ("opt", "W4A4"), ("llama", "W4A16-qkv3")),
     ],
 )
-def test_steps_give_what_the_whole_text_gives(saved, token_ids, family, scheme):
-    model, ids = saved(family, scheme), token_ids(2, 16)
+def test_steps_give_what_the_whole_text_gives(loaded, token_ids, family, scheme):
+    model, ids = loaded(family, scheme), token_ids(2, 16)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     cache, plain = QuantizedCache(model.config), DynamicCache()
@@ -98,7 +86,7 @@ def test_marked_states_are_not_quantised_again(make_model):
     assert not torch.allclose(unmarked, marked)
 
 
-def test_a_model_whose_cache_is_not_quantised_has_no_use_for_it(saved, make_model):
-    for model in (saved("llama", "W4A16"), make_model("llama")):
+def test_a_model_whose_cache_is_not_quantised_has_no_use_for_it(loaded, make_model):
+    for model in (loaded("llama", "W4A16"), make_model("llama")):
         with pytest.raises(LRQuantError, match="leave past_key_values out"):
             QuantizedCache(model.config)

@@ -52,6 +52,15 @@ def affine_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Affine
     return Affine(scale, zero_point, code_min, code_max)
 
 
+def token_grid(values: Tensor, bits: int, symmetric: bool) -> tuple[Affine, Extremes]:
+    """The grid of each row of float32 values (tokens, channels), and its extremes (tokens, 1).
+
+    The grid spans the extremes and 0.
+    """
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return affine_grid(low.clamp(max=0), high.clamp(min=0), bits, symmetric), (low, high)
+
+
 def encode_(values: Tensor, grid: Affine) -> Tensor:
     """Overwrite float32 values (..., n) with their codes on a grid of shape (..., 1)."""
     values.div_(grid.scale).round_().add_(grid.zero_point)
@@ -217,8 +226,7 @@ class _FakeQuantizeTokens(torch.autograd.Function):
         output = torch.empty(values.shape, dtype=dtype, device=values.device)
         for rows in row_chunks(values):
             chunk = values[rows].to(torch.float32, copy=True)
-            low, high = chunk.amin(-1, keepdim=True), chunk.amax(-1, keepdim=True)
-            grid = affine_grid(low.clamp_(max=0), high.clamp_(min=0), bits, symmetric)
+            grid, _ = token_grid(chunk, bits, symmetric)
             output[rows] = decode_(encode_(chunk, grid), grid.zero_point, grid.scale)
         ctx.save_for_backward(values)
         ctx.settings = bits, symmetric
@@ -231,9 +239,8 @@ class _FakeQuantizeTokens(torch.autograd.Function):
         result = torch.empty_like(values)
         for rows in row_chunks(values):
             chunk = values[rows].to(torch.float32, copy=True)
-            low, high = chunk.amin(-1, keepdim=True), chunk.amax(-1, keepdim=True)
+            grid, (low, high) = token_grid(chunk, bits, symmetric)
             at_low, at_high = _equal(chunk, low), _equal(chunk, high)
-            grid = affine_grid(low.clamp_(max=0), high.clamp_(min=0), bits, symmetric)
             to_scale, to_values, _ = _round_trip_gradient(chunk, gradient[rows].float(), grid)
             to_low, to_high = _range_gradient(to_scale, low, high, grid, symmetric)
             _spread_(to_values, at_low, to_low.mul_(low < 0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lrquant.numerics.affine import affine_grid, encode_
+from lrquant.numerics.affine import encode_, token_grid
 
 _EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8  # torch._int_mm on CUDA: more than 16 rows, sides by eights
@@ -53,8 +53,7 @@ def quantize_tokens(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     int32 (tokens, 1): ``value = scale * (code - zero_point)``.
     """
     codes = values.to(torch.float32, copy=True)
-    low, high = codes.amin(-1, keepdim=True), codes.amax(-1, keepdim=True)
-    grid = affine_grid(low.clamp_(max=0), high.clamp_(min=0), bits, symmetric)
+    grid, _ = token_grid(codes, bits, symmetric)
     codes = centred(encode_(codes, grid), bits, symmetric)
     return codes, grid.scale, centred(grid.zero_point, bits, symmetric).int()
 
