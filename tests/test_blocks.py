@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks import BlockInputs, Head
+from lrquant.blocks import BlockInputs, Head, PreparedBlock
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
+from lrquant.evaluation.perplexity import score, send_through
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.sites import KINDS
 from lrquant.stats import ChannelStatistics
-from lrquant.streams import Stream
+from lrquant.streams import Stream, batches_of
 from lrquant.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -131,7 +131,8 @@ def test_equal_arguments_are_kept_once(make_model, make_bench, token_ids):
     bench = make_bench(make_model("mistral-sliding"))
     entry = BlockInputs(bench.model, token_ids(5, TOKENS), 2, CPU)
     entry.embed(bench.streams(entry, 1)[0])
-    assert entry.batches == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [b.samples for b in entry.batches] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [b.shape for b in entry.batches] == [(2, TOKENS), (2, TOKENS), (1, TOKENS)]
     assert entry.arguments(0, 1) is entry.arguments(1, 1)
 
 
@@ -179,7 +180,7 @@ def test_queries_keys_and_values_are_quantised_after_the_rotation(
     entry = BlockInputs(bench.model, token_ids(2, TOKENS), 2, CPU)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
-    states, arguments = stream.read(slice(0, 2)), entry.arguments(0, 0)
+    states, arguments = stream.read(entry.batches[0]), entry.arguments(0, 0)
     prepared = prepare(bench, 0, Scheme(16, 16, qkv_bits=bits))
     with prepared.runner as runner:
         found = runner(prepared.tensors, states, arguments)
@@ -211,7 +212,7 @@ def test_linear_inputs_are_quantised_once_and_shared(make_model, make_bench, tok
                     lambda module, inputs, name=name: read.update({name: inputs[0]})
                 )
             )
-        runner(prepared.tensors, stream.read(slice(0, 2)), entry.arguments(0, 0))
+        runner(prepared.tensors, stream.read(entry.batches[0]), entry.arguments(0, 0))
     for handle in handles:
         handle.remove()
     assert observed.keys() == read.keys() == set(bench.model.linears)
@@ -254,11 +255,11 @@ def test_nothing_is_left_behind(fails, make_model, make_bench, token_ids):
     try:
         with runner:
             assert hooks(skeleton) > 0 and skeleton.config._attn_implementation != attention
-            states = stream.read(slice(0, 1))
+            states = stream.read(entry.batches[0])
             runner(view.tensors(), states[..., :-1] if fails else states, entry.arguments(0, 0))
     except RuntimeError:
         assert fails
-    Head(bench.model, CPU, torch.float32)(stream.read(slice(0, 1)))
+    Head(bench.model, CPU, torch.float32)(stream.read(entry.batches[0]))
     assert hooks(skeleton) == 0
     assert skeleton.config._attn_implementation == attention
     assert skeleton.config.to_dict() == config
@@ -289,18 +290,21 @@ def test_blocks_are_put_back_when_embedding_fails(make_model, make_bench, token_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streams_hold_the_same_wherever_they_are(place, dtype, tmp_path):
     states = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
-    stream = Stream((5, 4, 8), dtype, CPU, place, tmp_path)
+    parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    batches = batches_of(parts, [(2, 4), (2, 4), (1, 4)])
+    stream = Stream((20, 8), dtype, CPU, place, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    for samples in (slice(0, 2), slice(2, 4), slice(4, 5)):
-        stream.write(samples, states[samples])
+    for batch in batches:
+        stream.write(batch, states[batch.samples])
     assert stream.states.dtype == dtype and stream.nbytes == 160 * stream.states.element_size()
-    found = stream.read(slice(1, 5))
+    found = torch.cat([stream.read(batch) for batch in batches[1:]])
     assert found.dtype == torch.float32
-    assert torch.equal(found, states[1:5].to(dtype).float())
-    other = Stream((5, 4, 8), dtype, CPU, "host")
+    assert torch.equal(found, states[2:5].to(dtype).float())
+    other = Stream((20, 8), dtype, CPU, "host")
     other.copy(stream)
-    stream.write(slice(0, 5), torch.zeros(5, 4, 8))
-    assert torch.equal(other.read(slice(0, 5)), states.to(dtype).float())
+    (whole,) = batches_of([slice(0, 5)], [(5, 4)])
+    stream.write(whole, torch.zeros(5, 4, 8))
+    assert torch.equal(other.read(whole), states.to(dtype).float())
     del stream
     assert list(tmp_path.iterdir()) == []
 
@@ -320,7 +324,7 @@ def test_a_full_disk_is_said_and_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(LRQuantError) as caught:
-        Stream((1024, 1024, 1024), torch.bfloat16, CPU, "disk", tmp_path)
+        Stream((1024 * 1024, 1024), torch.bfloat16, CPU, "disk", tmp_path)
     message = str(caught.value)
     assert "no space for 2.0 GiB of hidden states" in message and str(tmp_path) in message
     assert "No space left on device" in message and "--offload host" in message
@@ -329,7 +333,7 @@ def test_a_full_disk_is_said_and_leaves_no_file(tmp_path, monkeypatch):
 
 def test_a_missing_scratch_folder_is_said(tmp_path):
     with pytest.raises(LRQuantError, match="nowhere"):
-        Stream((1, 2, 4), torch.float32, CPU, "disk", tmp_path / "nowhere")
+        Stream((2, 4), torch.float32, CPU, "disk", tmp_path / "nowhere")
 
 
 def test_perplexity_is_that_of_the_model(variant, make_model, make_bench, token_ids):

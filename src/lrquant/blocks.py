@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,11 @@ from transformers import PretrainedConfig
 
 from lrquant.attention import attention_name
 from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed, Inputs, has_pictures
 from lrquant.model import Model
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.scheme import FLOAT_BITS, Scheme
-from lrquant.streams import Stream
+from lrquant.streams import Stream, batches_of
 
 SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
 INPUT_FACTOR_SUFFIX = ".input_factor"  # and these multiply the input of a linear
@@ -34,8 +37,11 @@ class _Stub(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        return self.visit(hidden_states, arguments)
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        """Arguments that the model gives by position are passed on by their names."""
+        names = list(inspect.signature(self.__dict__["block"].forward).parameters)[1:]
+        named = dict(zip(names, positional, strict=False))
+        return self.visit(hidden_states, named | arguments)
 
 
 @contextmanager
@@ -55,52 +61,125 @@ class _Recorded(Exception):
     """Ends a forward whose block inputs have all been seen."""
 
 
+@dataclass(frozen=True)
+class PreparedBlock:
+    """A block ready to run: its runner (not yet entered) and the tensors it computes with."""
+
+    runner: BlockRunner
+    tensors: dict[str, Tensor]
+
+
+Prepare = Callable[[int], PreparedBlock]
+
+
 class BlockInputs:
     """What the model hands to its blocks: the first hidden states and every block's arguments.
 
-    Arguments are kept per batch and per block, and shared by batches for which they are equal.
+    `feed` are the model's own inputs, or token ids (samples, tokens).  Arguments are kept per batch
+    and per block, and shared by batches for which they are equal.
     """
 
-    def __init__(self, model: Model, ids: Tensor, batch_size: int, device: torch.device) -> None:
-        positions = getattr(model.skeleton.config, "max_position_embeddings", None)
-        if positions is not None and ids.shape[1] > positions:
-            raise LRQuantError(
-                f"samples of {ids.shape[1]} tokens: the model has {positions} positions; "
-                f"use --seqlen {positions} or less"
-            )
-        self.batches = [
-            slice(start, min(start + batch_size, len(ids)))
-            for start in range(0, len(ids), batch_size)
-        ]
-        self.shape = (*ids.shape, model.skeleton.config.hidden_size)
+    def __init__(
+        self, model: Model, feed: Feed | Tensor, batch_size: int, device: torch.device
+    ) -> None:
+        if isinstance(feed, Tensor):
+            feed = Feed.of_tokens(feed)
+        self.feed = feed if batch_size == 1 else feed.grouped()
         self._arguments: list[list[dict[str, Any]]] = []
-        self._model, self._ids, self._device = model, ids, device
+        self._model, self._device = model, device
+        samples = self.feed.slices(batch_size)
+        if model.architecture.reads_pixels:
+            shapes = [self._first_shape(part) for part in samples]
+        else:
+            _check_length(model, max(sample["input_ids"].shape[1] for sample in feed.inputs))
+            shapes = [
+                (part.stop - part.start, self.feed.inputs[part.start]["input_ids"].shape[1])
+                for part in samples
+            ]
+        self.batches = batches_of(samples, shapes)
+        self.shape = (self.batches[-1].rows.stop, model.hidden_size)
 
-    def embed(self, stream: Stream) -> None:
-        """Fill `stream` with the first block's inputs and record the arguments of all blocks."""
-        base = self._model.skeleton.base_model
-        tensors = self._model.outer_tensors(torch.device("cpu"), torch.float32, head=False)
+    def embed(self, stream: Stream, tower: Prepare | None = None) -> None:
+        """Fill `stream` with the first block's inputs and record the arguments of all blocks.
+
+        The vision tower in front of the blocks, if there is one, runs as `tower` prepares it.
+        """
+        pictures = any(map(has_pictures, self.feed.inputs))
+        model = self._model
+        device = self._device if pictures else torch.device("cpu")
         self._arguments = []
-        for samples in self.batches:
-            seen: list[tuple[Tensor, dict[str, Any]]] = []
+        stream.added = {}
+        with ExitStack() as stack:
+            tensors = model.outer_tensors(device, torch.float32, head=False)
+            if pictures:
+                tensors |= _buffers(model.skeleton.base_model, device)
+            if pictures and model.tower is not None:
+                if tower is None:
+                    raise LRQuantError("pictures: the vision tower is not prepared")
+                tensors |= _entered_tower(model, tower, stack)
+            for batch in self.batches:
+                seen = self._seen(tensors, self.feed.collate(batch.samples), device)
+                stream.write(batch, seen[0][0])
+                for block, (added, _) in enumerate(seen[1:], 1):
+                    if added.any():
+                        stream.added[batch.rows.start, block] = added.flatten(0, -2).to(
+                            stream.states.dtype
+                        )
+                self._keep([_to_device(arguments, self._device) for _, arguments in seen])
 
-            def visit(hidden: Tensor, arguments: dict[str, Any], seen=seen) -> Tensor:
-                seen.append((hidden, arguments))
-                if len(seen) == len(self._model.blocks):
-                    raise _Recorded
-                return hidden
+    def _seen(
+        self, tensors: dict[str, Tensor], inputs: Inputs, device: torch.device
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What each block is called with when every block before it returns zeros."""
+        blocks = self._model.blocks
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
 
-            with (
-                torch.no_grad(),
-                stubs(self._model.blocks, [visit] * len(self._model.blocks)),
-            ):
-                try:
-                    inputs = {"input_ids": self._ids[samples], "use_cache": False}
-                    functional_call(base, tensors, (), inputs, tie_weights=False)
-                except _Recorded:
-                    pass
-            stream.write(samples, seen[0][0])
-            self._keep([_to_device(arguments, self._device) for _, arguments in seen])
+        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            seen.append((hidden, arguments))
+            if len(seen) == len(blocks):
+                raise _Recorded
+            return torch.zeros_like(hidden)
+
+        self._forward(tensors, inputs, device, [visit] * len(blocks))
+        return seen
+
+    def _first_shape(self, samples: slice) -> tuple[int, ...]:
+        """Leading shape of the first block's hidden states."""
+        found: list[tuple[int, ...]] = []
+
+        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            found.append(tuple(hidden.shape[:-1]))
+            raise _Recorded
+
+        cpu = torch.device("cpu")
+        tensors = self._model.outer_tensors(cpu, torch.float32, head=False)
+        self._forward(tensors, self.feed.collate(samples), cpu, [visit])
+        return found[0]
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        tensors: dict[str, Tensor],
+        inputs: Inputs,
+        device: torch.device,
+        visits: Sequence[Callable],
+    ) -> None:
+        model = self._model
+        arguments: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
+        if "input_ids" in arguments:
+            arguments["use_cache"] = False
+        with stubs(model.blocks, visits):
+            try:
+                functional_call(
+                    model.skeleton.base_model, tensors, (), arguments, tie_weights=False
+                )
+            except _Recorded:
+                return
+        raise LRQuantError(
+            f"model family {model.architecture.name!r}: a forward over the samples ended before "
+            f"every block of {model.architecture.blocks} had run; its pictures are missing, or the "
+            "declaration does not fit this model"
+        )
 
     def _keep(self, arguments: list[dict[str, Any]]) -> None:
         if self._arguments and _equal(self._arguments[-1], arguments):
@@ -110,6 +189,45 @@ class BlockInputs:
     def arguments(self, batch: int, block: int) -> dict[str, Any]:
         """Keyword arguments of one block for one batch."""
         return self._arguments[batch][block]
+
+    def weights(self, batch: int) -> Tensor | None:
+        """How much each token of a batch counts, (samples, tokens) float32; None: all alike."""
+        if self._model.architecture.reads_pixels:
+            return None
+        found = self.feed.batch_weights(self.batches[batch].samples)
+        return None if found is None else found.to(self._device)
+
+
+def _check_length(model: Model, tokens: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise LRQuantError(
+            f"samples of {tokens} tokens: the model has {positions} positions; use --seqlen "
+            f"{positions} or less, or smaller pictures"
+        )
+
+
+def _buffers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Computed buffers of a module on a device."""
+    return {n: b.to(device) for n, b in module.named_buffers() if not b.is_meta}
+
+
+def _entered_tower(model: Model, prepare: Prepare, stack: ExitStack) -> dict[str, Tensor]:
+    """The tower's tensors, named relative to the base model; its hooks are on until `stack` ends.
+
+    The whole tower is in memory.
+    """
+    tower = model.tower
+    assert tower is not None
+    base = model.skeleton.base_model_prefix + "."
+    tensors: dict[str, Tensor] = {}
+    for index in range(len(tower.blocks)):
+        prepared = prepare(index)
+        prefix = tower.block_name(index).removeprefix(base) + "."
+        own = prepared.runner.bind(prepared.tensors)
+        tensors |= {prefix + name: tensor for name, tensor in own.items()}
+        stack.enter_context(prepared.runner)
+    return tensors
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
@@ -145,18 +263,18 @@ class BlockRunner:
     def __init__(
         self,
         block: nn.Module,
-        config: PretrainedConfig,
         linears: Sequence[str],
         scheme: Scheme,
         dtype: torch.dtype,
         shifted: Sequence[str] = (),
         observer: Observer | None = None,
     ) -> None:
-        self.block, self.config, self.linears, self.shifted = block, config, linears, shifted
+        self.block, self.linears, self.shifted = block, linears, shifted
+        self.config = _attention_config(block)
         self.scheme, self.dtype, self.observer = scheme, dtype, observer
         self._handles: list[Any] = []
         self._last: tuple[Tensor, Tensor] | None = None
-        self._tokens = torch.Size((0, 0))
+        self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> BlockRunner:
@@ -180,8 +298,11 @@ class BlockRunner:
     def __call__(
         self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: dict[str, Any]
     ) -> Tensor:
-        """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters."""
-        self._tokens = hidden_states.shape[:2]
+        """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters.
+
+        Hidden states of packed pictures are (patches, hidden).
+        """
+        self._leading = hidden_states.shape[:-1]
         output = functional_call(self.block, self.bind(tensors), (hidden_states,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
@@ -191,15 +312,15 @@ class BlockRunner:
         self._extras = {name: t for name, t in tensors.items() if name.endswith(suffixes)}
         return {name: t for name, t in tensors.items() if name not in self._extras}
 
-    def on(self, block: nn.Module, config: PretrainedConfig) -> BlockRunner:
+    def on(self, block: nn.Module) -> BlockRunner:
         """The same hooks for another block of the same shape."""
-        return BlockRunner(block, config, self.linears, self.scheme, self.dtype, self.shifted)
+        return BlockRunner(block, self.linears, self.scheme, self.dtype, self.shifted)
 
     def _before(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (values,) = inputs
         if self.observer is not None:
-            flattened = values.dim() == 2 and len(values) == self._tokens.numel()
-            self.observer(name, values.unflatten(0, self._tokens) if flattened else values)
+            flattened = values.dim() == 2 and len(values) == self._leading.numel()
+            self.observer(name, values.unflatten(0, self._leading) if flattened else values)
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
         if factor is not None:
             return (self._quantized(values * factor),)
@@ -223,32 +344,53 @@ class BlockRunner:
         self._last = None
 
 
+def _attention_config(block: nn.Module) -> PretrainedConfig:
+    """The configuration from which a block's attention takes its implementation."""
+    found = [getattr(module, "config", None) for module in block.modules()]
+    return next(config for config in found if isinstance(config, PretrainedConfig))
+
+
 class Head:
-    """Everything after the last block: final norm and language head, on hidden states."""
+    """Everything after the last block: final norm and head, on hidden states."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device = model, device
         self._tensors = model.outer_tensors(device, dtype, head=True)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Logits (batch, tokens, vocabulary) of final hidden states (batch, tokens, hidden)."""
+        """Logits (batch, tokens, vocabulary), or (batch, classes) of a classifier.
+
+        Of final hidden states (batch, tokens, hidden).
+        """
         model = self._model
         visits = [lambda hidden, arguments: hidden_states] * len(model.blocks)
-        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self._device)
-        handles = cast_outer_linears(model.skeleton, model.architecture.blocks)
+        handles = cast_outer_linears(model.skeleton, model.block_lists)
         try:
             with torch.no_grad(), stubs(model.blocks, visits):
-                inputs = {"input_ids": ids, "use_cache": False}
                 return functional_call(
-                    model.skeleton, self._tensors, (), inputs, tie_weights=False
+                    model.skeleton,
+                    self._tensors,
+                    (),
+                    self._inputs(hidden_states),
+                    tie_weights=False,
                 ).logits
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _inputs(self, hidden_states: Tensor) -> dict[str, Any]:
+        """Inputs whose only use is that the model has some."""
+        if self._model.architecture.reads_pixels:
+            config = self._model.config
+            shape = len(hidden_states), config.num_channels, config.image_size, config.image_size
+            return {"pixel_values": torch.zeros(shape, device=self._device)}
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self._device)
+        return {"input_ids": ids, "use_cache": False}
 
-def cast_outer_linears(module: nn.Module, blocks: str) -> list[Any]:
-    """Hook every linear outside `blocks` to cast its input to its weight's dtype."""
+
+def cast_outer_linears(module: nn.Module, block_lists: Sequence[str]) -> list[Any]:
+    """Hook every linear outside the blocks to cast its input to its weight's dtype."""
+    inside = tuple(path + "." for path in block_lists)
 
     def cast(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0].to(linear.weight.dtype),)
@@ -256,5 +398,5 @@ def cast_outer_linears(module: nn.Module, blocks: str) -> list[Any]:
     return [
         linear.register_forward_pre_hook(cast)
         for name, linear in module.named_modules()
-        if isinstance(linear, nn.Linear) and not name.startswith(blocks + ".")
+        if isinstance(linear, nn.Linear) and not name.startswith(inside)
     ]

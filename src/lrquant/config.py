@@ -89,6 +89,18 @@ class Config:
     )
     nsamples: int = _setting(128, "calibration samples")
     seqlen: int = _setting(2048, "tokens a sample, and a perplexity window")
+    vision_scheme: str | None = _setting(
+        None, "quantise the vision tower too, e.g. W8A8 (default: it stays in floating point)"
+    )
+    calib_images: str | None = _setting(
+        None, "calibrate on pictures too: a folder of them, or a .jsonl of conversations"
+    )
+    calib_image_share: float = _setting(
+        0.5, "share of the calibration samples that have pictures, where there are some"
+    )
+    image_token_weight: float = _setting(
+        1.0, "how much a picture's token counts in losses and statistics; one of text counts 1"
+    )
     seed: int = _setting(2, "seed of the calibration sampling")
     data_dir: str | None = _setting(None, "folder with SET/{train,validation,test}.txt")
     cache_dir: str | None = _setting(None, "cache of hub downloads (default: the hub's own)")
@@ -107,6 +119,12 @@ class Config:
     )
     max_drop: float | None = _setting(
         None, "exit with 1 if the tasks' mean accuracy falls by more than this (0.01: one point)"
+    )
+    vqa: tuple[str, ...] = _setting(
+        (), "visual question answering: .jsonl files of conversations with answers"
+    )
+    classify: str | None = _setting(
+        None, "accuracy of an image classifier on a folder of pictures, one subfolder a class"
     )
     tta: bool = _setting(
         False, "test-time adaptation: measure also with blocks learned again on the test text"
@@ -168,6 +186,17 @@ class Config:
             raise LRQuantError(
                 f"task_batch_size {size!r}: use auto or a whole number of at least 1"
             )
+        if not 0 < self.calib_image_share <= 1:
+            raise LRQuantError(
+                f"calib_image_share {self.calib_image_share}: use a share above 0, up to 1; for "
+                "text alone leave --calib-images out"
+            )
+        if not 0 < self.image_token_weight < math.inf:
+            raise LRQuantError(
+                f"image_token_weight {self.image_token_weight}: use a finite number above 0"
+            )
+        if self.vision_scheme is not None:
+            Scheme.parse(self.vision_scheme)
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise LRQuantError(
                 f"max_drop {self.max_drop}: use a share of accuracy from 0 to 1 (0.01: one point)"
@@ -258,6 +287,39 @@ class Config:
             symmetric=self.symmetric,
             activation_symmetric=self.activation_symmetric,
             qkv_bits=self.qkv_bits,
+        )
+
+    @property
+    def vision_quantization(self) -> Scheme | None:
+        """The scheme of the vision tower, None where it stays in floating point."""
+        if self.vision_scheme is None:
+            return None
+        given = Scheme.parse(self.vision_scheme)
+        return dataclasses.replace(given, activation_symmetric=self.activation_symmetric)
+
+    def for_tower(self) -> Config:
+        """The same run for the vision tower: its scheme, and the method that fits it.
+
+        What is learned is what the language part learns, but that a weight-only language part
+        says nothing of transformations, nor one with 16-bit weights of clipping.
+        """
+        scheme, language = self.vision_quantization, self.quantization
+        assert scheme is not None
+        learns = self.epochs > 0 and bool(self.lwc or self.let or self.rotation)
+        let = learns and not scheme.weight_only if language.weight_only else self.let
+        lwc = learns if language.weight_bits == 16 else self.lwc
+        return dataclasses.replace(
+            self,
+            scheme=scheme.name,
+            wbits=scheme.weight_bits,
+            abits=scheme.activation_bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            qkv_bits=scheme.qkv_bits,
+            let=let,
+            lwc=lwc and scheme.weight_bits < 16,
+            act_scales=None,
+            act_shifts=None,
         )
 
     @property

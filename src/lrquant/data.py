@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed
 from lrquant.texts import CONVENTIONS, Text, is_file_name, load_text
 
 MIX = ("wikitext2", "ptb", "c4")
@@ -22,7 +23,10 @@ C4_NEW_DOCUMENTS = 1100
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes."""
+    """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes.
+
+    Samples with pictures are in `prompts` and have no common length: their `ids` are empty.
+    """
 
     ids: Tensor
     name: str
@@ -30,6 +34,12 @@ class Samples:
     origin: str
     sha256: str
     description: str
+    prompts: Feed | None = None
+
+    @property
+    def feed(self) -> Feed:
+        """What a model's forward reads."""
+        return Feed.of_tokens(self.ids) if self.prompts is None else self.prompts
 
 
 def calibration_samples(

@@ -157,15 +157,16 @@ def measure_block(
     )
     carried = _Ratio()
     tensors: dict[str, Tensor] = {}
-    samples = linear_tokens = 0
+    samples = tokens = linear_tokens = 0
     for batch, part in enumerate(data.entry.batches):
         if samples >= SAMPLES:
             break
-        inputs, target = data.inputs.read(part), data.targets[0].read(part)
+        inputs, target = data.inputs.read(part, index), data.targets[0].read(part)
         with plain.watched(first=not batch) as (runner, reference):
             homologous = runner(plain.tensors, inputs, data.entry.arguments(batch, index))
         carried.add(homologous, target)
-        count = part.stop - part.start
+        count = part.samples.stop - part.samples.start
+        tokens += math.prod(part.shape)
         for name, variant in variants.items():
             with variant.watched(first=not batch) as (runner, seen):
                 output, terms = data.batch_terms(runner, variant.tensors, batch, kind)
@@ -185,7 +186,7 @@ def measure_block(
         tensors |= {f"codes.{linear}.{name}": counts for linear, counts in variant.codes.items()}
     figures = {
         "samples": samples,
-        "tokens": samples * data.entry.shape[1],
+        "tokens": tokens,
         "linear_tokens": linear_tokens,
         "picture_channels": {
             linear: stored[f"{linear}.weight"].shape[1]

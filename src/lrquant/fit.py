@@ -63,11 +63,11 @@ class BlockData:
         self, runner: BlockRunner, tensors: dict[str, Tensor], batch: int, kind: str
     ) -> tuple[Tensor, Tensor]:
         """Block output of one batch and its loss terms."""
-        samples = self.entry.batches[batch]
+        part = self.entry.batches[batch]
         arguments = self.entry.arguments(batch, self.index)
-        output = runner(tensors, self.inputs.read(samples), arguments)
-        targets = [stream.read(samples) for stream in self.targets]
-        return output, loss_terms(output, targets, kind)
+        output = runner(tensors, self.inputs.read(part, self.index), arguments)
+        targets = [stream.read(part) for stream in self.targets]
+        return output, loss_terms(output, targets, kind, self.entry.weights(batch))
 
     @torch.no_grad()
     def terms(
@@ -77,13 +77,20 @@ class BlockData:
 
         With `advance` the outputs take the inputs' place: the stream moves on.
         """
-        parts = []
-        for batch, samples in enumerate(self.entry.batches):
-            output, terms = self.batch_terms(runner, tensors, batch, kind)
-            parts.append(terms.double() * (samples.stop - samples.start))
+        parts, counts = [], []
+        for number, batch in enumerate(self.entry.batches):
+            output, terms = self.batch_terms(runner, tensors, number, kind)
+            counts.append(self.count(number))
+            parts.append(terms.double() * counts[-1])
             if advance:
-                self.inputs.write(samples, output)
-        return (torch.stack(parts).sum(0) / self.entry.shape[0]).float()
+                self.inputs.write(batch, output)
+        return (torch.stack(parts).sum(0) / sum(counts)).float()
+
+    def count(self, batch: int) -> float:
+        """Tokens of a batch, each as often as its weight says."""
+        weights = self.entry.weights(batch)
+        tokens = math.prod(self.entry.batches[batch].shape)
+        return float(tokens if weights is None else weights.double().sum())
 
 
 def fit_block(
@@ -261,9 +268,9 @@ def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: Blo
 
     before, runner.observer = runner.observer, observe
     with torch.no_grad():
-        for batch, samples in enumerate(data.entry.batches):
-            arguments = data.entry.arguments(batch, data.index)
-            runner(tensors, data.inputs.read(samples), arguments)
+        for number, batch in enumerate(data.entry.batches):
+            arguments = data.entry.arguments(number, data.index)
+            runner(tensors, data.inputs.read(batch, data.index), arguments)
             if seen:
                 break
     runner.observer = before

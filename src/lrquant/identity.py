@@ -66,8 +66,13 @@ def describe_run(
         for path in (config.act_scales, config.act_shifts)
         if path is not None and config.let
     ]
+    tower = {}
+    if config.vision_quantization is not None and model.tower is not None:
+        scheme = dataclasses.asdict(config.vision_quantization)
+        tower = {"tower": {"blocks": len(model.tower.blocks), "scheme": scheme}}
     return {
         "model": model.fingerprint(),
+        **tower,
         "scheme": dataclasses.asdict(config.quantization),
         "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
         "learning": {**settings, "batch_size": config.batch_size},

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from lrquant.architectures import Architecture, architecture_of
+from lrquant.architectures import Architecture, architecture_of, find_tower
 from lrquant.errors import LRQuantError
+from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
 
 
 @dataclass(frozen=True)
 class Model:
-    """A causal language model of which no weight is in memory until it is asked for.
+    """A model of which no weight is in memory until it is asked for.
 
-    `skeleton` has its parameters on the meta device and real non-persistent buffers.
+    `skeleton` has its parameters on the meta device and real non-persistent buffers; `processor`
+    makes a multimodal model's inputs, or an image classifier's.  `blocks` are those of the language
+    part; of `tower`, the same model seen from its vision tower, they are the tower's.
     """
 
     name: str
@@ -33,10 +41,30 @@ class Model:
     source: WeightSource
     architecture: Architecture
     folder: Path | None = None
+    processor: Any = None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the part that the blocks are of."""
+        return self.architecture.part(self.skeleton.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the hidden states between blocks."""
+        embedded = getattr(
+            self.config, "embed_dim", None
+        )  # where hidden_size is that of the output
+        return embedded or self.config.hidden_size
+
+    @property
+    def tower(self) -> Model | None:
+        """The same model seen from its vision tower, if it has one that is declared."""
+        tower = find_tower(self.architecture, self.skeleton.config)
+        return None if tower is None else dataclasses.replace(self, architecture=tower)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks of the skeleton."""
+        """The blocks of the skeleton."""
         found = self.skeleton.get_submodule(self.architecture.blocks)
         assert isinstance(found, nn.ModuleList)
         return found
@@ -44,7 +72,12 @@ class Model:
     @property
     def linears(self) -> tuple[str, ...]:
         """Names of the quantised linears, relative to a block."""
-        return self.architecture.linears(self.skeleton.config)
+        return self.architecture.linears(self.config)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of a block."""
+        return self.architecture.sites(self.config)
 
     def block_name(self, index: int) -> str:
         """Full path of a block, as tensors and statistics files name it."""
@@ -61,21 +94,34 @@ class Model:
     ) -> dict[str, Tensor]:
         """All tensors outside the blocks: linears in `dtype`, the rest float32.
 
-        Without the language head if `head` is False; then named relative to the base model.
+        Without the head if `head` is False; then named relative to the base model.
         """
-        prefix = self.architecture.blocks + "."
         base = self.skeleton.base_model_prefix + "."
-        names = [
-            name
-            for name in self.skeleton.state_dict()
-            if not name.startswith(prefix) and (head or name.startswith(base))
-        ]
+        names = [name for name in self.outer_names() if head or name.startswith(base)]
         tensors = {}
         for name in names:
             owner = self.skeleton.get_submodule(name.rpartition(".")[0])
             kind = dtype if isinstance(owner, nn.Linear) else torch.float32
-            tensors[name] = self.source.tensor(name).to(device, kind)
+            tensor = self.source.tensor(name)
+            tensors[name] = tensor.to(device, kind if tensor.is_floating_point() else None)
         return tensors if head else {name.removeprefix(base): t for name, t in tensors.items()}
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the blocks of the language part and of the tower."""
+        lists = tuple(path + "." for path in self.block_lists)
+        return [name for name in self.skeleton.state_dict() if not name.startswith(lists)]
+
+    @property
+    def block_lists(self) -> tuple[str, ...]:
+        """Paths of the block lists: the language part's, and the tower's if it is declared."""
+        whole = architecture_of(self.skeleton.config)
+        tower = find_tower(whole, self.skeleton.config)
+        return (whole.blocks,) if tower is None else (whole.blocks, tower.blocks)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the language head is the embedding."""
+        return bool(getattr(self.skeleton.config, "tie_word_embeddings", False))
 
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
@@ -94,51 +140,81 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
     extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(files.folder, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, **extra)
+        architecture = architecture_of(config)
+        tokenizer = None
+        if not architecture.reads_pixels:
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, **extra)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LRQuantError(
             f"model {name}: config or tokenizer cannot be read ({reason}); download it again"
         ) from error
-    architecture = architecture_of(config)
     if getattr(config, "quantization_config", None) is not None:
         raise LRQuantError(f"model {name}: already quantised; start from the floating-point model")
-    skeleton = build_skeleton(config)
+    skeleton = build_skeleton(config, architecture)
     source = open_source(files, skeleton)
     _check_linears(skeleton, architecture)
-    return Model(name, skeleton, tokenizer, source, architecture, files.folder)
+    processor = load_processor(files.folder, architecture)
+    return Model(name, skeleton, tokenizer, source, architecture, files.folder, processor)
 
 
-def from_module(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Model:
+def from_module(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
+) -> Model:
     """An in-memory transformers model; its weights are read and never changed."""
     architecture = architecture_of(module.config)
-    skeleton = build_skeleton(module.config)
+    skeleton = build_skeleton(module.config, architecture)
     name = module.config.name_or_path or type(module).__name__
     _check_linears(skeleton, architecture)
-    return Model(name, skeleton, tokenizer, ModuleSource(module), architecture)
+    if tokenizer is None:
+        tokenizer = getattr(processor, "tokenizer", None)
+    return Model(name, skeleton, tokenizer, ModuleSource(module), architecture, None, processor)
 
 
-def build_skeleton(config) -> PreTrainedModel:
+def load_processor(folder: Path, architecture: Architecture) -> Any:
+    """What makes pictures into a model's inputs, or None where there is none to be had."""
+    if architecture.tower is None and not architecture.reads_pixels:
+        return None
+    loader = AutoImageProcessor if architecture.reads_pixels else AutoProcessor
+    try:
+        return loader.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, computed buffers real."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    for module in skeleton.modules():
-        if module._non_persistent_buffers_set:
-            module.to_empty(device="cpu", recurse=False)
-            skeleton._init_weights(module)
+        skeleton = architecture.auto_class.from_config(config, attn_implementation="sdpa")
+    _compute_buffers(skeleton, skeleton)
+    # Now: on a first forward with stand-ins for blocks, the blocks themselves would never get them.
+    maybe_install_capturing_hooks(skeleton)
     return skeleton.eval().requires_grad_(False)
 
 
+def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds, by the model of which the module is part."""
+    if module._non_persistent_buffers_set:
+        module.to_empty(device="cpu", recurse=False)
+        owner._init_weights(module)
+    for child in module.children():
+        _compute_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
+
+
 def _check_linears(skeleton: PreTrainedModel, architecture: Architecture) -> None:
-    block = skeleton.get_submodule(f"{architecture.blocks}.0")
-    present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    declared = set(architecture.linears(skeleton.config))
-    if present != declared:
-        odd = ", ".join(sorted(present ^ declared))
-        raise LRQuantError(
-            f"model family {architecture.name!r}: the block's linears and the declared ones "
-            f"differ ({odd}); the declaration does not fit this model"
-        )
+    tower = find_tower(architecture, skeleton.config)
+    for part in (architecture,) if tower is None else (architecture, tower):
+        block = skeleton.get_submodule(f"{part.blocks}.0")
+        present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        declared = set(part.linears(part.part(skeleton.config)))
+        if present != declared:
+            odd = ", ".join(sorted(present ^ declared))
+            raise LRQuantError(
+                f"model family {part.name!r}: the block's linears and the declared ones "
+                f"differ ({odd}); the declaration does not fit this model"
+            )
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrquant.blocks import BlockInputs
+from lrquant.architectures import require_tower
+from lrquant.blocks import BlockInputs, Prepare
 from lrquant.config import Config, require_one_scheme, typed_settings
 from lrquant.data import Samples, calibration_samples
 from lrquant.diagnostics import measure_block
@@ -30,6 +31,7 @@ from lrquant.evaluation.subject import check_comparison, measure_subject, open_s
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
 from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
+from lrquant.feeds import Feed
 from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
 from lrquant.learn.view import BlockView
@@ -37,8 +39,9 @@ from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
+from lrquant.prompts import mixed, picture_samples
 from lrquant.report.writing import write_report
-from lrquant.scheme import FLOAT_BITS, Scheme
+from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.stats import ChannelStatistics, load_statistics
 from lrquant.tensorboard import with_tensorboard
 from lrquant.workbench import (
@@ -74,10 +77,9 @@ class Run:
 
         Weights are dense and activations are quantised by hooks: for evaluation, not for serving.
         """
-        return materialize(
-            self.workbench,
-            preparer(self.workbench, self.config.quantization, self.config, self.folder),
-        )
+        bench, config = self.workbench, self.config
+        variant = preparer(bench, config.quantization, config, self.folder)
+        return materialize(bench, variant, variant.tower)
 
 
 def quantize(
@@ -85,27 +87,28 @@ def quantize(
     scheme: str | None = None,
     *,
     tokenizer: Any = None,
-    samples: Tensor | None = None,
+    processor: Any = None,
+    samples: Tensor | Feed | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Run:
     """Learn a quantised model and measure it; `settings` are the fields of `Config`.
 
     `model` is a local folder, hub name, GGUF file or an in-memory transformers model (then with its
-    `tokenizer`, unless token ids (samples, tokens) are given as `samples`).  Raises LRQuantError
-    for anything the caller can mend.
+    `tokenizer`, or `processor` if it takes pictures, unless token ids (samples, tokens) or a `Feed`
+    are given as `samples`).  Raises LRQuantError for anything the caller can mend.
     """
     if isinstance(model, str | Path):
         return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
     name = model.config.name_or_path or type(model).__name__
-    loaded = from_module(model, tokenizer)
+    loaded = from_module(model, tokenizer, processor)
     return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
 
 
 def run(
     settings: dict[str, Any],
     model: Model | None = None,
-    samples: Tensor | None = None,
+    samples: Tensor | Feed | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Carry out one configuration, given as the fields of `Config`, from start to end.
@@ -120,7 +123,7 @@ def run(
 def _run(
     settings: dict[str, Any],
     model: Model | None,
-    samples: Tensor | None,
+    samples: Tensor | Feed | None,
     progress: Progress,
     earlier: MemoryHandler,
 ) -> Run:
@@ -132,6 +135,10 @@ def _run(
     tasks = load_tasks(config)
     model = model or load_model(config.model, _path(config.cache_dir))
     check_groups(model, config.quantization)
+    if config.vision_quantization is not None:
+        require_tower(model.architecture, model.skeleton.config)
+        assert model.tower is not None
+        check_groups(model.tower, config.vision_quantization)
     if config.save_dir is not None:
         check_target(config, Path(config.save_dir))
     if config.save_dir is not None or (config.target and not measure_only):
@@ -152,7 +159,7 @@ def _run(
         identity = describe_run(config, model, workbench, calibration)
         folder = RunFolder.start(output, config, identity, _path(config.resume))
         with folder.logging(logger, earlier):
-            learn_blocks(workbench, config, calibration.ids, statistics, folder, progress)
+            learn_model(workbench, config, calibration.feed, statistics, folder, progress)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
         results = environment(config, workbench)
@@ -190,9 +197,9 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     workbench = make_workbench(model, config)
     calibration = calibration_of(config, model, None)
     logger.info("calibration %s", calibration.description)
-    entry = BlockInputs(model, calibration.ids, config.batch_size, workbench.device)
+    entry = BlockInputs(model, calibration.feed, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)
-    entry.embed(stream)
+    entry.embed(stream, preparer(workbench, FLOATING_POINT).tower)
     statistics = ChannelStatistics()
     with progress.measuring("statistics", len(model.blocks)) as told:
         for index in range(len(model.blocks)):
@@ -253,17 +260,51 @@ def export(finished: str, save_dir: str, progress: Progress | None = None, **set
     return run({**given, **_NO_MEASURES}, progress=progress)
 
 
-def learn_blocks(
+def learn_model(
     workbench: Workbench,
     config: Config,
-    ids: Tensor,
+    feed: Feed,
     given: ChannelStatistics | None,
     folder: RunFolder,
     progress: Progress,
 ) -> None:
+    """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
+
+    The language part learns on what the quantised tower gives it.
+    """
+    tower = workbench.tower
+    if config.vision_quantization is None or tower is None:
+        plain = preparer(workbench, FLOATING_POINT).tower
+        learn_blocks(workbench, config, feed, given, folder, progress, (plain, plain))
+        return
+    pictures = feed.with_pictures()
+    if not len(pictures):
+        raise LRQuantError(
+            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
+            "some with --calib-images"
+        )
+    folder.tower.path.mkdir(exist_ok=True)
+    logger.info("vision tower: %d blocks", len(tower.model.blocks))
+    learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
+    plain = preparer(workbench, FLOATING_POINT).tower
+    learned = preparer(workbench, config.quantization, config, folder).tower
+    logger.info("language part: %d blocks", len(workbench.model.blocks))
+    learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
+
+
+def learn_blocks(
+    workbench: Workbench,
+    config: Config,
+    feed: Feed,
+    given: ChannelStatistics | None,
+    folder: RunFolder,
+    progress: Progress,
+    towers: tuple[Prepare | None, Prepare | None] = (None, None),
+) -> None:
     """Learn every block that the folder does not hold yet, in order.
 
-    Statistics are those `given`, or gathered from each block's full-precision pass.
+    Statistics are those `given`, or gathered from each block's full-precision pass.  `towers` is
+    what stands before the first block of the full-precision and of the quantised model.
     """
     model = workbench.model
     blocks = len(model.blocks)
@@ -272,11 +313,15 @@ def learn_blocks(
         return
     if finished:
         logger.info("resuming after block %d of %d", finished, blocks)
-    entry = BlockInputs(model, ids, config.batch_size, workbench.device)
+    entry = BlockInputs(model, feed, config.batch_size, workbench.device)
     settings = fit_settings(config)
     full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
-    entry.embed(full)
-    quantized.copy(full)
+    before_full, before_quantized = towers
+    entry.embed(full, before_full)
+    if before_quantized is before_full:
+        quantized.copy(full)
+    else:
+        entry.embed(quantized, before_quantized)
     searched = config.lwc and config.lwc_init is None
     memory = partial(peak_memory, workbench.device)
     with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
@@ -368,23 +413,49 @@ def check_groups(model: Model, scheme: Scheme) -> None:
         view.group_size(linear)
 
 
-def calibration_of(config: Config, model: Model, ids: Tensor | None) -> Samples:
-    """The samples to learn on: `ids` (samples, tokens), or those that the settings name."""
-    if ids is not None:
-        if ids.dim() != 2 or ids.dtype != torch.int64:
+def calibration_of(config: Config, model: Model, given: Tensor | Feed | None) -> Samples:
+    """The samples to learn on: those `given`, or those that the settings name."""
+    if given is not None:
+        return _given_samples(given)
+    if config.calib_images is None:
+        if model.architecture.reads_pixels:
             raise LRQuantError(
-                f"samples of shape {tuple(ids.shape)} and {ids.dtype}: expected token ids "
-                "(samples, tokens), int64"
+                f"model {model.name}: a classifier of pictures; give some to calibrate on with "
+                "--calib-images FOLDER"
             )
-        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        text = f"given tokens, {len(ids)} x {ids.shape[1]} = {ids.numel()} tokens"
-        return Samples(ids, "given", "given", "given", digest, text)
+        return _text_samples(config, model, config.nsamples)
+    count = config.nsamples
+    if not model.architecture.reads_pixels:
+        count = max(1, round(count * config.calib_image_share))
+    weight = config.image_token_weight
+    pictures = picture_samples(Path(config.calib_images), model, count, config.seed, weight)
+    if count == config.nsamples:
+        return pictures
+    return mixed(pictures, _text_samples(config, model, config.nsamples - count))
+
+
+def _given_samples(given: Tensor | Feed) -> Samples:
+    empty = torch.empty((0, 0), dtype=torch.int64)
+    if isinstance(given, Feed):
+        text = f"given samples, {len(given)} with pictures"
+        return Samples(empty, "given", "given", "given", given.sha256(), text, given)
+    if given.dim() != 2 or given.dtype != torch.int64:
+        raise LRQuantError(
+            f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
+            "(samples, tokens), int64"
+        )
+    digest = hashlib.sha256(given.numpy().tobytes()).hexdigest()
+    text = f"given tokens, {len(given)} x {given.shape[1]} = {given.numel()} tokens"
+    return Samples(given, "given", "given", "given", digest, text)
+
+
+def _text_samples(config: Config, model: Model, count: int) -> Samples:
     if model.tokenizer is None:
         raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
     return calibration_samples(
         config.calib_dataset,
         model.tokenizer,
-        config.nsamples,
+        count,
         config.seqlen,
         config.seed,
         _path(config.data_dir),

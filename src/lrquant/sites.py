@@ -12,6 +12,7 @@ from typing import Literal
 
 Kind = Literal["norm", "value_output", "query_key", "up_down"]
 KINDS: tuple[Kind, ...] = ("norm", "value_output", "query_key", "up_down")
+UNTOUCHED = -1
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class Fold:
     """`module`'s channels along `axis` are multiplied by ``s[index] ** power``.
 
     "rows": output channels of a linear and its bias; "columns": input channels of a linear;
-    "norm": the elementwise weight and bias of a norm.
+    "norm": the elementwise weight and bias of a norm, whose stored weight is what it multiplies
+    with less `offset` (some store weight - 1).  A channel with index `UNTOUCHED` stays as it is.
     """
 
     module: str
     axis: Literal["rows", "columns", "norm"]
     power: Literal[-1, 1]
     index: tuple[int, ...]
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,21 @@ class Site:
         return self.folds[1:]
 
 
-def norm_site(norm: str, consumers: tuple[str, ...], hidden_size: int) -> Site:
+def norm_site(norm: str, consumers: tuple[str, ...], hidden_size: int, offset: float = 0.0) -> Site:
     """Norm -> every linear that reads its output; all of them must be named."""
     identity = tuple(range(hidden_size))
-    folds = [Fold(norm, "norm", -1, identity)]
+    folds = [Fold(norm, "norm", -1, identity, offset)]
     folds += [Fold(consumer, "columns", 1, identity) for consumer in consumers]
     return Site(norm, "norm", hidden_size, tuple(folds), consumers[0], shiftable=True)
 
 
-def value_output_site(value: str, output: str, heads: int, kv_heads: int, head_dim: int) -> Site:
-    """v_proj -> o_proj: one scale per (kv head, channel), repeated over its group's query heads."""
+def value_output_site(
+    value: str, output: str, heads: int, kv_heads: int, head_dim: int, rows: int = 0
+) -> Site:
+    """v_proj -> o_proj: one scale per (kv head, channel), repeated over its group's query heads.
+
+    `rows` of `value` come before those of the values, as in a fused projection.
+    """
     size = kv_heads * head_dim
     repeats = heads // kv_heads
     columns = tuple(
@@ -73,7 +81,7 @@ def value_output_site(value: str, output: str, heads: int, kv_heads: int, head_d
         for channel in range(head_dim)
     )
     folds = (
-        Fold(value, "rows", -1, tuple(range(size))),
+        Fold(value, "rows", -1, (UNTOUCHED,) * rows + tuple(range(size))),
         Fold(output, "columns", 1, columns),
     )
     return Site(output, "value_output", size, folds, output, shiftable=True)
@@ -85,7 +93,8 @@ def query_key_site(
     """q / t and k * t, t per kv head and, under RoPE, per pair of channels rotated together.
 
     `rotary`: None without RoPE, "half" where channels i and i + head_dim/2 turn together,
-    "interleaved" where neighbours do.
+    "interleaved" where neighbours do.  `query` and `key` may be one linear, which then holds the
+    rows of the queries, the keys and the values in this order.
     """
     half = head_dim // 2
     pair = {
@@ -97,6 +106,9 @@ def query_key_site(
     repeats = heads // kv_heads
     of_query = tuple((head // repeats) * width + p for head in range(heads) for p in pair)
     of_key = tuple(head * width + p for head in range(kv_heads) for p in pair)
+    if query == key:
+        queries, keys = (UNTOUCHED,) * len(of_query), (UNTOUCHED,) * len(of_key)
+        of_query, of_key = of_query + keys + keys, queries + of_key + keys
     folds = (Fold(query, "rows", -1, of_query), Fold(key, "rows", 1, of_key))
     return Site(f"{query}:{key}", "query_key", kv_heads * width, folds, None, shiftable=False)
 

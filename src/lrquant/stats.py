@@ -29,11 +29,17 @@ class ChannelStatistics:
     squares: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
 
-    def observe(self, name: str, values: Tensor) -> None:
-        """Take in the input (samples, tokens, in) or (tokens, in) of one linear."""
+    def observe(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Take in the input (samples, tokens, in) or (tokens, in) of one linear.
+
+        Means count tokens as their `weights` (samples, tokens) say; one of weight 0 is not seen.
+        """
         values = values.detach()
         samples = values if values.dim() == 3 else values[None]
-        for sample in samples.float():
+        shares = [None] * len(samples) if weights is None else weights
+        for sample, share in zip(samples.float(), shares, strict=True):
+            if share is not None:
+                sample, share = sample[share > 0], share[share > 0]
             low, high = sample.amin(0).cpu(), sample.amax(0).cpu()
             maximum, midpoint = torch.maximum(high, -low), (low + high) / 2
             if name in self.maxima:
@@ -41,7 +47,8 @@ class ChannelStatistics:
                 midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
             self.maxima[name], self.midpoints[name] = maximum, midpoint
             for sums, values in ((self.means, sample), (self.squares, sample.square())):
-                mean = values.mean(0).cpu()
+                mean = values.mean(0) if share is None else share @ values / share.sum()
+                mean = mean.cpu()
                 sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
             self.samples[name] = self.samples.get(name, 0) + 1
 

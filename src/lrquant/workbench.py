@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +12,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner, Observer, Stream
+from lrquant.blocks import BlockInputs, BlockRunner, Observer
 from lrquant.config import Config
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import Model, choose_device, choose_precision
 from lrquant.scheme import FLOATING_POINT, Scheme
+from lrquant.streams import Stream
 from lrquant.workdir import RunFolder
+
+WeightedObserver = Callable[[str, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Workbench:
     offload: str
     scratch: Path | None = None
 
+    @property
+    def tower(self) -> Workbench | None:
+        """The same for the model's vision tower."""
+        tower = self.model.tower
+        return None if tower is None else dataclasses.replace(self, model=tower)
+
     def stored(self, index: int) -> dict[str, Tensor]:
         """Block `index`'s own tensors, read now, on the device."""
         return self.model.block_tensors(index, self.device)
@@ -37,14 +48,12 @@ class Workbench:
     ) -> BlockView:
         """Block `index`, whose tensors are `stored`, under a scheme and a method."""
         model = self.model
-        sites = model.architecture.sites(model.skeleton.config)
-        return BlockView(stored, model.linears, sites, scheme, method, self.dtype)
+        return BlockView(stored, model.linears, model.sites, scheme, method, self.dtype)
 
     def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
         """What runs block `index` with a view's tensors."""
         return BlockRunner(
             self.model.blocks[index],
-            self.model.skeleton.config,
             self.model.linears,
             view.scheme,
             self.dtype,
@@ -54,8 +63,8 @@ class Workbench:
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:
         """`count` empty streams for the samples of `entry`, where they fit."""
-        elements = entry.shape[0] * entry.shape[1] * entry.shape[2]
-        place = self.place(count * elements * self.dtype.itemsize)
+        rows, hidden = entry.shape
+        place = self.place(count * rows * hidden * self.dtype.itemsize)
         folder = self.scratch if self.scratch is not None and self.scratch.is_dir() else None
         return [Stream(entry.shape, self.dtype, self.device, place, folder) for _ in range(count)]
 
@@ -94,8 +103,7 @@ def method_of(config: Config) -> Method:
 def block_shapes(model: Model, scheme: Scheme) -> BlockView:
     """Block 0 under a scheme with nothing learned, on the meta device: shapes without weights."""
     stored = {name: tensor.data for name, tensor in model.blocks[0].state_dict().items()}
-    sites = model.architecture.sites(model.skeleton.config)
-    return BlockView(stored, model.linears, sites, scheme, Method(), torch.float32)
+    return BlockView(stored, model.linears, model.sites, scheme, Method(), torch.float32)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -123,17 +131,21 @@ def advance_full_precision(
     entry: BlockInputs,
     stream: Stream,
     into: Stream,
-    observer: Observer | None = None,
+    observer: WeightedObserver | None = None,
 ) -> None:
     """Send `stream` through one full-precision block, to `into` (which may be `stream` itself).
 
-    `observer` sees the inputs of the block's linears.
+    `observer` is told of each linear its full name, its inputs, and its tokens' weights.
     """
     view = workbench.view(index, stored, FLOATING_POINT, Method())
     tensors = view.tensors()
     prefix = workbench.model.block_name(index) + "."
-    named = None if observer is None else lambda name, values: observer(prefix + name, values)
-    with workbench.runner(index, view, named) as runner:
-        for batch, samples in enumerate(entry.batches):
-            output = runner(tensors, stream.read(samples), entry.arguments(batch, index))
-            into.write(samples, output)
+    with workbench.runner(index, view) as runner:
+        for number, batch in enumerate(entry.batches):
+            if observer is not None:
+                weights = entry.weights(number)
+                runner.observer = lambda name, values, weights=weights: observer(
+                    prefix + name, values, weights
+                )
+            output = runner(tensors, stream.read(batch, index), entry.arguments(number, index))
+            into.write(batch, output)

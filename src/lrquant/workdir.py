@@ -69,7 +69,7 @@ class RunFolder:
                 (path / old).unlink(missing_ok=True)
             for learned in (*blocks.glob("*.safetensors"), *blocks.glob("*.tmp")):
                 learned.unlink()
-            for derived in ("adapted", "diagnostics"):
+            for derived in ("adapted", "diagnostics", "tower"):
                 shutil.rmtree(path / derived, ignore_errors=True)
             folder.write_text("config.yaml", config.to_yaml())
             folder.write_text(
@@ -167,6 +167,11 @@ class RunFolder:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
 
+    @property
+    def tower(self) -> RunFolder:
+        """Where the vision tower's blocks are, in files of the same names."""
+        return RunFolder(self.path / "tower")
+
     def finished_blocks(self) -> int:
         """How many blocks, from the first on, are finished."""
         count = 0
@@ -176,7 +181,10 @@ class RunFolder:
 
     def require_finished(self) -> None:
         """Refuse a run of which blocks are still to be learned."""
-        finished, blocks = self.finished_blocks(), self.identity["model"]["blocks"]
+        identity = self.identity
+        in_tower = identity.get("tower", {}).get("blocks", 0)
+        finished = self.finished_blocks() + self.tower.finished_blocks()
+        blocks = identity["model"]["blocks"] + in_tower
         if finished < blocks:
             raise LRQuantError(
                 f"run folder {self.path}: {finished} of {blocks} blocks are finished; go on with "
@@ -228,7 +236,7 @@ class RunFolder:
         tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
         temporary = path.with_suffix(".tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata)
             _flush(temporary)
             before_rename()
@@ -274,6 +282,9 @@ class RunFolder:
                 if other.diagnostics_path(index).is_file():
                     _copy_whole(other.diagnostics_path(index), self.diagnostics_path(index))
                 _copy_whole(other.block_path(index), self.block_path(index))
+            if other.tower.finished_blocks():
+                (self.tower.path / "blocks").mkdir(parents=True, exist_ok=True)
+                self.tower.copy_blocks(other.tower)
         except OSError as error:
             raise LRQuantError(
                 f"run folder {self.path}: the blocks of {other.path} cannot be copied "

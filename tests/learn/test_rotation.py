@@ -119,13 +119,13 @@ def test_the_shared_input_factor_is_the_linears_own_when_all_are_equal(
     outputs = []
     for view in (shared, own):
         with bench.runner(0, view) as runner:
-            states = stream.read(slice(0, 2))
+            states = stream.read(entry.batches[0])
             outputs.append(runner(view.tensors(), states, entry.arguments(0, 0)))
     # a borderline activation may take the neighbouring code: rounding of x * g before or after
     assert (outputs[0] - outputs[1]).abs().mean() < 1e-3 * outputs[0].abs().mean()
     own.parameters[f"rotation.{own.linears[0]}.input"] *= 1.5
     with bench.runner(0, own) as runner:
-        other = runner(own.tensors(), stream.read(slice(0, 2)), entry.arguments(0, 0))
+        other = runner(own.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
     assert (other - outputs[0]).abs().mean() > 1e-2 * outputs[0].abs().mean()
 
 
@@ -145,7 +145,7 @@ def test_a_linear_s_own_factor_acts_before_the_quantizer(make_model, make_bench,
     with bench.runner(0, view, lambda linear, values: seen.setdefault(linear, values)) as runner:
         linear = runner.block.get_submodule(name)
         handle = linear.register_forward_hook(lambda m, i, output: seen.update(output=output))
-        runner(view.tensors(), stream.read(slice(0, 1)), entry.arguments(0, 0))
+        runner(view.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
         handle.remove()
     values = seen[name] * view.parameters[f"rotation.{name}.input"]
     values = values if bits == 16 else fake_quantize_tokens(values, bits)

@@ -1,14 +1,16 @@
-"""Model families: one file each, found by looking into this folder."""
+"""Model families and vision towers: one file each, found by looking into this folder."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lrquant.errors import LRQuantError
 from lrquant.sites import Site
@@ -18,8 +20,13 @@ from lrquant.sites import Site
 class Architecture:
     """What is special to a family: where its blocks are, their linears and their sites.
 
-    `blocks` is the path of the block list in the causal language model; `linears` and `sites` name
-    modules relative to one block.  `refusal` returns why a configuration is not supported, or None.
+    `blocks` is the path of the block list in the model that `auto_class` makes; `linears` and
+    `sites` name modules relative to one block and read `part` of the model's configuration, which
+    is that of the blocks.  `refusal` returns why a configuration is not supported, or None.
+
+    `language_types` are the model types of language parts of multimodal models that this family
+    serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
+    says that pictures enter the blocks, not tokens.
     """
 
     name: str
@@ -28,18 +35,38 @@ class Architecture:
     linears: Callable[[PretrainedConfig], tuple[str, ...]]
     sites: Callable[[PretrainedConfig], tuple[Site, ...]]
     refusal: Callable[[PretrainedConfig], str | None] = lambda config: None
+    part: Callable[[PretrainedConfig], PretrainedConfig] = lambda config: config
+    auto_class: Any = AutoModelForCausalLM
+    language_types: tuple[str, ...] = ()
+    tower: str | None = None
+    reads_pixels: bool = False
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
     """Every family in this folder, by the model types it serves."""
-    found: dict[str, Architecture] = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
-        declared = getattr(module, "ARCHITECTURE", None)
-        if declared is not None:
-            found.update(dict.fromkeys(declared.model_types, declared))
-    return found
+    return {kind: found for found in _declared("ARCHITECTURE") for kind in found.model_types}
+
+
+@cache
+def language_parts() -> dict[str, Architecture]:
+    """The family of each language part of a multimodal model, by the part's model type."""
+    families = architectures()
+    return families | {kind: f for f in families.values() for kind in f.language_types}
+
+
+@cache
+def towers() -> dict[str, Architecture]:
+    """Every vision tower in this folder, by model type; `blocks` is relative to the tower."""
+    return {kind: found for found in _declared("TOWER") for kind in found.model_types}
+
+
+def _declared(what: str) -> list[Architecture]:
+    modules = [
+        importlib.import_module(f"{__name__}.{module_info.name}")
+        for module_info in pkgutil.iter_modules(__path__)
+    ]
+    return [getattr(module, what) for module in modules if hasattr(module, what)]
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -56,3 +83,31 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     if reason is not None:
         raise LRQuantError(f"model family {model_type!r}: {reason}")
     return architecture
+
+
+def find_tower(architecture: Architecture, config: PretrainedConfig) -> Architecture | None:
+    """The vision tower of a multimodal model, its blocks named from the whole model's root.
+
+    None where there is none, or none that is declared.
+    """
+    tower = None if architecture.tower is None else towers().get(config.vision_config.model_type)
+    if tower is None:
+        return None
+    return dataclasses.replace(
+        tower,
+        blocks=f"{architecture.tower}.{tower.blocks}",
+        part=lambda whole: whole.vision_config,
+        auto_class=architecture.auto_class,
+    )
+
+
+def require_tower(architecture: Architecture, config: PretrainedConfig) -> None:
+    """Refuse a model without a vision tower that could be quantised."""
+    if architecture.tower is None:
+        raise LRQuantError(f"--vision-scheme: model family {config.model_type!r} has no tower")
+    if find_tower(architecture, config) is None:
+        raise LRQuantError(
+            f"--vision-scheme: the tower {config.vision_config.model_type!r} of this "
+            f"{config.model_type!r} is not declared; known: {', '.join(sorted(towers()))}; leave "
+            "the tower in floating point, or see docs/add-an-architecture.md"
+        )

@@ -25,12 +25,17 @@ def sites(config: PretrainedConfig) -> tuple[Site, ...]:
     return (*sites_without_query_key(config), query_key)
 
 
-def sites_without_query_key(config: PretrainedConfig) -> tuple[Site, ...]:
-    """The sites that remain where q and k are normalised after projection."""
+def sites_without_query_key(
+    config: PretrainedConfig, mlp_norm: str = "post_attention_layernorm", norm_offset: float = 0.0
+) -> tuple[Site, ...]:
+    """The sites that remain where q and k are normalised after projection.
+
+    Norms multiply with their stored weight and `norm_offset`.
+    """
     heads, kv_heads, head_dim = head_shape(config)
     return (
-        norm_site("input_layernorm", ATTENTION_INPUTS, config.hidden_size),
-        norm_site("post_attention_layernorm", MLP_INPUTS, config.hidden_size),
+        norm_site("input_layernorm", ATTENTION_INPUTS, config.hidden_size, norm_offset),
+        norm_site(mlp_norm, MLP_INPUTS, config.hidden_size, norm_offset),
         value_output_site("self_attn.v_proj", "self_attn.o_proj", heads, kv_heads, head_dim),
         up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size),
     )

@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     linears=decoder.linears,
     sites=decoder.sites,
+    language_types=("qwen2_vl_text", "qwen2_5_vl_text"),
 )

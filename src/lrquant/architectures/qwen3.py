@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     linears=decoder.linears,
     sites=decoder.sites_without_query_key,
+    language_types=("qwen3_vl_text",),
 )

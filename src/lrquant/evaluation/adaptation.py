@@ -62,7 +62,7 @@ def adapt(
         dynamic_weights=False,
     )
     done: dict[str, Any] = {"epochs": config.tta_epochs, "let_lr": config.tta_let_lr, "blocks": []}
-    entry = BlockInputs(model, text.ids, config.batch_size, workbench.device)
+    entry = BlockInputs(model, text.feed, config.batch_size, workbench.device)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)

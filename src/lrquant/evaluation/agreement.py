@@ -13,13 +13,16 @@ LARGEST_EXPONENT = 700.0
 def agreement(
     losses: Tensor, reference_losses: Tensor, divergences: Tensor, same: Tensor
 ) -> dict[str, Any]:
-    """What is said of per-position values (windows, positions), float64.
+    """What is said of per-position values (windows, positions) or (positions,), float64.
 
     `kl_mean` and `kl_p99`: mean and 99th percentile of ``KL(reference || model)`` in nats;
     `same_top`: share of positions at which both prefer one token; `perplexity_ratio`: the model's
     perplexity by the reference's.  `positions` has the same along the window: position p predicts
-    from p tokens, and each entry spans ``first..last``, twice as many as the one before.
+    from p tokens, and each entry spans ``first..last``, twice as many as the one before;
+    samples of several lengths have none.
     """
+    if losses.dim() == 1:
+        return _summary(losses, reference_losses, divergences, same)
     positions = []
     first = 1
     while first <= losses.shape[1]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +21,7 @@ from lrquant.blocks import stubs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
+from lrquant.evaluation.perplexity import single_samples
 from lrquant.export.manifest import SETTINGS
 from lrquant.model import choose_device
 from lrquant.sources import resolve_model
@@ -36,7 +37,7 @@ class Checkpoint:
 
     name: str
     module: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     settings: Config | None
 
     @property
@@ -52,7 +53,8 @@ class Checkpoint:
     @torch.no_grad()
     def final_states(self, windows: Samples) -> Stream:
         """Hidden states after the last block (windows, tokens, hidden), float32 on the host."""
-        shape = (*windows.ids.shape, self.module.config.hidden_size)
+        config = architecture_of(self.module.config).part(self.module.config)
+        shape = windows.ids.numel(), config.hidden_size
         stream = Stream(shape, torch.float32, self.device, "host")
         seen: list[Tensor] = []
 
@@ -61,12 +63,11 @@ class Checkpoint:
 
         handle = self._blocks[-1].register_forward_hook(keep)
         try:
-            for index in range(len(windows.ids)):
-                window = slice(index, index + 1)
+            for batch, ids, _ in single_samples(windows.feed):
                 # The whole module: some formats unpack themselves before its first forward.
-                ids = windows.ids[window].to(self.device)
+                ids = ids[None].to(self.device)
                 self.module(input_ids=ids, use_cache=False, logits_to_keep=1)
-                stream.write(window, seen.pop())
+                stream.write(batch, seen.pop())
         finally:
             handle.remove()
         return stream
@@ -105,8 +106,11 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        module = AutoModelForCausalLM.from_pretrained(
+        architecture = architecture_of(AutoConfig.from_pretrained(folder))
+        tokenizer = None
+        if not architecture.reads_pixels:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        module = architecture.auto_class.from_pretrained(
             folder, dtype=dtypes.get(config.precision, "auto")
         )
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:

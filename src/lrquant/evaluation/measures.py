@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lrquant.blocks import BlockInputs, Head
+from lrquant.blocks import BlockInputs, Head, Prepare, PreparedBlock
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
 from lrquant.evaluation.comparison import TaskBoard
-from lrquant.evaluation.perplexity import PreparedBlock, score, send_through
+from lrquant.evaluation.perplexity import score, send_through
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
@@ -82,12 +83,13 @@ def evaluate_run(
     """
     folder.require_finished()
     quantized = preparer(workbench, config.quantization, config, folder)
+    nearest = preparer(workbench, config.quantization, vision=config.vision_quantization)
     for name, windows in texts.items():
-        variants: dict[str, Callable[[int], PreparedBlock]] = {}
+        variants: dict[str, Variant] = {}
         if config.compare is True or name in config.agreement:
             variants["full_precision"] = preparer(workbench, FLOATING_POINT)
         if config.compare is True:
-            variants["round_to_nearest"] = preparer(workbench, config.quantization)
+            variants["round_to_nearest"] = nearest
         variants["quantized"] = quantized
         if config.tta:
             done = adapt(workbench, config, folder, windows, progress)
@@ -100,15 +102,16 @@ def evaluate_run(
         scored = {"quantized": quantized}
         if config.compare is True:
             scored["full_precision"] = preparer(workbench, FLOATING_POINT)
-            scored["round_to_nearest"] = preparer(workbench, config.quantization)
+            scored["round_to_nearest"] = nearest
         for variant, prepare in scored.items():
-            yield board.add(variant, materialize(workbench, prepare), workbench.model.tokenizer)
+            module = materialize(workbench, prepare, prepare.tower)
+            yield board.add(variant, module, workbench.model.tokenizer)
 
 
 def measure(
     workbench: Workbench,
     windows: Samples,
-    variants: dict[str, Callable[[int], PreparedBlock]],
+    variants: dict[str, Variant],
     progress: Progress,
     *,
     agreement: bool = False,
@@ -120,15 +123,15 @@ def measure(
     """
     logger.info("perplexity on %s", windows.description)
     model = workbench.model
-    entry = BlockInputs(model, windows.ids, _batch_size(windows), workbench.device)
+    entry = BlockInputs(model, windows.feed, _batch_size(windows), workbench.device)
     stream, *kept = workbench.streams(entry, 2 if agreement else 1)
     head = Head(model, workbench.device, workbench.dtype)
     perplexities: dict[str, Any] = {"text": windows.description}
     agreements: dict[str, Any] = {"text": windows.description}
     for index, (variant, prepare) in enumerate(variants.items()):
         with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
-            send_through(model, prepare, stream, entry, told)
-            scores = score(head, stream, windows.ids, kept[0] if kept and index else None)
+            send_through(model, prepare, stream, entry, told, prepare.tower)
+            scores = score(head, stream, entry.feed, kept[0] if kept and index else None)
         if kept and not index:
             kept[0].copy(stream)
         perplexities[variant] = scores.pop("perplexity")
@@ -145,7 +148,21 @@ def measure(
 
 
 def _batch_size(windows: Samples) -> int:
+    if windows.prompts is not None:
+        return 1
     return max(1, EVALUATION_TOKENS // windows.ids.shape[1])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model as it is to compute: how block i is made ready, and block i of the vision tower."""
+
+    blocks: Prepare
+    tower: Prepare | None = None
+
+    def __call__(self, index: int) -> PreparedBlock:
+        """Block `index` of the language part."""
+        return self.blocks(index)
 
 
 def preparer(
@@ -154,16 +171,36 @@ def preparer(
     config: Config | None = None,
     folder: RunFolder | None = None,
     adapted: str | None = None,
-) -> Callable[[int], PreparedBlock]:
-    """How block i is made ready: under `scheme` alone, or as a run learned it.
+    vision: Scheme | None = None,
+) -> Variant:
+    """How blocks are made ready: under `scheme` alone, or as a run learned them.
 
-    `adapted` names the text to which the last blocks' parameters were adapted.
+    `adapted` names the text to which the last blocks' parameters were adapted.  The tower's blocks
+    are in floating point, or under `vision` alone where no run is given.
     """
+    blocks = _prepare(workbench, scheme, config, folder, adapted)
+    tower = workbench.tower
+    if tower is None:
+        return Variant(blocks)
+    if config is not None and folder is not None and config.vision_scheme is not None:
+        return Variant(
+            blocks, _prepare(tower, FLOATING_POINT, config.for_tower(), folder.tower, None)
+        )
+    return Variant(blocks, _prepare(tower, vision or FLOATING_POINT, None, None, None))
 
+
+def _prepare(
+    workbench: Workbench,
+    scheme: Scheme,
+    config: Config | None,
+    folder: RunFolder | None,
+    adapted: str | None,
+) -> Prepare:
     @torch.no_grad()
     def prepare(index: int) -> PreparedBlock:
         if config is not None and folder is not None:
-            here = adapted if is_adapted(config, index, len(workbench.model.blocks)) else None
+            blocks = len(workbench.model.blocks)
+            here = adapted if adapted and is_adapted(config, index, blocks) else None
             view = learned_view(workbench, config, folder, index, here)
         else:
             view = workbench.view(index, workbench.stored(index), scheme, Method())

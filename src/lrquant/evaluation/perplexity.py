@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner, Stream
+from lrquant.blocks import BlockInputs, Prepare
 from lrquant.evaluation.agreement import agreement, perplexity
+from lrquant.feeds import Feed
 from lrquant.model import Model
+from lrquant.streams import Batch, Stream, batches_of
 
 HEAD_TOKENS = 512  # tokens whose logits are in memory at once
-
-
-@dataclass(frozen=True)
-class PreparedBlock:
-    """A block ready to run: its runner (not yet entered) and the tensors it computes with."""
-
-    runner: BlockRunner
-    tensors: dict[str, Tensor]
 
 
 @torch.no_grad()
 def send_through(
     model: Model,
-    prepare: Callable[[int], PreparedBlock],
+    prepare: Prepare,
     stream: Stream,
     entry: BlockInputs,
     progress: Callable[[int], None] = lambda block: None,
+    tower: Prepare | None = None,
 ) -> None:
     """Fill `stream` with the hidden states after the last block.
 
-    `prepare` gives block i when it is needed; one block is in memory at a time.
+    `prepare` gives block i when it is needed, `tower` those of the vision tower; one block of the
+    language part is in memory at a time.
     """
-    entry.embed(stream)
+    entry.embed(stream, tower)
     for index in range(len(model.blocks)):
         prepared = prepare(index)
         with prepared.runner as runner:
-            for batch, samples in enumerate(entry.batches):
-                output = runner(
-                    prepared.tensors, stream.read(samples), entry.arguments(batch, index)
-                )
-                stream.write(samples, output)
+            for number, batch in enumerate(entry.batches):
+                states = stream.read(batch, index)
+                output = runner(prepared.tensors, states, entry.arguments(number, index))
+                stream.write(batch, output)
         progress(index)
 
 
@@ -52,24 +46,26 @@ def send_through(
 def score(
     head: Callable[[Tensor], Tensor],
     stream: Stream,
-    windows: Tensor,
+    feed: Feed | Tensor,
     reference: Stream | None = None,
     reference_head: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of windows (windows, tokens), and agreement with a reference's final states.
+    """Perplexity of samples, or windows (windows, tokens), and agreement with a reference.
 
-    perplexity: ``exp`` of the mean negative log-likelihood of tokens 2..n of each window.  The
-    agreement over the same positions is that of `agreement`; the reference has the same head unless
-    another one is given.
+    perplexity: ``exp`` of the mean negative log-likelihood of the `scored` tokens of each sample,
+    its first one apart.  The agreement over the same positions is that of `agreement` with the
+    reference's final states; the reference has the same head unless another one is given.
     """
+    feed = Feed.of_tokens(feed) if isinstance(feed, Tensor) else feed
     scores: list[list[Tensor]] = []
-    for index in range(len(windows)):
-        window = slice(index, index + 1)
-        targets = windows[index, 1:].to(stream.device)
-        states = stream.read(window)
-        compared = None if reference is None else reference.read(window)
+    lengths: list[int] = []
+    for batch, ids, scored in single_samples(feed):
+        states = stream.read(batch)[:, :-1][:, scored]
+        compared = None if reference is None else reference.read(batch)[:, :-1][:, scored]
+        targets = ids[1:][scored].to(stream.device)
+        lengths.append(len(targets))
         for start in range(0, len(targets), HEAD_TOKENS):
-            part = slice(start, min(start + HEAD_TOKENS, len(targets)))
+            part = slice(start, start + HEAD_TOKENS)
             logits = head(states[:, part])[0].float()
             found = [_losses(logits, targets[part])]
             if compared is not None:
@@ -77,9 +73,20 @@ def score(
                 found += [_losses(expected, targets[part]), _divergence(expected, logits)]
                 found.append(logits.argmax(-1) == expected.argmax(-1))
             scores.append([values.double().cpu() for values in found])
-    shape = (len(windows), windows.shape[1] - 1)
-    joined = [torch.cat(values).view(shape) for values in zip(*scores, strict=True)]
+    joined = [torch.cat(values) for values in zip(*scores, strict=True)]
+    if len(set(lengths)) == 1 and not any(scored is not None for scored in feed.scored):
+        joined = [values.view(len(lengths), -1) for values in joined]
     return {"perplexity": perplexity(joined[0])} | (agreement(*joined) if joined[1:] else {})
+
+
+def single_samples(feed: Feed) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Each sample's rows of a stream, its ids (tokens,), and which of tokens 2..n are scored."""
+    ids = [sample["input_ids"][0] for sample in feed.inputs]
+    batches = batches_of(feed.slices(1), [(1, len(row)) for row in ids])
+    scored = feed.scored or [None] * len(feed)
+    for batch, row, chosen in zip(batches, ids, scored, strict=True):
+        every = torch.ones_like(row, dtype=torch.bool)
+        yield batch, row, (every if chosen is None else chosen)[1:]
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -
         workbench.dtype,
         settings,
         perplexity,
-        lambda: materialize(workbench, prepare),
+        lambda: materialize(workbench, prepare, prepare.tower),
     )
 
 

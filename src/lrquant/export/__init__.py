@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.export.parts import Part
 from lrquant.export.targets import chosen_for_target, mended
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
@@ -41,7 +42,8 @@ class Format:
     `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
     block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
-    names of the linears outside the blocks, which stay as they are, and of a block's tensors.
+    quantised parts of the model, the language part first, and the names of the linears outside
+    them, which stay as they are.
     `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
@@ -51,7 +53,7 @@ class Format:
     name: str
     refusal: Callable[[Config], str | None]
     tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
-    quantization_config: Callable[[Scheme, list[str], list[str]], dict[str, Any] | None]
+    quantization_config: Callable[[Sequence[Part], list[str]], dict[str, Any] | None]
     loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
         "this format does not say which runtimes load it"
     )
@@ -84,7 +86,7 @@ def choose_format(config: Config) -> Format:
     name = config.format or DEFAULT
     if name not in known:
         raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
-    reason = known[name].refusal(config)
+    reason = known[name].refusal(config) or tower_refusal(config, known[name])
     if reason is not None:
         other = "" if config.format else "; or --format dequantized"
         raise LRQuantError(f"--format {name}: {reason}{other}")
@@ -94,6 +96,14 @@ def choose_format(config: Config) -> Format:
             mend = mended(config, [known[name]]) or "leave --format or --target out"
             raise LRQuantError(f"--format {name} with --target {config.target}: {reason}; {mend}")
     return known[name]
+
+
+def tower_refusal(config: Config, form: Format) -> str | None:
+    """Why a format can't hold the vision tower's scheme, or None."""
+    if config.vision_scheme is None:
+        return None
+    reason = form.refusal(config.for_tower())
+    return None if reason is None else f"--vision-scheme {config.vision_scheme}: {reason}"
 
 
 def factor_refusal(config: Config) -> str | None:

@@ -8,6 +8,7 @@ in bfloat16 from 2^-17 up, keep every bit; those of a float32 model are rounded 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.export import Format, Loading, factor_refusal
+from lrquant.export.parts import Part
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.scheme import FLOAT_BITS, Scheme
 
@@ -36,6 +38,11 @@ def _refusal(config: Config) -> str | None:
             f"{scheme.describe()}: the nearest that it holds is --scheme {wanted.name}, to be "
             "asked for before learning"
         )
+    if config.vision_scheme is not None and config.vision_quantization != scheme:
+        return (
+            f"--vision-scheme {config.vision_scheme}: it holds one scheme for the whole model; "
+            f"leave the tower in floating point, or give it {scheme.name} too"
+        )
     return factor_refusal(config)
 
 
@@ -50,7 +57,8 @@ def _dtype(model: torch.dtype) -> torch.dtype:
     return torch.float16 if model == torch.float32 else model
 
 
-def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+    scheme = parts[0].scheme
     return {
         "quant_method": "awq",
         "bits": BITS,

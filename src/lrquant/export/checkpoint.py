@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lrquant.errors import LRQuantError
 from lrquant.export import Format
 from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
+from lrquant.export.parts import Part
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
@@ -40,6 +43,9 @@ def check_target(config: Config, target: Path) -> None:
 
 def check_format(model: Model, config: Config, form: Format) -> None:
     """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
+    if config.vision_scheme is not None and model.tower is not None:
+        tower = dataclasses.replace(config.for_tower(), vision_scheme=None)
+        check_format(model.tower, tower, form)
     parameters = dict(model.blocks[0].named_parameters())
     for linear in model.linears:
         rows, columns = parameters[f"{linear}.weight"].shape
@@ -52,7 +58,7 @@ def check_format(model: Model, config: Config, form: Format) -> None:
 
 def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
-    sites = model.architecture.sites(model.skeleton.config)
+    sites = model.sites
     modules = {
         fold.module
         for site in sites
@@ -91,8 +97,8 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        names = _write_tensors(workbench, config, folder, temporary, form)
-        write_small_files(model, config, temporary, form, names)
+        parts = _write_tensors(workbench, config, folder, temporary, form)
+        write_small_files(model, config, temporary, form, parts)
         facts = _facts(model, config, folder, form)
         (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
         write_manifest(temporary, facts)
@@ -128,35 +134,59 @@ _RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "tas
 
 def _write_tensors(
     workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
-) -> list[str]:
-    """Write all shards and their index; returns the names of a block's tensors."""
+) -> list[Part]:
+    """Write all shards and their index; returns the quantised parts."""
     model = workbench.model
     dtype = checkpoint_dtype(model, config, form)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
-    if model.skeleton.config.tie_word_embeddings:
+    if model.tied:
         outer.pop("lm_head.weight", None)
     extra = model.source.extra_names()
     outer |= {name: model.source.tensor(name) for name in extra}
-    outer = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
-    shards = {"model-outer.safetensors": outer}
+    tower = workbench.tower
+    quantized = [(workbench, config, folder)]
+    if tower is not None and config.vision_scheme is not None:
+        quantized.append((tower, config.for_tower(), folder.tower))
+    elif tower is not None:
+        outer |= _stored_blocks(tower)
     weight_map: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
     size = 0
-    for index in range(-1, len(model.blocks)):
-        if index >= 0:
-            frozen = learned_view(workbench, config, folder, index).freeze()
-            prefix = model.block_name(index) + "."
-            tensors = form.tensors(frozen, config.quantization, dtype)
-            shards = {f"model-{index:04d}.safetensors": {prefix + n: t for n, t in tensors.items()}}
-        for name, shard in shards.items():
-            whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
-            _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
-            save_file(whole, place / name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(whole, name))
-            size += sum(tensor.nbytes for tensor in whole.values())
+
+    def write(name: str, shard: dict[str, Tensor]) -> None:
+        nonlocal size
+        whole = {key: tensor.cpu().contiguous() for key, tensor in shard.items()}
+        _refuse_overflow({k: t for k, t in whole.items() if k not in extra}, form)
+        save_file(whole, place / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(whole, name))
+        size += sum(tensor.nbytes for tensor in whole.values())
+
+    write(
+        "model-outer.safetensors",
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()},
+    )
+    parts = []
+    for bench, settings, learned in quantized:
+        file = "model" if bench is workbench else "model-tower"
+        for index in range(len(bench.model.blocks)):
+            frozen = learned_view(bench, settings, learned, index).freeze()
+            prefix = bench.model.block_name(index) + "."
+            tensors = form.tensors(frozen, settings.quantization, dtype)
+            write(f"{file}-{index:04d}.safetensors", {prefix + n: t for n, t in tensors.items()})
+        blocks = bench.model.architecture.blocks
+        parts.append(Part(blocks, settings.quantization, sorted(tensors)))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
-    return sorted(tensors)
+    return parts
+
+
+def _stored_blocks(workbench: Workbench) -> dict[str, Tensor]:
+    """A tower's own tensors by their full names."""
+    model = workbench.model
+    return {
+        f"{model.block_name(index)}.{name}": tensor
+        for index in range(len(model.blocks))
+        for name, tensor in model.block_tensors(index, torch.device("cpu")).items()
+    }
 
 
 def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
@@ -169,26 +199,27 @@ def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
 
 
 def write_small_files(
-    model: Model, config: Config, place: Path, form: Format, names: list[str]
+    model: Model, config: Config, place: Path, form: Format, parts: Sequence[Part]
 ) -> None:
-    """Write all of a checkpoint but its tensors and index; `names` are those of a block's."""
-    _write_config(model, config, place, form, names)
+    """Write all of a checkpoint but its tensors and index."""
+    _write_config(model, config, place, form, parts)
     _copy_along(model, config, place)
 
 
 def _write_config(
-    model: Model, config: Config, place: Path, form: Format, names: list[str]
+    model: Model, config: Config, place: Path, form: Format, parts: Sequence[Part]
 ) -> None:
     saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
     saved.dtype = checkpoint_dtype(model, config, form)
     saved.architectures = [type(model.skeleton).__name__]
     saved.save_pretrained(place)
+    inside = tuple(part.blocks + "." for part in parts)
     outside = [
         name
         for name, module in model.skeleton.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(model.architecture.blocks + ".")
+        if isinstance(module, nn.Linear) and not name.startswith(inside)
     ]
-    quantization = form.quantization_config(config.quantization, outside, names)
+    quantization = form.quantization_config(parts, outside)
     if quantization is not None:
         path = place / "config.json"
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -199,6 +230,8 @@ def _write_config(
 def _copy_along(model: Model, config: Config, place: Path) -> None:
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(place)
+    if model.processor is not None:
+        model.processor.save_pretrained(place)
     generation = (model.folder or Path()) / "generation_config.json"
     if model.folder is not None and generation.is_file():
         shutil.copyfile(generation, place / generation.name)

@@ -6,6 +6,8 @@ dynamic, one scale a token.  Codes are packed by the library itself.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.export import Format, Loading, factor_refusal
+from lrquant.export.parts import Part
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -30,7 +33,7 @@ def _refusal(config: Config) -> str | None:
     scheme = config.quantization
     if scheme.weight_bits == FLOAT_BITS:
         return "weights of 16 bits are not packed; use --format dequantized"
-    reason = factor_refusal(config)
+    reason = factor_refusal(config) or _two_schemes(config)
     if reason is not None:
         return reason
     wanted = _nearest(scheme)
@@ -41,6 +44,26 @@ def _refusal(config: Config) -> str | None:
             "to be asked for before learning"
         )
     return None
+
+
+def _two_schemes(config: Config) -> str | None:
+    """What transformers 5.23 loads of two schemes: symmetric weights, and a tower of bytes.
+
+    It decodes weights with zero points by one scheme for the whole model, and prepares some towers
+    through weights that packed linears do not have.
+    """
+    language, tower = config.quantization, config.vision_quantization
+    if tower is None or tower == language:
+        return None
+    decoded = language.activation_bits == FLOAT_BITS and not language.symmetric
+    if not decoded and _layout(tower) == "int-quantized":
+        return None
+    return (
+        f"--vision-scheme {tower.name} beside {language.name}: transformers loads two schemes only "
+        "where weights are symmetric and the tower's of 8 bits with 8-bit activations; use such as "
+        "--scheme W4A16-sym --vision-scheme W8A8-sym-qkv16 --activation_symmetric, give both parts "
+        "one scheme, or use --format lrquant"
+    )
 
 
 def _nearest(scheme: Scheme) -> Scheme:
@@ -88,8 +111,39 @@ def _layout(scheme: Scheme) -> str:
     return "int-quantized" if eight else "pack-quantized"
 
 
-def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
-    layout = _layout(scheme)
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+    """One group of linears a part; names are more exact than the class, so they come first."""
+    alike = all(part.scheme == parts[0].scheme for part in parts)
+    groups = {
+        f"group_{number}": _group(part.scheme, _targets(part, number))
+        for number, part in enumerate(parts[:1] if alike else parts)
+    }
+    layouts = {_layout(part.scheme) for part in parts}
+    whole = QuantizationConfig(
+        config_groups=groups,
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        ignore=outside,
+        quantization_status="compressed",
+    )
+    values = _without_nothing(whole.model_dump(mode="json"))
+    packed = parts[0].scheme.activation_bits == FLOAT_BITS
+    if packed and (not parts[0].scheme.symmetric or (alike and len(parts) > 1)):
+        # Unless it decodes while loading, transformers makes room for zero points that are not
+        # packed (compressed-tensors 0.20), and initialises some towers through weights that packed
+        # linears do not have; other readers do not look at this key.
+        values["dequantize"] = True
+    return values
+
+
+def _targets(part: Part, number: int) -> list[str]:
+    """Every linear for the language part; of others, those in their blocks."""
+    if number == 0:
+        return ["Linear"]
+    tower, blocks = part.blocks.rpartition("model.")[2].split(".", 1)
+    return [f"re:.*{re.escape(tower)}\\..*{re.escape(blocks)}\\.[0-9]+\\..*"]
+
+
+def _group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
     activations = None
     if scheme.activation_bits != FLOAT_BITS:
         activations = QuantizationArgs(
@@ -101,21 +155,9 @@ def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -
         strategy="group" if scheme.group_size else "channel",
         group_size=scheme.group_size,
     )
-    group = QuantizationScheme(
-        targets=["Linear"], weights=weights, input_activations=activations, format=layout
+    return QuantizationScheme(
+        targets=targets, weights=weights, input_activations=activations, format=_layout(scheme)
     )
-    whole = QuantizationConfig(
-        config_groups={"group_0": group},
-        format=layout,
-        ignore=outside,
-        quantization_status="compressed",
-    )
-    values = _without_nothing(whole.model_dump(mode="json"))
-    if not scheme.symmetric and activations is None:
-        # Unless it decodes while loading, transformers makes room for zero points that are not
-        # packed (compressed-tensors 0.20); other readers do not look at this key.
-        values["dequantize"] = True
-    return values
 
 
 def _without_nothing(value: Any) -> Any:

@@ -33,6 +33,6 @@ FORMAT = Format(
     name="dequantized",
     refusal=lambda config: None,
     tensors=_tensors,
-    quantization_config=lambda scheme, outside, names: None,
+    quantization_config=lambda parts, outside: None,
     loading=_loading,
 )

@@ -7,6 +7,7 @@ linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.config import Config
 from lrquant.export import Format, Loading
 from lrquant.export.compressed_tensors import packed_linear
+from lrquant.export.parts import Part
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
 
@@ -46,15 +48,20 @@ def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[st
     return tensors
 
 
-def _quantization_config(scheme: Scheme, outside: list[str], names: list[str]) -> dict[str, Any]:
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+    language, *towers = map(_part_config, parts)
+    values = {"quant_method": NAME, "format_version": VERSION, **language, "ignore": outside}
+    if towers:
+        values["tower"] = {"blocks": parts[1].blocks, **towers[0]}
+    return values
+
+
+def _part_config(part: Part) -> dict[str, Any]:
     def modules(suffix: str) -> list[str]:
-        return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+        return [name.removesuffix(suffix) for name in part.names if name.endswith(suffix)]
 
     return {
-        "quant_method": NAME,
-        "format_version": VERSION,
-        "scheme": dataclasses.asdict(scheme),
-        "ignore": outside,
+        "scheme": dataclasses.asdict(part.scheme),
         "biases": modules(".bias"),
         "shifts": modules(SHIFT_SUFFIX),
         "input_factors": modules(INPUT_FACTOR_SUFFIX),

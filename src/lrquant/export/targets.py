@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.export.parts import Part
 from lrquant.scheme import FLOAT_BITS
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _dense(form: Format, config: Config) -> bool:
     """Whether a format would hold quantised weights without packing them."""
     if config.wbits == FLOAT_BITS or form.refusal(config) is not None:
         return False
-    return form.quantization_config(config.quantization, [], []) is None
+    return form.quantization_config([Part("", config.quantization)], []) is None
 
 
 def _nearest(config: Config, forms: Sequence[Format]) -> Config | None:

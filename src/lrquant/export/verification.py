@@ -17,6 +17,7 @@ from lrquant.errors import LRQuantError
 from lrquant.export import formats
 from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
+from lrquant.export.parts import quantized_models
 from lrquant.model import Model, build_skeleton
 from lrquant.sources import SafetensorsSource
 from lrquant.sources.checks import first_line
@@ -76,7 +77,9 @@ def _model(place: Path, source: SafetensorsSource) -> Model:
         raise LRQuantError(
             f"{place}: config.json cannot be read ({first_line(error)}); export the run again"
         ) from error
-    return Model(str(place), build_skeleton(config), None, source, architecture_of(config), place)
+    architecture = architecture_of(config)
+    skeleton = build_skeleton(config, architecture)
+    return Model(str(place), skeleton, None, source, architecture, place)
 
 
 def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor], float]:
@@ -84,40 +87,48 @@ def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor
     if name not in formats():
         raise LRQuantError(f"{model.name}: written as {name!r}, which this lrquant does not know")
     form, dtype = formats()[name], _dtype(model)
-    view = block_shapes(model, config.quantization)
-    added = _added(model)
-    for module in added.get("biases", []):
-        rows = view.stored[f"{module}.weight"].shape[:1]
-        view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
-    for norm in added.get("shifts", []):
-        view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
-    block = expected_block(view, config, form, dtype)
-    expected = {
-        f"{model.block_name(index)}.{part}": tensor
-        for index in range(len(model.blocks))
-        for part, tensor in block.items()
-    }
-    tied = model.skeleton.config.tie_word_embeddings
+    expected: dict[str, Tensor] = {}
+    bits = []
+    parts = quantized_models(model, config)
+    for part, settings in parts:
+        view = block_shapes(part, settings.quantization)
+        added = _added(part)
+        for module in added.get("biases", []):
+            rows = view.stored[f"{module}.weight"].shape[:1]
+            view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
+        for norm in added.get("shifts", []):
+            view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
+        block = expected_block(view, settings, form, dtype)
+        bits.append(bits_per_weight(block, view))
+        expected |= {
+            f"{part.block_name(index)}.{key}": tensor
+            for index in range(len(part.blocks))
+            for key, tensor in block.items()
+        }
+    inside = tuple(part.architecture.blocks + "." for part, _ in parts)
     for outer, tensor in model.skeleton.state_dict().items():
-        inside = outer.startswith(model.architecture.blocks + ".")
-        if not inside and not (tied and outer == "lm_head.weight"):
-            expected[outer] = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    return expected, bits_per_weight(block, view)
+        if not outer.startswith(inside) and not (model.tied and outer == "lm_head.weight"):
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            expected[outer] = torch.empty(tensor.shape, dtype=kept, device="meta")
+    return expected, bits[0]
 
 
-def _added(model: Model) -> dict[str, Any]:
+def _added(part: Model) -> dict[str, Any]:
     """Biases and shifts that the native format added, as its quantization_config names them."""
-    found = getattr(model.skeleton.config, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else vars(found)
+    found = getattr(part.skeleton.config, "quantization_config", None) or {}
+    found = found if isinstance(found, dict) else vars(found)
+    tower = found.get("tower") or {}
+    return tower if tower.get("blocks") == part.architecture.blocks else found
 
 
 def _used_bits(model: Model, config: Config) -> dict[str, int]:
     """How many bits of a row's last word hold codes, by name; 0 if all do."""
     return {
-        f"{model.block_name(index)}.{linear}.weight_packed": columns * config.wbits % 32
-        for linear in model.linears
-        for columns in [model.blocks[0].get_submodule(linear).get_parameter("weight").shape[1]]
-        for index in range(len(model.blocks))
+        f"{part.block_name(index)}.{linear}.weight_packed": columns * settings.wbits % 32
+        for part, settings in quantized_models(model, config)
+        for linear in part.linears
+        for columns in [part.blocks[0].get_submodule(linear).get_parameter("weight").shape[1]]
+        for index in range(len(part.blocks))
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LRQuantError
-from lrquant.sites import Fold, Site
+from lrquant.sites import UNTOUCHED, Fold, Site
 from lrquant.stats import ChannelStatistics
 
 SMALLEST_ACTIVATION = 1e-5
@@ -95,15 +95,18 @@ def fold_factors(sites: Sequence[Site], parameters: dict[str, Tensor]) -> Factor
         for fold in site.folds:
             table = {"rows": factors.rows, "columns": factors.columns, "norm": factors.norms}
             into = table[fold.axis]
-            factor = _spread(powers[fold.power], fold)
+            factor = _spread(powers[fold.power], fold, 1.0)
             into[fold.module] = into[fold.module] * factor if fold.module in into else factor
             if shift is not None:
                 moved = factors.subtract if fold is site.producer else factors.add
-                moved[fold.module] = _spread(shift, fold)
+                moved[fold.module] = _spread(shift, fold, 0.0)
     return factors
 
 
-def _spread(values: Tensor, fold: Fold) -> Tensor:
+def _spread(values: Tensor, fold: Fold, untouched: float) -> Tensor:
+    """One value a channel; `untouched` where the site leaves a channel as it is."""
     if fold.index == tuple(range(len(values))):
         return values
+    if UNTOUCHED in fold.index:
+        values = torch.cat([values, values.new_full((1,), untouched)])  # which index -1 finds
     return values[torch.tensor(fold.index, device=values.device)]

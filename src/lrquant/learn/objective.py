@@ -19,14 +19,17 @@ MEAN_DECAY = 0.95
 SMALLEST_MEAN = 1e-6
 
 
-def loss_terms(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
+def loss_terms(
+    output: Tensor, targets: Sequence[Tensor], kind: str, weights: Tensor | None = None
+) -> Tensor:
     """Each term of `kind` ("mse+nlc", "mse", "nlc"), summed over the branches' targets.
 
-    Block outputs (batch, tokens, hidden) -> (terms,) float32.
+    Block outputs (batch, tokens, hidden), each token counting as its weight (batch, tokens) says
+    -> (terms,) float32.
     """
     terms = [TERMS[part] for part in kind.split("+")]
     return torch.stack(
-        [torch.stack([term(output, target) for target in targets]).sum() for term in terms]
+        [torch.stack([term(output, target, weights) for target in targets]).sum() for term in terms]
     )
 
 

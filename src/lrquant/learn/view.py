@@ -76,6 +76,7 @@ class BlockView:
         self._own_inputs = self.rotated and method.rotation_sharing == "linear"
         share = self.rotated and method.rotation_sharing == "site"
         self.rotated_sites = tuple(site for site in sites if share and site.kind == "norm")
+        self._offsets = {f.module: f.offset for site in sites for f in site.folds if f.offset}
         self.shifted = frozenset(
             site.name for site in self.sites if self._takes_shift(site, method.let_shift)
         )
@@ -288,7 +289,10 @@ class BlockView:
     def _others(self, factors: Factors) -> dict[str, Tensor]:
         tensors = dict(self._plain)
         for norm, factor in factors.norms.items():
-            tensors[f"{norm}.weight"] = tensors[f"{norm}.weight"] * factor
+            offset = self._offsets.get(norm, 0.0)
+            weight = tensors[f"{norm}.weight"]
+            scaled = (weight + offset) * factor - offset if offset else weight * factor
+            tensors[f"{norm}.weight"] = scaled
             bias = tensors.get(f"{norm}.bias")
             shift = factors.subtract.get(norm)
             if bias is not None:

@@ -135,7 +135,7 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
 def _estimate(done: Preflight, workbench: Workbench, texts: list[Samples], finished: int) -> None:
     """Measure one block, and hold memory, disk and time against what there is."""
     config, model = done.config, workbench.model
-    shape = config.nsamples, config.seqlen, model.skeleton.config.hidden_size
+    shape = config.nsamples, config.seqlen, model.hidden_size
     count = 3 if config.two_branch else 2
     done.stream_bytes = stream_bytes(*shape, workbench.dtype, count)
     place = workbench.place(done.stream_bytes)

@@ -18,6 +18,7 @@ from lrquant.evaluation.perplexity import HEAD_TOKENS
 from lrquant.export import Format
 from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small_files
 from lrquant.export.expected import bits_per_weight, expected_block
+from lrquant.export.parts import Part, quantized_models
 from lrquant.learn.view import BlockView
 from lrquant.model import Model
 from lrquant.preflight.probe import BlockCosts
@@ -89,7 +90,7 @@ def learned_bytes(model: Model, config: Config) -> int:
     view = BlockView(
         plain.stored,
         model.linears,
-        model.architecture.sites(model.skeleton.config),
+        model.sites,
         config.quantization,
         method,
         torch.float32,
@@ -111,39 +112,44 @@ def run_bytes(model: Model, config: Config) -> int:
 def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
     """What a checkpoint will take.  Raises LRQuantError where the format refuses a shape."""
     dtype = checkpoint_dtype(model, config, form)
-    view = block_shapes(model, config.quantization)
-    tensors = expected_block(view, config, form, dtype)
-    prefix = model.block_name(0) + "."
-    block = _file_bytes((prefix + name, t) for name, t in tensors.items())
-    index = sum(len(prefix + name) + _INDEX for name in tensors)
+    total, bits, parts = 0, [], []
+    for part, settings in quantized_models(model, config):
+        view = block_shapes(part, settings.quantization)
+        tensors = expected_block(view, settings, form, dtype)
+        prefix = part.block_name(0) + "."
+        block = _file_bytes((prefix + name, t) for name, t in tensors.items())
+        index = sum(len(prefix + name) + _INDEX for name in tensors)
+        total += len(part.blocks) * (block + index + _HASH)
+        bits.append(bits_per_weight(tensors, view))
+        parts.append(Part(part.architecture.blocks, settings.quantization, list(tensors)))
     return CheckpointSize(
-        blocks=len(model.blocks) * (block + index + _HASH),
-        outside=_outside_bytes(model, dtype)
-        + _small_files(model, config, form, list(tensors))
+        blocks=total,
+        outside=_outside_bytes(model, dtype, [part.blocks for part in parts])
+        + _small_files(model, config, form, parts)
         + _ORIGIN,
-        bits_per_weight=bits_per_weight(tensors, view),
+        bits_per_weight=bits[0],
     )
 
 
-def _outside_bytes(model: Model, dtype: torch.dtype) -> int:
-    """Tensors outside the blocks as a checkpoint stores them, a tied head once."""
-    blocks = model.architecture.blocks + "."
+def _outside_bytes(model: Model, dtype: torch.dtype, quantized_lists: list[str]) -> int:
+    """Tensors outside the quantised blocks as a checkpoint stores them, a tied head once."""
+    inside = tuple(path + "." for path in quantized_lists)
     shapes = {
         name: tuple(tensor.shape)
         for name, tensor in model.skeleton.state_dict().items()
-        if not name.startswith(blocks)
+        if not name.startswith(inside)
     }
-    if model.skeleton.config.tie_word_embeddings:
+    if model.tied:
         shapes.pop("lm_head.weight", None)
     shapes |= {name: model.source.shape(name) for name in model.source.extra_names()}
     tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
     return _file_bytes(tensors.items())
 
 
-def _small_files(model: Model, config: Config, form: Format, names: list[str]) -> int:
+def _small_files(model: Model, config: Config, form: Format, parts: list[Part]) -> int:
     """Configuration, tokenizer and what else travels along, written once to be measured."""
     with tempfile.TemporaryDirectory() as folder:
-        write_small_files(model, config, Path(folder), form, names)
+        write_small_files(model, config, Path(folder), form, parts)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
@@ -178,7 +184,7 @@ def estimate_memory(
     the hidden states of the largest text, everything outside the blocks, and logits of
     `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
     """
-    hidden = model.skeleton.config.hidden_size
+    hidden = model.hidden_size
     count = 3 if config.two_branch else 2
     streams = stream_bytes(config.nsamples, config.seqlen, hidden, dtype, count) * in_memory
     tokens = max((text.ids.numel() for text in texts), default=0)
@@ -189,7 +195,7 @@ def estimate_memory(
     copies = (4 + beside) * outer["embedding"]
     head = 0
     if tokens:
-        vocabulary = model.skeleton.config.vocab_size
+        vocabulary = model.config.vocab_size
         logits = min(HEAD_TOKENS, config.seqlen) * vocabulary * 4 * (4 if config.agreement else 2)
         head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
     reached = max(costs.peak_memory - costs.streams, held)
@@ -204,7 +210,7 @@ def _outer_elements(model: Model) -> dict[str, int]:
     """Elements outside the blocks: of linears ("head"), of all else ("embedding")."""
     counts = {"embedding": 0, "head": 0}
     for name, tensor in model.skeleton.state_dict().items():
-        if not name.startswith(model.architecture.blocks + "."):
+        if not name.startswith(tuple(path + "." for path in model.block_lists)):
             owner = model.skeleton.get_submodule(name.rpartition(".")[0])
             counts["head" if isinstance(owner, nn.Linear) else "embedding"] += tensor.numel()
     return counts
@@ -240,7 +246,7 @@ def measuring_seconds(
     blocks = len(model.blocks)
     shapes = model.blocks[0].state_dict()
     linears = sum(shapes[f"{linear}.weight"].numel() for linear in model.linears)
-    vocabulary = model.skeleton.config.vocab_size * model.skeleton.config.hidden_size
+    vocabulary = model.config.vocab_size * model.hidden_size
     batch_tokens = min(config.batch_size, config.nsamples) * config.seqlen
     total = 0.0
     for text in texts:

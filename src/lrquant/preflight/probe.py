@@ -22,7 +22,13 @@ from lrquant.learn.view import BlockView
 from lrquant.sources import WeightSource
 from lrquant.stats import ChannelStatistics
 from lrquant.streams import Stream
-from lrquant.workbench import Workbench, advance_full_precision, method_of, peak_memory
+from lrquant.workbench import (
+    WeightedObserver,
+    Workbench,
+    advance_full_precision,
+    method_of,
+    peak_memory,
+)
 
 REPEATS = 3
 LONGEST = 6.0  # seconds spent on repeating one measurement
@@ -88,7 +94,7 @@ def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
     entry = BlockInputs(bench.model, ids, batch, bench.device)
     streams = bench.streams(entry, 3 if settings.two_branch else 2)
     entry.embed(streams[0])
-    hidden = torch.randn(entry.shape, generator=torch.Generator().manual_seed(_SEED))
+    hidden = torch.randn(entry.shape, generator=torch.Generator().manual_seed(_SEED))[None]
     for stream in streams:
         stream.write(entry.batches[0], hidden)
     if bench.device.type == "cuda":
@@ -143,7 +149,7 @@ def _measure(
     statistics = ChannelStatistics()
     read, stored = clock.once(lambda: bench.stored(0))
 
-    def advance(observer: Callable[[str, Tensor], None] | None) -> None:
+    def advance(observer: WeightedObserver | None) -> None:
         advance_full_precision(bench, 0, stored, entry, quantized, full, observer)
 
     plain = clock.repeated(lambda: advance(None))

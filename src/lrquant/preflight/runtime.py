@@ -6,6 +6,7 @@ import dataclasses
 
 from lrquant.export import Format, Loading, choose_format
 from lrquant.export.checkpoint import check_format
+from lrquant.export.parts import Part
 from lrquant.model import Model
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.preflight.findings import Preflight
@@ -82,9 +83,9 @@ def _check_kernels(done: Preflight, loading: Loading, sizes: dict[str, tuple[int
 
 def _check_fused(done: Preflight, model: Model, form: Format) -> None:
     """Linears that read one norm are fused by runtimes, so that their scheme must be the same."""
-    outside = form.quantization_config(done.config.quantization, [], []) or {}
+    outside = form.quantization_config([Part("", done.config.quantization)], []) or {}
     schemes = outside.get("config_groups") or {"all": None}
-    sites = model.architecture.sites(model.skeleton.config)
+    sites = model.sites
     fused = [
         " + ".join(fold.module.rpartition(".")[2] for fold in site.consumers)
         for site in sites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class NativeConfig(QuantizationConfigMixin):
     """`quantization_config` of a native checkpoint's config.json.
 
     `scheme` are the fields of `Scheme`; `ignore` names the linears that stay as they are; `biases`,
-    `shifts` and `input_factors` name the modules of a block that have such a tensor.
+    `shifts` and `input_factors` name the modules of a block that have such a tensor.  `tower` has
+    the same for a quantised vision tower, and the path of its `blocks`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class NativeConfig(QuantizationConfigMixin):
         biases: list[str] | None = None,
         shifts: list[str] | None = None,
         input_factors: list[str] | None = None,
+        tower: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if format_version > VERSION:
@@ -54,6 +57,27 @@ class NativeConfig(QuantizationConfigMixin):
         self.scheme, self.ignore = scheme, ignore or []
         self.biases, self.shifts = biases or [], shifts or []
         self.input_factors = input_factors or []
+        if tower is not None:
+            self.tower = tower
+
+    def part_of(self, module: str) -> _Part:
+        """What a module of this name is quantised as."""
+        tower = getattr(self, "tower", None)
+        if tower is None or not module.startswith(tower["blocks"] + "."):
+            return _Part(Scheme(**self.scheme), self.biases, self.shifts, self.input_factors)
+        return _Part(
+            Scheme(**tower["scheme"]), tower["biases"], tower["shifts"], tower["input_factors"]
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Scheme of a part of the model, and the modules of its blocks that have extra tensors."""
+
+    scheme: Scheme
+    biases: list[str]
+    shifts: list[str]
+    input_factors: list[str]
 
 
 @register_quantizer(NAME)
@@ -72,31 +96,33 @@ class NativeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: Any) -> None:
         config = self.quantization_config
-        scheme = Scheme(**config.scheme)
-        if scheme.attention_bits != FLOAT_BITS:
-            model.set_attn_implementation(attention_name(scheme))
         for name, module in list(model.named_modules()):
+            part = config.part_of(name)
             if isinstance(module, nn.Linear) and name not in config.ignore:
-                self._replace(model, name, module, scheme)
-            elif _ends_with(name, config.shifts):
+                _set_attention(model, name, part.scheme)
+                self._replace(model, name, module, part)
+            elif _ends_with(name, part.shifts):
                 empty = torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
                 module.register_parameter("shift", nn.Parameter(empty, requires_grad=False))
                 module.register_forward_hook(_shifted)
 
-    def _replace(self, model: nn.Module, name: str, module: nn.Linear, scheme: Scheme) -> None:
-        config = self.quantization_config
-        if scheme.weight_bits == FLOAT_BITS:
-            module.register_forward_pre_hook(_QuantizedInput(scheme))
+    def _replace(self, model: nn.Module, name: str, module: nn.Linear, part: _Part) -> None:
+        if part.scheme.weight_bits == FLOAT_BITS:
+            module.register_forward_pre_hook(_QuantizedInput(part.scheme))
             return
         with torch.device("meta"):
             replacement = IntegerLinear(
                 module.in_features,
                 module.out_features,
-                scheme,
-                bias=_ends_with(name, config.biases),
-                input_factor=_ends_with(name, config.input_factors),
+                part.scheme,
+                bias=_ends_with(name, part.biases),
+                input_factor=_ends_with(name, part.input_factors),
             )
         model.set_submodule(name, replacement)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._non_persistent_buffers_set:
+            # All of it is in the checkpoint; some models would initialise it by linears' weights.
+            parent._is_hf_initialized = True
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **rest: Any
@@ -115,6 +141,13 @@ class NativeQuantizer(HfQuantizer):
             if isinstance(module, IntegerLinear):
                 state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
         return state, {}
+
+
+def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:
+    """Quantise Q, K and V of the attention that a linear is in, if it is in one."""
+    config = getattr(model.get_submodule(linear.rpartition(".")[0]), "config", None)
+    if config is not None and scheme.attention_bits != FLOAT_BITS:
+        config._attn_implementation = attention_name(scheme)
 
 
 def _ends_with(name: str, modules: list[str]) -> bool:

@@ -7,6 +7,8 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lrquant.errors import LRQuantError
 from lrquant.sources.checks import AGAIN, is_listed, unfinished_download
@@ -48,7 +50,9 @@ class SkeletonSource(WeightSource):
         self.origin = stored.origin
         self._stored = stored
         shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
-        self._found = _match_names(stored.names(), shapes, skeleton.base_model_prefix + ".")
+        renamed = _renamed(stored.names(), skeleton)
+        found = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
+        self._found = {name: renamed[other] for name, other in found.items()}
         self._extra = stored.names() - frozenset(self._found.values())
         # One object for tied weights: two copies of an unpacked embedding would cost gigabytes.
         self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
@@ -99,6 +103,22 @@ class SkeletonSource(WeightSource):
         if name in self._extra:
             return name
         raise LRQuantError(f"{self.origin}: holds no tensor {name!r}; see names()")
+
+
+def _renamed(stored: Iterable[str], skeleton: PreTrainedModel) -> dict[str, str]:
+    """Stored names by the names that transformers gives them on loading.
+
+    Models whose modules were renamed since their weights were published have a table of it there.
+    A tensor that it would take apart or join with others keeps its name.
+    """
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    names = {}
+    for name in stored:
+        renamed, converter = rename_source_key(name, renamings, converters)
+        names[name if converter is not None else renamed] = name
+    return names
 
 
 def _match_names(stored: Iterable[str], wanted: Iterable[str], prefix: str) -> dict[str, str]:

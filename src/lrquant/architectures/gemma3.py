@@ -1,0 +1,27 @@
+"""Gemma 3, text: norms before and after each sublayer, weights less 1, q and k normalised.
+
+The norm before the MLP has a name of its own; those after the sublayers feed the residual, so that
+no scale can leave them.  Blocks with a sliding window alternate with full ones.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from lrquant.architectures import Architecture, decoder
+from lrquant.sites import Site
+
+
+def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+    return decoder.sites_without_query_key(
+        config, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0
+    )
+
+
+ARCHITECTURE = Architecture(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    blocks="model.layers",
+    linears=decoder.linears,
+    sites=_sites,
+)

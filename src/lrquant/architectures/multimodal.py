@@ -1,0 +1,45 @@
+"""Shared shape of models of a language part, a vision tower and a projector between them."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from lrquant.architectures import Architecture, language_parts
+from lrquant.sites import Site
+
+
+def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str) -> Architecture:
+    """A family whose language blocks are those of the family that serves the language part.
+
+    `blocks` and `tower` are the paths of the language blocks and of the vision tower.
+    """
+    return Architecture(
+        name=name,
+        model_types=model_types,
+        blocks=blocks,
+        linears=_linears,
+        sites=_sites,
+        refusal=_refusal,
+        part=lambda config: config.get_text_config(),
+        auto_class=AutoModelForImageTextToText,
+        tower=tower,
+    )
+
+
+def _linears(text: PretrainedConfig) -> tuple[str, ...]:
+    return language_parts()[text.model_type].linears(text)
+
+
+def _sites(text: PretrainedConfig) -> tuple[Site, ...]:
+    return language_parts()[text.model_type].sites(text)
+
+
+def _refusal(config: PretrainedConfig) -> str | None:
+    text = config.get_text_config()
+    known = language_parts()
+    if text.model_type not in known:
+        return (
+            f"its language part {text.model_type!r} is not declared; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    return known[text.model_type].refusal(text)

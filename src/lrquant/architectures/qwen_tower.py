@@ -1,0 +1,42 @@
+"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: q, k and v in one linear, RoPE, packed patches.
+
+That of Qwen2.5-VL has RMSNorms and a gated MLP.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from lrquant.architectures import Architecture
+from lrquant.architectures.encoder import Names
+from lrquant.sites import Site, up_down_site
+
+_GATED = "qwen2_5_vl_vision"
+_MLP = {
+    "qwen2_vl_vision": (("mlp.fc1",), "mlp.fc2"),
+    _GATED: (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    "qwen3_vl_vision": (("mlp.linear_fc1",), "mlp.linear_fc2"),
+}
+
+
+def _names(config: PretrainedConfig) -> Names:
+    mlp_inputs, mlp_output = _MLP[config.model_type]
+    return Names("norm1", ("attn.qkv",), "attn.proj", "norm2", mlp_inputs, mlp_output)
+
+
+def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+    hidden_size = getattr(config, "embed_dim", None) or config.hidden_size
+    sites = _names(config).sites(hidden_size, config.num_heads, rotary="half")
+    if config.model_type != _GATED:
+        return sites
+    return (*sites, up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size))
+
+
+TOWER = Architecture(
+    name="qwen_tower",
+    model_types=tuple(_MLP),
+    blocks="blocks",
+    linears=lambda config: _names(config).linears,
+    sites=_sites,
+    reads_pixels=True,
+)

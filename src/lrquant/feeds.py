@@ -1,0 +1,110 @@
+"""What a model's forward reads, sample by sample, and how samples form batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Samples as keyword arguments of a model's forward.
+
+    `inputs` has each sample as if alone: token ids (1, tokens), pixel values and what else a
+    processor gives, first axes such that samples of the same shapes can be concatenated.
+    `weights` (tokens,) float32 say how much each token counts in losses and statistics (None: all
+    alike); `scored` (tokens,) bool which tokens are predicted where distributions are compared.
+    """
+
+    inputs: Sequence[Inputs]
+    weights: Sequence[Tensor | None] = field(default=())
+    scored: Sequence[Tensor | None] = field(default=())
+
+    @classmethod
+    def of_tokens(cls, ids: Tensor) -> Feed:
+        """Token ids (samples, tokens) int64."""
+        return cls([{"input_ids": row[None]} for row in ids])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __add__(self, other: Feed) -> Feed:
+        return Feed(
+            [*self.inputs, *other.inputs],
+            [*self._padded(self.weights), *other._padded(other.weights)],
+            [*self._padded(self.scored), *other._padded(other.scored)],
+        )
+
+    def _padded(self, values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return values or [None] * len(self)
+
+    def only(self, indices: Sequence[int]) -> Feed:
+        """Some of the samples, in the given order."""
+        weights, scored = self._padded(self.weights), self._padded(self.scored)
+        return Feed(
+            [self.inputs[i] for i in indices],
+            [weights[i] for i in indices],
+            [scored[i] for i in indices],
+        )
+
+    def with_pictures(self) -> Feed:
+        """The samples that have more than tokens."""
+        return self.only([i for i, sample in enumerate(self.inputs) if has_pictures(sample)])
+
+    def grouped(self) -> Feed:
+        """Samples of the same shapes side by side, else in the order that they had."""
+        places: dict[object, list[int]] = {}
+        for index, sample in enumerate(self.inputs):
+            places.setdefault(_signature(sample), []).append(index)
+        return self if len(places) == 1 else self.only([i for p in places.values() for i in p])
+
+    def slices(self, batch_size: int) -> list[slice]:
+        """Runs of at most `batch_size` samples of the same shapes."""
+        found: list[slice] = []
+        for index, sample in enumerate(self.inputs):
+            start = found[-1].start if found else 0
+            alike = found and _signature(self.inputs[start]) == _signature(sample)
+            if alike and index - start < batch_size:
+                found[-1] = slice(start, index + 1)
+            else:
+                found.append(slice(index, index + 1))
+        return found
+
+    def collate(self, samples: slice) -> Inputs:
+        """The arguments of one forward over some samples of the same shapes."""
+        chosen = self.inputs[samples]
+        return {name: torch.cat([sample[name] for sample in chosen]) for name in chosen[0]}
+
+    def batch_weights(self, samples: slice) -> Tensor | None:
+        """Weights (samples, tokens) of a batch, None if every token counts alike."""
+        found = [weights for weights in self._padded(self.weights)[samples]]
+        if all(weights is None for weights in found):
+            return None
+        tokens = self.inputs[samples.start]["input_ids"].shape[1]
+        return torch.stack([torch.ones(tokens) if w is None else w for w in found])
+
+    def sha256(self) -> str:
+        """Of every sample's names, shapes and little-endian bytes."""
+        digest = hashlib.sha256()
+        for sample in self.inputs:
+            for name in sorted(sample):
+                tensor = sample[name].contiguous()
+                digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def has_pictures(sample: Inputs) -> bool:
+    """Whether a sample has pixel values."""
+    return any(name.startswith("pixel_values") for name in sample)
+
+
+def _signature(sample: Inputs) -> tuple[tuple[str, torch.Size], ...]:
+    """What must be the same for samples to be concatenated: shapes, number of tokens apart."""
+    return tuple((name, sample[name].shape) for name in sorted(sample))

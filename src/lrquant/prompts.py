@@ -1,0 +1,320 @@
+"""Pictures with words around them: read from a folder or a .jsonl, made into a model's inputs.
+
+A line of a .jsonl is ``{"messages": […]}`` in the chat format of transformers, or ``{"image": …,
+"question": …}``; either may have ``"answers": […]``.  Pictures are named relative to the file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from lrquant.data import Samples
+from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed, Inputs, has_pictures
+from lrquant.model import Model
+
+logger = logging.getLogger("lrquant")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+QUESTION = "Describe this picture."
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the chat format of transformers, their pictures by path, and right answers."""
+
+    messages: tuple[dict[str, Any], ...]
+    pictures: tuple[Path, ...]
+    origin: str
+    answers: tuple[str, ...] = ()
+
+    @property
+    def answered(self) -> bool:
+        """Whether it ends with the assistant's own words."""
+        return self.messages[-1]["role"] == "assistant"
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What a folder or file holds; `skipped` says of each picture left out why."""
+
+    items: tuple[Conversation, ...]
+    skipped: tuple[str, ...]
+
+
+def read_conversations(path: Path) -> Conversations:
+    """Conversations of a .jsonl; or of a folder of pictures, one about each that can be opened.
+
+    Raises LRQuantError where a line is no conversation or its picture can't be opened.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LRQuantError(
+            f"{path}: cannot be read ({error}); give a folder of pictures or a .jsonl of "
+            "conversations"
+        ) from error
+    items = [
+        _conversation(line, f"{path}, line {number}", path.parent)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not items:
+        raise LRQuantError(f"{path}: no conversation in it")
+    return Conversations(tuple(items), ())
+
+
+def picture_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Pictures below a folder, by name, and why others with a picture's suffix were left out."""
+    found, skipped = [], []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        try:
+            open_picture(path)
+            found.append(path)
+        except LRQuantError as error:
+            skipped.append(str(error))
+            logger.warning("picture left out: %s", error)
+    if not found:
+        beside = f"; {len(skipped)} could not be opened (first: {skipped[0]})" if skipped else ""
+        raise LRQuantError(f"{folder}: no pictures ({', '.join(SUFFIXES)}){beside}")
+    return found, skipped
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture in RGB, decoded to its end."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise LRQuantError(f"picture {path}: no such file") from error
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise LRQuantError(
+            f"picture {path}: cannot be opened ({error}); replace it or take it out"
+        ) from error
+
+
+def _of_folder(folder: Path) -> Conversations:
+    files, skipped = picture_files(folder)
+    words = {"type": "text", "text": QUESTION}
+    items = [
+        Conversation(({"role": "user", "content": [{"type": "image"}, words]},), (file,), str(file))
+        for file in files
+    ]
+    return Conversations(tuple(items), tuple(skipped))
+
+
+def _conversation(line: str, origin: str, folder: Path) -> Conversation:
+    wanted = f'{origin}: expected {{"messages": […]}} or {{"image": …, "question": …}}'
+    try:
+        values = json.loads(line)
+        answers = values.get("answers", [values["answer"]] if "answer" in values else [])
+        if "messages" not in values:
+            content = [{"type": "image"}, {"type": "text", "text": values["question"]}]
+            messages = [{"role": "user", "content": content}]
+            named = [values["image"]]
+        else:
+            messages, named = _split(values["messages"])
+        pictures = tuple(folder / name for name in named)
+        answers = tuple(str(answer) for answer in answers)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LRQuantError(f"{wanted} ({type(error).__name__}: {error})") from error
+    if not messages:
+        raise LRQuantError(f"{wanted}, got no message")
+    for path in pictures:
+        if not path.is_file():
+            raise LRQuantError(f"{origin}: its picture {path} does not exist; add it")
+    return Conversation(tuple(messages), pictures, origin, answers)
+
+
+def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages without their pictures' names, and the names in order."""
+    names: list[str] = []
+    cleaned = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept = []
+        for part in parts:
+            if part["type"] == "image":
+                names.append(next(part[key] for key in ("path", "image", "url") if key in part))
+                kept.append({"type": "image"})
+            else:
+                kept.append({"type": "text", "text": part["text"]})
+        cleaned.append({"role": message["role"], "content": kept})
+    return cleaned, names
+
+
+def require_processor(model: Model) -> Any:
+    """A model's processor; refuses a model that has none or takes no pictures."""
+    takes_pictures = model.architecture.tower is not None or model.architecture.reads_pixels
+    if not takes_pictures:
+        raise LRQuantError(
+            f"model {model.name}: a {model.skeleton.config.model_type!r} takes no pictures; leave "
+            "the option that names some out"
+        )
+    if model.processor is None:
+        raise LRQuantError(
+            f"model {model.name}: no processor for pictures can be read from it; copy "
+            "preprocessor_config.json and processor_config.json from the model's origin, with the "
+            "packages pillow and torchvision installed"
+        )
+    return model.processor
+
+
+def prompt_inputs(model: Model, conversation: Conversation) -> Inputs:
+    """What the model's own processor and chat template make of a conversation, on the CPU."""
+    processor = require_processor(model)
+    pictures = [open_picture(path) for path in conversation.pictures]
+    given = processor_inputs(processor, conversation, pictures)
+    known = inspect.signature(type(model.skeleton).forward).parameters
+    inputs = {
+        name: value for name, value in given.items() if isinstance(value, Tensor) and name in known
+    }
+    if pictures and not has_pictures(inputs):
+        raise LRQuantError(
+            f"{conversation.origin}: the chat template of model {model.name} has no place for its "
+            "picture; use the processor and template of the multimodal model"
+        )
+    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]  # nothing is padded
+    return inputs
+
+
+def processor_inputs(
+    processor: Any, conversation: Conversation, pictures: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """A processor's output; without a chat template, pictures stand before the plain words."""
+    if getattr(processor, "chat_template", None) is None:
+        words = [
+            part["text"]
+            for message in conversation.messages
+            for part in message["content"]
+            if part["type"] == "text"
+        ]
+        mark = getattr(processor, "image_token", "<image>")
+        text = mark * len(pictures) + "\n".join(words)
+        return dict(processor(images=list(pictures), text=text, return_tensors="pt"))
+    left = iter(pictures)
+    messages = [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(left)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in conversation.messages
+    ]
+    return dict(
+        processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=not conversation.answered,
+        )
+    )
+
+
+def picture_samples(
+    path: Path, model: Model, count: int = -1, seed: int = 0, picture_weight: float = 1.0
+) -> Samples:
+    """Conversations as a model's inputs: `count` drawn by `seed`, all of them if it is negative.
+
+    Each token of a picture counts `picture_weight` times as much as one of text in losses and
+    statistics; distributions are compared where the next token is text.
+    """
+    require_processor(model)
+    if model.architecture.reads_pixels:
+        return _classifier_samples(path, model, count, seed)
+    found = read_conversations(path)
+    items = _drawn(found.items, count, seed)
+    inputs = [prompt_inputs(model, item) for item in items]
+    masks = [picture_tokens(model, sample["input_ids"][0]) for sample in inputs]
+    weights = [
+        None if picture_weight == 1 else torch.where(mask, picture_weight, 1.0) for mask in masks
+    ]
+    tokens, pictures = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
+    words = f"{tokens} tokens, {pictures} of them of pictures"
+    return _samples(
+        path, Feed(inputs, weights, [~mask for mask in masks]), found, len(items), words, seed
+    )
+
+
+def _classifier_samples(path: Path, model: Model, count: int, seed: int) -> Samples:
+    """Pictures below a folder as pixel values."""
+    if not path.is_dir():
+        raise LRQuantError(f"{path}: not a folder; a classifier is calibrated on pictures alone")
+    files, skipped = picture_files(path)
+    chosen = _drawn(files, count, seed)
+    inputs = [pixel_inputs(model, file) for file in chosen]
+    found = Conversations(
+        tuple(Conversation((), (file,), str(file)) for file in files), tuple(skipped)
+    )
+    return _samples(path, Feed(inputs), found, len(chosen), "pictures alone", seed)
+
+
+def pixel_inputs(model: Model, file: Path) -> Inputs:
+    """A classifier's inputs for one picture."""
+    given = require_processor(model)(images=open_picture(file), return_tensors="pt")
+    return {"pixel_values": given["pixel_values"]}
+
+
+def _samples(
+    path: Path, feed: Feed, found: Conversations, chosen: int, words: str, seed: int
+) -> Samples:
+    total = len(found.items)
+    of = f"{chosen} of {total}" if chosen < total else f"{total}"
+    left_out = f", {len(found.skipped)} could not be opened" if found.skipped else ""
+    drawn = f", seed {seed}" if chosen < total else ""
+    description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
+    empty = torch.empty((0, 0), dtype=torch.int64)
+    return Samples(empty, path.name, "pictures", str(path), feed.sha256(), description, feed)
+
+
+def _drawn(items: Sequence[Any], count: int, seed: int) -> list[Any]:
+    if count < 0 or count >= len(items):
+        return list(items)
+    return random.Random(seed).sample(list(items), count)
+
+
+def picture_tokens(model: Model, ids: Tensor) -> Tensor:
+    """Which of the tokens (tokens,) stand for pictures, bool."""
+    config = model.skeleton.config
+    marks = [
+        getattr(config, name, None)
+        for name in ("image_token_id", "image_token_index", "video_token_id")
+    ]
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for mark in marks:
+        if mark is not None:
+            found |= ids == mark
+    return found
+
+
+def mixed(pictures: Samples, text: Samples) -> Samples:
+    """Samples with pictures, then samples of text alone."""
+    feed = pictures.feed + text.feed
+    return Samples(
+        pictures.ids,
+        f"{pictures.name},{text.name}",
+        f"{pictures.split},{text.split}",
+        f"{pictures.origin},{text.origin}",
+        feed.sha256(),
+        f"{pictures.description}; and {text.description}",
+        feed,
+    )

@@ -1,0 +1,240 @@
+"""Tiny random multimodal models and image classifiers, and inputs with pictures for each.
+
+``vision_configs``  name -> configuration
+``family``          each of those names in turn
+``make_vision``     make_vision(name, dtype) -> a random model, equal at every call
+``make_feed``       make_feed(name, samples) -> a Feed with a picture in each sample
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    DeiTConfig,
+    Gemma3Config,
+    Idefics3Config,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    PaliGemmaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+    ViTConfig,
+)
+
+from lrquant.feeds import Feed
+
+IMAGE = 260  # the token that stands for pictures
+TEXT = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+TEXT |= {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "image_size": 16}
+TOWER |= {"num_attention_heads": 2, "patch_size": 4}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+QWEN |= {"temporal_patch_size": 2, "in_channels": 3}
+SPECIAL = {"image_token_id": IMAGE, "video_token_id": 261}
+SPECIAL |= {"vision_start_token_id": 262, "vision_end_token_id": 263}
+LLAMA, QWEN2 = {**TEXT, "model_type": "llama"}, {**TEXT, "model_type": "qwen2"}
+CLIP = {**TOWER, "model_type": "clip_vision_model", "projection_dim": 24}
+SIGLIP = {**TOWER, "model_type": "siglip_vision_model"}
+
+
+def _configs() -> dict[str, PreTrainedConfig]:
+    return {
+        "llava": LlavaConfig(
+            text_config=LLAMA,
+            vision_config=CLIP,
+            image_token_id=IMAGE,
+            vision_feature_layer=-2,
+        ),
+        "llava_next": LlavaNextConfig(
+            text_config=LLAMA,
+            vision_config=CLIP,
+            image_token_id=IMAGE,
+            image_grid_pinpoints=[[16, 32], [32, 16]],
+        ),
+        "llava_onevision": LlavaOnevisionConfig(
+            text_config=QWEN2,
+            vision_config={**SIGLIP, "vision_use_head": False},
+            image_token_id=IMAGE,
+            video_token_id=261,
+            image_grid_pinpoints=[[16, 32], [32, 16]],
+        ),
+        "internvl": InternVLConfig(
+            text_config=QWEN2,
+            vision_config={
+                **TOWER,
+                "model_type": "internvl_vision",
+                "image_size": [16, 16],
+                "patch_size": [4, 4],
+                "layer_scale_init_value": 0.1,
+                "attention_bias": True,
+            },
+            image_token_id=IMAGE,
+        ),
+        "internvl-qk-norm": InternVLConfig(
+            text_config=QWEN2,
+            vision_config={
+                **TOWER,
+                "model_type": "internvl_vision",
+                "image_size": [16, 16],
+                "patch_size": [4, 4],
+                "norm_type": "rms_norm",
+                "use_qk_norm": True,
+            },
+            image_token_id=IMAGE,
+        ),
+        "paligemma": PaliGemmaConfig(
+            text_config={**TEXT, "model_type": "gemma", "head_dim": 8},
+            vision_config={**SIGLIP, "projection_dim": 32, "vision_use_head": False},
+            image_token_id=IMAGE,
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        "gemma3": Gemma3Config(
+            text_config={
+                **TEXT,
+                "model_type": "gemma3_text",
+                "head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 8,
+            },
+            vision_config={**SIGLIP, "vision_use_head": False},
+            image_token_id=IMAGE,
+            mm_tokens_per_image=4,
+        ),
+        "smolvlm": SmolVLMConfig(
+            text_config=LLAMA,
+            vision_config={**TOWER, "model_type": "smolvlm_vision"},
+            image_token_id=IMAGE,
+            scale_factor=2,
+        ),
+        "idefics3": Idefics3Config(
+            text_config=LLAMA,
+            vision_config={**TOWER, "model_type": "idefics3_vision"},
+            image_token_id=IMAGE,
+            scale_factor=2,
+        ),
+        "qwen2_vl": Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={**QWEN, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+            **SPECIAL,
+        ),
+        "qwen2_5_vl": Qwen2_5_VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={
+                **QWEN,
+                "hidden_size": 32,
+                "intermediate_size": 40,
+                "out_hidden_size": 32,
+                "window_size": 8,
+                "fullatt_block_indexes": [1],
+            },
+            **SPECIAL,
+        ),
+        "qwen3_vl": Qwen3VLConfig(
+            text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE},
+            vision_config={
+                **QWEN,
+                "hidden_size": 32,
+                "intermediate_size": 40,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            **SPECIAL,
+        ),
+        "vit": ViTConfig(**TOWER, num_labels=3, architectures=["ViTForImageClassification"]),
+        "deit": DeiTConfig(**TOWER, num_labels=3, architectures=["DeiTForImageClassification"]),
+    }
+
+
+CONFIGS = _configs()
+CLASSIFIERS = ("vit", "deit")
+
+
+@pytest.fixture(scope="session")
+def vision_configs():
+    return CONFIGS
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=sorted(set(CONFIGS) - set(CLASSIFIERS)))
+def language_family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_vision(randomize_):
+    def make(name: str, dtype: torch.dtype = torch.float32):
+        config = copy.deepcopy(CONFIGS[name])
+        classifier = name in CLASSIFIERS
+        auto = AutoModelForImageClassification if classifier else AutoModelForImageTextToText
+        model = auto.from_config(config, attn_implementation="sdpa")
+        model = randomize_(model).to(dtype).eval().requires_grad_(False)
+        for module in model.modules():  # norms that store their weight less 1
+            if type(module).__name__.startswith("Gemma") and "RMSNorm" in type(module).__name__:
+                module.weight.data -= 1
+        return model
+
+    return make
+
+
+def _pixels(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _sample(name: str, index: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + index)
+    words = torch.randint(3, 259, (7,), generator=generator)
+    base = name.partition("-")[0]
+    extra: dict[str, torch.Tensor] = {}
+    before, after = [], []
+    if base in CLASSIFIERS:
+        return {"pixel_values": _pixels(1, 3, 16, 16, seed=index)}
+    if base.startswith("qwen"):
+        count = 4
+        patches = 16
+        extra["pixel_values"] = _pixels(patches, 3 * 2 * 4 * 4, seed=index)
+        extra["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        before, after = [262], [263]
+    elif base in ("smolvlm", "idefics3"):
+        count = 4
+        extra["pixel_values"] = _pixels(1, 1, 3, 16, 16, seed=index)
+        extra["pixel_attention_mask"] = torch.ones(1, 1, 16, 16, dtype=torch.long)
+    elif base in ("llava_next", "llava_onevision"):
+        extra["pixel_values"] = _pixels(1, 3, 3, 16, 16, seed=index)
+        extra["image_sizes"] = torch.tensor([[16, 32]])
+        count = 16 + 4 * 8 + 4  # the whole picture, two tiles, and the ends of four lines
+    else:
+        count = 4 if base in ("gemma3", "internvl") else 16
+        extra["pixel_values"] = _pixels(1, 3, 16, 16, seed=index)
+    picture = [*before, *[IMAGE] * count, *after]
+    ids = torch.cat([words[:3], torch.tensor(picture), words[3:]])[None]
+    if base in ("gemma3", "paligemma"):
+        extra["token_type_ids"] = (ids == IMAGE).long()
+    if base.startswith("qwen"):
+        extra["mm_token_type_ids"] = (ids == IMAGE).int()
+    return {"input_ids": ids, **extra}
+
+
+@pytest.fixture(scope="session")
+def make_feed():
+    def make(name: str, samples: int = 2) -> Feed:
+        return Feed([_sample(name, index) for index in range(samples)])
+
+    return make

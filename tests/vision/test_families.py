@@ -1,0 +1,239 @@
+"""Multimodal families and classifiers: blocks streamed, sites exact, saved and loaded again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, MllamaConfig
+
+import lrquant
+from lrquant.architectures import architecture_of, architectures, towers
+from lrquant.blocks import BlockInputs, Head
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.measures import preparer
+from lrquant.evaluation.perplexity import send_through
+from lrquant.learn.view import Method
+from lrquant.model import Model, from_module
+from lrquant.scheme import FLOATING_POINT
+from lrquant.sites import KINDS, UNTOUCHED, Fold, Site
+from lrquant.workbench import Workbench
+
+CPU = torch.device("cpu")
+EQUAL, CLEAR = 1e-9, 1e-6  # relative changes of the logits in float64
+FLOAT32 = 1e-5  # where the model itself computes norms or rotations in float32
+INSIDE = ("gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+GELU = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 0}
+TOWER_SITES = {
+    "internvl-qk-norm": {**GELU, "query_key": 0},
+    "qwen2_5_vl": {**GELU, "up_down": 1},  # a gated MLP
+}
+
+
+def test_every_tower_and_picture_family_has_a_tiny_config(vision_configs):
+    tested = {config.model_type for config in vision_configs.values()}
+    families = architectures().items()
+    pictured = {kind for kind, f in families if f.tower or f.reads_pixels} - {"mllama"}
+    assert pictured == tested
+    in_use = [getattr(config, "vision_config", None) for config in vision_configs.values()]
+    assert set(towers()) == {part.model_type for part in in_use if part is not None}
+
+
+def test_cross_attention_blocks_are_refused_by_name():
+    with pytest.raises(LRQuantError, match="'mllama': every fifth block is a cross-attention"):
+        architecture_of(MllamaConfig())
+
+
+def parts_of(module: nn.Module) -> list[Model]:
+    model = from_module(module)
+    return [model] if model.tower is None else [model, model.tower]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_blocks_in_a_row_are_the_model(family, batch_size, make_vision, make_feed):
+    """With what the model adds between blocks, and the arguments that it gives to each."""
+    module, feed = make_vision(family), make_feed(family)
+    bench = Workbench(from_module(module), CPU, torch.float32, "host")
+    entry = BlockInputs(bench.model, feed, batch_size, CPU)
+    (stream,) = bench.streams(entry, 1)
+    variant = preparer(bench, FLOATING_POINT)
+    send_through(bench.model, variant, stream, entry, tower=variant.tower)
+    head = Head(bench.model, CPU, torch.float32)
+    found = torch.cat([head(stream.read(batch)) for batch in entry.batches])
+    expected = module(**feed.collate(slice(0, 2))).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
+
+
+def test_sites_are_those_of_the_table(family, make_vision):
+    model, *tower = parts_of(make_vision(family))
+    if tower:
+        kinds = [site.kind for site in tower[0].sites]
+        assert {kind: kinds.count(kind) for kind in KINDS} == TOWER_SITES.get(family, GELU)
+    elif family in ("vit", "deit"):
+        kinds = [site.kind for site in model.sites]
+        assert {kind: kinds.count(kind) for kind in KINDS} == GELU
+
+
+def apply_(block: nn.Module, fold: Fold, s: torch.Tensor, shift: torch.Tensor | None, out: bool):
+    """Carry one fold of a site out on the weights themselves, in their own dtype."""
+    module = block.get_submodule(fold.module)
+    index = torch.tensor(fold.index)
+    reached = index != UNTOUCHED
+    factor = torch.where(reached, s[index.clamp(min=0)] ** fold.power, 1.0)
+    bias = getattr(module, "bias", None)
+    if shift is not None:
+        moved = torch.where(reached, shift[index.clamp(min=0)], 0.0)
+        bias += -moved if out else module.weight @ moved
+    if fold.axis == "columns":
+        module.weight *= factor
+        return
+    if fold.axis == "norm":
+        module.weight += fold.offset
+        module.weight *= factor
+        module.weight -= fold.offset
+    else:
+        module.weight *= factor[:, None]
+    if bias is not None:
+        bias *= factor
+
+
+def takes_shift(block: nn.Module, site: Site) -> bool:
+    modules = [block.get_submodule(fold.module) for fold in site.folds]
+    return site.shiftable and all(getattr(module, "bias", None) is not None for module in modules)
+
+
+@torch.no_grad()
+def change_of_logits(module, part: Model, sites, inputs, left_out: Fold | None = None) -> float:
+    """Largest change of the logits, relative to the largest, when every block is folded."""
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    logits = module(**inputs).logits
+    for index in range(len(part.blocks)):
+        block = module.get_submodule(part.block_name(index))
+        generator = torch.Generator().manual_seed(index)
+        for site in sites:
+            s = 0.5 + 1.5 * torch.rand(site.size, generator=generator, dtype=torch.float64)
+            shift = torch.randn(site.size, generator=generator, dtype=torch.float64)
+            shift = shift if takes_shift(block, site) else None
+            for fold in site.folds:
+                if fold is not left_out:
+                    apply_(block, fold, s, shift, fold is site.producer)
+    folded = module(**inputs).logits
+    module.load_state_dict(before)
+    return float((folded - logits).abs().max() / logits.abs().max())
+
+
+def in_float64(inputs):
+    return {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def test_folding_leaves_the_function_unchanged(family, make_vision, make_feed):
+    """A picture and text forward is the same before and after folding, in both parts."""
+    module = make_vision(family, torch.float64)
+    inputs = in_float64(make_feed(family).collate(slice(0, 2)))
+    equal = FLOAT32 if family in INSIDE else EQUAL
+    for part in parts_of(module):
+        for site in part.sites:
+            assert change_of_logits(module, part, (site,), inputs) < equal, site.name
+        assert change_of_logits(module, part, part.sites, inputs) < equal
+
+
+def test_leaving_out_any_fold_is_seen(family, make_vision, make_feed):
+    module = make_vision(family, torch.float64)
+    inputs = in_float64(make_feed(family).collate(slice(0, 2)))
+    for part in parts_of(module):
+        for site in part.sites:
+            for fold in site.folds:
+                change = change_of_logits(module, part, (site,), inputs, fold)
+                assert change > (1e-4 if family in INSIDE else CLEAR), (site.name, fold.module)
+
+
+def test_the_block_view_folds_the_same_way(family, make_vision, make_feed):
+    feed = make_feed(family)
+    bench = Workbench(from_module(make_vision(family)), CPU, torch.float32, "host")
+    for part in filter(None, (bench, bench.tower)):
+        entry = BlockInputs(part.model, feed, 1, CPU)
+        (stream,) = part.streams(entry, 1)
+        entry.embed(stream, preparer(part, FLOATING_POINT).tower)
+        outputs = []
+        for method in (Method(), Method(let=True, let_sites=KINDS, let_shift="always")):
+            view = part.view(0, part.stored(0), FLOATING_POINT, method)
+            generator = torch.Generator().manual_seed(0)
+            for site in view.sites:
+                scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
+                view.parameters[f"let.{site.name}.scale"] = scale
+                if site.name in view.shifted:
+                    shift = torch.randn(site.size, generator=generator)
+                    view.parameters[f"let.{site.name}.shift"] = shift
+            with part.runner(0, view) as runner:
+                states = stream.read(entry.batches[0], 0)
+                outputs.append(runner(view.tensors(), states, entry.arguments(0, 0)))
+        before, after = outputs
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=2e-4 * float(before.std()))
+
+
+SETTINGS = {"epochs": 1, "report": False, "precision": "float32", "seqlen": 16}
+
+
+@pytest.fixture
+def learn(make_vision, make_feed, tmp_path):
+    def make(family: str, scheme: str, **settings):
+        given = {**SETTINGS, "output_dir": str(tmp_path / "run"), **settings}
+        return lrquant.quantize(make_vision(family), scheme, samples=make_feed(family), **given)
+
+    return make
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_both_parts_are_learned(family, plus, learn):
+    classifier = family in ("vit", "deit")
+    vision = {} if classifier else {"vision_scheme": "W8A8"}
+    run = learn(family, "W4A4", lr_plus=plus, **vision)
+    assert run.folder.finished_blocks() == 2
+    assert run.folder.tower.finished_blocks() == (0 if classifier else 2)
+    assert all(record.final_loss < 1.05 * record.initial_loss for record in run.records)
+
+
+TWO_SCHEMES = {"vision_scheme": "W8A8-sym-qkv16", "activation_symmetric": True}
+
+
+@pytest.mark.parametrize(
+    "form, scheme, settings",
+    [
+        ("compressed-tensors", "W4A16-sym", TWO_SCHEMES),
+        ("compressed-tensors", "W4A16g8", {"vision_scheme": "W4A16g8"}),
+        ("dequantized", "W4A16", {"vision_scheme": "W8A16"}),
+        ("lrquant", "W4A4", {"vision_scheme": "W8A8"}),
+    ],
+)
+def test_saved_and_loaded_again(
+    language_family, form, scheme, settings, learn, make_feed, tmp_path
+):
+    """Through transformers' own class: the logits are those of the learned model."""
+    place = tmp_path / "saved"
+    run = learn(language_family, scheme, save_dir=str(place), format=form, **settings)
+    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+    inputs = make_feed(language_family).collate(slice(0, 2))
+    with torch.no_grad():
+        found, expected = loaded(**inputs).logits, run.load_model()(**inputs).logits
+    assert type(loaded).__name__ == type(run.workbench.model.skeleton).__name__
+    difference = float((found - expected).square().mean().sqrt() / expected.std())
+    # Rounding moves a few codes of activations, of which a tiny model has few.
+    assert difference < (1e-4 if settings["vision_scheme"].startswith(("W4A16", "W8A16")) else 0.1)
+
+
+def test_two_schemes_that_transformers_cannot_load_are_refused(learn, tmp_path):
+    with pytest.raises(LRQuantError, match="transformers loads two schemes only where"):
+        learn("llava", "W4A16", vision_scheme="W8A8", save_dir=str(tmp_path / "saved"))
+
+
+def test_a_tower_in_floating_point_is_saved_as_it_is(language_family, learn, tmp_path, make_vision):
+    place = tmp_path / "saved"
+    learn(language_family, "W4A16", save_dir=str(place))
+    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+    own = dict(make_vision(language_family).named_parameters())
+    model = from_module(make_vision(language_family))
+    outside = [name for name in own if not name.startswith(model.architecture.blocks + ".")]
+    assert len(outside) > 10
+    for name, tensor in loaded.named_parameters():
+        if name in outside:
+            assert torch.equal(tensor, own[name]), name
