@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class Checkpoint:
         return self.module.dtype
 
     @torch.no_grad()
-    def final_states(self, windows: Samples) -> Stream:
+    def final_states(
+        self, windows: Samples, progress: Callable[[int], None] = lambda window: None
+    ) -> Stream:
         """Hidden states after the last block (windows, tokens, hidden), float32 on the host."""
         shape = (*windows.ids.shape, self.module.config.hidden_size)
         stream = Stream(shape, torch.float32, self.device, "host")
@@ -67,6 +70,7 @@ class Checkpoint:
                 ids = windows.ids[window].to(self.device)
                 self.module(input_ids=ids, use_cache=False, logits_to_keep=1)
                 stream.write(window, seen.pop())
+                progress(index)
         finally:
             handle.remove()
         return stream
@@ -115,7 +119,12 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
             "the run that it is of"
         ) from error
-    made_by = folder / SETTINGS
-    settings = Config.from_yaml(made_by) if made_by.is_file() else None
     nn.Module.to(module, choose_device(config.device))
+    settings = settings_of(name, Path(config.cache_dir) if config.cache_dir else None)
     return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
+
+
+def settings_of(name: str, cache_dir: Path | None) -> Config | None:
+    """What a checkpoint of this project was learned with, None if another one made it."""
+    made_by = resolve_model(name, cache_dir).folder / SETTINGS
+    return Config.from_yaml(made_by) if made_by.is_file() else None

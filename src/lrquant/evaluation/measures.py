@@ -120,7 +120,7 @@ def measure(
     """
     logger.info("perplexity on %s", windows.description)
     model = workbench.model
-    entry = BlockInputs(model, windows.ids, _batch_size(windows), workbench.device)
+    entry = entry_of(workbench, windows)
     stream, *kept = workbench.streams(entry, 2 if agreement else 1)
     head = Head(model, workbench.device, workbench.dtype)
     perplexities: dict[str, Any] = {"text": windows.description}
@@ -131,21 +131,29 @@ def measure(
             scores = score(head, stream, windows.ids, kept[0] if kept and index else None)
         if kept and not index:
             kept[0].copy(stream)
+        log_scores(windows.name, variant, scores)
         perplexities[variant] = scores.pop("perplexity")
-        words = ", ".join(f"{key} {scores[key]:.4g}" for key in scores if key != "positions")
-        logger.info(
-            "%s perplexity, %s: %.4f%s",
-            *(windows.name, variant.replace("_", " "), perplexities[variant]),
-            f"; {words}" if words else "",
-        )
         if scores:
             agreements[variant] = scores
     results: dict[str, Any] = {"perplexity": {windows.name: perplexities}}
     return results | ({"agreement": {windows.name: agreements}} if agreement else {})
 
 
-def _batch_size(windows: Samples) -> int:
-    return max(1, EVALUATION_TOKENS // windows.ids.shape[1])
+def entry_of(workbench: Workbench, windows: Samples) -> BlockInputs:
+    """What goes into the first block, in batches of `EVALUATION_TOKENS`."""
+    size = max(1, EVALUATION_TOKENS // windows.ids.shape[1])
+    return BlockInputs(workbench.model, windows.ids, size, workbench.device)
+
+
+def log_scores(text: str, variant: str, scores: dict[str, Any]) -> None:
+    """Say what `score` found."""
+    shown = (key for key in scores if key not in ("perplexity", "positions"))
+    words = ", ".join(f"{key} {scores[key]:.4g}" for key in shown)
+    logger.info(
+        "%s perplexity, %s: %.4f%s",
+        *(text, variant.replace("_", " "), scores["perplexity"]),
+        f"; {words}" if words else "",
+    )
 
 
 def preparer(

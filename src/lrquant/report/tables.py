@@ -52,13 +52,17 @@ def _perplexities(results: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def _agreements(results: dict[str, Any], labels: dict[str, str]) -> str:
+    found = results.get("agreement") or {}
+    labels = {**labels, "full_precision": "model"}  # measured against another one
     rows = [
         [f"{name}, {labels[variant]}", *(f"{scores.get(key, math.nan):.4f}" for key in AGREEMENT)]
-        for name, variants in (results.get("agreement") or {}).items()
+        for name, variants in found.items()
         for variant, scores in variants.items()
         if variant in labels
     ]
-    return table(["agreement with full precision", *AGREEMENT.values()], rows) if rows else ""
+    held_against = {variants.get("reference", "full_precision") for variants in found.values()}
+    against = " or ".join(COLUMNS[key] for key in COLUMNS if key in held_against)
+    return table([f"agreement with {against}", *AGREEMENT.values()], rows) if rows else ""
 
 
 def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str:
