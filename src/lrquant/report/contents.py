@@ -18,7 +18,7 @@ from lrquant.workdir import BlockRecord, RunFolder, read_json
 FORMAT = 1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _WORST = 10
-_MEASURES = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means")
+_MEASURES = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means", "max_drop")
 
 
 def run_contents(folder: RunFolder) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
         errors=[table for table in errors if table.rows],
         error_pictures=charts.error_pictures(contents),
         learning_pictures=charts.learning_pictures(contents),
+        scaled=any("scale" in block["parameters"] for block in contents["blocks"]),
         activation_pictures=tensor_charts.activation_pictures(contents, folder),
         parameter_pictures=charts.parameter_pictures(contents),
         weight_pictures=tensor_charts.weight_pictures(contents, folder),

@@ -70,6 +70,12 @@ def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str
 
     Columns of differences follow where there was something to compare with.
     """
+    head, rows = task_rows(results, labels)
+    return table([f"tasks, {results['scheme']}", *head], rows) if rows else ""
+
+
+def task_rows(results: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """The columns of measures, and rows of which the first cell is the task and its metric."""
     rows = [
         (f"{name} {metric.removesuffix(',none')}", _cells(entry, metric))
         for name, entry in (results.get("tasks") or {}).items()
@@ -87,7 +93,7 @@ def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str
         f"- {key}": f"from {label}" for key, label in labels.items() if f"- {key}" in measured
     }
     lines = [[name, *(_spread(cells.get(key), key) for key in shown)] for name, cells in rows]
-    return table([f"tasks, {results['scheme']}", *shown.values()], lines) if lines else ""
+    return list(shown.values()), lines
 
 
 def verdict(results: dict[str, Any]) -> str:
