@@ -198,6 +198,16 @@ def test_the_verdict_and_agreement_along_the_window(copied):
         assert f"{spans[-1]['kl_mean']:.4f}" in text and "8–15" in text
 
 
+def test_the_mean_accuracy_stands_at_the_top(copied):
+    folder = RunFolder.open(copied)
+    mean = {"quantized": {"mean": 0.3125}, "full_precision": {"mean": 0.4375}}
+    folder.add_results({"task_means": {"mean of 2 tasks": {"acc_norm": mean}}})
+    assert '<div class="tile"><span>mean of' not in (copied / "report.html").read_text()
+    write_report(folder)
+    tile = "<span>mean of 2 tasks</span><b>0.3125</b><span>full precision 0.4375</span>"
+    assert tile in (copied / "report.html").read_text()
+
+
 def test_what_is_said_of_activations_is_what_the_run_learned(full_run, make_run):
     assert "Scales move that size into the weights." in read(full_run, "report.html")
     clipped = make_run("clipped", lr_plus=False, scheme="W4A16", epochs=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks import stubs
@@ -110,9 +113,10 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtypes.get(config.precision, "auto")
-        )
+        with quiet_loading():
+            module = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtypes.get(config.precision, "auto")
+            )
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LRQuantError(
@@ -122,6 +126,19 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     nn.Module.to(module, choose_device(config.device))
     settings = settings_of(name, Path(config.cache_dir) if config.cache_dir else None)
     return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars where no terminal shows them."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def settings_of(name: str, cache_dir: Path | None) -> Config | None:

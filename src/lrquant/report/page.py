@@ -15,6 +15,7 @@ from lrquant.report.sections import (
     block_table,
     duration,
     facts,
+    figure,
     linear_table,
     number,
     result_tables,
@@ -108,6 +109,15 @@ def _tiles(contents: dict[str, Any]) -> list[tuple[str, str, str]]:
         if scores.get("kl_mean") is not None:
             share = f"{100 * scores['same_top']:.1f} % same top token"
             tiles.append((f"mean KL, {text}", f"{scores['kl_mean']:.3f}", share))
+    for label, means in list(contents["results"].get("task_means", {}).items())[-1:]:
+        found = means.get("acc_norm", {})  # the plain accuracy where a task has no other
+        beside = [
+            f"{labels[key]} {figure(found[key]['mean'])}"
+            for key in ("full_precision", "round_to_nearest")
+            if key in found
+        ]
+        if "quantized" in found:
+            tiles.append((label, figure(found["quantized"]["mean"]), ", ".join(beside)))
     each = run["seconds"] / max(run["learned_blocks"], 1)
     tiles.append(("learning time", duration(run["seconds"]), f"{duration(each)} a block"))
     tiles.append(("peak memory", decimal(run["peak_memory_bytes"]), run["device"] or ""))
