@@ -220,7 +220,7 @@ def failing_from(monkeypatch, call):
     calls = []
     original = fit.loss_terms
 
-    def loss(output, targets, kind):
+    def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
         if not torch.is_grad_enabled():
             return value
@@ -261,7 +261,7 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
     start = copies(view)
     original = fit.loss_terms
 
-    def loss(output, targets, kind):
+    def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
         far = any((view.parameters[n].detach() - start[n]).abs().max() > 0.5 for n in start)
         return value * math.nan if far else value
@@ -286,7 +286,7 @@ def test_gradients_that_are_not_finite(block, monkeypatch):
     before = copies(view)
     original = fit.loss_terms
 
-    def loss(output, targets, kind):
+    def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
         return value + 0 * (output - output.detach()).sum().sqrt()  # finite, its gradient is not
 

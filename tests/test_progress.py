@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.segment import Segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrquant import LRQuantError, pipeline, quantize
+from lrquant import LRQuantError, evaluate, pipeline, quantize
 from lrquant.progress import BarProgress, Progress, Together
+from lrquant.tensorboard import TensorBoardLog
 from lrquant.workdir import BlockRecord, RunFolder
 
 RECORD = BlockRecord(0, 2.0, 1.0, [1.5, 1.0], 3.0, 5_000_000, [])
@@ -182,3 +183,42 @@ def test_the_log_does_not_change_the_run(learn, tmp_path):
     for block in range(3):
         paths = [RunFolder(each.folder.path).block_path(block) for each in (run, other)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_scores_of_tasks_are_logged_once(tmp_path):
+    piqa = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}
+    base = {"acc,none": 0.6, "acc_stderr,none": 0.1, "alias": "piqa"}
+    entry = {"data": "words", "part_of": "more words", "quantized": piqa}
+    log = TensorBoardLog(str(tmp_path / "log"))
+    log.measured({"tasks": {"piqa": entry}})
+    log.measured({"tasks": {"piqa": {**entry, "base": base, "differences": {"base": {}}}}})
+    log.close()
+    found = scalars(tmp_path / "log")
+    assert found["tasks/piqa quantized acc"] == [(0, pytest.approx(0.5))]
+    assert found["tasks/piqa base acc"] == [(0, pytest.approx(0.6))]
+    assert set(found) == {
+        f"tasks/piqa {side} {name}"
+        for side in ("quantized", "base")
+        for name in ("acc", "acc_stderr")
+    }
+
+
+def test_a_model_and_a_checkpoint_are_logged_too(model_folder, tmp_path):
+    (tmp_path / "data" / "wikitext2").mkdir(parents=True)
+    for split in ("validation", "test"):
+        text = " ".join(f"{split} {number * number}" for number in range(60))
+        (tmp_path / "data" / "wikitext2" / f"{split}.txt").write_text(text)
+    model = str(model_folder("llama"))
+    few = {"data_dir": str(tmp_path / "data"), "seqlen": 16, "precision": "float32"}
+    places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
+    quantize(model, "W4A16", nsamples=2, epochs=0, report=False, **few, **places)
+    few |= {"agreement": ("wikitext2",), "limit": 2, "compare": model}
+    for target, own in ((model, "full_precision"), (places["save_dir"], "quantized")):
+        log = tmp_path / f"log-{own}"
+        results = evaluate(target, log_dir=str(log), **few)
+        found = scalars(log)
+        for variant in (own, "base"):
+            value = pytest.approx(results["perplexity"]["wikitext2"][variant])
+            assert found[f"perplexity/wikitext2 {variant}"] == [(0, value)]
+        kl = pytest.approx(results["agreement"]["wikitext2"][own]["kl_mean"], abs=1e-6)
+        assert found[f"agreement/wikitext2 {own} kl_mean"] == [(0, kl)]

@@ -22,8 +22,10 @@ _RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
     *("model", "net", "calib_dataset", "nsamples", "seqlen", "seed", "data_dir", "cache_dir"),
     *("device", "precision", "offload"),
+    *("calib_images", "calib_image_share", "image_token_weight"),
 )
 _EVALUATE_SETTINGS = (
+    *("vqa", "classify"),
     *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
     *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),

@@ -37,6 +37,13 @@ class Samples:
     prompts: Feed | None = None
 
     @property
+    def tokens(self) -> int:
+        """How many tokens all samples have."""
+        if self.prompts is None:
+            return self.ids.numel()
+        return sum(sample["input_ids"].numel() for sample in self.prompts.inputs)
+
+    @property
     def feed(self) -> Feed:
         """What a model's forward reads."""
         return Feed.of_tokens(self.ids) if self.prompts is None else self.prompts

@@ -38,7 +38,7 @@ def describe_method(config: Config) -> str:
     kept = ", best epoch kept" if config.keep_best else ""
     return (
         f"{method_name(config)}: {' and '.join(parts)}; loss {config.loss}{branches}{weights}; "
-        f"{config.epochs} epochs{kept}"
+        f"{config.epochs} epoch{'' if config.epochs == 1 else 's'}{kept}"
     )
 
 

@@ -189,8 +189,9 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
     with torch.device("meta"):
         skeleton = architecture.auto_class.from_config(config, attn_implementation="sdpa")
     _compute_buffers(skeleton, skeleton)
-    # Now: on a first forward with stand-ins for blocks, the blocks themselves would never get them.
-    maybe_install_capturing_hooks(skeleton)
+    if architecture.tower is not None:
+        # Now: in a first forward with stand-ins for blocks, the blocks would never get them.
+        maybe_install_capturing_hooks(skeleton)
     return skeleton.eval().requires_grad_(False)
 
 

@@ -27,7 +27,13 @@ from lrquant.diagnostics import measure_block
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
-from lrquant.evaluation.subject import check_comparison, measure_subject, open_subject
+from lrquant.evaluation.reference import reference_name
+from lrquant.evaluation.subject import (
+    check_comparison,
+    measure_subject,
+    open_reference,
+    open_subject,
+)
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
 from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
@@ -174,7 +180,8 @@ def _run(
     if config.save_dir is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
     progress.close()
-    learned_or_measured = not measure_only or bool(config.perplexity_sets or config.tasks)
+    measured_sets = config.perplexity_sets or config.tasks or config.vqa or config.classify
+    learned_or_measured = not measure_only or bool(measured_sets)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
@@ -211,38 +218,50 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
 
 
 def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
-    """Measure a run folder, or a floating-point model; `settings` are fields of `Config`.
+    """Measure a run folder, a checkpoint or a model; `settings` are fields of `Config`.
 
-    Where they name no text and no task, a run is measured on its own ones, a model on wikitext2.
+    Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
     A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not _asks_for_measures(settings):
         settings["ppl"] = ("wikitext2",)
-    if settings.get("agreement") or settings.get("tta"):
-        name = "tta" if settings.get("tta") else "agreement"
-        raise LRQuantError(f"--{name} {target}: needs a run folder; this is a model")
+    if settings.get("tta"):
+        raise LRQuantError(f"--tta {target}: needs a run folder; this is a model or checkpoint")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
     config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
     check_comparison(config)
     if config.compare is True:
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
+    reference_name(target, config)
     tasks = load_tasks(config)
     folder = RunFolder(Path(config.output_dir)) if "output_dir" in settings else None
     if folder is not None:
         folder.path.mkdir(parents=True, exist_ok=True)
     board = None if tasks is None else TaskBoard(tasks, config, folder)
-    subject = open_subject(target, config)
-    results = environment(subject.settings or config, subject) | {"model": target}
-    own = measure_subject(subject, subject.variant, config, board, progress or Progress())
-    base = _measure_base(config, board, progress or Progress())
-    kept = results
-    for measured in itertools.chain(own, base):
-        kept = results = beside(results, measured)
+    progress = with_tensorboard(progress or Progress(), config.log_dir)
+    own = _measure_target(target, config, board, progress)
+    results: dict[str, Any] = {}
+    for measured in itertools.chain(own, _measure_base(config, board, progress)):
+        results = kept = beside(results, measured)
         if folder is not None:
             kept = folder.add_results(results)
+    progress.close()
     return kept
+
+
+def _measure_target(
+    target: str, config: Config, board: TaskBoard | None, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Measures of a checkpoint or model, which is let go of when they are done."""
+    reference = open_reference(target, config)
+    subject = open_subject(target, config)
+    for measured in measure_subject(
+        subject, subject.variant, config, board, progress, reference=reference
+    ):
+        progress.measured(measured)
+        yield environment(subject.settings or config, subject) | {"model": target} | measured
 
 
 def _measure_base(
@@ -251,7 +270,9 @@ def _measure_base(
     """Measures of what `compare` names, if it names anything."""
     if isinstance(config.compare, str):
         subject = open_subject(config.compare, config)
-        yield from measure_subject(subject, "base", config, board, progress)
+        for measured in measure_subject(subject, "base", config, board, progress):
+            progress.measured(measured)
+            yield measured
 
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
@@ -485,16 +506,17 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asks_for_measures(settings: dict[str, Any]) -> bool:
-    return any(settings.get(name) for name in ("eval_ppl", "ppl", "agreement", "tasks"))
+    names = ("eval_ppl", "ppl", "agreement", "tasks", "vqa", "classify")
+    return any(settings.get(name) for name in names)
 
 
 _NO_MEASURES: dict[str, Any] = {
     **{"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""},
-    **{"limit": -1, "tta": False, "max_drop": None},
+    **{"limit": -1, "tta": False, "max_drop": None, "vqa": (), "classify": None},
 }
 _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "max_drop", "tasks", "num_fewshot"),
-    *("limit", "task_batch_size"),
+    *("limit", "task_batch_size", "vqa", "classify"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("report", "log_dir"),
     *("target", "save_dtype"),

@@ -37,9 +37,14 @@ class Progress:
         """A block is done; None for the record of one that an earlier start has learned."""
 
     @contextmanager
-    def measuring(self, what: str, blocks: int) -> Iterator[Callable[[int], None]]:
-        """Around one measurement over all blocks; yields a function told each finished block."""
-        yield lambda block: None
+    def measuring(
+        self, what: str, steps: int, unit: str = "blocks"
+    ) -> Iterator[Callable[[int], None]]:
+        """Around one measurement over all blocks, or all of another `unit`.
+
+        Yields a function told the index of each one that is finished.
+        """
+        yield lambda step: None
 
     def measured(self, results: dict[str, Any]) -> None:
         """Measures as results.json has them."""
@@ -104,11 +109,13 @@ class BarProgress(Progress):
         self._bars.update(self._task, completed=completed, done=done)
 
     @contextmanager
-    def measuring(self, what: str, blocks: int) -> Iterator[Callable[[int], None]]:
+    def measuring(
+        self, what: str, steps: int, unit: str = "blocks"
+    ) -> Iterator[Callable[[int], None]]:
         with self._bars:
-            task = self._bars.add_task(what, total=blocks, done=f"0/{blocks} blocks", note="")
-            yield lambda block: self._bars.update(
-                task, completed=block + 1, done=f"{block + 1}/{blocks} blocks"
+            task = self._bars.add_task(what, total=steps, done=f"0/{steps} {unit}", note="")
+            yield lambda step: self._bars.update(
+                task, completed=step + 1, done=f"{step + 1}/{steps} {unit}"
             )
             self._bars.remove_task(task)
 
@@ -142,13 +149,15 @@ class Together(Progress):
             part.finished(block, record)
 
     @contextmanager
-    def measuring(self, what: str, blocks: int) -> Iterator[Callable[[int], None]]:
+    def measuring(
+        self, what: str, steps: int, unit: str = "blocks"
+    ) -> Iterator[Callable[[int], None]]:
         with ExitStack() as stack:
-            told = [stack.enter_context(part.measuring(what, blocks)) for part in self._parts]
+            told = [stack.enter_context(part.measuring(what, steps, unit)) for part in self._parts]
 
-            def each(block: int) -> None:
+            def each(step: int) -> None:
                 for one in told:
-                    one(block)
+                    one(step)
 
             yield each
 

@@ -13,16 +13,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lrquant.architectures import Architecture
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed, Inputs, has_pictures
-from lrquant.model import Model
+from lrquant.sources.checks import first_line
 
 logger = logging.getLogger("lrquant")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -158,7 +161,26 @@ def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[s
     return cleaned, names
 
 
-def require_processor(model: Model) -> Any:
+class Reader(Protocol):
+    """What a model's inputs are made with: its processor, and what says how it reads."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def processor(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
+
+    @property
+    def skeleton(self) -> PreTrainedModel: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+
+def require_processor(model: Reader) -> Any:
     """A model's processor; refuses a model that has none or takes no pictures."""
     takes_pictures = model.architecture.tower is not None or model.architecture.reads_pixels
     if not takes_pictures:
@@ -175,11 +197,17 @@ def require_processor(model: Model) -> Any:
     return model.processor
 
 
-def prompt_inputs(model: Model, conversation: Conversation) -> Inputs:
+def prompt_inputs(model: Reader, conversation: Conversation) -> Inputs:
     """What the model's own processor and chat template make of a conversation, on the CPU."""
     processor = require_processor(model)
     pictures = [open_picture(path) for path in conversation.pictures]
-    given = processor_inputs(processor, conversation, pictures)
+    try:
+        given = processor_inputs(processor, conversation, pictures)
+    except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
+        raise LRQuantError(
+            f"{conversation.origin}: the processor of model {model.name} does not take it with "
+            f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} ({first_line(error)})"
+        ) from error
     known = inspect.signature(type(model.skeleton).forward).parameters
     inputs = {
         name: value for name, value in given.items() if isinstance(value, Tensor) and name in known
@@ -231,7 +259,7 @@ def processor_inputs(
 
 
 def picture_samples(
-    path: Path, model: Model, count: int = -1, seed: int = 0, picture_weight: float = 1.0
+    path: Path, model: Reader, count: int = -1, seed: int = 0, picture_weight: float = 1.0
 ) -> Samples:
     """Conversations as a model's inputs: `count` drawn by `seed`, all of them if it is negative.
 
@@ -255,7 +283,7 @@ def picture_samples(
     )
 
 
-def _classifier_samples(path: Path, model: Model, count: int, seed: int) -> Samples:
+def _classifier_samples(path: Path, model: Reader, count: int, seed: int) -> Samples:
     """Pictures below a folder as pixel values."""
     if not path.is_dir():
         raise LRQuantError(f"{path}: not a folder; a classifier is calibrated on pictures alone")
@@ -268,7 +296,7 @@ def _classifier_samples(path: Path, model: Model, count: int, seed: int) -> Samp
     return _samples(path, Feed(inputs), found, len(chosen), "pictures alone", seed)
 
 
-def pixel_inputs(model: Model, file: Path) -> Inputs:
+def pixel_inputs(model: Reader, file: Path) -> Inputs:
     """A classifier's inputs for one picture."""
     given = require_processor(model)(images=open_picture(file), return_tensors="pt")
     return {"pixel_values": given["pixel_values"]}
@@ -292,7 +320,7 @@ def _drawn(items: Sequence[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(list(items), count)
 
 
-def picture_tokens(model: Model, ids: Tensor) -> Tensor:
+def picture_tokens(model: Reader, ids: Tensor) -> Tensor:
     """Which of the tokens (tokens,) stand for pictures, bool."""
     config = model.skeleton.config
     marks = [

@@ -19,7 +19,7 @@ def with_tensorboard(progress: Progress, folder: str | None) -> Progress:
 
 
 class TensorBoardLog(Progress):
-    """learning/loss by step over all blocks; block/… by block; perplexity/… and agreement/….
+    """learning/loss by step over all blocks; block/… by block; perplexity/…, agreement/…, tasks/….
 
     Flushed after each block and each measure, so that a kill loses little.
     """
@@ -39,6 +39,7 @@ class TensorBoardLog(Progress):
                 f"--log_dir {folder}: cannot be written ({error.strerror}); use another folder"
             ) from error
         self._steps = 1
+        self._told: dict[str, float] = {}
 
     @contextmanager
     def blocks(
@@ -62,17 +63,19 @@ class TensorBoardLog(Progress):
         self._writer.flush()
 
     def measured(self, results: dict[str, Any]) -> None:
-        for text, variants in results.get("perplexity", {}).items():
-            for variant, value in variants.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"perplexity/{text} {variant}", value, 0)
-        for text, variants in results.get("agreement", {}).items():
-            for variant, scores in variants.items():
-                if isinstance(scores, dict):
-                    for name, value in scores.items():
-                        if isinstance(value, float):
-                            self._writer.add_scalar(f"agreement/{text} {variant} {name}", value, 0)
+        for kind in ("perplexity", "agreement", "tasks"):
+            for name, variants in results.get(kind, {}).items():
+                for variant, scores in variants.items():
+                    self._add(f"{kind}/{name} {variant}", scores)
         self._writer.flush()
+
+    def _add(self, label: str, scores: Any) -> None:
+        """A number, or each one of a dictionary; words and what lies deeper are not for plots."""
+        for name, value in scores.items() if isinstance(scores, dict) else [("", scores)]:
+            tag = f"{label} {name.removesuffix(',none')}".strip()
+            if isinstance(value, float) and self._told.get(tag) != value:
+                self._told[tag] = value  # tasks are told again with each model that is added
+                self._writer.add_scalar(tag, value, 0)
 
     def close(self) -> None:
         self._writer.close()

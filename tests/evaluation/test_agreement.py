@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrquant import LRQuantError, evaluate, quantize
+from lrquant import quantize
 from lrquant.data import Samples
 from lrquant.evaluation import perplexity
 from lrquant.evaluation.measures import measure, preparer
@@ -103,8 +103,3 @@ def test_a_run_measures_it_where_asked(make_model, tiny_tokenizer, tmp_path):
     assert "full_precision" not in run.results["perplexity"]["two"]
     table = results_table(run.results)
     assert "agreement with full precision" in table and "one, LRQuant" in table
-
-
-def test_a_model_alone_has_nothing_to_agree_with(model_folder):
-    with pytest.raises(LRQuantError, match=r"--agreement .*: needs a run folder"):
-        evaluate(str(model_folder("llama")), agreement=("wikitext2",))

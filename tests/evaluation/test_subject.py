@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from lrquant import LRQuantError, cli, evaluate, quantize
 from lrquant.pipeline import export
@@ -98,6 +99,13 @@ def test_a_base_beside_a_checkpoint_and_a_model(learn, data_dir, tmp_path):
     assert scores["base"] == scores["full_precision"]
     with pytest.raises(LRQuantError, match=r"--compare .*: needs a run folder; give what"):
         perplexity(tmp_path / "model-llama", data_dir, compare=True)
+
+
+def test_a_checkpoint_is_loaded_without_bars_where_no_terminal_is(learn, data_dir, tmp_path, capfd):
+    learn("W4A16", save_dir=str(tmp_path / "saved"))
+    capfd.readouterr()
+    perplexity(tmp_path / "saved", data_dir)
+    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
 
 
 def test_a_checkpoint_that_cannot_be_loaded(learn, data_dir, tmp_path):

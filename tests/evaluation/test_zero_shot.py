@@ -94,6 +94,14 @@ def test_scores_are_those_of_the_model_s_own_logits(bench, score, piqa_rows, sch
     assert metrics["acc_stderr,none"] == pytest.approx(float(spread), rel=1e-5)
 
 
+def test_git_is_not_asked_about_the_folder(score, piqa_rows, tmp_path, monkeypatch, capfd):
+    """It would complain on the screen that this is no repository, from a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert score(piqa_rows).output["git_hash"] is None
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_a_wrong_label_changes_the_accuracy(score, piqa_rows):
     before = score(piqa_rows).results["piqa"]["acc,none"]
     right = before > 0.5

@@ -20,7 +20,7 @@ from lrquant.pipeline import evaluate
 from lrquant.presets import with_preset
 from lrquant.report.contents import QUANTILES, quantiles, run_contents
 from lrquant.report.repeat import repeating_command
-from lrquant.report.sections import result_tables
+from lrquant.report.sections import number, percent, result_tables
 from lrquant.report.writing import run_names, write_comparison, write_report
 from lrquant.workdir import RunFolder
 
@@ -136,29 +136,91 @@ def test_figures_of_some_blocks_only(copied):
 
 def test_tasks_with_their_standard_errors(copied):
     folder = RunFolder.open(copied)
-    folder.add_results(
-        {"tasks": {"piqa": {"alias": "piqa", "acc,none": 0.625, "acc_stderr,none": 0.0125}}}
-    )
+    score = {"alias": "piqa", "acc,none": 0.625, "acc_stderr,none": 0.0125}
+    folder.add_results({"tasks": {"piqa": {"quantized": score}}})
     write_report(folder)
     for name in ("report.md", "report.html"):
         text = (copied / name).read_text()
         assert "0.6250 ± 0.0125" in text and "stderr" not in text
 
 
-def test_tasks_of_several_models_and_their_means():
+def scored(method="LRQuant"):
+    """A run with tasks as results.json has them."""
     score = {"acc,none": 0.5, "acc_stderr,none": 0.25, "sample_len": 4}
+    full = {"acc,none": 0.625, "acc_stderr,none": 0.25}
     change = {"full_precision": {"acc,none": {"difference": -0.125, "stderr": 0.0625}}}
+    piqa = {"data": "x", "quantized": score, "full_precision": full, "differences": change}
     results = {
-        "tasks": {"piqa": {"data": "x", "quantized": score, "differences": change}},
+        "tasks": {"piqa": piqa, "mmlu_x": {"part_of": "mmlu", "quantized": score}},
         "task_means": {"published": {"acc": {"quantized": {"mean": 0.75, "stderr": None}}}},
+        "max_drop": {
+            **{"allowed": 0.1, "against": "full_precision", "drop": 0.125, "stderr": 0.0625},
+            "acceptable": False,
+        },
     }
-    run = {"run": {"method_name": "LRQuant"}, "results": results}
-    (table,) = result_tables([run], [""])
+    return {"run": {"method_name": method}, "results": results}
+
+
+def test_tasks_of_several_models_side_by_side():
+    (table,) = result_tables([scored()], [""])
+    head = ["task and metric", "full precision", "LRQuant", "from full precision"]
+    assert table.head == head
     assert table.rows == [
-        ["piqa, LRQuant", "acc", "0.5000 ± 0.2500"],
-        ["piqa, differences, full precision, acc,none", "difference", "-0.1250 ± 0.0625"],
-        ["published, acc, LRQuant", "mean", "0.7500"],
+        ["piqa acc", "0.6250 ± 0.2500", "0.5000 ± 0.2500", "-0.1250 ± 0.0625"],
+        ["published, acc", "", "0.7500", ""],
     ]
+    assert "The tasks of a group are in report.json." in table.note
+    assert "0.1250 ± 0.0625, MORE than the 0.1 allowed." in table.note
+
+
+def test_tasks_of_several_runs_side_by_side():
+    other = scored("LRQuant+")
+    del other["results"]["task_means"], other["results"]["max_drop"]
+    (table,) = result_tables([scored(), other], ["a", "b"])
+    labels = ("full precision", "LRQuant", "from full precision")
+    assert table.head[1:4] == [f"a: {label}" for label in labels]
+    assert table.head[4:] == ["b: full precision", "b: LRQuant+", "b: from full precision"]
+    first, mean = table.rows
+    assert first[1:4] == first[4:] == ["0.6250 ± 0.2500", "0.5000 ± 0.2500", "-0.1250 ± 0.0625"]
+    assert mean == ["published, acc", "", "0.7500", "", "", "", ""]
+
+
+def test_the_verdict_and_agreement_along_the_window(copied):
+    folder = RunFolder.open(copied)
+    folder.add_results({"max_drop": scored()["results"]["max_drop"], **scored()["results"]})
+    write_report(folder)
+    found = json.loads((copied / "report.json").read_text())["results"]
+    spans = found["agreement"]["wikitext2"]["quantized"]["positions"]
+    assert [(span["first"], span["last"]) for span in spans] == [(1, 1), (2, 3), (4, 7), (8, 15)]
+    for name in ("report.md", "report.html"):
+        text = (copied / name).read_text()
+        assert "MORE than the 0.1 allowed" in text and "Agreement along the window" in text
+        assert f"{spans[-1]['kl_mean']:.4f}" in text and "8–15" in text
+
+
+def test_the_mean_accuracy_stands_at_the_top(copied):
+    folder = RunFolder.open(copied)
+    mean = {"quantized": {"mean": 0.3125}, "full_precision": {"mean": 0.4375}}
+    folder.add_results({"task_means": {"mean of 2 tasks": {"acc_norm": mean}}})
+    assert '<div class="tile"><span>mean of' not in (copied / "report.html").read_text()
+    write_report(folder)
+    tile = "<span>mean of 2 tasks</span><b>0.3125</b><span>full precision 0.4375</span>"
+    assert tile in (copied / "report.html").read_text()
+
+
+def test_what_is_said_of_activations_is_what_the_run_learned(full_run, make_run):
+    assert "Scales move that size into the weights." in read(full_run, "report.html")
+    clipped = make_run("clipped", lr_plus=False, scheme="W4A16", epochs=1)
+    page = read(clipped, "report.html")
+    assert "this run learned none" in page and "Scales move" not in page
+
+
+def test_numbers_have_the_same_digits():
+    assert [number(value) for value in (2.0, 1.75, 37.1, 0.00125, 454812.0)] == [
+        *("2.000", "1.750", "37.10", "0.001250", "4.548e+05")
+    ]
+    shares = [percent(value).removesuffix("\N{NO-BREAK SPACE}%") for value in (0, 0.0064, 1, 0.5)]
+    assert shares == ["0", "0.640", "100", "50.0"]
 
 
 # That it is safe and whole
@@ -301,6 +363,7 @@ def test_names_of_runs():
         {"scheme": "W4A4", "rotation": True, "two_branch": False, "lwc_init": 4.0, "epochs": 1},
         {"scheme": "W4A4", "lr_plus": True, "dynamic_weights": False, "rotate_rank": 2},
         {"scheme": "W4A16", "epochs": 0, "ppl": ("c4", "ptb"), "compare": True, "report": False},
+        {"scheme": "W4A16", "save_dir": "there/"},
         {"model": "a folder/it's", "scheme": "W4A4", "resume": "x", "overwrite": True},
     ],
     ids=str,
@@ -316,8 +379,9 @@ def test_the_command_resolves_to_the_same_run(settings, monkeypatch):
         main(command[1:])
     again = Config(**with_preset(seen[0])).resolved()
     for name, value in vars(config).items():
-        if name not in ("resume", "overwrite", "preset", "output_dir", "log_dir"):
+        if name not in ("resume", "overwrite", "preset", "output_dir", "save_dir", "log_dir"):
             assert getattr(again, name) == value, name
+    assert again.save_dir == ("there-again" if config.save_dir else None)
     assert again.output_dir == config.output_dir.rstrip("/") + "-again"
 
 

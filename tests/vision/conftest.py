@@ -9,12 +9,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
     DeiTConfig,
     Gemma3Config,
     Idefics3Config,
@@ -22,6 +26,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    LlavaProcessor,
     PaliGemmaConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
@@ -238,3 +243,68 @@ def make_feed():
         return Feed([_sample(name, index) for index in range(samples)])
 
     return make
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def processor(tiny_tokenizer):
+    """Of "llava": pictures of 16 x 16 pixels, 16 tokens each."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    while len(tokenizer) < IMAGE:
+        tokenizer.add_tokens([f"<unused{len(tokenizer)}>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture
+def llava_folder(tmp_path, make_vision, processor):
+    """A checkpoint of "llava" with its processor."""
+    folder = tmp_path / "model"
+    make_vision("llava").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of six pictures of several sizes and one broken file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(0, 255, (20 + index, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path, pictures):
+    """A .jsonl of six questions about the pictures, of two lengths."""
+    path = tmp_path / "questions.jsonl"
+    lines = []
+    for index in range(6):
+        content = [
+            {"type": "image", "path": f"pictures/{index}.png"},
+            {"type": "text", "text": "what?" if index % 2 else "which one?"},
+        ]
+        messages = [{"role": "user", "content": content}]
+        lines.append(json.dumps({"messages": messages, "answers": ["a circle"]}))
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,15 +19,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
-from lrquant.architectures import architecture_of
+from lrquant.architectures import Architecture, architecture_of
 from lrquant.blocks import stubs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import single_samples
 from lrquant.export.manifest import SETTINGS
-from lrquant.model import choose_device
+from lrquant.model import choose_device, load_processor
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
 
@@ -39,6 +44,17 @@ class Checkpoint:
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     settings: Config | None
+    processor: Any = None
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The model whose forward says what it reads."""
+        return self.module
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its family."""
+        return architecture_of(self.module.config)
 
     @property
     def device(self) -> torch.device:
@@ -51,10 +67,13 @@ class Checkpoint:
         return self.module.dtype
 
     @torch.no_grad()
-    def final_states(self, windows: Samples) -> Stream:
+    def final_states(
+        self, windows: Samples, progress: Callable[[int], None] = lambda window: None
+    ) -> Stream:
         """Hidden states after the last block (windows, tokens, hidden), float32 on the host."""
-        config = architecture_of(self.module.config).part(self.module.config)
-        shape = windows.ids.numel(), config.hidden_size
+        batches = list(single_samples(windows.feed))
+        config = self.architecture.part(self.module.config)
+        shape = batches[-1][0].rows.stop, config.hidden_size
         stream = Stream(shape, torch.float32, self.device, "host")
         seen: list[Tensor] = []
 
@@ -63,11 +82,12 @@ class Checkpoint:
 
         handle = self._blocks[-1].register_forward_hook(keep)
         try:
-            for batch, ids, _ in single_samples(windows.feed):
+            for (batch, _, _), sample in zip(batches, windows.feed.inputs, strict=True):
                 # The whole module: some formats unpack themselves before its first forward.
-                ids = ids[None].to(self.device)
-                self.module(input_ids=ids, use_cache=False, logits_to_keep=1)
+                inputs = {name: value.to(self.device) for name, value in sample.items()}
+                self.module(**inputs, use_cache=False, logits_to_keep=1)
                 stream.write(batch, seen.pop())
+                progress(batch.samples.start)
         finally:
             handle.remove()
         return stream
@@ -82,7 +102,7 @@ class Checkpoint:
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        blocks = self.module.get_submodule(architecture_of(self.module.config).blocks)
+        blocks = self.module.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
@@ -110,16 +130,36 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
         tokenizer = None
         if not architecture.reads_pixels:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        module = architecture.auto_class.from_pretrained(
-            folder, dtype=dtypes.get(config.precision, "auto")
-        )
+        with quiet_loading():
+            module = architecture.auto_class.from_pretrained(
+                folder, dtype=dtypes.get(config.precision, "auto")
+            )
     except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LRQuantError(
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
             "the run that it is of"
         ) from error
-    made_by = folder / SETTINGS
-    settings = Config.from_yaml(made_by) if made_by.is_file() else None
     nn.Module.to(module, choose_device(config.device))
-    return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
+    settings = settings_of(name, Path(config.cache_dir) if config.cache_dir else None)
+    processor = load_processor(folder, architecture)
+    return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings, processor)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars where no terminal shows them."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def settings_of(name: str, cache_dir: Path | None) -> Config | None:
+    """What a checkpoint of this project was learned with, None if another one made it."""
+    made_by = resolve_model(name, cache_dir).folder / SETTINGS
+    return Config.from_yaml(made_by) if made_by.is_file() else None

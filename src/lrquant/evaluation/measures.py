@@ -9,50 +9,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lrquant.blocks import BlockInputs, Head, Prepare, PreparedBlock
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
+from lrquant.evaluation.classification import (
+    LabelledPictures,
+    accuracy,
+    predictions,
+    read_pictures,
+)
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.perplexity import score, send_through
+from lrquant.evaluation.vqa import Questions, answer_questions, read_questions
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
+from lrquant.prompts import Reader, picture_samples
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 logger = logging.getLogger("lrquant")
+CONVERSATIONS = ".jsonl"
 EVALUATION_TOKENS = 2048  # tokens of one forward, in windows
 
 
-def prepare_evaluation(config: Config, model: Model) -> dict[str, Samples]:
-    """Read every text that will be scored, before any hour is spent.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run is measured on, read before any hour is spent."""
+
+    texts: dict[str, Samples]
+    questions: dict[str, Questions]
+    pictures: LabelledPictures | None = None
+
+
+def prepare_evaluation(config: Config, model: Model) -> Evaluation:
+    """Read every text, question and picture that will be scored.
 
     Sets asked for by name must be there; of the published five, those that can't be had are named
     in the log and left out, as long as one is left.
     """
     check_adaptation(config, len(model.blocks))
-    return read_texts(config, model.tokenizer)
+    return Evaluation(
+        read_texts(config, model), read_questions(config, model), read_pictures(config, model)
+    )
 
 
-def read_texts(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Samples]:
-    """Every text that will be scored, in windows of one model's tokens."""
+def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
+    """Every text that will be scored: windows of one model's tokens, or conversations (.jsonl)."""
     if not config.perplexity_sets:
         return {}
-    if tokenizer is None:
+    if reader.tokenizer is None:
         raise LRQuantError("no tokenizer: perplexity needs one")
     found: dict[str, Samples] = {}
     missing: list[LRQuantError] = []
     for name in config.perplexity_sets:
+        if name.endswith(CONVERSATIONS):
+            found[name] = picture_samples(Path(name), reader, config.limit)
+            continue
         try:
             found[name] = perplexity_windows(
                 name,
-                tokenizer,
+                reader.tokenizer,
                 config.seqlen,
                 config.limit,
                 Path(config.data_dir) if config.data_dir else None,
@@ -72,19 +94,19 @@ def evaluate_run(
     workbench: Workbench,
     config: Config,
     folder: RunFolder,
-    texts: dict[str, Samples],
+    evaluation: Evaluation,
     progress: Progress,
     board: TaskBoard | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures of the learned model, and with `compare` of full precision and round-to-nearest.
 
-    Each set's measures come when they are done, the tasks of `board` last, so that none is lost
-    with another.
+    Each set's measures come when they are done, questions about pictures and the tasks of `board`
+    last, so that none is lost with another.
     """
     folder.require_finished()
     quantized = preparer(workbench, config.quantization, config, folder)
     nearest = preparer(workbench, config.quantization, vision=config.vision_quantization)
-    for name, windows in texts.items():
+    for name, windows in evaluation.texts.items():
         variants: dict[str, Variant] = {}
         if config.compare is True or name in config.agreement:
             variants["full_precision"] = preparer(workbench, FLOATING_POINT)
@@ -98,14 +120,28 @@ def evaluate_run(
                 workbench, config.quantization, config, folder, name
             )
         yield measure(workbench, windows, variants, progress, agreement=name in config.agreement)
-    if board is not None:
-        scored = {"quantized": quantized}
-        if config.compare is True:
-            scored["full_precision"] = preparer(workbench, FLOATING_POINT)
-            scored["round_to_nearest"] = nearest
-        for variant, prepare in scored.items():
-            module = materialize(workbench, prepare, prepare.tower)
-            yield board.add(variant, module, workbench.model.tokenizer)
+    pictures, questions = evaluation.pictures, evaluation.questions
+    if board is None and pictures is None and not questions:
+        return
+    scored = {"quantized": quantized}
+    if config.compare is True or pictures is not None:
+        scored = {"full_precision": preparer(workbench, FLOATING_POINT)} | scored
+    if config.compare is True:
+        scored["round_to_nearest"] = nearest
+    model, reference = workbench.model, None
+    for variant, prepare in scored.items():
+        module = materialize(workbench, prepare, prepare.tower)
+        if pictures is not None:
+            found = predictions(pictures, module, variant, progress)
+            reference = found if reference is None else reference
+            right = accuracy(pictures, found, reference)
+            logger.info("%s: %.4f of the classes are right", variant, right["accuracy"])
+            yield {"classification": {"text": pictures.description, variant: right}}
+        for name, asked in questions.items():
+            answered = answer_questions(name, asked, module, model, variant, progress)
+            yield {"vqa": {name: {"text": asked.description, variant: answered}}}
+        if board is not None:
+            yield board.add(variant, module, model.tokenizer)
 
 
 def measure(
@@ -123,7 +159,7 @@ def measure(
     """
     logger.info("perplexity on %s", windows.description)
     model = workbench.model
-    entry = BlockInputs(model, windows.feed, _batch_size(windows), workbench.device)
+    entry = entry_of(workbench, windows)
     stream, *kept = workbench.streams(entry, 2 if agreement else 1)
     head = Head(model, workbench.device, workbench.dtype)
     perplexities: dict[str, Any] = {"text": windows.description}
@@ -134,23 +170,31 @@ def measure(
             scores = score(head, stream, entry.feed, kept[0] if kept and index else None)
         if kept and not index:
             kept[0].copy(stream)
+        log_scores(windows.name, variant, scores)
         perplexities[variant] = scores.pop("perplexity")
-        words = ", ".join(f"{key} {scores[key]:.4g}" for key in scores if key != "positions")
-        logger.info(
-            "%s perplexity, %s: %.4f%s",
-            *(windows.name, variant.replace("_", " "), perplexities[variant]),
-            f"; {words}" if words else "",
-        )
         if scores:
             agreements[variant] = scores
     results: dict[str, Any] = {"perplexity": {windows.name: perplexities}}
     return results | ({"agreement": {windows.name: agreements}} if agreement else {})
 
 
-def _batch_size(windows: Samples) -> int:
-    if windows.prompts is not None:
-        return 1
-    return max(1, EVALUATION_TOKENS // windows.ids.shape[1])
+def entry_of(workbench: Workbench, windows: Samples) -> BlockInputs:
+    """What goes into the first block: text in batches of `EVALUATION_TOKENS`, pictures singly."""
+    size = 1
+    if windows.prompts is None:
+        size = max(1, EVALUATION_TOKENS // windows.ids.shape[1])
+    return BlockInputs(workbench.model, windows.feed, size, workbench.device)
+
+
+def log_scores(text: str, variant: str, scores: dict[str, Any]) -> None:
+    """Say what `score` found."""
+    shown = (key for key in scores if key not in ("perplexity", "positions"))
+    words = ", ".join(f"{key} {scores[key]:.4g}" for key in shown)
+    logger.info(
+        "%s perplexity, %s: %.4f%s",
+        *(text, variant.replace("_", " "), scores["perplexity"]),
+        f"; {words}" if words else "",
+    )
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from lrquant.blocks import Head
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.checkpoint import is_checkpoint, load_checkpoint
+from lrquant.evaluation.classification import accuracy, predictions, read_pictures
 from lrquant.evaluation.comparison import TaskBoard
-from lrquant.evaluation.measures import measure, preparer, read_texts
-from lrquant.evaluation.perplexity import score
+from lrquant.evaluation.measures import entry_of, log_scores, preparer, read_texts
+from lrquant.evaluation.perplexity import score, send_through
+from lrquant.evaluation.reference import reference_name, require_same_tokens
+from lrquant.evaluation.vqa import answer_questions, read_questions
 from lrquant.materialize import materialize
 from lrquant.model import load_model
 from lrquant.progress import Progress
+from lrquant.prompts import Reader
 from lrquant.scheme import FLOATING_POINT
 from lrquant.sources import resolve_model
+from lrquant.streams import Stream
 from lrquant.workbench import make_workbench
 from lrquant.workdir import RunFolder
 
@@ -33,16 +41,19 @@ logger = logging.getLogger("lrquant")
 class Subject:
     """A model as it is measured.
 
-    `variant` is its name in the results, `settings` what it was learned with, if anything;
-    `perplexity` scores windows, and `module` gives a whole transformers model for the harness.
+    `variant` is its name in the results, `reader` what makes its inputs, `settings` what it was
+    learned with, if anything;
+    `final_states` are the hidden states after the last block, `head` makes logits of them, and
+    `module` gives a whole transformers model for the harness.
     """
 
     variant: str
-    tokenizer: PreTrainedTokenizerBase | None
+    reader: Reader
     device: torch.device
     dtype: torch.dtype
     settings: Config | None
-    perplexity: Callable[[Samples, Progress], float]
+    final_states: Callable[[Samples, Progress], Stream]
+    head: Callable[[Tensor], Tensor]
     module: Callable[[], PreTrainedModel]
 
 
@@ -74,15 +85,61 @@ def check_comparison(config: Config) -> None:
         resolve_model(config.compare, _path(config.cache_dir))
 
 
+def open_reference(target: str, config: Config) -> Subject | None:
+    """The full-precision model that `agreement` asks `target` to be held against, if it asks."""
+    name = reference_name(target, config)
+    variant = "base" if name == config.compare else "full_precision"
+    return None if name is None else _blocks(variant, name, config, None)
+
+
 def measure_subject(
-    subject: Subject, variant: str, config: Config, board: TaskBoard | None, progress: Progress
+    subject: Subject,
+    variant: str,
+    config: Config,
+    board: TaskBoard | None,
+    progress: Progress,
+    reference: Subject | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Its perplexities one by one, then its tasks, under the name `variant`."""
-    for name, windows in read_texts(config, subject.tokenizer).items():
-        value = subject.perplexity(windows, progress)
-        yield {"perplexity": {name: {"text": windows.description, variant: value}}}
-    if board is not None:
-        yield board.add(variant, subject.module(), subject.tokenizer)
+    """Its perplexities one by one, then its tasks, under the name `variant`.
+
+    With a `reference`, its perplexity and the agreement with it on the texts of `agreement` too.
+    One of its blocks is in memory at a time, beside the final hidden states of one text.
+    """
+    others = {} if reference is None else read_texts(config, reference.reader)
+    for name, windows in read_texts(config, subject.reader).items():
+        logger.info("perplexity on %s", windows.description)
+        perplexities: dict[str, Any] = {"text": windows.description}
+        measured: dict[str, Any] = {"perplexity": {name: perplexities}}
+        expected, head = None, None
+        if reference is not None and name in config.agreement:
+            require_same_tokens(windows, others[name])
+            expected, head = reference.final_states(windows, progress), reference.head
+            scores = score(head, expected, windows.feed)
+            perplexities[reference.variant] = scores["perplexity"]
+            log_scores(name, reference.variant, scores)
+        states = subject.final_states(windows, progress)
+        scores = score(subject.head, states, windows.feed, expected, head)
+        log_scores(name, variant, scores)
+        perplexities[variant] = scores.pop("perplexity")
+        if scores:
+            assert reference is not None
+            about = {"text": windows.description, "reference": reference.variant}
+            measured["agreement"] = {name: {**about, variant: scores}}
+        yield measured
+    questions = read_questions(config, subject.reader)
+    pictures = read_pictures(config, subject.reader)
+    needed = board is not None or questions or pictures is not None
+    module = subject.module() if needed else None
+    if pictures is not None and module is not None:
+        found = predictions(pictures, module, variant, progress)
+        right = accuracy(pictures, found, None)
+        yield {"classification": {"text": pictures.description, variant: right}}
+    for name, asked in questions.items():
+        assert module is not None
+        answered = answer_questions(name, asked, module, subject.reader, variant, progress)
+        yield {"vqa": {name: {"text": asked.description, variant: answered}}}
+    if board is not None and module is not None:
+        yield board.add(variant, module, subject.reader.tokenizer)
 
 
 def _run(name: str, config: Config) -> Subject:
@@ -101,17 +158,25 @@ def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -
     scheme = FLOATING_POINT if settings is None else settings.quantization
     prepare = preparer(workbench, scheme, settings, folder)
 
-    def perplexity(windows: Samples, progress: Progress) -> float:
-        found = measure(workbench, windows, {variant: prepare}, progress)
-        return found["perplexity"][windows.name][variant]
+    def final_states(windows: Samples, progress: Progress) -> Stream:
+        entry = entry_of(workbench, windows)
+        (stream,) = workbench.streams(entry, 1)
+        with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
+            send_through(model, prepare, stream, entry, told, prepare.tower)
+        return stream
+
+    @cache
+    def head() -> Head:
+        return Head(model, workbench.device, workbench.dtype)
 
     return Subject(
         variant,
-        model.tokenizer,
+        model,
         workbench.device,
         workbench.dtype,
         settings,
-        perplexity,
+        final_states,
+        lambda states: head()(states),
         lambda: materialize(workbench, prepare, prepare.tower),
     )
 
@@ -119,20 +184,18 @@ def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -
 def _checkpoint(name: str, config: Config) -> Subject:
     checkpoint = load_checkpoint(name, config)
 
-    def perplexity(windows: Samples, progress: Progress) -> float:
-        logger.info("perplexity on %s", windows.description)
-        states = checkpoint.final_states(windows)
-        found = score(checkpoint.head, states, windows.ids)["perplexity"]
-        logger.info("%s perplexity, checkpoint: %.4f", windows.name, found)
-        return found
+    def final_states(windows: Samples, progress: Progress) -> Stream:
+        with progress.measuring(f"{windows.name} checkpoint", len(windows.feed), "windows") as told:
+            return checkpoint.final_states(windows, told)
 
     return Subject(
         "quantized",
-        checkpoint.tokenizer,
+        checkpoint,
         checkpoint.device,
         checkpoint.dtype,
         checkpoint.settings,
-        perplexity,
+        final_states,
+        checkpoint.head,
         lambda: checkpoint.module,
     )
 

@@ -92,7 +92,7 @@ def score_tasks(
     if tokenizer is None:
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
     size = config.task_batch_size
-    with quiet_harness():
+    with quiet_harness(), no_commit_of_this_folder():
         wrapped = HFLM(
             pretrained=module,
             tokenizer=tokenizer,
@@ -149,6 +149,22 @@ def quiet_harness() -> Iterator[None]:
             yield
     finally:
         harness.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_commit_of_this_folder() -> Iterator[None]:
+    """Keep the harness from asking git about the folder that the user is in.
+
+    Its answer says nothing of the scores, and in most folders is git's complaint, on the screen.
+    """
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def data_folders(config: Config) -> tuple[Path, ...]:

@@ -12,14 +12,19 @@ from lrquant.report.tables import results_table
 _LOADING = {
     "vllm": "vLLM:\n\n```\nvllm serve FOLDER\n```",
     "transformers": (
-        "transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n```'
+        "transformers:\n\n```python\nfrom transformers import CLASS\n\n"
+        'model = CLASS.from_pretrained("FOLDER")\n```'
     ),
     "native": (
         "transformers with this package, whose import registers the format:\n\n```python\n"
-        "import lrquant\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n```'
+        "import lrquant\nfrom transformers import CLASS\n\n"
+        'model = CLASS.from_pretrained("FOLDER")\n```'
     ),
+}
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForImageClassification": "image-classification",
 }
 
 
@@ -29,7 +34,7 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
     front = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {_PIPELINES[facts['auto_class']]}",
         f"base_model: {json.dumps(facts['base_model'])}",
         f"tags: [lrquant, {form.name}, {config.quantization.name.lower()}]",
         "---",
@@ -41,6 +46,7 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
         "\n".join(
             [
                 f"- Scheme: {facts['scheme']}",
+                *([f"- Vision tower: {facts['tower']}"] if facts["tower"] else []),
                 f"- Method: {facts['method']}",
                 f"- Calibration: {calibration['text']}; SHA-256 of the tokens "
                 f"`{calibration['sha256']}`",
@@ -50,7 +56,7 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
         "## Quality",
         _quality(facts["results"]),
         "## Loading",
-        *_loading(config, form),
+        *_loading(config, form, facts["auto_class"]),
         "Settings of the run: `lrquant.yaml`. Facts and the hash of each file: `lrquant.json`; "
         "`lrquant inspect FOLDER` compares them.",
     ]
@@ -66,12 +72,12 @@ def _quality(results: dict[str, Any]) -> str:
     return f"{text}\n\nText: {windows}." if windows else text
 
 
-def _loading(config: Config, form: Format) -> list[str]:
+def _loading(config: Config, form: Format, auto_class: str) -> list[str]:
     """How each runtime that takes it loads it, with what it has to say."""
     ways = []
     for target in TARGETS:
         loading = form.loading(config.quantization, target)
         if loading.refusal is None:
             notes = " ".join(f"Note: {note}." for note in loading.notes)
-            ways.append(_LOADING[target] + (f"\n\n{notes}" if notes else ""))
+            ways.append(_LOADING[target].replace("CLASS", auto_class) + (f"\n\n{notes}" if notes else ""))
     return ways or ["No runtime is known to load this scheme in this format."]

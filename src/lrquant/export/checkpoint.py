@@ -120,6 +120,8 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
     return {
         "format": form.name,
         "scheme": config.quantization.describe(),
+        "tower": config.vision_quantization.describe() if config.vision_quantization else "",
+        "auto_class": model.architecture.auto_class.__name__,
         "base_model": config.net_name,
         "method": describe_method(config),
         "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
@@ -129,7 +131,7 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
     }
 
 
-_RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "tasks")
+_RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "vqa", "tasks")
 
 
 def _write_tensors(

@@ -101,24 +101,27 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
     """Each text and task by itself, so that all that are missing are named."""
     config = done.config
     alone: dict[str, Any] = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
-    alone |= {"tta": False}
+    alone |= {"tta": False, "vqa": (), "classify": None}
     with done.checking("evaluation"):
         check_comparison(config)
     parts: list[dict[str, Any]] = [
         {"ppl": (name,)} for name in dict.fromkeys((*config.ppl, *config.agreement))
     ]
     parts += [{"eval_ppl": True}] if config.eval_ppl and not config.ppl else []
+    parts += [{"vqa": (name,)} for name in config.vqa]
+    parts += [{"classify": config.classify}] if config.classify else []
     parts += [{"tasks": name.strip()} for name in config.tasks.split(",") if name.strip()]
     found: dict[str, Samples] = {}
     for part in parts:
         with done.checking("evaluation"):
             wanted = dataclasses.replace(config, **{**alone, **part})
             tasks = load_tasks(wanted)
-            texts = prepare_evaluation(wanted, model)
-            for text in texts.values():
-                done.add("evaluation", "ok", text.description)
-            found |= texts
-            missing = [name for name in wanted.perplexity_sets if name not in texts]
+            read = prepare_evaluation(wanted, model)
+            for each in (*read.texts.values(), *read.questions.values(), read.pictures):
+                if each is not None:
+                    done.add("evaluation", "ok", each.description)
+            found |= read.texts
+            missing = [name for name in wanted.perplexity_sets if name not in read.texts]
             if missing:
                 done.add("evaluation", "warning", f"left out: {', '.join(missing)}")
             if tasks is not None:

@@ -187,7 +187,7 @@ def estimate_memory(
     hidden = model.hidden_size
     count = 3 if config.two_branch else 2
     streams = stream_bytes(config.nsamples, config.seqlen, hidden, dtype, count) * in_memory
-    tokens = max((text.ids.numel() for text in texts), default=0)
+    tokens = max((text.tokens for text in texts), default=0)
     states = tokens * hidden * dtype.itemsize * (2 if config.agreement else 1) * in_memory
     stored = model_dtype(model)
     outer = _outer_elements(model)
@@ -250,7 +250,7 @@ def measuring_seconds(
     batch_tokens = min(config.batch_size, config.nsamples) * config.seqlen
     total = 0.0
     for text in texts:
-        tokens = text.ids.numel()
+        tokens = text.tokens
         plain, quantized = costs.full / batch_tokens, costs.held / batch_tokens
         agreed = text.name in config.agreement
         full = bool(config.compare or agreed)

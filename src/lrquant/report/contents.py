@@ -18,7 +18,10 @@ from lrquant.workdir import BlockRecord, RunFolder, read_json
 FORMAT = 1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _WORST = 10
-_MEASURES = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means")
+_MEASURES = (
+    *("perplexity", "agreement", "test_time_adaptation", "vqa", "classification"),
+    *("tasks", "task_means", "max_drop"),
+)
 
 
 def run_contents(folder: RunFolder) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any])
         "learned_blocks": len(records),
         "scheme": scheme.name,
         "scheme_in_words": scheme.describe(),
+        "tower": Scheme(**identity["tower"]["scheme"]).describe() if "tower" in identity else "",
         "method": results.get("method", describe_method(config)),
         "method_name": results.get("method_name", method_name(config)),
         "calibration": identity["calibration"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,6 +16,7 @@ from lrquant.report.sections import (
     block_table,
     duration,
     facts,
+    figure,
     linear_table,
     number,
     result_tables,
@@ -42,6 +44,7 @@ def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
         errors=[table for table in errors if table.rows],
         error_pictures=charts.error_pictures(contents),
         learning_pictures=charts.learning_pictures(contents),
+        scaled=any("scale" in block["parameters"] for block in contents["blocks"]),
         activation_pictures=tensor_charts.activation_pictures(contents, folder),
         parameter_pictures=charts.parameter_pictures(contents),
         weight_pictures=tensor_charts.weight_pictures(contents, folder),
@@ -107,6 +110,19 @@ def _tiles(contents: dict[str, Any]) -> list[tuple[str, str, str]]:
         if scores.get("kl_mean") is not None:
             share = f"{100 * scores['same_top']:.1f} % same top token"
             tiles.append((f"mean KL, {text}", f"{scores['kl_mean']:.3f}", share))
+    for name, variants in list(contents["results"].get("vqa", {}).items())[:1]:
+        if "quantized" in variants:
+            share = f"{100 * variants['quantized']['exact_match']:.1f} %"
+            tiles.append((f"right answers, {Path(name).name}", share, ""))
+    for label, means in list(contents["results"].get("task_means", {}).items())[-1:]:
+        found = means.get("acc_norm", {})  # the plain accuracy where a task has no other
+        beside = [
+            f"{labels[key]} {figure(found[key]['mean'])}"
+            for key in ("full_precision", "round_to_nearest")
+            if key in found
+        ]
+        if "quantized" in found:
+            tiles.append((label, figure(found["quantized"]["mean"]), ", ".join(beside)))
     each = run["seconds"] / max(run["learned_blocks"], 1)
     tiles.append(("learning time", duration(run["seconds"]), f"{duration(each)} a block"))
     tiles.append(("peak memory", decimal(run["peak_memory_bytes"]), run["device"] or ""))

@@ -16,11 +16,15 @@ _ALWAYS = ("model", "scheme")
 def repeating_command(config: Config) -> str:
     """`lrquant quantize …` with few flags that resolve to the same settings.
 
-    Its output goes beside the run's folder, to the same name with "-again".
+    Its output goes beside the run's folder and checkpoint, to the same names with "-again".
     """
-    beside = config.output_dir.rstrip("/") + "-again"
+    places = {
+        name: path.rstrip("/") + "-again"
+        for name in ("output_dir", "save_dir")
+        if (path := getattr(config, name)) is not None
+    }
     plain = dataclasses.replace(
-        config, resume=None, overwrite=False, log_dir=None, preset="default", output_dir=beside
+        config, resume=None, overwrite=False, log_dir=None, preset="default", **places
     ).resolved()
     defaults = Config()
     flags = {

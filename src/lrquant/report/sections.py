@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from lrquant.report.tables import AGREEMENT, COLUMNS
+from lrquant.report.tables import AGREEMENT, COLUMNS, picture_rows, task_rows, verdict
 
 ADAPTED_NOTE = (
     "Test-time adaptation learned the last blocks again on the text that it is scored on (never "
@@ -35,6 +35,7 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("Model", f"{run['model']} ({run['model_type']}, {blocks} blocks)"),
         ("Weights' SHA-256", run["weights"]),
         ("Scheme", run["scheme_in_words"]),
+        ("Vision tower", run.get("tower", "")),
         ("Method", run["method"]),
         ("Calibration", run["calibration"]),
         ("Data's SHA-256", run["data"]["sha256"]),
@@ -59,9 +60,11 @@ def duration(seconds: float) -> str:
 
 
 def result_tables(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
-    """Perplexities, agreement, tasks; of several runs, one row each, with its name."""
+    """Perplexities, tasks, agreement; of several runs, one row each, with its name."""
     perplexities = [_perplexities(runs[0])] if len(runs) == 1 else _by_text(runs, names)
-    tables = [*perplexities, _agreements(runs, names), _tasks(runs, names)]
+    along = _along_windows(runs[0]) if len(runs) == 1 else []
+    tables = [*perplexities, _pictures(runs, names), _tasks(runs, names)]
+    tables += [_agreements(runs, names), *along]
     return [table for table in tables if table.rows]
 
 
@@ -107,6 +110,19 @@ def _adapted_note(labels: dict[str, str]) -> list[str]:
     return [ADAPTED_NOTE] if "test_time_adapted" in labels else []
 
 
+def _pictures(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    rows: list[list[str]] = []
+    for contents, name in zip(runs, names, strict=True):
+        head, found = picture_rows(contents["results"], _labels(contents, "", True))
+        prefix = "" if len(runs) == 1 else f"{name}: "
+        rows += [
+            [f"{prefix}{what}, {model}", value]
+            for what, *values in found
+            for model, value in zip(head, values, strict=True)
+        ]
+    return Table("Pictures", ["set and model", "share right"], rows)
+
+
 def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     rows = []
     for contents, name in zip(runs, names, strict=True):
@@ -126,36 +142,65 @@ def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     )
 
 
+def _along_windows(contents: dict[str, Any]) -> list[Table]:
+    """How agreement goes along the window: a table a text."""
+    labels = _labels(contents, "", True)
+    tables = []
+    for text, variants in contents["results"].get("agreement", {}).items():
+        found = {
+            key: variants[key]["positions"]
+            for key in labels
+            if "positions" in variants.get(key, {})
+        }
+        if not found:
+            continue
+        kinds = {"kl_mean": "mean KL", "same_top": "same top token"}
+        spans = next(iter(found.values()))
+        tables.append(
+            Table(
+                f"Agreement along the window, {text}",
+                [
+                    "tokens read",
+                    *(f"{what}, {labels[key]}" for what in kinds.values() for key in found),
+                ],
+                [
+                    [
+                        _span(span["first"], span["last"]),
+                        *(figure(found[key][row].get(kind)) for kind in kinds for key in found),
+                    ]
+                    for row, span in enumerate(spans)
+                ],
+                "Of predictions from so many tokens of their window.",
+            )
+        )
+    return tables
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}–{last}"
+
+
 def _tasks(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    """Each number that the harness gave, with its standard error."""
-    rows = []
+    """The harness's numbers with their standard errors, the models side by side."""
+    columns: list[str] = []
+    cells: dict[str, dict[str, str]] = {}
     for contents, name in zip(runs, names, strict=True):
-        results = contents["results"]
-        measured = {**results.get("tasks", {}), **results.get("task_means", {})}
-        for path, scores in _leaves(measured):
-            for metric, value in scores.items():
-                kind, _, selected = metric.partition(",")
-                if kind.endswith("stderr") or not isinstance(value, float):
-                    continue
-                error = scores.get(f"{kind}_stderr,{selected}", scores.get("stderr"))
-                text = figure(value)
-                text += f" ± {figure(error)}" if isinstance(error, float) else ""
-                whose = [] if len(runs) == 1 else [name]
-                rows.append([", ".join([*whose, *path]), kind, text])
-    return Table("Zero-shot tasks", ["task", "metric", "value ± standard error"], rows)
-
-
-def _leaves(
-    values: dict[str, Any], path: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Mappings that hold numbers, with the keys that lead to them; variants by their label."""
-    found = []
-    if any(isinstance(value, float) for value in values.values()):
-        found.append((path, values))
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += _leaves(value, (*path, COLUMNS.get(key, key)))
-    return found
+        whose = "" if len(runs) == 1 else f"{name}: "
+        head, rows = task_rows(contents["results"], _labels(contents, "", True))
+        columns += [whose + label for label in head]
+        for first, *values in rows:
+            found = zip(head, values, strict=True)
+            cells.setdefault(first, {}).update({whose + label: value for label, value in found})
+    rows = [[first, *(found.get(label, "") for label in columns)] for first, found in cells.items()]
+    of_groups = any("part_of" in e for c in runs for e in c["results"].get("tasks", {}).values())
+    notes = ["± standard error; of differences (from …) that of the pairs, item by item."]
+    notes += ["The tasks of a group are in report.json."] if of_groups else []
+    notes += [
+        f"{verdict(c['results'])[:1].upper()}{verdict(c['results'])[1:]}."
+        for c in runs
+        if verdict(c["results"])
+    ]
+    return Table("Zero-shot tasks", ["task and metric", *columns], rows, " ".join(notes))
 
 
 def adaptation_table(contents: dict[str, Any]) -> Table:
@@ -279,7 +324,7 @@ def number(value: float | None) -> str:
     """A loss or perplexity, four digits or so."""
     if value is None:
         return ""
-    return f"{value:.2f}" if 10 <= abs(value) < 1e4 else f"{value:.4g}"
+    return f"{value:.2f}" if 10 <= abs(value) < 1e4 else f"{value:#.4g}"
 
 
 def figure(value: float | None) -> str:
@@ -289,7 +334,10 @@ def figure(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A ratio as per cent, three digits."""
-    return "" if value is None else f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
+    if value is None:
+        return ""
+    digits = f"{100 * value:#.3g}".rstrip(".") if value else "0"
+    return f"{digits}\N{NO-BREAK SPACE}%"
 
 
 def decibels(value: float | None) -> str:

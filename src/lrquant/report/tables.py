@@ -35,6 +35,8 @@ def results_table(results: dict[str, Any]) -> str:
     """Perplexities, agreements and tasks side by side, one row a set; empty if there are none."""
     labels = {**COLUMNS, "quantized": results.get("method_name", COLUMNS["quantized"])}
     tables = [_perplexities(results, labels), _agreements(results, labels)]
+    head, rows = picture_rows(results, labels)
+    tables += [table([f"pictures, {results['scheme']}", *head], rows) if rows else ""]
     tables += [task_table(results, labels), verdict(results)]
     return "\n\n".join(filter(None, tables))
 
@@ -52,13 +54,47 @@ def _perplexities(results: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def _agreements(results: dict[str, Any], labels: dict[str, str]) -> str:
+    found = results.get("agreement") or {}
+    labels = {**labels, "full_precision": "model"}  # measured against another one
     rows = [
         [f"{name}, {labels[variant]}", *(f"{scores.get(key, math.nan):.4f}" for key in AGREEMENT)]
-        for name, variants in (results.get("agreement") or {}).items()
+        for name, variants in found.items()
         for variant, scores in variants.items()
         if variant in labels
     ]
-    return table(["agreement with full precision", *AGREEMENT.values()], rows) if rows else ""
+    held_against = {variants.get("reference", "full_precision") for variants in found.values()}
+    against = " or ".join(COLUMNS[key] for key in COLUMNS if key in held_against)
+    return table([f"agreement with {against}", *AGREEMENT.values()], rows) if rows else ""
+
+
+PICTURE_METRICS = {
+    "vqa": {"exact_match": "exact match", "vqa_accuracy": "VQA rule"},
+    "classification": {"accuracy": "accuracy", "same_top": "same class as full precision"},
+}
+
+
+def picture_rows(
+    results: dict[str, Any], labels: dict[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns of models, and rows of which the first cell is a set of pictures and a metric."""
+    sets = [("vqa", name, entry) for name, entry in (results.get("vqa") or {}).items()]
+    if results.get("classification"):
+        sets.append(("classification", "classes", results["classification"]))
+    shown = {key: label for key, label in labels.items() if any(key in e for *_, e in sets)}
+    rows = []
+    for kind, name, entry in sets:
+        for metric, words in PICTURE_METRICS[kind].items():
+            cells = [_share(entry.get(key, {}), metric) for key in shown]
+            if any(cells):
+                rows.append([f"{name}, {words}", *(cell or "-" for cell in cells)])
+    return list(shown.values()), rows
+
+
+def _share(scores: dict[str, Any], metric: str) -> str:
+    if metric not in scores:
+        return ""
+    error = scores.get(f"{metric}_stderr")
+    return f"{scores[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str:
@@ -66,6 +102,12 @@ def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str
 
     Columns of differences follow where there was something to compare with.
     """
+    head, rows = task_rows(results, labels)
+    return table([f"tasks, {results['scheme']}", *head], rows) if rows else ""
+
+
+def task_rows(results: dict[str, Any], labels: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """The columns of measures, and rows of which the first cell is the task and its metric."""
     rows = [
         (f"{name} {metric.removesuffix(',none')}", _cells(entry, metric))
         for name, entry in (results.get("tasks") or {}).items()
@@ -83,7 +125,7 @@ def task_table(results: dict[str, Any], labels: dict[str, str] = COLUMNS) -> str
         f"- {key}": f"from {label}" for key, label in labels.items() if f"- {key}" in measured
     }
     lines = [[name, *(_spread(cells.get(key), key) for key in shown)] for name, cells in rows]
-    return table([f"tasks, {results['scheme']}", *shown.values()], lines) if lines else ""
+    return list(shown.values()), lines
 
 
 def verdict(results: dict[str, Any]) -> str:

@@ -74,7 +74,7 @@ def _activations(
             "activations-" + "-".join(linear.split(".")),
             f"What {short(linear)} of block {block} reads",
             f"Magnitudes of the first sample's input to {linear}, in the model as it is (before) "
-            "and as the learned block hands it to the quantizer (after), on the same hidden "
+            "and in the learned block, before any quantizer (after), on the same hidden "
             f"states. {cell}. Of all blocks, this one's channels differ most before: the largest "
             f"is {number(spread)} times the median one.",
         )

@@ -122,7 +122,7 @@ class NativeQuantizer(HfQuantizer):
         parent = model.get_submodule(name.rpartition(".")[0])
         if not parent._non_persistent_buffers_set:
             # All of it is in the checkpoint; some models would initialise it by linears' weights.
-            parent._is_hf_initialized = True
+            setattr(parent, "_is_hf_initialized", True)  # noqa: B010
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **rest: Any

@@ -1,0 +1,92 @@
+"""Image classifiers: accuracy on a folder with one subfolder a class, and agreement of top-1."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed
+from lrquant.progress import Progress
+from lrquant.prompts import Reader, picture_files, pixel_inputs, require_processor
+
+logger = logging.getLogger("lrquant")
+BATCH = 16  # pictures that are classified at once
+
+
+class LabelledPictures:
+    """Pictures with their classes, as a classifier's inputs; at most `limit` of them, spread."""
+
+    def __init__(self, folder: Path, reader: Reader, limit: int = -1) -> None:
+        if not reader.architecture.reads_pixels:
+            raise LRQuantError(f"--classify {folder}: model {reader.name} is no image classifier")
+        require_processor(reader)
+        if not folder.is_dir():
+            raise LRQuantError(f"--classify {folder}: no such folder; give one subfolder a class")
+        files, skipped = picture_files(folder)
+        if 0 < limit < len(files):
+            files = [files[i * len(files) // limit] for i in range(limit)]
+        known = _classes(reader)
+        self.labels = torch.tensor([_label(file, folder, known) for file in files])
+        self.feed = Feed([pixel_inputs(reader, file) for file in files])
+        left_out = f", {len(skipped)} could not be opened" if skipped else ""
+        self.description = f"{folder.name}, {len(files)} pictures{left_out}"
+
+
+def _classes(reader: Reader) -> dict[str, int]:
+    """Index of each class, by its names and by its number."""
+    found: dict[str, int] = {}
+    for index, names in (reader.skeleton.config.id2label or {}).items():
+        for name in (str(index), str(names), *str(names).split(",")):
+            found.setdefault(name.strip().lower(), int(index))
+    return found
+
+
+def _label(file: Path, folder: Path, known: dict[str, int]) -> int:
+    name = file.relative_to(folder).parts[0].lower()
+    if name not in known or file.parent == folder:
+        raise LRQuantError(
+            f"--classify {folder}: {file.relative_to(folder)} is in no folder named as one of the "
+            f"model's {len(known)} classes or their numbers (such as {next(iter(known))})"
+        )
+    return known[name]
+
+
+def read_pictures(config: Config, reader: Reader) -> LabelledPictures | None:
+    """What the settings name to classify, or None."""
+    if config.classify is None:
+        return None
+    return LabelledPictures(Path(config.classify), reader, config.limit)
+
+
+@torch.no_grad()
+def predictions(
+    pictures: LabelledPictures, module: PreTrainedModel, variant: str, progress: Progress
+) -> Tensor:
+    """The class with the largest logit of each picture, (pictures,) int64 on the CPU."""
+    found = []
+    feed = pictures.feed
+    with progress.measuring(f"classes {variant}", len(feed), "pictures") as told:
+        for part in feed.slices(BATCH):
+            inputs = {name: value.to(module.device) for name, value in feed.collate(part).items()}
+            found.append(module(**inputs).logits.argmax(-1).cpu())
+            told(part.stop - 1)
+    return torch.cat(found)
+
+
+def accuracy(pictures: LabelledPictures, found: Tensor, reference: Tensor | None) -> dict[str, Any]:
+    """Share of right classes with its standard error, and of those that a reference finds too."""
+    right = (found == pictures.labels).double()
+    scores = {
+        "accuracy": float(right.mean()),
+        "accuracy_stderr": float(right.std() / len(right) ** 0.5) if len(right) > 1 else 0.0,
+    }
+    if reference is not None:
+        scores["same_top"] = float((found == reference).double().mean())
+    return scores

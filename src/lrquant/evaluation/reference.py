@@ -1,0 +1,64 @@
+"""The full-precision model that a checkpoint or another model should agree with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lrquant.config import Config
+from lrquant.data import Samples
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.checkpoint import is_checkpoint, settings_of
+from lrquant.sources import resolve_model
+
+
+def reference_name(target: str, config: Config) -> str | None:
+    """What `--agreement` holds a checkpoint or model against; None if it is not asked for.
+
+    That is `--compare` where it names a floating-point model, else the model that the checkpoint
+    was made from.
+    """
+    if not config.agreement:
+        return None
+    cache = None if config.cache_dir is None else Path(config.cache_dir)
+    where = f"--agreement {','.join(config.agreement)}"
+    if isinstance(config.compare, str) and not _is_quantized(config.compare, cache):
+        return config.compare
+    if not is_checkpoint(target, cache):
+        if isinstance(config.compare, str):
+            raise LRQuantError(
+                f"{where}: {config.compare} is quantised, {target} is not; evaluate "
+                f"{config.compare} --compare {target}"
+            )
+        raise LRQuantError(
+            f"{where}: {target} is a model, not a run or checkpoint; give the full-precision model "
+            "that it should agree with as --compare MODEL"
+        )
+    settings = settings_of(target, cache)
+    if settings is None:
+        raise LRQuantError(
+            f"{where}: {target} does not say what it was made from (no lrquant.yaml); give the "
+            "full-precision model as --compare MODEL"
+        )
+    try:
+        resolve_model(settings.model, cache)
+    except LRQuantError as error:
+        raise LRQuantError(
+            f"{where}: {target} was made from {settings.model}, which is not to be had ({error}); "
+            "give the full-precision model as --compare MODEL"
+        ) from error
+    return settings.model
+
+
+def require_same_tokens(windows: Samples, others: Samples) -> None:
+    """Refuse a reference that reads a text as other tokens: it predicts something else."""
+    if not torch.equal(windows.ids, others.ids):
+        raise LRQuantError(
+            f"--agreement {windows.name}: the two models read this text as different tokens; give "
+            "the full-precision model that the other was made from as --compare MODEL"
+        )
+
+
+def _is_quantized(name: str, cache: Path | None) -> bool:
+    return (Path(name) / "run.json").is_file() or is_checkpoint(name, cache)

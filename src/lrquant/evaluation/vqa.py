@@ -1,0 +1,126 @@
+"""Visual question answering: generated answers against the right ones of a .jsonl."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed
+from lrquant.progress import Progress
+from lrquant.prompts import Conversation, Reader, prompt_inputs, read_conversations
+
+logger = logging.getLogger("lrquant")
+ANSWER_TOKENS = 16  # most tokens of a generated answer
+BATCH = 16  # prompts of the same shapes that are answered at once
+PEOPLE = 3  # who must have given an answer for it to count in full
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NOT_WORDS = re.compile(r"[^\w\s]")
+
+
+def read_questions(config: Config, reader: Reader) -> dict[str, Questions]:
+    """Every set that the settings name, as a model's inputs, before any hour is spent."""
+    return {name: Questions(Path(name), reader, config.limit) for name in config.vqa}
+
+
+class Questions:
+    """Questions about pictures with right answers, as a model's inputs."""
+
+    def __init__(self, path: Path, reader: Reader, limit: int = -1) -> None:
+        items = read_conversations(path).items
+        items = items[:limit] if limit > 0 else items
+        for item in items:
+            if not item.answers or item.answered:
+                raise LRQuantError(
+                    f'{item.origin}: a question needs "answers", and no answer of the assistant '
+                    "among its messages"
+                )
+        self.items: tuple[Conversation, ...] = items
+        self.feed = Feed([prompt_inputs(reader, item) for item in items])
+        tokens = sum(sample["input_ids"].shape[1] for sample in self.feed.inputs)
+        self.description = f"{path.name}, {len(items)} questions, {tokens} tokens"
+
+
+@torch.no_grad()
+def answer_questions(
+    name: str,
+    questions: Questions,
+    module: PreTrainedModel,
+    reader: Reader,
+    variant: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Shares of right answers, greedily generated: `exact_match` and `vqa_accuracy`.
+
+    With their standard errors, over the questions.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, sample in enumerate(questions.feed.inputs):
+        shapes = tuple((key, sample[key].shape) for key in sorted(sample))
+        groups.setdefault(shapes, []).append(index)
+    batches = [g[i : i + BATCH] for g in groups.values() for i in range(0, len(g), BATCH)]
+    answers: dict[int, str] = {}
+    with progress.measuring(f"{name} {variant}", len(questions.items), "questions") as told:
+        for batch in batches:
+            inputs = questions.feed.only(batch).collate(slice(0, len(batch)))
+            inputs = {key: value.to(module.device) for key, value in inputs.items()}
+            output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            tokenizer = reader.tokenizer
+            assert tokenizer is not None
+            words = tokenizer.batch_decode(new, skip_special_tokens=True)
+            answers |= dict(zip(batch, words, strict=True))
+            told(len(answers) - 1)
+    pairs = [(answers[i], item.answers) for i, item in enumerate(questions.items)]
+    scores = {
+        **_share("exact_match", [exact_match(*pair) for pair in pairs]),
+        **_share("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs]),
+    }
+    logger.info(
+        "%s, %s: %.4f of the answers are right, %.4f by the VQA rule",
+        *(name, variant.replace("_", " "), scores["exact_match"], scores["vqa_accuracy"]),
+    )
+    return scores
+
+
+def _generator(module: PreTrainedModel) -> Any:
+    """A model's `generate`; refuses a model that has none."""
+    if not isinstance(module, GenerationMixin):
+        raise LRQuantError(f"--vqa: a {type(module).__name__} generates no text")
+    return getattr(module, "generate")  # noqa: B009
+
+
+def normalized(answer: str) -> str:
+    """Lower case, without punctuation and articles, single spaces: as the VQA evaluation does."""
+    words = _NOT_WORDS.sub(" ", answer.lower().replace("'", ""))
+    return " ".join(_ARTICLES.sub(" ", words).split())
+
+
+def exact_match(answer: str, right: Sequence[str]) -> float:
+    """1 if the answer is one of the right ones."""
+    return float(normalized(answer) in map(normalized, right))
+
+
+def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
+    """``mean over the people of min(1, matches among the others / 3)`` (VQA, ICCV 2015).
+
+    With at most 3 people, one match does.
+    """
+    matches = [normalized(answer) == normalized(other) for other in right]
+    if len(right) <= PEOPLE:
+        return float(any(matches))
+    others = [sum(matches) - match for match in matches]
+    return sum(min(1.0, count / PEOPLE) for count in others) / len(right)
+
+
+def _share(name: str, values: Sequence[float]) -> dict[str, float]:
+    scores = torch.tensor(values, dtype=torch.float64)
+    error = float(scores.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return {name: float(scores.mean()), f"{name}_stderr": error}

@@ -1,0 +1,286 @@
+"""Pictures with words: read, made into inputs, calibrated on, answered; bad input by name."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, ViTImageProcessorPil
+
+import lrquant
+from lrquant.cli import main
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.vqa import exact_match, normalized, vqa_accuracy
+from lrquant.model import load_model
+from lrquant.prompts import picture_samples, read_conversations
+
+SETTINGS = {"nsamples": 4, "seqlen": 24, "epochs": 1, "report": False, "precision": "float32"}
+
+
+@pytest.fixture
+def model(llava_folder):
+    return load_model(str(llava_folder))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("Some words to calibrate on, of no importance at all. " * 20)
+    return path
+
+
+def test_inputs_are_those_of_the_processor(model, processor, questions):
+    """Compared with transformers' own way from a picture and its question to tensors."""
+    samples = picture_samples(questions, model)
+    item = read_conversations(questions).items[1]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "path": str(item.pictures[0])},
+                {"type": "text", "text": "what?"},
+            ],
+        }
+    ]
+    expected = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    found = samples.feed.inputs[1]
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert int((found["input_ids"] == 260).sum()) == 16
+    assert not samples.feed.scored[1][found["input_ids"][0] == 260].any()
+
+
+def test_a_broken_picture_of_a_folder_is_left_out_and_counted(model, pictures, caplog):
+    samples = picture_samples(pictures, model)
+    assert len(samples.feed) == 6
+    assert "6 with pictures, 1 could not be opened" in samples.description
+    assert "broken.jpg: cannot be opened" in caplog.text
+
+
+def test_samples_are_drawn_by_their_seed(model, pictures):
+    first, again, other = (picture_samples(pictures, model, 3, seed) for seed in (1, 1, 2))
+    assert len(first.feed) == 3 and "3 of 6 with pictures" in first.description
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+BAD_LINES = {
+    "not JSON": ("{", "expected"),
+    "no question": ('{"image": "pictures/0.png"}', "KeyError: 'question'"),
+    "no picture there": (
+        '{"image": "pictures/none.png", "question": "?"}',
+        "its picture .*none.png does not exist",
+    ),
+    "no messages": ('{"messages": []}', "got no message"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LINES)
+def test_a_bad_line_is_named_with_its_number(what, tmp_path, pictures):
+    line, message = BAD_LINES[what]
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"image": "pictures/0.png", "question": "?"}\n' + line + "\n")
+    with pytest.raises(LRQuantError, match=f"bad.jsonl, line 2.*{message}"):
+        read_conversations(path)
+
+
+def test_a_broken_picture_of_a_conversation_is_an_error(tmp_path, model, pictures):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"image": "pictures/broken.jpg", "question": "?"}\n')
+    with pytest.raises(LRQuantError, match=r"broken.jpg: cannot be opened .*replace it"):
+        picture_samples(path, model)
+
+
+def test_an_empty_folder_is_said(tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LRQuantError, match="empty: no pictures"):
+        picture_samples(tmp_path / "empty", model)
+
+
+def test_a_missing_processor_is_said(llava_folder, pictures):
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        (llava_folder / file).unlink(missing_ok=True)
+    with pytest.raises(LRQuantError, match=r"no processor .*copy preprocessor_config.json"):
+        picture_samples(pictures, load_model(str(llava_folder)))
+
+
+def test_a_text_model_takes_no_pictures(model_folder, pictures):
+    with pytest.raises(LRQuantError, match="a 'llama' takes no pictures"):
+        picture_samples(pictures, load_model(str(model_folder("llama"))))
+
+
+def test_a_template_without_a_place_for_pictures_is_said(llava_folder, questions):
+    (llava_folder / "chat_template.jinja").write_text("{{ messages[0]['role'] }}")
+    with pytest.raises(LRQuantError, match=r"line 1: the processor .*picture"):
+        picture_samples(questions, load_model(str(llava_folder)))
+
+
+def learned(llava_folder, tmp_path, **settings):
+    given = {**SETTINGS, "output_dir": str(tmp_path / "run"), **settings}
+    return lrquant.quantize(str(llava_folder), "W4A4", **given)
+
+
+def test_pictures_and_text_are_mixed_as_stated(llava_folder, tmp_path, questions, text):
+    run = learned(
+        llava_folder,
+        tmp_path,
+        calib_images=str(questions),
+        calib_dataset=str(text),
+        calib_image_share=0.75,
+        vision_scheme="W8A8",
+    )
+    words = run.folder.identity["calibration"]
+    assert "3 of 6 with pictures" in words and "1 x 24 = 24 tokens" in words
+    assert run.folder.tower.finished_blocks() == 2
+
+
+def test_the_weight_of_picture_tokens_counts(llava_folder, tmp_path, questions):
+    losses = []
+    for weight in (1.0, 1e-3):
+        run = learned(
+            llava_folder,
+            tmp_path / str(weight),
+            calib_images=str(questions),
+            calib_image_share=1.0,
+            image_token_weight=weight,
+        )
+        losses.append([record.initial_loss for record in run.records])
+    assert losses[0] != losses[1]
+
+
+def test_a_tower_without_pictures_to_learn_on_is_refused(llava_folder, tmp_path, text):
+    with pytest.raises(LRQuantError, match="no calibration sample has a picture"):
+        learned(llava_folder, tmp_path, calib_dataset=str(text), vision_scheme="W8A8")
+
+
+def test_a_run_with_a_tower_resumes_to_the_same_bytes(llava_folder, tmp_path, questions):
+    settings = {"calib_images": str(questions), "calib_image_share": 1.0, "vision_scheme": "W4A8"}
+    whole = learned(llava_folder, tmp_path / "whole", **settings)
+    half = learned(llava_folder, tmp_path / "half", **settings)
+    for path in (half.folder.block_path(1), half.folder.tower.block_path(1)):
+        path.unlink()
+    half.folder.block_path(0).unlink()
+    again = learned(llava_folder, tmp_path / "half", resume=str(half.folder.path), **settings)
+    for one, other in ((whole.folder, again.folder), (whole.folder.tower, again.folder.tower)):
+        for index in range(2):
+            assert one.block_path(index).read_bytes() == other.block_path(index).read_bytes()
+
+
+def test_questions_are_answered_as_the_model_does(
+    llava_folder, tmp_path, questions, monkeypatch
+):
+    """Full precision through this package, against `generate` of transformers alone."""
+    run = learned(
+        llava_folder,
+        tmp_path,
+        calib_images=str(questions),
+        calib_image_share=1.0,
+        vqa=(str(questions),),
+        compare=True,
+        agreement=(str(questions),),
+    )
+    module = AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(llava_folder)
+    item = read_conversations(questions).items[0]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "path": str(item.pictures[0])},
+                {"type": "text", "text": "which one?"},
+            ],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    output = module.generate(**inputs, max_new_tokens=16, do_sample=False)
+    words = processor.tokenizer.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    path = tmp_path / "own.jsonl"
+    line = json.loads(questions.read_text().splitlines()[0])
+    path.write_text(json.dumps({**line, "answers": [words]}) + "\n")
+    found = lrquant.evaluate(str(llava_folder), vqa=(str(path),), precision="float32")
+    if normalized(words):
+        assert found["vqa"][str(path)]["full_precision"]["exact_match"] == 1
+    scores = run.results["vqa"][str(questions)]
+    assert set(scores) == {"text", "quantized", "full_precision", "round_to_nearest"}
+    agreement = run.results["agreement"][str(questions)]
+    assert agreement["quantized"]["kl_mean"] > 0 and "positions" not in agreement["quantized"]
+    assert math.isfinite(run.results["perplexity"][str(questions)]["quantized"])
+
+
+def test_a_saved_checkpoint_carries_the_processor_and_answers(
+    llava_folder, tmp_path, questions, capsys
+):
+    place = tmp_path / "saved"
+    learned(
+        llava_folder,
+        tmp_path,
+        calib_images=str(questions),
+        calib_image_share=1.0,
+        vision_scheme="W8A8",
+        save_dir=str(place),
+        format="lrquant",
+    )
+    assert AutoProcessor.from_pretrained(place).chat_template
+    found = lrquant.evaluate(str(place), vqa=(str(questions),), ppl=(str(questions),))
+    assert set(found["vqa"][str(questions)]["quantized"]) >= {"exact_match", "vqa_accuracy"}
+    assert main(["inspect", str(place)]) == 0
+    assert "verified: hashes" in capsys.readouterr().out
+
+
+def test_the_model_card_is_of_a_multimodal_model(llava_folder, tmp_path, text):
+    place = tmp_path / "saved"
+    learned(
+        llava_folder, tmp_path, calib_dataset=str(text), save_dir=str(place), format="lrquant"
+    )
+    card = (place / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+
+
+def test_classifiers_are_measured_by_their_classes(tmp_path, make_vision, pictures):
+    folder = tmp_path / "model"
+    make_vision("vit").save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    classes = tmp_path / "classes"
+    for index, file in enumerate(sorted(pictures.glob("*.png"))):
+        place = classes / str(index % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        file.rename(place / file.name)
+    run = lrquant.quantize(
+        str(folder),
+        "W8A8",
+        calib_images=str(classes),
+        classify=str(classes),
+        output_dir=str(tmp_path / "run"),
+        **SETTINGS,
+    )
+    found = run.results["classification"]
+    assert found["full_precision"]["same_top"] == 1
+    assert 0 <= found["quantized"]["accuracy"] <= 1 and found["quantized"]["same_top"] >= 0.5
+    (classes / "9").mkdir()
+    next(classes.rglob("*.png")).rename(classes / "9" / "x.png")
+    with pytest.raises(LRQuantError, match=r"in no folder named as one of the model's 3 classes"):
+        lrquant.evaluate(str(folder), classify=str(classes))
+
+
+@pytest.mark.parametrize(
+    "answer, right, exact, rule",
+    [
+        ("A circle.", ["circle"], 1, 1),
+        ("square", ["circle"], 0, 0),
+        ("yes", ["yes"] * 2 + ["no"] * 8, 1, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        ("no", ["yes"] * 2 + ["no"] * 8, 1, 1),
+        ("maybe", ["yes"] * 2 + ["no"] * 8, 0, 0),
+        ("It's the blue one", ["its blue one"], 1, 1),
+    ],
+)
+def test_answers_are_scored_as_the_field_does(answer, right, exact, rule):
+    assert exact_match(answer, right) == exact
+    assert vqa_accuracy(answer, right) == pytest.approx(rule)
