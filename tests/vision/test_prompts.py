@@ -169,9 +169,7 @@ def test_a_run_with_a_tower_resumes_to_the_same_bytes(llava_folder, tmp_path, qu
             assert one.block_path(index).read_bytes() == other.block_path(index).read_bytes()
 
 
-def test_questions_are_answered_as_the_model_does(
-    llava_folder, tmp_path, questions, monkeypatch
-):
+def test_questions_are_answered_as_the_model_does(llava_folder, tmp_path, questions, monkeypatch):
     """Full precision through this package, against `generate` of transformers alone."""
     run = learned(
         llava_folder,
@@ -236,9 +234,7 @@ def test_a_saved_checkpoint_carries_the_processor_and_answers(
 
 def test_the_model_card_is_of_a_multimodal_model(llava_folder, tmp_path, text):
     place = tmp_path / "saved"
-    learned(
-        llava_folder, tmp_path, calib_dataset=str(text), save_dir=str(place), format="lrquant"
-    )
+    learned(llava_folder, tmp_path, calib_dataset=str(text), save_dir=str(place), format="lrquant")
     card = (place / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card
     assert "AutoModelForImageTextToText.from_pretrained" in card

@@ -79,5 +79,6 @@ def _loading(config: Config, form: Format, auto_class: str) -> list[str]:
         loading = form.loading(config.quantization, target)
         if loading.refusal is None:
             notes = " ".join(f"Note: {note}." for note in loading.notes)
-            ways.append(_LOADING[target].replace("CLASS", auto_class) + (f"\n\n{notes}" if notes else ""))
+            way = _LOADING[target].replace("CLASS", auto_class)
+            ways.append(way + (f"\n\n{notes}" if notes else ""))
     return ways or ["No runtime is known to load this scheme in this format."]
