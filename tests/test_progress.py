@@ -60,6 +60,19 @@ def test_block_epoch_loss_time_and_memory(screen):
     assert "peak 3.2 GB" in line and "left" in line
 
 
+def test_nothing_is_cut_off_on_a_terminal_of_80_columns(screen):
+    bars = BarProgress(screen)
+    narrow = Console(width=80, color_system=None)
+    with bars.blocks(30, 20, 128, lambda: 3_200_000_000):
+        bars.stepper(11)(128, 0.25)
+        lines = narrow.render_lines(bars._bars.get_renderable(), pad=False)
+    text = " ".join("".join(segment.text for segment in line) for line in lines)
+    assert "…" not in text and "0/30 blocks" in text and "0:00:00 left" in text
+    words = " ".join(text.split())
+    for said in ("block 11,", "epoch 1/20,", "loss 0.25,", "3.2 GB"):
+        assert said in words
+
+
 def test_blocks_that_were_learned_before_are_not_reckoned_as_speed(screen):
     bars = BarProgress(screen)
     with bars.blocks(4, 2, 5, lambda: 0):

@@ -200,7 +200,10 @@ def test_the_verdict_and_agreement_along_the_window(copied):
 
 def test_the_mean_accuracy_stands_at_the_top(copied):
     folder = RunFolder.open(copied)
-    mean = {"quantized": {"mean": 0.3125}, "full_precision": {"mean": 0.4375}}
+    mean = {
+        "quantized": {"mean": 0.3125, "stderr": 0.125},
+        "full_precision": {"mean": 0.4375, "stderr": None},
+    }
     folder.add_results({"task_means": {"mean of 2 tasks": {"acc_norm": mean}}})
     assert '<div class="tile"><span>mean of' not in (copied / "report.html").read_text()
     write_report(folder)
