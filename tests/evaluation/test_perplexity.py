@@ -176,7 +176,7 @@ def test_published_sets_that_cannot_be_had_are_left_out_and_named(
     caplog.set_level(logging.WARNING, "lrquant")
     model = from_module(make_model("llama"), tiny_tokenizer)
     config = Config(eval_ppl=True, seqlen=24, data_dir=str(data_dir))
-    assert list(prepare_evaluation(config, model)) == ["wikitext2", "ptb", "ptb-new"]
+    assert list(prepare_evaluation(config, model).texts) == ["wikitext2", "ptb", "ptb-new"]
     assert [message.split(" is left out")[0] for message in caplog.messages] == [
         *("perplexity on c4", "perplexity on c4-new")
     ]
@@ -196,4 +196,4 @@ def test_sets_asked_for_by_name_must_be_there(make_model, tiny_tokenizer, data_d
     monkeypatch.setattr(measures, "perplexity_windows", nothing)
     with pytest.raises(LRQuantError, match="wikitext2: not here"):
         prepare_evaluation(Config(eval_ppl=True, **settings), model)
-    assert prepare_evaluation(Config(**settings), model) == {}
+    assert prepare_evaluation(Config(**settings), model).texts == {}

@@ -53,7 +53,8 @@ def _label(file: Path, folder: Path, known: dict[str, int]) -> int:
     if name not in known or file.parent == folder:
         raise LRQuantError(
             f"--classify {folder}: {file.relative_to(folder)} is in no folder named as one of the "
-            f"model's {len(known)} classes or their numbers (such as {next(iter(known))})"
+            f"model's {len(set(known.values()))} classes or their numbers (such as "
+            f"{next(iter(known))})"
         )
     return known[name]
 

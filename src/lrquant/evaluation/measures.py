@@ -125,23 +125,25 @@ def evaluate_run(
         return
     scored = {"quantized": quantized}
     if config.compare is True or pictures is not None:
-        scored = {"full_precision": preparer(workbench, FLOATING_POINT)} | scored
+        scored["full_precision"] = preparer(workbench, FLOATING_POINT)
     if config.compare is True:
         scored["round_to_nearest"] = nearest
-    model, reference = workbench.model, None
+    model, classes = workbench.model, {}
     for variant, prepare in scored.items():
         module = materialize(workbench, prepare, prepare.tower)
         if pictures is not None:
-            found = predictions(pictures, module, variant, progress)
-            reference = found if reference is None else reference
-            right = accuracy(pictures, found, reference)
-            logger.info("%s: %.4f of the classes are right", variant, right["accuracy"])
-            yield {"classification": {"text": pictures.description, variant: right}}
+            classes[variant] = predictions(pictures, module, variant, progress)
         for name, asked in questions.items():
             answered = answer_questions(name, asked, module, model, variant, progress)
             yield {"vqa": {name: {"text": asked.description, variant: answered}}}
         if board is not None:
             yield board.add(variant, module, model.tokenizer)
+    if pictures is not None:
+        expected = classes["full_precision"]
+        right = {variant: accuracy(pictures, found, expected) for variant, found in classes.items()}
+        for variant, share in right.items():
+            logger.info("%s: %.4f of the classes are right", variant, share["accuracy"])
+        yield {"classification": {"text": pictures.description, **right}}
 
 
 def measure(
