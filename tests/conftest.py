@@ -9,6 +9,8 @@
 ``model_folder``    model_folder(name, **changes) -> a checkpoint with tokenizer on disk
 ``saved``           saved(name, scheme, **settings) -> a checkpoint of a run of zero epochs
 ``randomize_``      randomize_(module) -> fills parameters, biases and norms included, in place
+``takes_shift``     takes_shift(block, site) -> whether every module of a site has a bias
+``change_of_logits``  how far folding random scales and shifts into blocks moves a model's logits
 
 Everything is offline, on the CPU and seeded.  Helpers come as fixtures, never as imports.
 """
@@ -23,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -33,6 +37,7 @@ from transformers import (
 
 from lrquant import quantize
 from lrquant.model import from_module
+from lrquant.sites import UNTOUCHED, Fold, Site
 from lrquant.workbench import Workbench
 
 VOCABULARY = 264
@@ -64,6 +69,13 @@ TINY = {
         **_GATED, use_sliding_window=True, sliding_window=4, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**_GATED, head_dim=16),
+    "gemma": GemmaConfig(**_GATED, head_dim=8),
+    "gemma3": Gemma3TextConfig(
+        **_GATED,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "opt": OPTConfig(**_OPT),
     "opt-post-norm": OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}, do_layer_norm_before=False),
     "opt-bare": OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
@@ -178,3 +190,59 @@ def saved(tmp_path, token_ids):
         return tmp_path / "saved"
 
     return make
+
+
+def _takes_shift(block: torch.nn.Module, site: Site) -> bool:
+    modules = [block.get_submodule(fold.module) for fold in site.folds]
+    return site.shiftable and all(getattr(module, "bias", None) is not None for module in modules)
+
+
+@pytest.fixture(scope="session")
+def takes_shift():
+    return _takes_shift
+
+
+def _apply_(block, fold: Fold, s: torch.Tensor, shift: torch.Tensor | None, out: bool) -> None:
+    """Carry one fold of a site out on the weights themselves, in their own dtype."""
+    module = block.get_submodule(fold.module)
+    index = torch.tensor(fold.index)
+    reached, index = index != UNTOUCHED, index.clamp(min=0)
+    factor = torch.where(reached, s[index] ** fold.power, 1.0)
+    bias = getattr(module, "bias", None)
+    if shift is not None:
+        moved = torch.where(reached, shift[index], 0.0)
+        bias += -moved if out else module.weight @ moved
+    if fold.axis == "columns":
+        module.weight *= factor
+        return
+    if fold.axis == "norm":
+        module.weight.copy_((module.weight + fold.offset) * factor - fold.offset)
+    else:
+        module.weight *= factor[:, None]
+    if bias is not None:
+        bias *= factor
+
+
+@pytest.fixture(scope="session")
+def change_of_logits():
+    """change_of_logits(model, blocks, sites, inputs, left_out) -> largest change of the logits,
+    relative to the largest, when every site of every block is folded but the fold left out."""
+
+    @torch.no_grad()
+    def change(model, blocks, sites, inputs, left_out: Fold | None = None) -> float:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        logits = model(**inputs).logits
+        for index, block in enumerate(blocks):
+            generator = torch.Generator().manual_seed(index)
+            for site in sites:
+                s = 0.5 + 1.5 * torch.rand(site.size, generator=generator, dtype=torch.float64)
+                shift = torch.randn(site.size, generator=generator, dtype=torch.float64)
+                shift = shift if _takes_shift(block, site) else None
+                for fold in site.folds:
+                    if fold is not left_out:
+                        _apply_(block, fold, s, shift, fold is site.producer)
+        folded = model(**inputs).logits
+        model.load_state_dict(before)
+        return float((folded - logits).abs().max() / logits.abs().max())
+
+    return change

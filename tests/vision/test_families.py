@@ -16,7 +16,7 @@ from lrquant.evaluation.perplexity import send_through
 from lrquant.learn.view import Method
 from lrquant.model import Model, from_module
 from lrquant.scheme import FLOATING_POINT
-from lrquant.sites import KINDS, UNTOUCHED, Fold, Site
+from lrquant.sites import KINDS, Fold
 from lrquant.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -74,77 +74,39 @@ def test_sites_are_those_of_the_table(family, make_vision):
         assert {kind: kinds.count(kind) for kind in KINDS} == GELU
 
 
-def apply_(block: nn.Module, fold: Fold, s: torch.Tensor, shift: torch.Tensor | None, out: bool):
-    """Carry one fold of a site out on the weights themselves, in their own dtype."""
-    module = block.get_submodule(fold.module)
-    index = torch.tensor(fold.index)
-    reached = index != UNTOUCHED
-    factor = torch.where(reached, s[index.clamp(min=0)] ** fold.power, 1.0)
-    bias = getattr(module, "bias", None)
-    if shift is not None:
-        moved = torch.where(reached, shift[index.clamp(min=0)], 0.0)
-        bias += -moved if out else module.weight @ moved
-    if fold.axis == "columns":
-        module.weight *= factor
-        return
-    if fold.axis == "norm":
-        module.weight += fold.offset
-        module.weight *= factor
-        module.weight -= fold.offset
-    else:
-        module.weight *= factor[:, None]
-    if bias is not None:
-        bias *= factor
+@pytest.fixture
+def change(change_of_logits, make_feed):
+    """change(family, model, part, sites, left_out) -> change of the logits of two samples."""
 
+    def of(family, module, part, sites, left_out: Fold | None = None) -> float:
+        blocks = [module.get_submodule(part.block_name(i)) for i in range(len(part.blocks))]
+        inputs = in_float64(make_feed(family).collate(slice(0, 2)))
+        return change_of_logits(module, blocks, sites, inputs, left_out)
 
-def takes_shift(block: nn.Module, site: Site) -> bool:
-    modules = [block.get_submodule(fold.module) for fold in site.folds]
-    return site.shiftable and all(getattr(module, "bias", None) is not None for module in modules)
-
-
-@torch.no_grad()
-def change_of_logits(module, part: Model, sites, inputs, left_out: Fold | None = None) -> float:
-    """Largest change of the logits, relative to the largest, when every block is folded."""
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    logits = module(**inputs).logits
-    for index in range(len(part.blocks)):
-        block = module.get_submodule(part.block_name(index))
-        generator = torch.Generator().manual_seed(index)
-        for site in sites:
-            s = 0.5 + 1.5 * torch.rand(site.size, generator=generator, dtype=torch.float64)
-            shift = torch.randn(site.size, generator=generator, dtype=torch.float64)
-            shift = shift if takes_shift(block, site) else None
-            for fold in site.folds:
-                if fold is not left_out:
-                    apply_(block, fold, s, shift, fold is site.producer)
-    folded = module(**inputs).logits
-    module.load_state_dict(before)
-    return float((folded - logits).abs().max() / logits.abs().max())
+    return of
 
 
 def in_float64(inputs):
     return {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
 
 
-def test_folding_leaves_the_function_unchanged(family, make_vision, make_feed):
+def test_folding_leaves_the_function_unchanged(family, make_vision, change):
     """A picture and text forward is the same before and after folding, in both parts."""
     module = make_vision(family, torch.float64)
-    inputs = in_float64(make_feed(family).collate(slice(0, 2)))
     equal = FLOAT32 if family in INSIDE else EQUAL
     for part in parts_of(module):
         for site in part.sites:
-            assert change_of_logits(module, part, (site,), inputs) < equal, site.name
-        assert change_of_logits(module, part, part.sites, inputs) < equal
+            assert change(family, module, part, (site,)) < equal, site.name
+        assert change(family, module, part, part.sites) < equal
 
 
-def test_leaving_out_any_fold_is_seen(family, make_vision, make_feed):
+def test_leaving_out_any_fold_is_seen(family, make_vision, change):
     module = make_vision(family, torch.float64)
-    inputs = in_float64(make_feed(family).collate(slice(0, 2)))
+    clear = 1e-4 if family in INSIDE else CLEAR
     for part in parts_of(module):
         for site in part.sites:
             for fold in site.folds:
-                change = change_of_logits(module, part, (site,), inputs, fold)
-                assert change > (1e-4 if family in INSIDE else CLEAR), (site.name, fold.module)
+                assert change(family, module, part, (site,), fold) > clear, fold.module
 
 
 def test_the_block_view_folds_the_same_way(family, make_vision, make_feed):

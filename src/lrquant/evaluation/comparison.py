@@ -9,10 +9,11 @@ from datetime import datetime
 from statistics import fmean, stdev
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lrquant.config import Config
 from lrquant.evaluation.zero_shot import Tasks, TaskScores, score_tasks
+from lrquant.prompts import Reader
 from lrquant.workdir import RunFolder
 
 logger = logging.getLogger("lrquant")
@@ -31,11 +32,9 @@ class TaskBoard:
         self.tasks, self.config, self.folder = tasks, config, folder
         self.scores: dict[str, TaskScores] = {}
 
-    def add(
-        self, variant: str, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-    ) -> dict[str, Any]:
+    def add(self, variant: str, module: PreTrainedModel, reader: Reader) -> dict[str, Any]:
         """Score one more model; what results.json says of all so far."""
-        scores = self.scores[variant] = score_tasks(self.tasks, module, tokenizer, self.config)
+        scores = self.scores[variant] = score_tasks(self.tasks, module, reader, self.config)
         if self.folder is not None:
             date = datetime.now().isoformat(timespec="seconds").replace(":", "-")
             (self.folder.path / "tasks").mkdir(exist_ok=True)

@@ -137,7 +137,7 @@ def evaluate_run(
             answered = answer_questions(name, asked, module, model, variant, progress)
             yield {"vqa": {name: {"text": asked.description, variant: answered}}}
         if board is not None:
-            yield board.add(variant, module, model.tokenizer)
+            yield board.add(variant, module, model)
     if pictures is not None:
         expected = classes["full_precision"]
         right = {variant: accuracy(pictures, found, expected) for variant, found in classes.items()}

@@ -139,7 +139,7 @@ def measure_subject(
         answered = answer_questions(name, asked, module, subject.reader, variant, progress)
         yield {"vqa": {name: {"text": asked.description, variant: answered}}}
     if board is not None and module is not None:
-        yield board.add(variant, module, subject.reader.tokenizer)
+        yield board.add(variant, module, subject.reader)
 
 
 def _run(name: str, config: Config) -> Subject:

@@ -9,15 +9,17 @@ import io
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.prompts import Reader, require_processor
 
 logger = logging.getLogger("lrquant")
 NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
@@ -30,7 +32,8 @@ class Tasks:
 
     `names` are those asked for (of a tag: its tasks), `loaded` the harness's objects, `sets` says
     by task what is scored, `members` are the tasks of each group, `parents` name the group asked
-    for by what is below it, and `weighted` are groups that weigh each task by its size.
+    for by what is below it, `weighted` are groups that weigh each task by its size, and
+    `with_pictures` the tasks that show some.
     """
 
     names: tuple[str, ...]
@@ -39,6 +42,7 @@ class Tasks:
     members: dict[str, tuple[str, ...]]
     parents: dict[str, str]
     weighted: frozenset[str]
+    with_pictures: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,26 +85,17 @@ def load_tasks(config: Config) -> Tasks | None:
 
 
 def score_tasks(
-    tasks: Tasks, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: Config
+    tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config
 ) -> TaskScores:
     """What the harness finds for a model in memory."""
-    import torch
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    if tokenizer is None:
+    if reader.tokenizer is None:
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
-    size = config.task_batch_size
     with quiet_harness(), no_commit_of_this_folder():
-        wrapped = HFLM(
-            pretrained=module,
-            tokenizer=tokenizer,
-            batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
-            softmax_dtype=torch.float32,
-        )
         output = simple_evaluate(
-            wrapped,
+            _wrapped(tasks, module, reader, config),
             tasks=list(tasks.loaded),
             num_fewshot=config.num_fewshot,
             limit=None if config.limit < 0 else config.limit,
@@ -108,6 +103,32 @@ def score_tasks(
         )
     samples = output.pop("samples")
     return TaskScores(output, {task: _items(found) for task, found in samples.items()})
+
+
+def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config) -> Any:
+    """The model as the harness runs it: with its processor where tasks show pictures."""
+    import torch
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+
+    if not tasks.with_pictures:
+        size = config.task_batch_size
+        return HFLM(
+            pretrained=module,
+            tokenizer=reader.tokenizer,
+            batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
+            softmax_dtype=torch.float32,
+        )
+    others = sorted(tasks.sets.keys() - tasks.with_pictures)
+    if others:
+        raise LRQuantError(
+            f"--tasks: {', '.join(sorted(tasks.with_pictures))} show pictures and "
+            f"{', '.join(others)} do not; the harness runs them apart, so give them in two commands"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        require_processor(reader).save_pretrained(folder)
+        module.name_or_path = folder  # where the harness looks for a model's processor
+        return HFMultimodalLM(pretrained=module, batch_size=1, convert_img_format=True)
 
 
 def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
