@@ -136,6 +136,8 @@ def _run(
     config, measure_only = resolve_settings(settings)
     progress = with_tensorboard(progress, config.log_dir)
     logger.info("scheme %s", config.quantization.describe())
+    if config.vision_quantization is not None:
+        logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(config))
     check_comparison(config)
     tasks = load_tasks(config)

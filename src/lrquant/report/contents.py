@@ -40,6 +40,7 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
         "run": _run(folder, records, results),
         "results": {name: results[name] for name in _MEASURES if results.get(name)},
         "blocks": blocks,
+        "tower_blocks": [_block(folder.tower, record) for record in folder.tower.records()],
         "worst_linears": _worst_linears(blocks),
         "worst_blocks": _worst_blocks(blocks),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
@@ -9,7 +10,7 @@ from lrquant.export.manifest import MANIFEST, read_manifest
 from lrquant.export.verification import verify
 from lrquant.report.tables import results_table, table
 from lrquant.scheme import Scheme
-from lrquant.workdir import RunFolder, read_json
+from lrquant.workdir import BlockRecord, RunFolder, read_json
 
 
 def inspect_folder(path: Path) -> str:
@@ -38,25 +39,35 @@ def _inspect_run(folder: RunFolder) -> str:
         f"time: {sum(r.seconds for r in records):.0f} s; "
         f"peak memory: {_size(max((r.peak_memory_bytes for r in records), default=0))}",
         "",
-        table(
-            ["block", "initial loss", "final loss", "seconds", "not finite"],
-            [
-                [
-                    str(r.block),
-                    f"{r.initial_loss:.6g}",
-                    f"{r.final_loss:.6g}",
-                    f"{r.seconds:.1f}",
-                    "; ".join(r.non_finite) or "-",
-                ]
-                for r in records
-            ],
-        ),
+        _losses(records),
     ]
+    tower = identity.get("tower")
+    if tower is not None:
+        records = folder.tower.records()
+        scheme = Scheme(**tower["scheme"]).describe()
+        lines += ["", f"vision tower: {len(records)} of {tower['blocks']} blocks; {scheme}", ""]
+        lines.append(_losses(records))
     results = folder.path / "results.json"
     if results.is_file():
         text = results_table(read_json(results))
         lines += ["", text] if text else []
     return "\n".join(lines)
+
+
+def _losses(records: Sequence[BlockRecord]) -> str:
+    return table(
+        ["block", "initial loss", "final loss", "seconds", "not finite"],
+        [
+            [
+                str(r.block),
+                f"{r.initial_loss:.6g}",
+                f"{r.final_loss:.6g}",
+                f"{r.seconds:.1f}",
+                "; ".join(r.non_finite) or "-",
+            ]
+            for r in records
+        ],
+    )
 
 
 def _inspect_checkpoint(path: Path) -> str:
@@ -81,6 +92,7 @@ def _inspect_checkpoint(path: Path) -> str:
     lines = [
         *head,
         f"scheme: {facts['scheme']}",
+        *([f"vision tower: {facts['tower']}"] if facts.get("tower") else []),
         f"learned as: {facts['method']}, from {facts['base_model']}",
         f"calibration: {facts['calibration']['text']}",
         f"bits per weight of the linears, scales and zero points counted: "

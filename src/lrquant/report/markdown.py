@@ -11,6 +11,7 @@ from lrquant.report.sections import (
     facts,
     linear_table,
     result_tables,
+    tower_tables,
     worst_table,
 )
 from lrquant.report.tables import table
@@ -28,6 +29,7 @@ def run_markdown(contents: dict[str, Any]) -> str:
         parts.append("\n".join(["## Not in this report", "", *lines]))
     shown = [*result_tables([contents], [""]), adaptation_table(contents)]
     shown += [worst_table(contents), block_table(contents), linear_table(contents)]
+    shown += tower_tables(contents)
     parts += [_section(each) for each in shown if each.rows]
     return "\n\n".join(parts) + "\n"
 

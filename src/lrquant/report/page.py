@@ -20,6 +20,7 @@ from lrquant.report.sections import (
     linear_table,
     number,
     result_tables,
+    tower_tables,
     worst_table,
 )
 from lrquant.report.tables import COLUMNS
@@ -32,6 +33,7 @@ def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
     """One run's page: no script, nothing fetched, all text escaped by the templates."""
     run = contents["run"]
     errors = [worst_table(contents), block_table(contents), linear_table(contents)]
+    errors += tower_tables(contents)
     return _template("run.html").render(
         title=f"{run['name']} · {run['scheme']} · {run['method_name']}",
         run=run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.filesize import decimal
@@ -278,6 +278,18 @@ _BLOCK_HEAD = (
     *("loss RTN", "learned", "cosine RTN", "learned", "made RTN", "learned", "carried in"),
     *("in all", "start → end, all samples", "time", "peak memory", "not finite"),
 )
+
+
+def tower_tables(contents: dict[str, Any]) -> list[Table]:
+    """The blocks and linears of the vision tower, if it is quantised."""
+    tower = {**contents, "blocks": contents["tower_blocks"]}
+    if not tower["blocks"]:
+        return []
+    return [
+        replace(table, title=f"Vision tower: {table.title.lower()}")
+        for table in (block_table(tower), linear_table(tower))
+        if table.rows
+    ]
 
 
 def _without_empty(
