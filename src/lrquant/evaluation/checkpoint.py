@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -21,10 +22,15 @@ from lrquant.blocks import stubs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
-from lrquant.export.manifest import SETTINGS
+from lrquant.export.manifest import MANIFEST, SETTINGS, require_weights
 from lrquant.model import choose_device
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
+
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError),
+    UnpicklingError,  # a file that holds more than tensors, which torch refuses
+)
 
 
 @dataclass(frozen=True)
@@ -101,21 +107,26 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
 
 
 def load_checkpoint(name: str, config: Config) -> Checkpoint:
-    """Load it in the dtype that it is stored in, or that `--precision` says."""
+    """Load it in the dtype that it is stored in, or that `--precision` says.
+
+    Weights that this project wrote and that changed since are refused.
+    """
     folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
+    if (folder / MANIFEST).is_file():
+        require_weights(folder)
+    made_by = folder / SETTINGS
+    settings = Config.from_yaml(made_by) if made_by.is_file() else None
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         module = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtypes.get(config.precision, "auto")
         )
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise LRQuantError(
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
             "the run that it is of"
         ) from error
-    made_by = folder / SETTINGS
-    settings = Config.from_yaml(made_by) if made_by.is_file() else None
     nn.Module.to(module, choose_device(config.device))
     return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings)
