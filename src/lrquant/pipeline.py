@@ -140,6 +140,11 @@ def _run(
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(config))
     check_comparison(config)
+    form = None
+    if config.save_dir is not None:
+        check_target(config, Path(config.save_dir))
+    if config.save_dir is not None or (config.target and not measure_only):
+        form = choose_format(config)
     tasks = load_tasks(config)
     model = model or load_model(config.model, _path(config.cache_dir))
     check_groups(model, config.quantization)
@@ -147,10 +152,8 @@ def _run(
         require_tower(model.architecture, model.skeleton.config)
         assert model.tower is not None
         check_groups(model.tower, config.vision_quantization)
-    if config.save_dir is not None:
-        check_target(config, Path(config.save_dir))
-    if config.save_dir is not None or (config.target and not measure_only):
-        check_format(model, config, choose_format(config))
+    if form is not None:
+        check_format(model, config, form)
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -179,8 +182,8 @@ def _run(
             progress.measured(measured)
         for measured in _measure_base(config, board, progress):
             results = results_folder.add_results(beside(results, measured))
-    if config.save_dir is not None:
-        save_checkpoint(workbench, config, folder, Path(config.save_dir), choose_format(config))
+    if config.save_dir is not None and form is not None:
+        save_checkpoint(workbench, config, folder, Path(config.save_dir), form)
     progress.close()
     measured_sets = config.perplexity_sets or config.tasks or config.vqa or config.classify
     learned_or_measured = not measure_only or bool(measured_sets)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lrquant import LRQuantError, cli, evaluate, quantize
+from lrquant.export.manifest import MANIFEST
 from lrquant.pipeline import export
 
 TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(40))
@@ -108,13 +109,51 @@ def test_a_checkpoint_is_loaded_without_bars_where_no_terminal_is(learn, data_di
     assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
 
 
-def test_a_checkpoint_that_cannot_be_loaded(learn, data_dir, tmp_path):
+class Harmful:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return open, (self.place, "w")
+
+
+def test_a_checkpoint_whose_weights_changed_is_refused(learn, data_dir, tmp_path):
     learn("W4A16", save_dir=str(tmp_path / "saved"))
+    shard = tmp_path / "saved" / "model-0001.safetensors"
+    whole = shard.read_bytes()
+    edited = whole[:-1] + bytes([whole[-1] ^ 1])
+    said = {whole[:100]: "100 bytes, ", edited: "changed since it was written", None: "missing"}
+    for content, words in said.items():
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(LRQuantError, match=rf"saved: model-0001\.safetensors: {words}"):
+            perplexity(tmp_path / "saved", data_dir)
+    shard.write_bytes(whole)
+    (tmp_path / "saved" / "generation_config.json").write_text("{}")
+    perplexity(tmp_path / "saved", data_dir)  # what is not a weight may be edited
+    manifest = tmp_path / "saved" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2', 1))
+    with pytest.raises(LRQuantError, match="version 2: this lrquant reads up to 1; update"):
+        perplexity(tmp_path / "saved", data_dir)
+
+
+def test_a_checkpoint_that_cannot_be_loaded(learn, data_dir, tmp_path):
+    """Without a manifest, transformers says what is wrong; nothing is ever unpickled."""
+    learn("W4A16", save_dir=str(tmp_path / "saved"))
+    (tmp_path / "saved" / MANIFEST).unlink()
     shard = tmp_path / "saved" / "model-0001.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(LRQuantError, match=r"saved: transformers cannot load it") as refused:
         perplexity(tmp_path / "saved", data_dir)
     assert "\n" not in str(refused.value)
+    for path in (tmp_path / "saved").glob("*.safetensors*"):
+        path.unlink()
+    harmful = {"model.norm.weight": Harmful(tmp_path / "harmed")}
+    torch.save(harmful, tmp_path / "saved" / "pytorch_model.bin")
+    with pytest.raises(LRQuantError, match=r"saved: transformers cannot load it") as refused:
+        perplexity(tmp_path / "saved", data_dir)
+    assert "\n" not in str(refused.value) and not (tmp_path / "harmed").exists()
 
 
 def test_the_exit_code_says_whether_the_loss_is_acceptable(

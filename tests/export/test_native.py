@@ -164,6 +164,21 @@ def test_what_it_does_not_know_is_refused(learn, tmp_path, change, said):
         loaded(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp.down_proj.weight_scale", "input_layernorm.weight", "input_layernorm.shift"]
+)
+def test_a_missing_tensor_is_refused(learn, tmp_path, name):
+    """transformers would warn, and go on with whatever is in its memory."""
+    learn("llama", "W4A4", epochs=1, let_shift="always")
+    path, index = tmp_path / "saved" / "model-0001.safetensors", tmp_path / "saved" / INDEX
+    tensors, values = load_file(path), json.loads(index.read_text())
+    del tensors[f"model.layers.1.{name}"], values["weight_map"][f"model.layers.1.{name}"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    index.write_text(json.dumps(values))
+    with pytest.raises(LRQuantError, match=rf"model.layers.1.{name} is missing; export"):
+        loaded(tmp_path / "saved")
+
+
 def test_the_dense_factor_is_refused_before_learning(learn, tmp_path):
     with pytest.raises(LRQuantError, match="--rotation_sharing site or linear"):
         learn("llama", "W4A4", rotation_sharing="weight")

@@ -135,6 +135,23 @@ def test_a_run_is_refused_before_learning_even_without_save_dir(
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target": "vllm"}, "--target vllm: cannot hold"),
+        ({"format": "awq"}, "--format awq: "),
+        ({"format": "gguf"}, "--format gguf: use one of"),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_read(tmp_path, settings, said):
+    """Reading it can take longer than all else that is done before learning."""
+    places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
+    with pytest.raises(LRQuantError, match=said):
+        quantize(str(tmp_path / "no model"), "W4A4", **places, **settings)
+    with pytest.raises(LRQuantError, match="no model"):  # what can be held gets as far as that
+        quantize(str(tmp_path / "no model"), "W4A4", **places, format="lrquant")
+
+
 def test_the_target_goes_with_the_run(make_model, token_ids, tmp_path):
     run = quantize(
         make_model("llama"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import single_samples
-from lrquant.export.manifest import SETTINGS
+from lrquant.export.manifest import MANIFEST, SETTINGS, require_weights
 from lrquant.model import choose_device, load_processor
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
+
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError),
+    UnpicklingError,  # a file that holds more than tensors, which torch refuses
+)
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,13 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
 
 
 def load_checkpoint(name: str, config: Config) -> Checkpoint:
-    """Load it in the dtype that it is stored in, or that `--precision` says."""
+    """Load it in the dtype that it is stored in, or that `--precision` says.
+
+    Weights that this project wrote and that changed since are refused.
+    """
     folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
+    if (folder / MANIFEST).is_file():
+        require_weights(folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     try:
         architecture = architecture_of(AutoConfig.from_pretrained(folder))
@@ -134,7 +145,7 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
             module = architecture.auto_class.from_pretrained(
                 folder, dtype=dtypes.get(config.precision, "auto")
             )
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise LRQuantError(
             f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "

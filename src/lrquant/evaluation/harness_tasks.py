@@ -134,9 +134,10 @@ def _written_in_python(name: str, manager: TaskManager) -> bool:
 
 
 def _check(name: str, task: Any, config: Config) -> None:
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        what = "runs generated code" if getattr(task, "UNSAFE_CODE", False) else "needs pictures"
-        raise LRQuantError(f"--tasks {name}: {what}, which is not supported; leave it out")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise LRQuantError(
+            f"--tasks {name}: runs generated code, which is not supported; leave it out"
+        )
     shots = 0 if task.config.num_fewshot == 0 else config.num_fewshot  # so does the harness
     split = next((s for s in ("train", "dev") if s in getattr(task, "lacking", ())), None)
     if shots and split is not None:

@@ -60,6 +60,16 @@ def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
     return problems
 
 
+def require_weights(place: Path) -> None:
+    """LRQuantError unless the weight files of a checkpoint are those that were written."""
+    manifest = read_manifest(place)
+    weights = {n: f for n, f in manifest["files"].items() if ".safetensors" in n}
+    problems = changed_files(place, manifest | {"files": weights})
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise LRQuantError(f"checkpoint {place}: {problems[0]}{more}; export the run again")
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

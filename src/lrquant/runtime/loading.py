@@ -127,6 +127,7 @@ class NativeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **rest: Any
     ) -> PreTrainedModel:
+        _refuse_missing(model)
         for module in model.modules():
             if isinstance(module, IntegerLinear):
                 module.unpack()
@@ -148,6 +149,20 @@ def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:
     config = getattr(model.get_submodule(linear.rpartition(".")[0]), "config", None)
     if config is not None and scheme.attention_bits != FLOAT_BITS:
         config._attn_implementation = attention_name(scheme)
+
+
+def _refuse_missing(model: PreTrainedModel) -> None:
+    """Tensors that the files lack hold anything: transformers marks what it loaded, and tied."""
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LRQuantError(
+            f"checkpoint {model.name_or_path}: {missing[0]}{more} is missing; export the run again"
+        )
 
 
 def _ends_with(name: str, modules: list[str]) -> bool:
