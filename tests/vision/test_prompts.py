@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
+import datasets
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, ViTImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    ViTImageProcessorPil,
+)
 
 import lrquant
 from lrquant.cli import main
@@ -280,3 +287,64 @@ def test_classifiers_are_measured_by_their_classes(tmp_path, make_vision, pictur
 def test_answers_are_scored_as_the_field_does(answer, right, exact, rule):
     assert exact_match(answer, right) == exact
     assert vqa_accuracy(answer, right) == pytest.approx(rule)
+
+
+@pytest.fixture
+def chartqa(tmp_path, pictures):
+    """The harness's chartqa with two items of our own, saved where --data_dir finds it."""
+    files = sorted(pictures.glob("*.png"))[:2]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "query": datasets.Value("string"),
+            "label": datasets.List(datasets.Value("string")),
+        }
+    )
+    rows = [{"image": str(file), "query": "how many?", "label": ["3"]} for file in files]
+    saved = tmp_path / "sets" / "HuggingFaceM4" / "ChartQA" / "none" / "test"
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(saved))
+    return tmp_path / "sets"
+
+
+def test_tasks_of_the_harness_that_show_pictures(
+    llava_folder, tmp_path, chartqa, questions, monkeypatch
+):
+    for file in ("config.json", "tokenizer_config.json"):  # the prompt has a thousand bytes
+        path = llava_folder / file
+        path.write_text(
+            re.sub(
+                r'("(max_position_embeddings|model_max_length)": )\d+',
+                r"\g<1>4096",
+                path.read_text(),
+            )
+        )
+    seen = []
+    generate = LlavaForConditionalGeneration.generate
+
+    def short(self, *args, **settings):
+        seen.append(settings["pixel_values"].shape)
+        return generate(self, *args, **{**settings, "max_new_tokens": 3, "max_length": None})
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", short)
+    run = learned(
+        llava_folder,
+        tmp_path,
+        calib_images=str(questions),
+        calib_image_share=1.0,
+        tasks="chartqa",
+        data_dir=str(chartqa),
+        compare=True,
+    )
+    scores = run.results["tasks"]["chartqa"]
+    assert {"quantized", "full_precision", "round_to_nearest"} <= set(scores)
+    assert len(seen) == 6 and {tuple(shape) for shape in seen} == {(1, 3, 16, 16)}
+
+
+def test_sets_of_pictures_that_cannot_be_had_are_said(llava_folder, questions, tmp_path):
+    with pytest.raises(LRQuantError, match="HuggingFaceM4/ChartQA"):
+        learned(
+            llava_folder,
+            tmp_path,
+            calib_images=str(questions),
+            tasks="chartqa",
+        )
