@@ -29,7 +29,7 @@ PUBLISHED = {
 
 OTHER = {  # a legal value that is not the default, by type or by name
     **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
-    **{"vision_scheme": "W8A8"},
+    **{"vision_scheme": "W8A8", "vqa": ("q.jsonl",)},
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},

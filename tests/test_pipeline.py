@@ -302,7 +302,8 @@ def test_the_homologous_target_is_the_full_precision_block_on_the_quantised_inpu
     fit = pipeline.fit_block
 
     def fitting(view, runner, data, *rest):
-        seen.append([data.inputs.states.clone(), *(t.states.clone() for t in data.targets)])
+        streams = (data.inputs, *data.targets)
+        seen.append([stream.states.clone().unflatten(0, (-1, TOKENS)) for stream in streams])
         return fit(view, runner, data, *rest)
 
     monkeypatch.setattr(pipeline, "fit_block", fitting)

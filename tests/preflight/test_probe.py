@@ -57,7 +57,7 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     step = probe.learning_step
 
     def spy(view, runner, data, batch, optimizer, objective, kind):
-        seen.append((data.entry.shape, view.scheme, len(data.targets), kind, view.parameters))
+        seen.append((data.entry.batches[0].shape, view.scheme, len(data.targets), kind, view.parameters))
         return step(view, runner, data, batch, optimizer, objective, kind)
 
     monkeypatch.setattr(probe, "learning_step", spy)
@@ -65,7 +65,7 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     costs = probe_block(bench, config)
     assert len(seen) == 1 + REPEATS
     shape, scheme, targets, kind, parameters = seen[0]
-    assert (shape, targets, kind) == ((3, 16, 32), 2, "nlc")
+    assert (shape, targets, kind) == ((3, 16), 2, "nlc")
     assert scheme == config.quantization
     assert {name.split(".")[0] for name in parameters} == {"let", "lwc", "rotation"}
     assert costs.streams == 3 * 3 * 16 * 32 * 4
