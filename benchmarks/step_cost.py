@@ -83,7 +83,8 @@ def _plain_step(
     module: LlamaForCausalLM, data: BlockData, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
     block = module.model.layers[0].to(device, dtype)
-    inputs, targets = (s.read(slice(0, None)).to(dtype) for s in (data.inputs, *data.targets))
+    batch = data.entry.batches[0]
+    inputs, targets = (s.read(batch).to(dtype) for s in (data.inputs, *data.targets))
     arguments = dict(data.entry.arguments(0, 0))
     arguments["position_embeddings"] = tuple(
         part.to(dtype) for part in arguments["position_embeddings"]
