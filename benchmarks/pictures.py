@@ -7,9 +7,9 @@ examples/easy_vqa_data.py writes (train.jsonl, test.jsonl); DIR has wikitext2/va
 
 Protocol: 32 samples, of which those with pictures are conversations of train.jsonl with their
 answers and those of text are windows of 64 tokens of wikitext2's validation split; seed 2, 5
-epochs, batches of 4.  Measured on the first questions of test.jsonl (--questions): exact match of greedy
-answers, mean KL divergence of the next-token distribution from full precision where the next token
-is text.  A row is a run folder in FOLDER; what is there already is not learned or measured again.
+epochs, batches of 4.  Measured on the first questions of test.jsonl (--questions): exact match of
+greedy answers, and mean KL divergence of the next-token distribution from full precision where the
+next token is text.  A row is a run folder in FOLDER; what is there already is not done again.
 """
 
 from __future__ import annotations
