@@ -98,7 +98,9 @@ def build_tasks(names: list[str], config: Config) -> Tasks:
         members={name: _tasks_of(group) for name, group in groups.items()},
         parents=parents,
         weighted=frozenset(name for name, group in groups.items() if _weighted(group)),
-        with_pictures=frozenset(n for n, task in loaded["tasks"].items() if task.MULTIMODAL),
+        with_pictures=frozenset(
+            n for n, task in loaded["tasks"].items() if getattr(task, "MULTIMODAL", False)
+        ),
     )
 
 
