@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import BlockInputs, Head, PreparedBlock
+from lrquant.blocks import Head, PreparedBlock
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.evaluation.measures import preparer
 from lrquant.evaluation.perplexity import score, send_through
+from lrquant.inputs import BlockInputs
 from lrquant.model import Model, load_model
 from lrquant.pipeline import run
 from lrquant.presets import PRESETS

@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from lrquant.blocks import BlockInputs
 from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.inputs import BlockInputs
 from lrquant.learn.objective import Objective
 from lrquant.learn.view import Method
 from lrquant.model import choose_device, choose_precision, from_module

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks import BlockInputs, Head, PreparedBlock
+from lrquant.blocks import Head, PreparedBlock
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import score, send_through
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.scheme import FLOATING_POINT, Scheme

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lrquant import fit
-from lrquant.blocks import BlockInputs
 from lrquant.errors import LRQuantError
 from lrquant.fit import BlockData, FitSettings, fit_block
+from lrquant.inputs import BlockInputs
 from lrquant.learn.objective import Objective
 from lrquant.learn.view import SMALLEST_LEARNED_SCALE, Method
 from lrquant.scheme import Scheme

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import lrquant
-from lrquant import Config, LRQuantError, pipeline
+from lrquant import Config, LRQuantError, learning, pipeline
 from lrquant.pipeline import collect_statistics, evaluate, quantize
 from lrquant.workdir import RunFolder
 
@@ -284,13 +284,13 @@ def test_what_lrquant_plus_is_said_to_be(learn, tmp_path, caplog):
 def test_the_homologous_branch_is_computed_once_a_block(learn, tmp_path, monkeypatch):
     """Two full-precision passes a block, one a stream, however many steps are taken."""
     calls = []
-    advance = pipeline.advance_full_precision
+    advance = learning.advance_full_precision
 
     def counting(workbench, index, stored, entry, stream, into, *observer):
         calls.append((index, stream is into))
         advance(workbench, index, stored, entry, stream, into, *observer)
 
-    monkeypatch.setattr(pipeline, "advance_full_precision", counting)
+    monkeypatch.setattr(learning, "advance_full_precision", counting)
     learn(tmp_path, two_branch=True, epochs=4)
     assert calls == [(block, own) for block in range(BLOCKS) for own in (True, False)]
 
@@ -299,14 +299,14 @@ def test_the_homologous_target_is_the_full_precision_block_on_the_quantised_inpu
     model, learn, tmp_path, monkeypatch
 ):
     seen = []
-    fit = pipeline.fit_block
+    fit = learning.fit_block
 
     def fitting(view, runner, data, *rest):
         streams = (data.inputs, *data.targets)
         seen.append([stream.states.clone().unflatten(0, (-1, TOKENS)) for stream in streams])
         return fit(view, runner, data, *rest)
 
-    monkeypatch.setattr(pipeline, "fit_block", fitting)
+    monkeypatch.setattr(learning, "fit_block", fitting)
     learn(tmp_path, two_branch=True)
     for index, (inputs, propagated, homologous) in enumerate(seen):
         block = model.model.layers[index]
@@ -357,7 +357,7 @@ def test_lrquant_plus_lowers_the_losses_of_a_model(learn, tmp_path, scheme, lwc)
 
 def interrupted(monkeypatch, where, block=1):
     """Make a run die at one point of one block."""
-    save, fit = RunFolder.save_block, pipeline.fit_block
+    save, fit = RunFolder.save_block, learning.fit_block
     rename = Path.replace
 
     def saving(self, parameters, record):
@@ -379,7 +379,7 @@ def interrupted(monkeypatch, where, block=1):
         return rename(self, target)
 
     monkeypatch.setattr(RunFolder, "save_block", saving)
-    monkeypatch.setattr(pipeline, "fit_block", fitting)
+    monkeypatch.setattr(learning, "fit_block", fitting)
     monkeypatch.setattr(Path, "replace", renaming)
 
 
@@ -501,7 +501,7 @@ def test_going_on_elsewhere_leaves_the_first_as_it_is(reference, learn, tmp_path
 
 def test_a_finished_run_is_not_learned_again(reference, learn, tmp_path, monkeypatch):
     shutil.copytree(reference.folder.path, tmp_path / "run")
-    monkeypatch.setattr(pipeline, "fit_block", lambda *a: pytest.fail("learned again"))
+    monkeypatch.setattr(learning, "fit_block", lambda *a: pytest.fail("learned again"))
     learn(tmp_path / "run", resume=str(tmp_path / "run"))
     assert learned_bytes(tmp_path / "run") == learned_bytes(reference.folder.path)
 
@@ -569,7 +569,7 @@ def test_learned_parameters_are_evaluated_without_calibration_text(
     before = learned_bytes(path), (path / "config.yaml").read_text()
     (tmp_path / "text" / "wikitext2").mkdir(parents=True)
     shutil.copy(data_dir / "wikitext2" / "test.txt", tmp_path / "text" / "wikitext2")
-    monkeypatch.setattr(pipeline, "fit_block", lambda *a: pytest.fail("learned again"))
+    monkeypatch.setattr(learning, "fit_block", lambda *a: pytest.fail("learned again"))
     settings = {"ppl": ("wikitext2",), "limit": 3, "data_dir": str(tmp_path / "text")}
     done = pipeline.run({"epochs": 0, "resume": str(path), **settings})
     score = done.results["perplexity"]["wikitext2"]["quantized"]
@@ -665,7 +665,7 @@ def test_settings_of_a_wrong_name_or_type(model, tmp_path):
 
 
 def test_everything_is_checked_before_anything_is_learned(model, learn, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "learn_blocks", lambda *a: pytest.fail("learned already"))
+    monkeypatch.setattr(learning, "learn_blocks", lambda *a: pytest.fail("learned already"))
     for settings, said in (
         (
             {"group_size": 5},

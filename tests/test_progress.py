@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.segment import Segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrquant import LRQuantError, evaluate, pipeline, quantize
+from lrquant import LRQuantError, evaluate, learning, quantize
 from lrquant.progress import BarProgress, Progress, Together
 from lrquant.tensorboard import TensorBoardLog
 from lrquant.workdir import BlockRecord, RunFolder
@@ -178,7 +178,7 @@ def test_tensorboard_that_is_not_installed(learn, tmp_path, monkeypatch):
     for name in ("torch.utils.tensorboard", "torch.utils.tensorboard.writer"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(pipeline, "learn_blocks", lambda *a: pytest.fail("learned already"))
+    monkeypatch.setattr(learning, "learn_blocks", lambda *a: pytest.fail("learned already"))
     with pytest.raises(LRQuantError, match=r"pip install 'lrquant\[tensorboard\]'") as error:
         learn(log_dir=str(tmp_path / "log"))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

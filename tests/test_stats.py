@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from lrquant.blocks import BlockInputs
 from lrquant.errors import LRQuantError
+from lrquant.inputs import BlockInputs
 from lrquant.stats import ChannelStatistics, load_statistics
 from lrquant.workbench import advance_full_precision
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner, Stream
+from lrquant.blocks import BlockRunner
 from lrquant.errors import LRQuantError
+from lrquant.inputs import BlockInputs
 from lrquant.learn.objective import Objective, loss_terms
 from lrquant.learn.view import BlockView
+from lrquant.streams import Stream
 
 Progress = Callable[[int, float], None]
 

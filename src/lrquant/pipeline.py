@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.architectures import require_tower
-from lrquant.blocks import BlockInputs, Prepare
+from lrquant.calibration import calibration_of, given_statistics
 from lrquant.config import Config, require_one_scheme, typed_settings
-from lrquant.data import Samples, calibration_samples
-from lrquant.diagnostics import measure_block
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
@@ -38,25 +32,22 @@ from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
 from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
 from lrquant.feeds import Feed
-from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
-from lrquant.identity import describe_method, describe_run, dtype_name, environment, fit_settings
-from lrquant.learn.view import BlockView
+from lrquant.identity import describe_method, describe_run, dtype_name, environment
+from lrquant.inputs import BlockInputs
+from lrquant.learning import learn_model
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
-from lrquant.prompts import mixed, picture_samples
 from lrquant.report.writing import write_report
 from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
-from lrquant.stats import ChannelStatistics, load_statistics
+from lrquant.stats import ChannelStatistics
 from lrquant.tensorboard import with_tensorboard
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
     block_shapes,
     make_workbench,
-    method_of,
-    peak_memory,
 )
 from lrquant.workdir import BlockRecord, RunFolder, beside
 
@@ -286,138 +277,6 @@ def export(finished: str, save_dir: str, progress: Progress | None = None, **set
     return run({**given, **_NO_MEASURES}, progress=progress)
 
 
-def learn_model(
-    workbench: Workbench,
-    config: Config,
-    feed: Feed,
-    given: ChannelStatistics | None,
-    folder: RunFolder,
-    progress: Progress,
-) -> None:
-    """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
-
-    The language part learns on what the quantised tower gives it.
-    """
-    tower = workbench.tower
-    if config.vision_quantization is None or tower is None:
-        plain = preparer(workbench, FLOATING_POINT).tower
-        learn_blocks(workbench, config, feed, given, folder, progress, (plain, plain))
-        return
-    pictures = feed.with_pictures()
-    if not len(pictures):
-        raise LRQuantError(
-            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
-            "some with --calib-images"
-        )
-    folder.tower.path.mkdir(exist_ok=True)
-    logger.info("vision tower: %d blocks", len(tower.model.blocks))
-    learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
-    plain = preparer(workbench, FLOATING_POINT).tower
-    learned = preparer(workbench, config.quantization, config, folder).tower
-    logger.info("language part: %d blocks", len(workbench.model.blocks))
-    learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
-
-
-def learn_blocks(
-    workbench: Workbench,
-    config: Config,
-    feed: Feed,
-    given: ChannelStatistics | None,
-    folder: RunFolder,
-    progress: Progress,
-    towers: tuple[Prepare | None, Prepare | None] = (None, None),
-) -> None:
-    """Learn every block that the folder does not hold yet, in order.
-
-    Statistics are those `given`, or gathered from each block's full-precision pass.  `towers` is
-    what stands before the first block of the full-precision and of the quantised model.
-    """
-    model = workbench.model
-    blocks = len(model.blocks)
-    finished = folder.finished_blocks()
-    if finished == blocks:
-        return
-    if finished:
-        logger.info("resuming after block %d of %d", finished, blocks)
-    entry = BlockInputs(model, feed, config.batch_size, workbench.device)
-    settings = fit_settings(config)
-    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
-    before_full, before_quantized = towers
-    entry.embed(full, before_full)
-    if before_quantized is before_full:
-        quantized.copy(full)
-    else:
-        entry.embed(quantized, before_quantized)
-    searched = config.lwc and config.lwc_init is None
-    memory = partial(peak_memory, workbench.device)
-    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
-        for index in range(blocks):
-            started = time.monotonic()
-            statistics = ChannelStatistics()
-            observed = index >= finished and (searched or (config.let and given is None))
-            observer = statistics.observe if observed else None
-            stored = workbench.stored(index)
-            advance_full_precision(workbench, index, stored, entry, full, full, observer)
-            view = workbench.view(index, stored, config.quantization, method_of(config))
-            if index < finished:
-                view.load(folder.load_block(index))
-                data = BlockData(index, entry, quantized, (full,))
-                with workbench.runner(index, view) as runner:
-                    advance_quantized(view, runner, data, settings.loss)
-                progress.finished(index, None)
-                continue
-            if given is not None:
-                statistics.maxima, statistics.midpoints = given.maxima, given.midpoints
-            for stream in homologous:
-                advance_full_precision(workbench, index, stored, entry, quantized, stream)
-            view.initialize(statistics, model.block_name(index))
-            data = BlockData(index, entry, quantized, (full, *homologous))
-            with workbench.runner(index, view) as runner:
-                report = fit_block(view, runner, data, settings, progress.stepper(index))
-            if config.report:
-                measure = report.objective.measure
-                seen = measure_block(workbench, view, data, measure, settings.loss)
-                folder.save_diagnostics(index, seen.figures, seen.tensors)
-            with workbench.runner(index, view) as runner:
-                final = advance_quantized(view, runner, data, settings.loss)
-            final_loss = report.objective.measure(final)
-            seconds = time.monotonic() - started
-            record = _record(folder, view, index, report, final_loss, seconds, workbench)
-            progress.finished(index, record)
-
-
-def _record(
-    folder: RunFolder,
-    view: BlockView,
-    index: int,
-    report: FitReport,
-    final_loss: float,
-    seconds: float,
-    workbench: Workbench,
-) -> BlockRecord:
-    record = BlockRecord(
-        block=index,
-        initial_loss=report.initial_loss,
-        final_loss=final_loss,
-        epoch_losses=report.epoch_losses,
-        held_losses=report.held_losses,
-        best_epoch=report.best_epoch,
-        non_finite=report.non_finite,
-        seconds=round(seconds, 3),
-        peak_memory_bytes=peak_memory(workbench.device),
-    )
-    folder.save_block(view.parameters, record)
-    logger.info(
-        "block %d: loss %.6g -> %.6g, %.1f s%s",
-        index,
-        report.initial_loss,
-        final_loss,
-        seconds,
-        "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
-    )
-    return record
-
-
 @contextmanager
 def _kept_log() -> Iterator[MemoryHandler]:
     """Keep the log until there is a run folder to write it to."""
@@ -437,67 +296,6 @@ def check_groups(model: Model, scheme: Scheme) -> None:
     view = block_shapes(model, scheme)
     for linear in model.linears:
         view.group_size(linear)
-
-
-def calibration_of(config: Config, model: Model, given: Tensor | Feed | None) -> Samples:
-    """The samples to learn on: those `given`, or those that the settings name."""
-    if given is not None:
-        return _given_samples(given)
-    if config.calib_images is None:
-        if model.architecture.reads_pixels:
-            raise LRQuantError(
-                f"model {model.name}: a classifier of pictures; give some to calibrate on with "
-                "--calib-images FOLDER"
-            )
-        return _text_samples(config, model, config.nsamples)
-    count = config.nsamples
-    if not model.architecture.reads_pixels:
-        count = max(1, round(count * config.calib_image_share))
-    weight = config.image_token_weight
-    pictures = picture_samples(Path(config.calib_images), model, count, config.seed, weight)
-    if count == config.nsamples:
-        return pictures
-    return mixed(pictures, _text_samples(config, model, config.nsamples - count))
-
-
-def _given_samples(given: Tensor | Feed) -> Samples:
-    empty = torch.empty((0, 0), dtype=torch.int64)
-    if isinstance(given, Feed):
-        text = f"given samples, {len(given)} with pictures"
-        return Samples(empty, "given", "given", "given", given.sha256(), text, given)
-    if given.dim() != 2 or given.dtype != torch.int64:
-        raise LRQuantError(
-            f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
-            "(samples, tokens), int64"
-        )
-    digest = hashlib.sha256(given.numpy().tobytes()).hexdigest()
-    text = f"given tokens, {len(given)} x {given.shape[1]} = {given.numel()} tokens"
-    return Samples(given, "given", "given", "given", digest, text)
-
-
-def _text_samples(config: Config, model: Model, count: int) -> Samples:
-    if model.tokenizer is None:
-        raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
-    return calibration_samples(
-        config.calib_dataset,
-        model.tokenizer,
-        count,
-        config.seqlen,
-        config.seed,
-        _path(config.data_dir),
-        _path(config.cache_dir),
-    )
-
-
-def given_statistics(config: Config) -> ChannelStatistics | None:
-    """The statistics files that the settings name, or None."""
-    if config.act_scales is None:
-        return None
-    statistics = load_statistics(Path(config.act_scales), _path(config.act_shifts))
-    if not config.let:
-        return None
-    logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
-    return statistics
 
 
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:

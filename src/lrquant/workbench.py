@@ -12,8 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner, Observer
+from lrquant.blocks import BlockRunner, Observer
 from lrquant.config import Config
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import Model, choose_device, choose_precision
 from lrquant.scheme import FLOATING_POINT, Scheme

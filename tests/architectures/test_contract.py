@@ -21,8 +21,8 @@ from lrquant.architectures import (
     decoder,
     towers,
 )
-from lrquant.blocks import BlockInputs
 from lrquant.errors import LRQuantError
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.model import from_module
 from lrquant.scheme import FLOATING_POINT

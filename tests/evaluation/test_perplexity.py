@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lrquant import LRQuantError, evaluate, quantize
-from lrquant.blocks import BlockInputs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.evaluation import measures, perplexity
 from lrquant.evaluation.measures import measure as measure_set
 from lrquant.evaluation.measures import prepare_evaluation, preparer
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import from_module

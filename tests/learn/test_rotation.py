@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrquant.blocks import INPUT_FACTOR_SUFFIX, BlockInputs
+from lrquant.blocks import INPUT_FACTOR_SUFFIX
+from lrquant.inputs import BlockInputs
 from lrquant.learn.rotation import SHARINGS, rotation_parameters
 from lrquant.learn.view import BlockView, Method
 from lrquant.model import from_module

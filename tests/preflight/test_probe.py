@@ -57,7 +57,9 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     step = probe.learning_step
 
     def spy(view, runner, data, batch, optimizer, objective, kind):
-        seen.append((data.entry.batches[0].shape, view.scheme, len(data.targets), kind, view.parameters))
+        seen.append(
+            (data.entry.batches[0].shape, view.scheme, len(data.targets), kind, view.parameters)
+        )
         return step(view, runner, data, batch, optimizer, objective, kind)
 
     monkeypatch.setattr(probe, "learning_step", spy)

@@ -9,10 +9,11 @@ from transformers import AutoModelForImageTextToText, MllamaConfig
 
 import lrquant
 from lrquant.architectures import architecture_of, architectures, towers
-from lrquant.blocks import BlockInputs, Head
+from lrquant.blocks import Head
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import preparer
 from lrquant.evaluation.perplexity import send_through
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.model import Model, from_module
 from lrquant.scheme import FLOATING_POINT

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import BlockInputs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.fit import BlockData, advance_quantized, fit_block
 from lrquant.identity import fit_settings
+from lrquant.inputs import BlockInputs
 from lrquant.progress import Progress
 from lrquant.workbench import Workbench, advance_full_precision, learned_view
 from lrquant.workdir import RunFolder

@@ -23,7 +23,6 @@ from transformers import (
 from transformers.utils import logging
 
 from lrquant.architectures import Architecture, architecture_of
-from lrquant.blocks import stubs
 from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
@@ -32,6 +31,7 @@ from lrquant.export.manifest import MANIFEST, SETTINGS, require_weights
 from lrquant.model import choose_device, load_processor
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
+from lrquant.stubs import stubs
 
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import BlockInputs, Head, Prepare, PreparedBlock
+from lrquant.blocks import Head, Prepare, PreparedBlock
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
@@ -24,6 +24,7 @@ from lrquant.evaluation.classification import (
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.perplexity import score, send_through
 from lrquant.evaluation.vqa import Questions, answer_questions, read_questions
+from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import Model

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, Prepare
+from lrquant.blocks import Prepare
 from lrquant.evaluation.agreement import agreement, perplexity
 from lrquant.feeds import Feed
+from lrquant.inputs import BlockInputs
 from lrquant.model import Model
 from lrquant.streams import Batch, Stream, batches_of
 

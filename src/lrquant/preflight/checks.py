@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from lrquant.blocks import BlockInputs
+from lrquant.calibration import calibration_of, given_statistics
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import check_adaptation
@@ -17,8 +17,9 @@ from lrquant.evaluation.measures import prepare_evaluation
 from lrquant.evaluation.subject import check_comparison
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.identity import dtype_name
+from lrquant.inputs import BlockInputs
 from lrquant.model import Model, load_model
-from lrquant.pipeline import calibration_of, given_statistics, resolve_settings
+from lrquant.pipeline import resolve_settings
 from lrquant.preflight.estimate import (
     Seconds,
     estimate_memory,

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockInputs, BlockRunner
+from lrquant.blocks import BlockRunner
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
 from lrquant.identity import fit_settings
+from lrquant.inputs import BlockInputs
 from lrquant.learn.objective import Objective
 from lrquant.learn.view import BlockView
 from lrquant.sources import WeightSource

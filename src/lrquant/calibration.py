@@ -1,0 +1,85 @@
+"""What a run learns on: text, conversations with pictures, given samples, given statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrquant.config import Config
+from lrquant.data import Samples, calibration_samples
+from lrquant.errors import LRQuantError
+from lrquant.feeds import Feed
+from lrquant.model import Model
+from lrquant.prompts import mixed, picture_samples
+from lrquant.stats import ChannelStatistics, load_statistics
+
+logger = logging.getLogger("lrquant")
+
+
+def calibration_of(config: Config, model: Model, given: Tensor | Feed | None) -> Samples:
+    """The samples to learn on: those `given`, or those that the settings name."""
+    if given is not None:
+        return _given_samples(given)
+    if config.calib_images is None:
+        if model.architecture.reads_pixels:
+            raise LRQuantError(
+                f"model {model.name}: a classifier of pictures; give some to calibrate on with "
+                "--calib-images FOLDER"
+            )
+        return _text_samples(config, model, config.nsamples)
+    count = config.nsamples
+    if not model.architecture.reads_pixels:
+        count = max(1, round(count * config.calib_image_share))
+    weight = config.image_token_weight
+    pictures = picture_samples(Path(config.calib_images), model, count, config.seed, weight)
+    if count == config.nsamples:
+        return pictures
+    return mixed(pictures, _text_samples(config, model, config.nsamples - count))
+
+
+def _given_samples(given: Tensor | Feed) -> Samples:
+    empty = torch.empty((0, 0), dtype=torch.int64)
+    if isinstance(given, Feed):
+        text = f"given samples, {len(given)} with pictures"
+        return Samples(empty, "given", "given", "given", given.sha256(), text, given)
+    if given.dim() != 2 or given.dtype != torch.int64:
+        raise LRQuantError(
+            f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
+            "(samples, tokens), int64"
+        )
+    digest = hashlib.sha256(given.numpy().tobytes()).hexdigest()
+    text = f"given tokens, {len(given)} x {given.shape[1]} = {given.numel()} tokens"
+    return Samples(given, "given", "given", "given", digest, text)
+
+
+def _text_samples(config: Config, model: Model, count: int) -> Samples:
+    if model.tokenizer is None:
+        raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
+    return calibration_samples(
+        config.calib_dataset,
+        model.tokenizer,
+        count,
+        config.seqlen,
+        config.seed,
+        _path(config.data_dir),
+        _path(config.cache_dir),
+    )
+
+
+def given_statistics(config: Config) -> ChannelStatistics | None:
+    """The statistics files that the settings name, or None."""
+    if config.act_scales is None:
+        return None
+    statistics = load_statistics(Path(config.act_scales), _path(config.act_shifts))
+    if not config.let:
+        return None
+    logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
+    return statistics
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)

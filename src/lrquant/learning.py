@@ -1,0 +1,157 @@
+"""Learning a model block by block: the vision tower first, where it has a scheme."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+from lrquant.blocks import Prepare
+from lrquant.config import Config
+from lrquant.diagnostics import measure_block
+from lrquant.errors import LRQuantError
+from lrquant.evaluation.measures import preparer
+from lrquant.feeds import Feed
+from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
+from lrquant.identity import fit_settings
+from lrquant.inputs import BlockInputs
+from lrquant.learn.view import BlockView
+from lrquant.progress import Progress
+from lrquant.scheme import FLOATING_POINT
+from lrquant.stats import ChannelStatistics
+from lrquant.workbench import Workbench, advance_full_precision, method_of, peak_memory
+from lrquant.workdir import BlockRecord, RunFolder
+
+logger = logging.getLogger("lrquant")
+
+
+def learn_model(
+    workbench: Workbench,
+    config: Config,
+    feed: Feed,
+    given: ChannelStatistics | None,
+    folder: RunFolder,
+    progress: Progress,
+) -> None:
+    """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
+
+    The language part learns on what the quantised tower gives it.
+    """
+    tower = workbench.tower
+    if config.vision_quantization is None or tower is None:
+        plain = preparer(workbench, FLOATING_POINT).tower
+        learn_blocks(workbench, config, feed, given, folder, progress, (plain, plain))
+        return
+    pictures = feed.with_pictures()
+    if not len(pictures):
+        raise LRQuantError(
+            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
+            "some with --calib-images"
+        )
+    folder.tower.path.mkdir(exist_ok=True)
+    logger.info("vision tower: %d blocks", len(tower.model.blocks))
+    learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
+    plain = preparer(workbench, FLOATING_POINT).tower
+    learned = preparer(workbench, config.quantization, config, folder).tower
+    logger.info("language part: %d blocks", len(workbench.model.blocks))
+    learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
+
+
+def learn_blocks(
+    workbench: Workbench,
+    config: Config,
+    feed: Feed,
+    given: ChannelStatistics | None,
+    folder: RunFolder,
+    progress: Progress,
+    towers: tuple[Prepare | None, Prepare | None] = (None, None),
+) -> None:
+    """Learn every block that the folder does not hold yet, in order.
+
+    Statistics are those `given`, or gathered from each block's full-precision pass.  `towers` is
+    what stands before the first block of the full-precision and of the quantised model.
+    """
+    model = workbench.model
+    blocks = len(model.blocks)
+    finished = folder.finished_blocks()
+    if finished == blocks:
+        return
+    if finished:
+        logger.info("resuming after block %d of %d", finished, blocks)
+    entry = BlockInputs(model, feed, config.batch_size, workbench.device)
+    settings = fit_settings(config)
+    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
+    before_full, before_quantized = towers
+    entry.embed(full, before_full)
+    if before_quantized is before_full:
+        quantized.copy(full)
+    else:
+        entry.embed(quantized, before_quantized)
+    searched = config.lwc and config.lwc_init is None
+    memory = partial(peak_memory, workbench.device)
+    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
+        for index in range(blocks):
+            started = time.monotonic()
+            statistics = ChannelStatistics()
+            observed = index >= finished and (searched or (config.let and given is None))
+            observer = statistics.observe if observed else None
+            stored = workbench.stored(index)
+            advance_full_precision(workbench, index, stored, entry, full, full, observer)
+            view = workbench.view(index, stored, config.quantization, method_of(config))
+            if index < finished:
+                view.load(folder.load_block(index))
+                data = BlockData(index, entry, quantized, (full,))
+                with workbench.runner(index, view) as runner:
+                    advance_quantized(view, runner, data, settings.loss)
+                progress.finished(index, None)
+                continue
+            if given is not None:
+                statistics.maxima, statistics.midpoints = given.maxima, given.midpoints
+            for stream in homologous:
+                advance_full_precision(workbench, index, stored, entry, quantized, stream)
+            view.initialize(statistics, model.block_name(index))
+            data = BlockData(index, entry, quantized, (full, *homologous))
+            with workbench.runner(index, view) as runner:
+                report = fit_block(view, runner, data, settings, progress.stepper(index))
+            if config.report:
+                measure = report.objective.measure
+                seen = measure_block(workbench, view, data, measure, settings.loss)
+                folder.save_diagnostics(index, seen.figures, seen.tensors)
+            with workbench.runner(index, view) as runner:
+                final = advance_quantized(view, runner, data, settings.loss)
+            final_loss = report.objective.measure(final)
+            seconds = time.monotonic() - started
+            record = _record(folder, view, index, report, final_loss, seconds, workbench)
+            progress.finished(index, record)
+
+
+def _record(
+    folder: RunFolder,
+    view: BlockView,
+    index: int,
+    report: FitReport,
+    final_loss: float,
+    seconds: float,
+    workbench: Workbench,
+) -> BlockRecord:
+    record = BlockRecord(
+        block=index,
+        initial_loss=report.initial_loss,
+        final_loss=final_loss,
+        epoch_losses=report.epoch_losses,
+        held_losses=report.held_losses,
+        best_epoch=report.best_epoch,
+        non_finite=report.non_finite,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory(workbench.device),
+    )
+    folder.save_block(view.parameters, record)
+    logger.info(
+        "block %d: loss %.6g -> %.6g, %.1f s%s",
+        index,
+        report.initial_loss,
+        final_loss,
+        seconds,
+        "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
+    )
+    return record
