@@ -17,11 +17,12 @@ from transformers import (
 )
 
 import lrquant
-from lrquant.cli import main
+from lrquant.cli import main, quantize_main
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.vqa import exact_match, normalized, vqa_accuracy
 from lrquant.model import load_model
 from lrquant.prompts import picture_samples, read_conversations
+from lrquant.workdir import RunFolder
 
 SETTINGS = {"nsamples": 4, "seqlen": 24, "epochs": 1, "report": False, "precision": "float32"}
 
@@ -348,3 +349,19 @@ def test_sets_of_pictures_that_cannot_be_had_are_said(llava_folder, questions, t
             calib_images=str(questions),
             tasks="chartqa",
         )
+
+
+def test_the_published_command_line_works_on_a_multimodal_model(llava_folder, tmp_path, text):
+    """As it is published: on text alone, the language part alone."""
+    given = ["--model", str(llava_folder), "--epochs", "1", "--output_dir", str(tmp_path / "log")]
+    given += ["--wbits", "4", "--abits", "4", "--lwc", "--let", "--lr_plus"]
+    given += ["--calib_dataset", str(text), "--nsamples", "2", "--seqlen", "24"]
+    assert quantize_main(given) == 0
+    folder = RunFolder.open(tmp_path / "log")
+    assert folder.finished_blocks() == 2 and folder.tower.finished_blocks() == 0
+
+
+@pytest.mark.parametrize("name", ["pope", "scienceqa", "textvqa"])
+def test_sets_that_are_no_tasks_of_the_harness_are_said_with_the_way(name, llava_folder):
+    with pytest.raises(LRQuantError, match=rf"no task {name}; .*--vqa"):
+        lrquant.evaluate(str(llava_folder), tasks=name)

@@ -23,6 +23,7 @@ from lrquant.prompts import Reader, require_processor
 
 logger = logging.getLogger("lrquant")
 NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
+_QUESTION_SETS = ("pope", "scienceqa", "textvqa", "vqav2", "gqa", "vizwiz", "okvqa")
 CPU_BATCH = 8  # a larger one gains nothing there, and trying costs five forwards
 
 
@@ -148,10 +149,14 @@ def task_names(tasks: str) -> list[str]:
 def require_known(names: list[str], known: list[str]) -> None:
     """Refuse names of which the harness has no task, with the nearest that it has."""
     unknown = [name for name in names if name not in known]
-    if unknown:
+    if not unknown:
+        return
+    if unknown[0].lower() in _QUESTION_SETS:
+        advice = "; give its items as a .jsonl of questions and answers to --vqa"
+    else:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         advice = f"; near {unknown[0]}: {', '.join(near)}" if near else ""
-        raise LRQuantError(f"--tasks: the harness has no task {', '.join(unknown)}{advice}")
+    raise LRQuantError(f"--tasks: the harness has no task {', '.join(unknown)}{advice}")
 
 
 @contextlib.contextmanager
