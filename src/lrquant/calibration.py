@@ -38,7 +38,8 @@ def calibration_of(config: Config, model: Model, given: Tensor | Feed | None) ->
     pictures = picture_samples(Path(config.calib_images), model, count, config.seed, weight)
     if count == config.nsamples:
         return pictures
-    return mixed(pictures, _text_samples(config, model, config.nsamples - count))
+    text = _text_samples(config, model, config.nsamples - len(pictures.feed))
+    return mixed(pictures, text, config.seed)
 
 
 def _given_samples(given: Tensor | Feed) -> Samples:

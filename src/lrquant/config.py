@@ -92,6 +92,12 @@ class Config:
     vision_scheme: str | None = _setting(
         None, "quantise the vision tower too, e.g. W8A8 (default: it stays in floating point)"
     )
+    vision_lwc: bool | None = _setting(
+        None, "learn clipping in the tower (default: --lwc if given, else as its scheme asks)"
+    )
+    vision_let: bool | None = _setting(
+        None, "learn transformations in the tower (default: --let if given, else as it asks)"
+    )
     calib_images: str | None = _setting(
         None, "calibrate on pictures too: a folder of them, or a .jsonl of conversations"
     )
@@ -231,6 +237,7 @@ class Config:
             )
         scheme = config.quantization
         lwc, let = config.lwc, config.let
+        config = config._with_tower_method()
         if let and scheme.floating_point:
             raise LRQuantError(
                 "--let with W16A16: nothing is quantised, so scales have no effect; "
@@ -297,17 +304,23 @@ class Config:
         given = Scheme.parse(self.vision_scheme)
         return dataclasses.replace(given, activation_symmetric=self.activation_symmetric)
 
-    def for_tower(self) -> Config:
-        """The same run for the vision tower: its scheme, and the method that fits it.
+    def _with_tower_method(self) -> Config:
+        """What is learned in the tower: as given, else as its scheme asks."""
+        scheme = self.vision_quantization
+        if scheme is None:
+            return self
+        given, learns = (self.lwc, self.let) != (None, None), self.epochs > 0
+        lwc = bool(self.lwc) if given else learns and scheme.weight_bits < 16
+        let = bool(self.let) if given else learns and not scheme.weight_only
+        lwc, let = _given_or(self.vision_lwc, lwc), _given_or(self.vision_let, let)
+        return dataclasses.replace(self, vision_lwc=lwc, vision_let=let)
 
-        What is learned is what the language part learns, but that a weight-only language part
-        says nothing of transformations, nor one with 16-bit weights of clipping.
-        """
-        scheme, language = self.vision_quantization, self.quantization
+    def for_tower(self) -> Config:
+        """The same resolved run for the vision tower: its scheme and what is learned in it."""
+        scheme = self.vision_quantization
         assert scheme is not None
-        learns = self.epochs > 0 and bool(self.lwc or self.let or self.rotation)
-        let = learns and not scheme.weight_only if language.weight_only else self.let
-        lwc = learns if language.weight_bits == 16 else self.lwc
+        quantized = scheme.weight_bits < 16
+        rotation = quantized and bool(self.rotation or (self.lr_plus and self.epochs > 0))
         return dataclasses.replace(
             self,
             scheme=scheme.name,
@@ -316,8 +329,10 @@ class Config:
             group_size=scheme.group_size,
             symmetric=scheme.symmetric,
             qkv_bits=scheme.qkv_bits,
-            let=let,
-            lwc=lwc and scheme.weight_bits < 16,
+            lwc=bool(self.vision_lwc) and quantized,
+            let=bool(self.vision_let),
+            rotation=rotation,
+            rotation_sharing=self._sharing(scheme) if rotation else None,
             act_scales=None,
             act_shifts=None,
         )

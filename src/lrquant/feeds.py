@@ -90,13 +90,16 @@ class Feed:
         return torch.stack([torch.ones(tokens) if w is None else w for w in found])
 
     def sha256(self) -> str:
-        """Of every sample's names, shapes and little-endian bytes."""
+        """Of every sample's names, shapes and little-endian bytes, and of given weights."""
         digest = hashlib.sha256()
         for sample in self.inputs:
             for name in sorted(sample):
                 tensor = sample[name].contiguous()
                 digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for weights in self.weights:
+            if weights is not None:
+                digest.update(weights.numpy().data)
         return digest.hexdigest()
 
 

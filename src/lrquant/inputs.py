@@ -39,7 +39,7 @@ class BlockInputs:
         self._model, self._device = model, device
         samples = self.feed.slices(batch_size)
         if model.architecture.reads_pixels:
-            shapes = [self._first_shape(part) for part in samples]
+            shapes = self._first_shapes(samples)
         else:
             _check_length(model, max(sample["input_ids"].shape[1] for sample in feed.inputs))
             shapes = [
@@ -93,8 +93,8 @@ class BlockInputs:
         self._forward(tensors, inputs, device, [visit] * len(blocks))
         return seen
 
-    def _first_shape(self, samples: slice) -> tuple[int, ...]:
-        """Leading shape of the first block's hidden states."""
+    def _first_shapes(self, samples: Sequence[slice]) -> list[tuple[int, ...]]:
+        """Leading shapes of the first block's hidden states, a batch each."""
         found: list[tuple[int, ...]] = []
 
         def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -103,8 +103,9 @@ class BlockInputs:
 
         cpu = torch.device("cpu")
         tensors = self._model.outer_tensors(cpu, torch.float32, head=False)
-        self._forward(tensors, self.feed.collate(samples), cpu, [visit])
-        return found[0]
+        for part in samples:
+            self._forward(tensors, self.feed.collate(part), cpu, [visit])
+        return found
 
     @torch.no_grad()
     def _forward(

@@ -42,12 +42,7 @@ def learn_model(
         plain = preparer(workbench, FLOATING_POINT).tower
         learn_blocks(workbench, config, feed, given, folder, progress, (plain, plain))
         return
-    pictures = feed.with_pictures()
-    if not len(pictures):
-        raise LRQuantError(
-            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
-            "some with --calib-images"
-        )
+    pictures = require_pictures(config, feed)
     folder.tower.path.mkdir(exist_ok=True)
     logger.info("vision tower: %d blocks", len(tower.model.blocks))
     learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
@@ -55,6 +50,17 @@ def learn_model(
     learned = preparer(workbench, config.quantization, config, folder).tower
     logger.info("language part: %d blocks", len(workbench.model.blocks))
     learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
+
+
+def require_pictures(config: Config, feed: Feed) -> Feed:
+    """The samples with pictures, on which the tower learns; refuses if there are none."""
+    pictures = feed.with_pictures()
+    if not len(pictures):
+        raise LRQuantError(
+            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
+            "some with --calib-images"
+        )
+    return pictures
 
 
 def learn_blocks(

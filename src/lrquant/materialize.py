@@ -45,6 +45,12 @@ def materialize(
             owner.register_buffer(leaf, tensor)
         else:
             owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    for owner in module.modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[leaf] = buffer.to(workbench.device)
+    if model.generation is not None:
+        module.generation_config = copy.deepcopy(model.generation)
     module.config.tie_word_embeddings = False  # two tensors here: the head is in another dtype
     cast_outer_linears(module, model.block_lists)
     return module

@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +33,8 @@ class Model:
 
     `skeleton` has its parameters on the meta device and real non-persistent buffers; `processor`
     makes a multimodal model's inputs, or an image classifier's.  `blocks` are those of the language
-    part; of `tower`, the same model seen from its vision tower, they are the tower's.
+    part; of `tower`, the same model seen from its vision tower, they are the tower's.  `generation`
+    is how the model generates where it says so apart from its configuration.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Model:
     architecture: Architecture
     folder: Path | None = None
     processor: Any = None
+    generation: GenerationConfig | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -154,8 +157,23 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
     skeleton = build_skeleton(config, architecture)
     source = open_source(files, skeleton)
     _check_linears(skeleton, architecture)
-    processor = load_processor(files.folder, architecture)
-    return Model(name, skeleton, tokenizer, source, architecture, files.folder, processor)
+    return Model(
+        name,
+        skeleton,
+        tokenizer,
+        source,
+        architecture,
+        files.folder,
+        load_processor(files.folder, architecture),
+        _generation(files.folder),
+    )
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None
 
 
 def from_module(
@@ -170,7 +188,9 @@ def from_module(
     _check_linears(skeleton, architecture)
     if tokenizer is None:
         tokenizer = getattr(processor, "tokenizer", None)
-    return Model(name, skeleton, tokenizer, ModuleSource(module), architecture, None, processor)
+    generation = getattr(module, "generation_config", None)
+    source = ModuleSource(module)
+    return Model(name, skeleton, tokenizer, source, architecture, None, processor, generation)
 
 
 def load_processor(folder: Path, architecture: Architecture) -> Any:

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import random
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,10 @@ from lrquant.sources.checks import first_line
 
 logger = logging.getLogger("lrquant")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
 QUESTION = "Describe this picture."
 
 
@@ -63,7 +68,7 @@ def read_conversations(path: Path) -> Conversations:
     if path.is_dir():
         return _of_folder(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise LRQuantError(
             f"{path}: cannot be read ({error}); give a folder of pictures or a .jsonl of "
@@ -101,10 +106,10 @@ def open_picture(path: Path) -> Image.Image:
     """A picture in RGB, decoded to its end."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise LRQuantError(f"picture {path}: no such file") from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except _UNREADABLE as error:
         raise LRQuantError(
             f"picture {path}: cannot be opened ({error}); replace it or take it out"
         ) from error
@@ -124,7 +129,7 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
     wanted = f'{origin}: expected {{"messages": […]}} or {{"image": …, "question": …}}'
     try:
         values = json.loads(line)
-        answers = values.get("answers", [values["answer"]] if "answer" in values else [])
+        answers = _answers(values.get("answers", values.get("answer", [])))
         if "messages" not in values:
             content = [{"type": "image"}, {"type": "text", "text": values["question"]}]
             messages = [{"role": "user", "content": content}]
@@ -132,7 +137,6 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
         else:
             messages, named = _split(values["messages"])
         pictures = tuple(folder / name for name in named)
-        answers = tuple(str(answer) for answer in answers)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LRQuantError(f"{wanted} ({type(error).__name__}: {error})") from error
     if not messages:
@@ -141,6 +145,15 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
         if not path.is_file():
             raise LRQuantError(f"{origin}: its picture {path} does not exist; add it")
     return Conversation(tuple(messages), pictures, origin, answers)
+
+
+def _answers(given: Any) -> tuple[str, ...]:
+    """Right answers: one, a list of them, or a list of {"answer": …} as VQA's own files have."""
+    found = given if isinstance(given, list) else [given]
+    found = [entry["answer"] if isinstance(entry, dict) else entry for entry in found]
+    if not all(isinstance(entry, str | int | float) for entry in found):
+        raise ValueError(f"answers {given!r} are neither words nor numbers")
+    return tuple(map(str, found))
 
 
 def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -153,10 +166,15 @@ def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[s
         kept = []
         for part in parts:
             if part["type"] == "image":
-                names.append(next(part[key] for key in ("path", "image", "url") if key in part))
+                named = [part[key] for key in ("path", "image", "url") if key in part]
+                if not named:
+                    raise ValueError('an image needs a "path"')
+                names.append(str(named[0]))
                 kept.append({"type": "image"})
-            else:
+            elif part["type"] == "text":
                 kept.append({"type": "text", "text": part["text"]})
+            else:
+                raise ValueError(f"a part of type {part['type']!r}: use image or text")
         cleaned.append({"role": message["role"], "content": kept})
     return cleaned, names
 
@@ -208,10 +226,9 @@ def prompt_inputs(model: Reader, conversation: Conversation) -> Inputs:
             f"{conversation.origin}: the processor of model {model.name} does not take it with "
             f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} ({first_line(error)})"
         ) from error
-    known = inspect.signature(type(model.skeleton).forward).parameters
-    inputs = {
-        name: value for name, value in given.items() if isinstance(value, Tensor) and name in known
-    }
+    known = set(inspect.signature(type(model.skeleton).forward).parameters)
+    known -= {"labels"}  # what a training processor adds
+    inputs = {n: v for n, v in given.items() if isinstance(v, Tensor) and n in known}
     if pictures and not has_pictures(inputs):
         raise LRQuantError(
             f"{conversation.origin}: the chat template of model {model.name} has no place for its "
@@ -307,6 +324,8 @@ def _samples(
 ) -> Samples:
     total = len(found.items)
     of = f"{chosen} of {total}" if chosen < total else f"{total}"
+    alone = sum(not has_pictures(sample) for sample in feed.inputs)
+    words = f"{alone} of them without, {words}" if alone else words
     left_out = f", {len(found.skipped)} could not be opened" if found.skipped else ""
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
@@ -334,9 +353,21 @@ def picture_tokens(model: Reader, ids: Tensor) -> Tensor:
     return found
 
 
-def mixed(pictures: Samples, text: Samples) -> Samples:
-    """Samples with pictures, then samples of text alone."""
+def is_conversations(path: Path) -> bool:
+    """Whether a file's first line is a conversation, not a line of text alone."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    return '"messages"' in first or '"image"' in first
+
+
+def mixed(pictures: Samples, text: Samples, seed: int) -> Samples:
+    """Samples with pictures and samples of text alone, in an order that `seed` decides."""
     feed = pictures.feed + text.feed
+    order = list(range(len(feed)))
+    random.Random(seed).shuffle(order)
+    feed = feed.only(order)
     return Samples(
         pictures.ids,
         f"{pictures.name},{text.name}",

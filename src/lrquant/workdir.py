@@ -117,7 +117,7 @@ class RunFolder:
 
     def require_replaceable(self, config: Config) -> None:
         """Refuse to replace learned blocks, unless the settings say `overwrite`."""
-        learned = self.finished_blocks()
+        learned = self.finished_blocks() + self.tower.finished_blocks()
         if learned and not config.overwrite:
             raise LRQuantError(
                 f"run folder {self.path}: holds a run of {learned} learned blocks; go on with "
@@ -137,7 +137,8 @@ class RunFolder:
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a run of another model, scheme, method or data."""
         found, wanted = _flat(self.identity), _flat(identity)
-        for key, value in wanted.items():
+        towers = {key: None for key in found if key.startswith("tower ")}
+        for key, value in ({**towers, **wanted} if "data set" in wanted else wanted).items():
             if key == "calibration" or found.get(key) == value:
                 continue
             words = found.get("calibration"), wanted.get("calibration")
@@ -145,7 +146,7 @@ class RunFolder:
                 key = "calibration"
             raise LRQuantError(
                 f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, this "
-                f"command {wanted[key]!r}; use the same settings or another --output_dir"
+                f"command {value!r}; use the same settings or another --output_dir"
             )
 
     def block_path(self, index: int) -> Path:
@@ -351,7 +352,8 @@ def beside(results: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     texts = {**results.get("perplexity", {})}
     for name, scores in measured.get("perplexity", {}).items():
         texts[name] = {**texts.get(name, {}), **scores}
-    kept = {"perplexity": texts, **_pictures_beside(results, measured)}
+    agreed = {**results.get("agreement", {}), **measured.get("agreement", {})}
+    kept = {"perplexity": texts, "agreement": agreed, **_pictures_beside(results, measured)}
     return {**results, **measured, **{name: value for name, value in kept.items() if value}}
 
 

@@ -21,6 +21,7 @@ from lrquant.cli import main, quantize_main
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.vqa import exact_match, normalized, vqa_accuracy
 from lrquant.model import load_model
+from lrquant.preflight.checks import preflight
 from lrquant.prompts import picture_samples, read_conversations
 from lrquant.workdir import RunFolder
 
@@ -83,6 +84,18 @@ BAD_LINES = {
         "its picture .*none.png does not exist",
     ),
     "no messages": ('{"messages": []}', "got no message"),
+    "a picture without a path": (
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+        'an image needs a "path"',
+    ),
+    "a film": (
+        '{"messages": [{"role": "user", "content": [{"type": "video"}]}]}',
+        "use image or text",
+    ),
+    "answers of another form": (
+        '{"image": "pictures/0.png", "question": "?", "answers": [["red"]]}',
+        "neither words nor numbers",
+    ),
 }
 
 
@@ -283,6 +296,9 @@ def test_classifiers_are_measured_by_their_classes(tmp_path, make_vision, pictur
         ("no", ["yes"] * 2 + ["no"] * 8, 1, 1),
         ("maybe", ["yes"] * 2 + ["no"] * 8, 0, 0),
         ("It's the blue one", ["its blue one"], 1, 1),
+        ("", ["A"], 0, 0),
+        ("a.", ["A"], 1, 1),
+        ("-5", ["5"], 0, 0),
     ],
 )
 def test_answers_are_scored_as_the_field_does(answer, right, exact, rule):
@@ -365,3 +381,86 @@ def test_the_published_command_line_works_on_a_multimodal_model(llava_folder, tm
 def test_sets_that_are_no_tasks_of_the_harness_are_said_with_the_way(name, llava_folder):
     with pytest.raises(LRQuantError, match=rf"no task {name}; .*--vqa"):
         lrquant.evaluate(str(llava_folder), tasks=name)
+
+
+def test_answers_in_the_form_of_vqa(tmp_path, pictures):
+    path = tmp_path / "answers.jsonl"
+    lines = [{"answers": "red"}, {"answers": [{"answer": "yes"}, {"answer": "no"}]}, {"answer": 3}]
+    made = [{"image": "pictures/0.png", "question": "is it\u2028?", **line} for line in lines]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in made))
+    found = [item.answers for item in read_conversations(path).items]
+    assert found == [("red",), ("yes", "no"), ("3",)]
+
+
+def test_a_jsonl_of_text_is_text(model_folder, tmp_path):
+    path = tmp_path / "words.jsonl"
+    path.write_text(json.dumps({"text": "Some words of no importance. " * 20}) + "\n")
+    found = lrquant.evaluate(str(model_folder("llama")), ppl=(str(path),), seqlen=24)
+    assert found["perplexity"][str(path)]["full_precision"] > 1
+
+
+def test_pictures_that_are_fewer_than_their_share_are_made_up_with_text(
+    llava_folder, tmp_path, questions, text
+):
+    settings = {"calib_images": str(questions), "calib_dataset": str(text), "nsamples": 14}
+    run = learned(llava_folder, tmp_path, **settings)
+    words = run.folder.identity["calibration"]
+    assert "6 with pictures" in words and "8 x 24" in words
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(llava_folder, tmp_path, questions):
+    settings = {"calib_images": str(questions), "calib_image_share": 1.0}
+    run = learned(llava_folder, tmp_path, vision_scheme="W8A8", **settings)
+    again = {"resume": str(run.folder.path), **settings}
+    with pytest.raises(LRQuantError, match="its tower"):
+        learned(llava_folder, tmp_path, **again)
+    with pytest.raises(LRQuantError, match="differs"):
+        learned(llava_folder, tmp_path, vision_scheme="W8A8", image_token_weight=0.5, **again)
+
+
+def test_a_tower_alone_is_learned(llava_folder, tmp_path, questions):
+    given = {**SETTINGS, "calib_images": str(questions), "calib_image_share": 1.0}
+    run = lrquant.quantize(
+        str(llava_folder), "W16A16", vision_scheme="W4A8", output_dir=str(tmp_path / "run"), **given
+    )
+    assert {name.split(".")[0] for name in run.folder.tower.load_block(0)} == {"let", "lwc"}
+    assert run.folder.load_block(0) == {}
+
+
+def test_what_the_target_cannot_load_of_the_tower_is_refused(llava_folder, tmp_path, questions):
+    for target in ("transformers", "vllm"):
+        with pytest.raises(LRQuantError, match="vision-scheme"):
+            lrquant.quantize(
+                str(llava_folder),
+                "W4A16-sym",
+                vision_scheme="W8A8",
+                target=target,
+                calib_images=str(questions),
+                output_dir=str(tmp_path / "run"),
+                **SETTINGS,
+            )
+
+
+def test_generation_is_as_the_model_says(llava_folder, tmp_path, questions):
+    path = llava_folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 77], "repetition_penalty": 1.5}))
+    run = learned(llava_folder, tmp_path, calib_images=str(questions), calib_image_share=1.0)
+    found = run.load_model().generation_config
+    assert found.eos_token_id == [2, 77] and found.repetition_penalty == 1.5
+
+
+def test_conversations_are_not_adapted_to(llava_folder, tmp_path, questions):
+    settings = {"calib_images": str(questions), "ppl": (str(questions),), "tta": True}
+    with pytest.raises(LRQuantError, match="adapts to text alone"):
+        learned(llava_folder, tmp_path, **settings)
+
+
+def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text):
+    given = {"model": str(llava_folder), "scheme": "W4A4", "calib_dataset": str(text)}
+    given |= {**SETTINGS, "output_dir": str(tmp_path / "run")}
+    without = preflight({**given, "vision_scheme": "W8A8"})
+    assert any("no calibration sample has a picture" in f.text for f in without.failed)
+    odd = {"vision_scheme": "W4A8g7", "calib_images": str(questions), "calib_image_share": 1.0}
+    assert any("group size 7 does not divide" in f.text for f in preflight(given | odd).failed)
+    fine = {**odd, "vision_scheme": "W4A8"}
+    assert not preflight(given | fine).failed

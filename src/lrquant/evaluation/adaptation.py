@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lrquant.fit import BlockData, advance_quantized, fit_block
 from lrquant.identity import fit_settings
 from lrquant.inputs import BlockInputs
 from lrquant.progress import Progress
+from lrquant.prompts import is_conversations
 from lrquant.workbench import Workbench, advance_full_precision, learned_view
 from lrquant.workdir import RunFolder
 
@@ -35,6 +37,9 @@ def check_adaptation(config: Config, blocks: int) -> None:
         )
     if config.tta_blocks > blocks:
         raise LRQuantError(f"--tta_blocks {config.tta_blocks}: the model has {blocks} blocks")
+    conversations = [name for name in config.perplexity_sets if is_conversations(Path(name))]
+    if conversations:
+        raise LRQuantError(f"--tta {conversations[0]}: adapts to text alone, not to conversations")
     if not config.perplexity_sets:
         raise LRQuantError("--tta: no text to adapt to and measure on; give --ppl or --eval_ppl")
 

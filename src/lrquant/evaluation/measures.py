@@ -29,13 +29,12 @@ from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
-from lrquant.prompts import Reader, picture_samples
+from lrquant.prompts import Reader, is_conversations, picture_samples
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 logger = logging.getLogger("lrquant")
-CONVERSATIONS = ".jsonl"
 EVALUATION_TOKENS = 2048  # tokens of one forward, in windows
 
 
@@ -69,7 +68,7 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
     found: dict[str, Samples] = {}
     missing: list[LRQuantError] = []
     for name in config.perplexity_sets:
-        if name.endswith(CONVERSATIONS):
+        if is_conversations(Path(name)):
             found[name] = picture_samples(Path(name), reader, config.limit)
             continue
         try:

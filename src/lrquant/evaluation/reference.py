@@ -53,7 +53,9 @@ def reference_name(target: str, config: Config) -> str | None:
 
 def require_same_tokens(windows: Samples, others: Samples) -> None:
     """Refuse a reference that reads a text as other tokens: it predicts something else."""
-    if not torch.equal(windows.ids, others.ids):
+    pairs = zip(windows.feed.inputs, others.feed.inputs, strict=False)
+    same = len(windows.feed) == len(others.feed)
+    if not (same and all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in pairs)):
         raise LRQuantError(
             f"--agreement {windows.name}: the two models read this text as different tokens; give "
             "the full-precision model that the other was made from as --compare MODEL"

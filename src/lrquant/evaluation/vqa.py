@@ -22,7 +22,7 @@ ANSWER_TOKENS = 16  # most tokens of a generated answer
 BATCH = 16  # prompts of the same shapes that are answered at once
 PEOPLE = 3  # who must have given an answer for it to count in full
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NOT_WORDS = re.compile(r"[^\w\s]")
+_NOT_WORDS = re.compile(r"(?!-\d)[^\w\s]")  # the sign of a number stays
 
 
 def read_questions(config: Config, reader: Reader) -> dict[str, Questions]:
@@ -71,6 +71,7 @@ def answer_questions(
         for batch in batches:
             inputs = questions.feed.only(batch).collate(slice(0, len(batch)))
             inputs = {key: value.to(module.device) for key, value in inputs.items()}
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             new = output[:, inputs["input_ids"].shape[1] :]
             tokenizer = reader.tokenizer
@@ -99,8 +100,8 @@ def _generator(module: PreTrainedModel) -> Any:
 
 def normalized(answer: str) -> str:
     """Lower case, without punctuation and articles, single spaces: as the VQA evaluation does."""
-    words = _NOT_WORDS.sub(" ", answer.lower().replace("'", ""))
-    return " ".join(_ARTICLES.sub(" ", words).split())
+    words = " ".join(_NOT_WORDS.sub(" ", answer.lower().replace("'", "")).split())
+    return " ".join(_ARTICLES.sub(" ", words).split()) or words
 
 
 def exact_match(answer: str, right: Sequence[str]) -> float:

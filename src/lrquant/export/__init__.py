@@ -15,7 +15,12 @@ from torch import Tensor
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export.parts import Part
-from lrquant.export.targets import chosen_for_target, mended
+from lrquant.export.targets import (
+    chosen_for_target,
+    loading_refusal,
+    mended,
+    tower_refusal,
+)
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
 
@@ -86,24 +91,16 @@ def choose_format(config: Config) -> Format:
     name = config.format or DEFAULT
     if name not in known:
         raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
-    reason = known[name].refusal(config) or tower_refusal(config, known[name])
+    reason = known[name].refusal(config) or tower_refusal(known[name], config)
     if reason is not None:
         other = "" if config.format else "; or --format dequantized"
         raise LRQuantError(f"--format {name}: {reason}{other}")
     if config.target is not None:
-        reason = known[name].loading(config.quantization, config.target).refusal
+        reason = loading_refusal(known[name], config)
         if reason is not None:
             mend = mended(config, [known[name]]) or "leave --format or --target out"
             raise LRQuantError(f"--format {name} with --target {config.target}: {reason}; {mend}")
     return known[name]
-
-
-def tower_refusal(config: Config, form: Format) -> str | None:
-    """Why a format can't hold the vision tower's scheme, or None."""
-    if config.vision_scheme is None:
-        return None
-    reason = form.refusal(config.for_tower())
-    return None if reason is None else f"--vision-scheme {config.vision_scheme}: {reason}"
 
 
 def factor_refusal(config: Config) -> str | None:

@@ -131,7 +131,10 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
     }
 
 
-_RESULTS = ("method_name", "scheme", "versions", "perplexity", "agreement", "vqa", "tasks")
+_RESULTS = (
+    *("method_name", "scheme", "versions", "perplexity", "agreement", "tasks"),
+    *("vqa", "classification"),
+)
 
 
 def _write_tensors(

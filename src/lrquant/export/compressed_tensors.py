@@ -53,8 +53,15 @@ def _two_schemes(config: Config) -> str | None:
     through weights that packed linears do not have.
     """
     language, tower = config.quantization, config.vision_quantization
-    if tower is None or tower == language:
+    if tower is None:
         return None
+    if tower == language:
+        if language.activation_bits == FLOAT_BITS or _layout(language) == "int-quantized":
+            return None
+        return (
+            f"--vision-scheme {tower.name}: transformers loads no tower of packed weights with "
+            "quantised activations; use a tower of W8A8-sym-qkv16, or --format lrquant"
+        )
     decoded = language.activation_bits == FLOAT_BITS and not language.symmetric
     if not decoded and _layout(tower) == "int-quantized":
         return None
@@ -139,7 +146,7 @@ def _targets(part: Part, number: int) -> list[str]:
     """Every linear for the language part; of others, those in their blocks."""
     if number == 0:
         return ["Linear"]
-    tower, blocks = part.blocks.rpartition("model.")[2].split(".", 1)
+    tower, blocks = part.blocks.removeprefix("model.").split(".", 1)
     return [f"re:.*{re.escape(tower)}\\..*{re.escape(blocks)}\\.[0-9]+\\..*"]
 
 

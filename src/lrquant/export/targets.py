@@ -54,12 +54,34 @@ def mended(config: Config, forms: Sequence[Format]) -> str | None:
 
 
 def _reason(form: Format, config: Config) -> str | None:
-    """Why a format does not do for the settings and their target."""
-    return form.refusal(config) or form.loading(config.quantization, config.target or "").refusal
+    """Why a format does not do for the settings and their target, of any part of the model."""
+    return _refusal(form, config) or loading_refusal(form, config)
 
 
 def _loading_reason(form: Format, config: Config) -> str | None:
-    return form.loading(config.quantization, config.target or "").refusal or form.refusal(config)
+    return loading_refusal(form, config) or _refusal(form, config)
+
+
+def _refusal(form: Format, config: Config) -> str | None:
+    return form.refusal(config) or tower_refusal(form, config)
+
+
+def tower_refusal(form: Format, config: Config) -> str | None:
+    """Why a format can't hold the vision tower's scheme, or None."""
+    if config.vision_scheme is None:
+        return None
+    reason = form.refusal(config.for_tower())
+    return None if reason is None else f"--vision-scheme {config.vision_scheme}: {reason}"
+
+
+def loading_refusal(form: Format, config: Config) -> str | None:
+    """Why the target can't load what a format holds of any part, or None."""
+    target = config.target or ""
+    reason = form.loading(config.quantization, target).refusal
+    if reason is None and config.vision_quantization is not None:
+        reason = form.loading(config.vision_quantization, target).refusal
+        reason = None if reason is None else f"--vision-scheme {config.vision_scheme}: {reason}"
+    return reason
 
 
 def _dense(form: Format, config: Config) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from lrquant.architectures import require_tower
 from lrquant.calibration import calibration_of, given_statistics
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
@@ -18,8 +19,9 @@ from lrquant.evaluation.subject import check_comparison
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.identity import dtype_name
 from lrquant.inputs import BlockInputs
+from lrquant.learning import require_pictures
 from lrquant.model import Model, load_model
-from lrquant.pipeline import resolve_settings
+from lrquant.pipeline import check_groups, resolve_settings
 from lrquant.preflight.estimate import (
     Seconds,
     estimate_memory,
@@ -57,20 +59,40 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     fits = check_shapes(done, model, form) and _check_length(done, model)
     workbench = _check_device(done, model)
     calibration = None if measure_only else _check_calibration(done, model)
+    _check_tower(done, model, calibration)
     texts = _check_evaluation(done, model)
     finished = len(model.blocks) if measure_only else 0
     if not measure_only:
         finished = check_run_folder(done, model, workbench, calibration)
     check_places(done, model)
-    if fits and workbench is not None:
+    if model.architecture.reads_pixels:
+        done.add("memory, disk, time", "not checked", "not estimated for classifiers of pictures")
+    elif fits and workbench is not None:
         _estimate(done, workbench, texts, finished)
     else:
         done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return done
 
 
+def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> None:
+    """Whether the vision tower can have the scheme that is asked for, and pictures to learn on."""
+    scheme = done.config.vision_quantization
+    if scheme is None:
+        return
+    with done.checking("vision tower"):
+        require_tower(model.architecture, model.skeleton.config)
+        assert model.tower is not None
+        check_groups(model.tower, scheme)
+        if calibration is not None:
+            require_pictures(done.config, calibration.feed)
+        text = f"{len(model.tower.blocks)} blocks; their time and memory are not estimated"
+        done.add("vision tower", "ok", text)
+
+
 def _check_length(done: Preflight, model: Model) -> bool:
     """Whether the model has as many positions as a sample has tokens."""
+    if model.architecture.reads_pixels:
+        return True
     with done.checking("seqlen"):
         ids = torch.zeros((1, done.config.seqlen), dtype=torch.int64)
         BlockInputs(model, ids, 1, torch.device("cpu"))
