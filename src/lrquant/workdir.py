@@ -146,7 +146,7 @@ class RunFolder:
                 key = "calibration"
             raise LRQuantError(
                 f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, this "
-                f"command {value!r}; use the same settings or another --output_dir"
+                f"command {wanted.get(key)!r}; use the same settings or another --output_dir"
             )
 
     def block_path(self, index: int) -> Path:
