@@ -1,182 +1,34 @@
-"""Pictures with words around them: read from a folder or a .jsonl, made into a model's inputs.
-
-A line of a .jsonl is ``{"messages": […]}`` in the chat format of transformers, or ``{"image": …,
-"question": …}``; either may have ``"answers": […]``.  Pictures are named relative to the file.
-"""
+"""Conversations with pictures as a model's inputs, by its own processor and chat template."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import random
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrquant.architectures import Architecture
+from lrquant.conversations import (
+    Conversation,
+    Conversations,
+    open_picture,
+    picture_files,
+    read_conversations,
+)
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed, Inputs, has_pictures
 from lrquant.sources.checks import first_line
 
 logger = logging.getLogger("lrquant")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
-    Image.DecompressionBombError,
-)
-QUESTION = "Describe this picture."
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in the chat format of transformers, their pictures by path, and right answers."""
-
-    messages: tuple[dict[str, Any], ...]
-    pictures: tuple[Path, ...]
-    origin: str
-    answers: tuple[str, ...] = ()
-
-    @property
-    def answered(self) -> bool:
-        """Whether it ends with the assistant's own words."""
-        return self.messages[-1]["role"] == "assistant"
-
-
-@dataclass(frozen=True)
-class Conversations:
-    """What a folder or file holds; `skipped` says of each picture left out why."""
-
-    items: tuple[Conversation, ...]
-    skipped: tuple[str, ...]
-
-
-def read_conversations(path: Path) -> Conversations:
-    """Conversations of a .jsonl; or of a folder of pictures, one about each that can be opened.
-
-    Raises LRQuantError where a line is no conversation or its picture can't be opened.
-    """
-    if path.is_dir():
-        return _of_folder(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LRQuantError(
-            f"{path}: cannot be read ({error}); give a folder of pictures or a .jsonl of "
-            "conversations"
-        ) from error
-    items = [
-        _conversation(line, f"{path}, line {number}", path.parent)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not items:
-        raise LRQuantError(f"{path}: no conversation in it")
-    return Conversations(tuple(items), ())
-
-
-def picture_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Pictures below a folder, by name, and why others with a picture's suffix were left out."""
-    found, skipped = [], []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
-        try:
-            open_picture(path)
-            found.append(path)
-        except LRQuantError as error:
-            skipped.append(str(error))
-            logger.warning("picture left out: %s", error)
-    if not found:
-        beside = f"; {len(skipped)} could not be opened (first: {skipped[0]})" if skipped else ""
-        raise LRQuantError(f"{folder}: no pictures ({', '.join(SUFFIXES)}){beside}")
-    return found, skipped
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, decoded to its end."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError as error:
-        raise LRQuantError(f"picture {path}: no such file") from error
-    except _UNREADABLE as error:
-        raise LRQuantError(
-            f"picture {path}: cannot be opened ({error}); replace it or take it out"
-        ) from error
-
-
-def _of_folder(folder: Path) -> Conversations:
-    files, skipped = picture_files(folder)
-    words = {"type": "text", "text": QUESTION}
-    items = [
-        Conversation(({"role": "user", "content": [{"type": "image"}, words]},), (file,), str(file))
-        for file in files
-    ]
-    return Conversations(tuple(items), tuple(skipped))
-
-
-def _conversation(line: str, origin: str, folder: Path) -> Conversation:
-    wanted = f'{origin}: expected {{"messages": […]}} or {{"image": …, "question": …}}'
-    try:
-        values = json.loads(line)
-        answers = _answers(values.get("answers", values.get("answer", [])))
-        if "messages" not in values:
-            content = [{"type": "image"}, {"type": "text", "text": values["question"]}]
-            messages = [{"role": "user", "content": content}]
-            named = [values["image"]]
-        else:
-            messages, named = _split(values["messages"])
-        pictures = tuple(folder / name for name in named)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LRQuantError(f"{wanted} ({type(error).__name__}: {error})") from error
-    if not messages:
-        raise LRQuantError(f"{wanted}, got no message")
-    for path in pictures:
-        if not path.is_file():
-            raise LRQuantError(f"{origin}: its picture {path} does not exist; add it")
-    return Conversation(tuple(messages), pictures, origin, answers)
-
-
-def _answers(given: Any) -> tuple[str, ...]:
-    """Right answers: one, a list of them, or a list of {"answer": …} as VQA's own files have."""
-    found = given if isinstance(given, list) else [given]
-    found = [entry["answer"] if isinstance(entry, dict) else entry for entry in found]
-    if not all(isinstance(entry, str | int | float) for entry in found):
-        raise ValueError(f"answers {given!r} are neither words nor numbers")
-    return tuple(map(str, found))
-
-
-def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages without their pictures' names, and the names in order."""
-    names: list[str] = []
-    cleaned = []
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        kept = []
-        for part in parts:
-            if part["type"] == "image":
-                named = [part[key] for key in ("path", "image", "url") if key in part]
-                if not named:
-                    raise ValueError('an image needs a "path"')
-                names.append(str(named[0]))
-                kept.append({"type": "image"})
-            elif part["type"] == "text":
-                kept.append({"type": "text", "text": part["text"]})
-            else:
-                raise ValueError(f"a part of type {part['type']!r}: use image or text")
-        cleaned.append({"role": message["role"], "content": kept})
-    return cleaned, names
 
 
 class Reader(Protocol):
@@ -351,15 +203,6 @@ def picture_tokens(model: Reader, ids: Tensor) -> Tensor:
         if mark is not None:
             found |= ids == mark
     return found
-
-
-def is_conversations(path: Path) -> bool:
-    """Whether a file's first line is a conversation, not a line of text alone."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return '"messages"' in first or '"image"' in first
 
 
 def mixed(pictures: Samples, text: Samples, seed: int) -> Samples:

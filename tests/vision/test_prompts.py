@@ -18,11 +18,12 @@ from transformers import (
 
 import lrquant
 from lrquant.cli import main, quantize_main
+from lrquant.conversations import read_conversations
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.vqa import exact_match, normalized, vqa_accuracy
 from lrquant.model import load_model
 from lrquant.preflight.checks import preflight
-from lrquant.prompts import picture_samples, read_conversations
+from lrquant.prompts import picture_samples
 from lrquant.workdir import RunFolder
 
 SETTINGS = {"nsamples": 4, "seqlen": 24, "epochs": 1, "report": False, "precision": "float32"}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from lrquant.config import Config
+from lrquant.conversations import is_conversations
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.fit import BlockData, advance_quantized, fit_block
 from lrquant.identity import fit_settings
 from lrquant.inputs import BlockInputs
 from lrquant.progress import Progress
-from lrquant.prompts import is_conversations
 from lrquant.workbench import Workbench, advance_full_precision, learned_view
 from lrquant.workdir import RunFolder
 

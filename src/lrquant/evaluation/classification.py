@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.config import Config
+from lrquant.conversations import picture_files
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
-from lrquant.prompts import Reader, picture_files, pixel_inputs, require_processor
+from lrquant.prompts import Reader, pixel_inputs, require_processor
 
 logger = logging.getLogger("lrquant")
 BATCH = 16  # pictures that are classified at once

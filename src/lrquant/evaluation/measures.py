@@ -12,6 +12,7 @@ import torch
 
 from lrquant.blocks import Head, Prepare, PreparedBlock
 from lrquant.config import Config
+from lrquant.conversations import is_conversations
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
@@ -29,7 +30,7 @@ from lrquant.learn.view import Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
-from lrquant.prompts import Reader, is_conversations, picture_samples
+from lrquant.prompts import Reader, picture_samples
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder

@@ -12,10 +12,11 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from lrquant.config import Config
+from lrquant.conversations import Conversation, read_conversations
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
-from lrquant.prompts import Conversation, Reader, prompt_inputs, read_conversations
+from lrquant.prompts import Reader, prompt_inputs
 
 logger = logging.getLogger("lrquant")
 ANSWER_TOKENS = 16  # most tokens of a generated answer
