@@ -1,8 +1,17 @@
-"""A small LLaVA that answers easy-VQA's questions: trained tower and projector on SmolLM2-135M.
+r"""A small LLaVA that answers easy-VQA's questions: trained tower and projector on SmolLM2-135M.
 
-    python examples/make_easy_vqa_model.py --gguf SmolLM2-135M-Instruct.gguf --out easy_vqa_model
+    pip install --no-deps easy-vqa==1.0
+    python examples/make_easy_vqa_model.py --gguf SmolLM2-135M-Instruct.gguf --out easy_vqa_model \
+        --evaluate 500
 
-RESULTS
+puts the kept easy_vqa_tower.safetensors (2.3 million bfloat16 weights) and the GGUF file's language
+model, unchanged, into one folder that transformers loads; a picture is 64 image tokens.  As in
+LLaVA-1.5 the tower's last layer is there and not used; here it is as untrained as it started.
+
+Generated answers to 500 test questions: 70.8 % right (color 81.4 % of 59, shape 98.4 % of 64,
+yes/no 64.5 % of 377).  Over all test questions "yes" is right in 37.3 %; each wording's most
+frequent answer, no picture seen, in 67.0 % (color 12.0 %, shape 34.8 %, yes/no 82.5 %).  So color
+and shape questions tell whether the model sees; its yes and no, below that 82.5 %, do not.
 """
 
 from __future__ import annotations
@@ -89,7 +98,7 @@ def make_model(gguf: Path, processor: LlavaProcessor, seed: int) -> LlavaForCond
         quantization_config=GgufConfig(dequantize=True),
     )
     text_config = language_model.config.to_dict()
-    for left_over in ("quantization_config", "_name_or_path", "architectures"):
+    for left_over in ("quantization_config", "_model_name_or_path", "architectures"):
         text_config.pop(left_over, None)
     tower_config = CLIPVisionConfig(
         hidden_size=192,
