@@ -291,7 +291,10 @@ class BlockView:
         for norm, factor in factors.norms.items():
             offset = self._offsets.get(norm, 0.0)
             weight = tensors[f"{norm}.weight"]
-            scaled = (weight + offset) * factor - offset if offset else weight * factor
+            if offset:  # (weight + offset) * factor - offset, in the form that is exact at factor 1
+                scaled = weight + (weight + offset) * (factor - 1)
+            else:
+                scaled = weight * factor
             tensors[f"{norm}.weight"] = scaled
             bias = tensors.get(f"{norm}.bias")
             shift = factors.subtract.get(norm)
