@@ -20,14 +20,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lrquant.config import Config
-from lrquant.evaluation.measures import evaluate_run, prepare_evaluation
 from lrquant.model import load_model
 from lrquant.pipeline import run
-from lrquant.progress import Progress
 from lrquant.report.tables import table
-from lrquant.workbench import make_workbench
-from lrquant.workdir import RunFolder
 
 PROTOCOL: dict[str, Any] = {"nsamples": 32, "seqlen": 64, "epochs": 5, "seed": 2, "batch_size": 4}
 PROTOCOL |= {"report": False}
@@ -87,20 +82,15 @@ def _measure(name: str, settings: dict[str, Any], model: Any, options: argparse.
     given = {"model": options.model, "precision": options.precision, **settings}
     given |= {"output_dir": str(place)}
     run(given | ({"resume": str(place)} if place.is_dir() else {}), model)
-    folder = RunFolder.open(place)
-    config = folder.config
     first = not any(row.startswith(_group(name)) for row in _measured(options.runs))
-    values = {**{f: getattr(config, f) for f in config.__dataclass_fields__}, "vqa": (test,)}
-    values |= {"agreement": (test,), "compare": first, "limit": options.questions}
-    measuring = Config(**values)
-    bench = make_workbench(model, measuring)
-    evaluation = prepare_evaluation(measuring, model)
+    measuring = {"vqa": (test,), "agreement": (test,), "limit": options.questions}
+    measuring |= {"compare": first, "epochs": 0, "resume": str(place)}
+    results = run(measuring | {"precision": options.precision}, model).results
     found: dict[str, dict[str, Any]] = {}
-    for measures in evaluate_run(bench, measuring, folder, evaluation, Progress()):
-        for kind in ("vqa", "agreement"):
-            for variant, scores in measures.get(kind, {}).get(test, {}).items():
-                if isinstance(scores, dict):
-                    found.setdefault(variant, {}).update(scores)
+    for kind in ("vqa", "agreement"):
+        for variant, scores in results[kind][test].items():
+            if isinstance(scores, dict):
+                found.setdefault(variant, {}).update(scores)
     with (options.runs / "measures.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps({"row": name, "questions": options.questions, **found}) + "\n")
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrquant.blocks import Head, PreparedBlock
+from lrquant.blocks import Head, Variant
 from lrquant.config import Config
 from lrquant.data import Samples, perplexity_windows
 from lrquant.evaluation.measures import preparer
@@ -165,9 +164,7 @@ class _Bench:
         }
 
     @torch.no_grad()
-    def _scores(
-        self, windows: Samples, prepare: Callable[[int], PreparedBlock]
-    ) -> dict[str, float]:
+    def _scores(self, windows: Samples, prepare: Variant) -> dict[str, float]:
         bench = self.bench
         self._head = self._head or Head(self.model, bench.device, bench.dtype)
         entry = BlockInputs(self.model, windows.ids, 4, bench.device)

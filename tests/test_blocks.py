@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks import Head, PreparedBlock
+from lrquant.blocks import Head, PreparedBlock, Variant
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import score, send_through
 from lrquant.inputs import BlockInputs
@@ -343,7 +343,8 @@ def test_perplexity_is_that_of_the_model(variant, make_model, make_bench, token_
     ids = token_ids(3, TOKENS)
     entry = BlockInputs(bench.model, ids, 2, CPU)
     (stream,) = bench.streams(entry, 1)
-    send_through(bench.model, lambda index: prepare(bench, index, FLOATING_POINT), stream, entry)
+    plain = Variant(lambda index: prepare(bench, index, FLOATING_POINT))
+    send_through(bench.model, plain, stream, entry)
     found = score(Head(bench.model, CPU, torch.float32), stream, ids)["perplexity"]
     logits = module(ids).logits[:, :-1].reshape(-1, module.config.vocab_size).double()
     loss = nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
@@ -371,7 +372,7 @@ def test_the_materialised_model_is_the_stream_of_blocks(
     expected = streamed_logits(bench, ids, 2, scheme, method)
     skeleton = bench.model.skeleton
     attention = skeleton.config._attn_implementation
-    module = materialize(bench, lambda index: prepare(bench, index, scheme, method))
+    module = materialize(bench, Variant(lambda index: prepare(bench, index, scheme, method)))
     assert hooks(skeleton) == 0 and skeleton.config._attn_implementation == attention
     found = module(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -384,7 +385,7 @@ def test_the_materialised_model_is_the_stream_of_blocks(
 @pytest.mark.parametrize("scheme", [FLOATING_POINT, W4A4], ids=lambda scheme: scheme.name)
 def test_the_cache_changes_nothing(scheme, dtype, variant, make_model, make_bench, token_ids):
     bench = make_bench(make_model(variant), dtype)
-    module = materialize(bench, lambda index: prepare(bench, index, scheme))
+    module = materialize(bench, Variant(lambda index: prepare(bench, index, scheme)))
     ids = token_ids(2, TOKENS)
     whole = module(ids, use_cache=False).logits
     cache, parts = None, []
@@ -404,7 +405,7 @@ def test_the_cache_changes_nothing(scheme, dtype, variant, make_model, make_benc
 @pytest.mark.parametrize("scheme", [FLOATING_POINT, W4A4], ids=lambda scheme: scheme.name)
 def test_generate_with_and_without_cache(scheme, variant, make_model, make_bench, token_ids):
     bench = make_bench(make_model(variant))
-    module = materialize(bench, lambda index: prepare(bench, index, scheme))
+    module = materialize(bench, Variant(lambda index: prepare(bench, index, scheme)))
     ids = token_ids(2, 6)
     found = [
         module.generate(

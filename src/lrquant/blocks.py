@@ -34,6 +34,18 @@ class PreparedBlock:
 Prepare = Callable[[int], PreparedBlock]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A model as it is to compute: how block i is made ready, and block i of the vision tower."""
+
+    blocks: Prepare
+    tower: Prepare | None = None
+
+    def __call__(self, index: int) -> PreparedBlock:
+        """Block `index` of the language part."""
+        return self.blocks(index)
+
+
 class BlockRunner:
     """One block's forward with given tensors; a context manager that holds the hooks.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrquant.config import Config
+from lrquant.config import Config, optional_path
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed
@@ -66,8 +66,8 @@ def _text_samples(config: Config, model: Model, count: int) -> Samples:
         count,
         config.seqlen,
         config.seed,
-        _path(config.data_dir),
-        _path(config.cache_dir),
+        optional_path(config.data_dir),
+        optional_path(config.cache_dir),
     )
 
 
@@ -75,12 +75,8 @@ def given_statistics(config: Config) -> ChannelStatistics | None:
     """The statistics files that the settings name, or None."""
     if config.act_scales is None:
         return None
-    statistics = load_statistics(Path(config.act_scales), _path(config.act_shifts))
+    statistics = load_statistics(Path(config.act_scales), optional_path(config.act_shifts))
     if not config.let:
         return None
     logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
     return statistics
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

@@ -324,11 +324,7 @@ class Config:
         return dataclasses.replace(
             self,
             scheme=scheme.name,
-            wbits=scheme.weight_bits,
-            abits=scheme.activation_bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            qkv_bits=scheme.qkv_bits,
+            **_spelled_out(scheme),
             lwc=bool(self.vision_lwc) and quantized,
             let=bool(self.vision_let),
             rotation=rotation,
@@ -366,6 +362,11 @@ _SMALLEST = {"epochs": 0, "nsamples": 1, "batch_size": 1, "seqlen": 2, "rotate_r
 _SMALLEST |= {"tta_blocks": 1, "tta_epochs": 1}
 
 
+def optional_path(value: str | None) -> Path | None:
+    """A setting that names a place, or None."""
+    return None if value is None else Path(value)
+
+
 def _given_or(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
@@ -375,6 +376,11 @@ _SPELLED_OUT = {
     **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
     **{"symmetric": "symmetric", "qkv_bits": "qkv_bits"},
 }
+
+
+def _spelled_out(scheme: Scheme) -> dict[str, Any]:
+    """The settings that say what a scheme's name says."""
+    return {name: getattr(scheme, attribute) for name, attribute in _SPELLED_OUT.items()}
 
 
 def require_one_scheme(settings: dict[str, Any]) -> None:
@@ -402,7 +408,7 @@ def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if name not in _SPELLED_OUT}
     elif settings.get("scheme") and by.keys() & _SPELLED_OUT.keys():
         scheme = Scheme.parse(settings["scheme"])
-        bits = {name: getattr(scheme, attribute) for name, attribute in _SPELLED_OUT.items()}
+        bits = _spelled_out(scheme)
         bits = {name: value for name, value in bits.items() if value not in (None, False)}
         settings = {**settings, **bits, "scheme": None}
     return {**settings, **by}

@@ -26,6 +26,11 @@ class Feed:
     weights: Sequence[Tensor | None] = field(default=())
     scored: Sequence[Tensor | None] = field(default=())
 
+    def __post_init__(self) -> None:
+        for name in ("weights", "scored"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (None,) * len(self.inputs))
+
     @classmethod
     def of_tokens(cls, ids: Tensor) -> Feed:
         """Token ids (samples, tokens) int64."""
@@ -37,20 +42,16 @@ class Feed:
     def __add__(self, other: Feed) -> Feed:
         return Feed(
             [*self.inputs, *other.inputs],
-            [*self._padded(self.weights), *other._padded(other.weights)],
-            [*self._padded(self.scored), *other._padded(other.scored)],
+            [*self.weights, *other.weights],
+            [*self.scored, *other.scored],
         )
-
-    def _padded(self, values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        return values or [None] * len(self)
 
     def only(self, indices: Sequence[int]) -> Feed:
         """Some of the samples, in the given order."""
-        weights, scored = self._padded(self.weights), self._padded(self.scored)
         return Feed(
             [self.inputs[i] for i in indices],
-            [weights[i] for i in indices],
-            [scored[i] for i in indices],
+            [self.weights[i] for i in indices],
+            [self.scored[i] for i in indices],
         )
 
     def with_pictures(self) -> Feed:
@@ -59,10 +60,15 @@ class Feed:
 
     def grouped(self) -> Feed:
         """Samples of the same shapes side by side, else in the order that they had."""
+        order = self.grouped_order()
+        return self if order == list(range(len(self))) else self.only(order)
+
+    def grouped_order(self) -> list[int]:
+        """The places of the samples in the order that `grouped` gives them."""
         places: dict[object, list[int]] = {}
         for index, sample in enumerate(self.inputs):
             places.setdefault(_signature(sample), []).append(index)
-        return self if len(places) == 1 else self.only([i for p in places.values() for i in p])
+        return [index for alike in places.values() for index in alike]
 
     def slices(self, batch_size: int) -> list[slice]:
         """Runs of at most `batch_size` samples of the same shapes."""
@@ -83,7 +89,7 @@ class Feed:
 
     def batch_weights(self, samples: slice) -> Tensor | None:
         """Weights (samples, tokens) of a batch, None if every token counts alike."""
-        found = [weights for weights in self._padded(self.weights)[samples]]
+        found = self.weights[samples]
         if all(weights is None for weights in found):
             return None
         tokens = self.inputs[samples.start]["input_ids"].shape[1]
@@ -109,5 +115,5 @@ def has_pictures(sample: Inputs) -> bool:
 
 
 def _signature(sample: Inputs) -> tuple[tuple[str, torch.Size], ...]:
-    """What must be the same for samples to be concatenated: shapes, number of tokens apart."""
+    """What must be the same for samples to be concatenated."""
     return tuple((name, sample[name].shape) for name in sorted(sample))

@@ -38,17 +38,14 @@ def learn_model(
     The language part learns on what the quantised tower gives it.
     """
     tower = workbench.tower
-    if config.vision_quantization is None or tower is None:
-        plain = preparer(workbench, FLOATING_POINT).tower
-        learn_blocks(workbench, config, feed, given, folder, progress, (plain, plain))
-        return
-    pictures = require_pictures(config, feed)
-    folder.tower.path.mkdir(exist_ok=True)
-    logger.info("vision tower: %d blocks", len(tower.model.blocks))
-    learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
-    plain = preparer(workbench, FLOATING_POINT).tower
-    learned = preparer(workbench, config.quantization, config, folder).tower
-    logger.info("language part: %d blocks", len(workbench.model.blocks))
+    plain = learned = preparer(workbench, FLOATING_POINT).tower
+    if config.vision_quantization is not None and tower is not None:
+        pictures = require_pictures(config, feed)
+        folder.tower.path.mkdir(exist_ok=True)
+        logger.info("vision tower: %d blocks", len(tower.model.blocks))
+        learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
+        learned = preparer(workbench, config.quantization, config, folder).tower
+        logger.info("language part: %d blocks", len(workbench.model.blocks))
     learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
 
 

@@ -9,31 +9,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks import Prepare, cast_outer_linears
+from lrquant.blocks import Variant, cast_outer_linears
 from lrquant.model import build_skeleton
 from lrquant.workbench import Workbench
 
 
 @torch.no_grad()
-def materialize(
-    workbench: Workbench, prepare: Prepare, tower: Prepare | None = None
-) -> PreTrainedModel:
+def materialize(workbench: Workbench, variant: Variant) -> PreTrainedModel:
     """A model with a cache and `generate`: dense weights, activations quantised by hooks.
 
-    `prepare` gives each block as it is to compute, `tower` those of the vision tower; the result is
-    on the workbench's device and independent of the workbench's own skeleton.
+    `variant` gives each block as it is to compute; the result is on the workbench's device and
+    independent of the workbench's own skeleton.
     """
     model = workbench.model
     module = build_skeleton(
         copy.deepcopy(model.skeleton.config), architecture_of(model.skeleton.config)
     )
     state: dict[str, Tensor] = model.outer_tensors(workbench.device, workbench.dtype, head=True)
-    parts = [(model, prepare)]
-    if model.tower is not None and tower is not None:
-        parts.append((model.tower, tower))
-    for part, prepared_block in parts:
+    parts = [(model, variant.blocks)]
+    if model.tower is not None and variant.tower is not None:
+        parts.append((model.tower, variant.tower))
+    for part, prepare in parts:
         for index in range(len(part.blocks)):
-            prepared = prepared_block(index)
+            prepared = prepare(index)
             runner = prepared.runner.on(module.get_submodule(part.block_name(index)))
             own = runner.bind(prepared.tensors)
             state.update({f"{part.block_name(index)}.{name}": t for name, t in own.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from transformers import (
 )
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from lrquant.architectures import Architecture, architecture_of, find_tower
+from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
 from lrquant.errors import LRQuantError
 from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
+from lrquant.sources.checks import first_line
+
+logger = logging.getLogger("lrquant")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class Model:
         """The same model seen from its vision tower, if it has one that is declared."""
         tower = find_tower(self.architecture, self.skeleton.config)
         return None if tower is None else dataclasses.replace(self, architecture=tower)
+
+    def require_tower(self) -> Model:
+        """The same model seen from its vision tower; refuses a model without one."""
+        tower = self.tower
+        if tower is None:
+            refuse_tower(self.architecture, self.skeleton.config)
+        return tower
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -200,7 +211,9 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
     loader = AutoImageProcessor if architecture.reads_pixels else AutoProcessor
     try:
         return loader.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = first_line(error)
+        logger.warning("%s: no processor for pictures can be read (%s)", folder, reason)
         return None
 
 

@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrquant.architectures import require_tower
 from lrquant.calibration import calibration_of, given_statistics
-from lrquant.config import Config, require_one_scheme, typed_settings
+from lrquant.config import Config, optional_path, require_one_scheme, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
@@ -75,8 +74,7 @@ class Run:
         Weights are dense and activations are quantised by hooks: for evaluation, not for serving.
         """
         bench, config = self.workbench, self.config
-        variant = preparer(bench, config.quantization, config, self.folder)
-        return materialize(bench, variant, variant.tower)
+        return materialize(bench, preparer(bench, config.quantization, config, self.folder))
 
 
 def quantize(
@@ -137,12 +135,10 @@ def _run(
     if config.save_dir is not None or (config.target and not measure_only):
         form = choose_format(config)
     tasks = load_tasks(config)
-    model = model or load_model(config.model, _path(config.cache_dir))
+    model = model or load_model(config.model, optional_path(config.cache_dir))
     check_groups(model, config.quantization)
     if config.vision_quantization is not None:
-        require_tower(model.architecture, model.skeleton.config)
-        assert model.tower is not None
-        check_groups(model.tower, config.vision_quantization)
+        check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
         check_format(model, config, form)
     workbench = make_workbench(model, config)
@@ -159,7 +155,7 @@ def _run(
         logger.info("calibration %s", calibration.description)
         statistics = given_statistics(config)
         identity = describe_run(config, model, workbench, calibration)
-        folder = RunFolder.start(output, config, identity, _path(config.resume))
+        folder = RunFolder.start(output, config, identity, optional_path(config.resume))
         with folder.logging(logger, earlier):
             learn_model(workbench, config, calibration.feed, statistics, folder, progress)
     results_folder = RunFolder(output)
@@ -196,7 +192,7 @@ def resolve_settings(settings: dict[str, Any]) -> tuple[Config, bool]:
 def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
     """Channel statistics of every block's linears on the calibration text, in full precision."""
     progress = progress or Progress()
-    model = load_model(config.model, _path(config.cache_dir))
+    model = load_model(config.model, optional_path(config.cache_dir))
     workbench = make_workbench(model, config)
     calibration = calibration_of(config, model, None)
     logger.info("calibration %s", calibration.description)
@@ -325,7 +321,3 @@ _MEASURE_SETTINGS = (
     *("target", "save_dtype"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,6 @@ from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed, Inputs, has_pictures
 from lrquant.sources.checks import first_line
-
-logger = logging.getLogger("lrquant")
 
 
 class Reader(Protocol):

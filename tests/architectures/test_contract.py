@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -213,7 +213,9 @@ def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
 
 
 @torch.no_grad()
-def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) -> list[torch.Tensor]:
+def block_outputs(
+    bench: Workbench, ids: torch.Tensor, method: Method | None, set_sites_: Callable
+) -> list[torch.Tensor]:
     """Output of each block on full-precision inputs, under random scales and shifts if `method`."""
     entry = BlockInputs(bench.model, ids, len(ids), bench.device)
     (stream,) = bench.streams(entry, 1)
@@ -221,13 +223,7 @@ def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) ->
     outputs = []
     for index in range(len(bench.model.blocks)):
         view = bench.view(index, bench.stored(index), FLOATING_POINT, method or Method())
-        generator = torch.Generator().manual_seed(index)
-        for site in view.sites:
-            scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
-            view.parameters[f"let.{site.name}.scale"] = scale
-            if site.name in view.shifted:
-                shift = torch.randn(site.size, generator=generator)
-                view.parameters[f"let.{site.name}.shift"] = shift
+        set_sites_(view, index)
         with bench.runner(index, view) as runner:
             states = stream.read(entry.batches[0])
             outputs.append(runner(view.tensors(), states, entry.arguments(0, index)))
@@ -236,20 +232,27 @@ def block_outputs(bench: Workbench, ids: torch.Tensor, method: Method | None) ->
 
 
 @pytest.mark.parametrize("rule", ["never", "auto", "always"])
-def test_the_block_view_folds_the_same_way(rule, variant, make_model, make_bench, token_ids):
+def test_the_block_view_folds_the_same_way(
+    rule, variant, make_model, make_bench, token_ids, set_sites_
+):
     """In floating point, with every site and shifts also where no bias exists."""
     bench = make_bench(make_model(variant))
     ids = token_ids(2, TOKENS)
     method = Method(let=True, let_sites=KINDS, let_shift=rule)
-    plain, folded = block_outputs(bench, ids, None), block_outputs(bench, ids, method)
+    plain, folded = (
+        block_outputs(bench, ids, None, set_sites_),
+        block_outputs(bench, ids, method, set_sites_),
+    )
     for before, after in zip(plain, folded, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
 
 
-def test_the_block_view_comparison_sees_one_wrong_scale(make_model, make_bench, token_ids):
+def test_the_block_view_comparison_sees_one_wrong_scale(
+    make_model, make_bench, token_ids, set_sites_
+):
     bench = make_bench(make_model("llama"))
     ids = token_ids(2, TOKENS)
-    (plain, _) = block_outputs(bench, ids, None)
+    (plain, _) = block_outputs(bench, ids, None, set_sites_)
     view = bench.view(0, bench.stored(0), FLOATING_POINT, Method())
     tensors = view.tensors()
     tensors["self_attn.k_proj.weight"] = tensors["self_attn.k_proj.weight"].clone()

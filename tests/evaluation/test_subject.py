@@ -13,18 +13,8 @@ from lrquant import LRQuantError, cli, evaluate, quantize
 from lrquant.export.manifest import MANIFEST
 from lrquant.pipeline import export
 
-TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(40))
 QUICK = {"nsamples": 2, "seqlen": 24, "limit": 4, "epochs": 1, "precision": "float32"}
 MEASURED = {"ppl": ("wikitext2",), "seqlen": 24, "limit": 4, "precision": "float32"}
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    folder = tmp_path / "data"
-    (folder / "wikitext2").mkdir(parents=True)
-    for split in ("validation", "test"):
-        (folder / "wikitext2" / f"{split}.txt").write_text(TEXT)
-    return str(folder)
 
 
 @pytest.fixture
@@ -64,10 +54,12 @@ def test_a_checkpoint_has_its_run_s_perplexity(learn, data_dir, tmp_path, scheme
     assert abs(full - learned) > 10 * abs(saved["quantized"] - learned), "or this tells nothing"
 
 
-def test_a_checkpoint_is_scored_as_transformers_loads_it(learn, data_dir, tmp_path, tiny_tokenizer):
+def test_a_checkpoint_is_scored_as_transformers_loads_it(
+    learn, data_dir, tmp_path, tiny_tokenizer, text
+):
     learn("W4A16", save_dir=str(tmp_path / "saved"))
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    ids = torch.tensor(tiny_tokenizer(TEXT).input_ids)[: 4 * 24].view(4, 24)
+    ids = torch.tensor(tiny_tokenizer(text).input_ids)[: 4 * 24].view(4, 24)
     with torch.no_grad():
         logits = module(ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

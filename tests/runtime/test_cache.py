@@ -37,13 +37,13 @@ def step_by_step(model, ids, cache):
         *(("qwen3", "W8A8"), ("opt", "W4A4"), ("llama", "W4A16-qkv3")),
     ],
 )
-def test_steps_give_what_the_whole_text_gives(loaded, token_ids, family, scheme):
+def test_steps_give_what_the_whole_text_gives(loaded, token_ids, assert_alike, family, scheme):
     model, ids = loaded(family, scheme), token_ids(2, 16)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     cache, plain = QuantizedCache(model.config), DynamicCache()
     found = step_by_step(model, ids, cache)
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    assert_alike(found, whole)
     assert torch.equal(found, step_by_step(model, ids, plain)), "the codes say it exactly"
     assert cache.get_seq_length() == 16
     values = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)

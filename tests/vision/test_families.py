@@ -58,7 +58,7 @@ def test_blocks_in_a_row_are_the_model(family, batch_size, make_vision, make_fee
     entry = BlockInputs(bench.model, feed, batch_size, CPU)
     (stream,) = bench.streams(entry, 1)
     variant = preparer(bench, FLOATING_POINT)
-    send_through(bench.model, variant, stream, entry, tower=variant.tower)
+    send_through(bench.model, variant, stream, entry)
     head = Head(bench.model, CPU, torch.float32)
     found = torch.cat([head(stream.read(batch)) for batch in entry.batches])
     expected = module(**feed.collate(slice(0, 2))).logits
@@ -110,7 +110,7 @@ def test_leaving_out_any_fold_is_seen(family, make_vision, change):
                 assert change(family, module, part, (site,), fold) > clear, fold.module
 
 
-def test_the_block_view_folds_the_same_way(family, make_vision, make_feed):
+def test_the_block_view_folds_the_same_way(family, make_vision, make_feed, set_sites_):
     feed = make_feed(family)
     bench = Workbench(from_module(make_vision(family)), CPU, torch.float32, "host")
     for part in filter(None, (bench, bench.tower)):
@@ -120,13 +120,7 @@ def test_the_block_view_folds_the_same_way(family, make_vision, make_feed):
         outputs = []
         for method in (Method(), Method(let=True, let_sites=KINDS, let_shift="always")):
             view = part.view(0, part.stored(0), FLOATING_POINT, method)
-            generator = torch.Generator().manual_seed(0)
-            for site in view.sites:
-                scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
-                view.parameters[f"let.{site.name}.scale"] = scale
-                if site.name in view.shifted:
-                    shift = torch.randn(site.size, generator=generator)
-                    view.parameters[f"let.{site.name}.shift"] = shift
+            set_sites_(view, 0)
             with part.runner(0, view) as runner:
                 states = stream.read(entry.batches[0], 0)
                 outputs.append(runner(view.tensors(), states, entry.arguments(0, 0)))

@@ -20,7 +20,7 @@ import lrquant
 from lrquant.cli import main, quantize_main
 from lrquant.conversations import read_conversations
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.vqa import exact_match, normalized, vqa_accuracy
+from lrquant.evaluation.vqa import answer_kind, exact_match, normalized, vqa_accuracy
 from lrquant.model import load_model
 from lrquant.preflight.checks import preflight
 from lrquant.prompts import picture_samples
@@ -41,22 +41,26 @@ def text(tmp_path):
     return path
 
 
+def asked(processor, item, words):
+    """What transformers alone makes of a question about the picture of an item."""
+    content = [
+        {"type": "image", "path": str(item.pictures[0])},
+        {"type": "text", "text": words},
+    ]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+
+
 def test_inputs_are_those_of_the_processor(model, processor, questions):
     """Compared with transformers' own way from a picture and its question to tensors."""
     samples = picture_samples(questions, model)
     item = read_conversations(questions).items[1]
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "path": str(item.pictures[0])},
-                {"type": "text", "text": "what?"},
-            ],
-        }
-    ]
-    expected = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
+    expected = asked(processor, item, "what?")
     found = samples.feed.inputs[1]
     assert torch.equal(found["input_ids"], expected["input_ids"])
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
@@ -122,11 +126,14 @@ def test_an_empty_folder_is_said(tmp_path, model):
         picture_samples(tmp_path / "empty", model)
 
 
-def test_a_missing_processor_is_said(llava_folder, pictures):
+def test_a_missing_processor_is_said(llava_folder, pictures, caplog):
     for file in ("preprocessor_config.json", "processor_config.json"):
         (llava_folder / file).unlink(missing_ok=True)
+    with caplog.at_level("WARNING", logger="lrquant"):
+        model = load_model(str(llava_folder))
+    assert "no processor for pictures can be read" in caplog.text
     with pytest.raises(LRQuantError, match=r"no processor .*copy preprocessor_config.json"):
-        picture_samples(pictures, load_model(str(llava_folder)))
+        picture_samples(pictures, model)
 
 
 def test_a_text_model_takes_no_pictures(model_folder, pictures):
@@ -205,28 +212,20 @@ def test_questions_are_answered_as_the_model_does(llava_folder, tmp_path, questi
     module = AutoModelForImageTextToText.from_pretrained(llava_folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(llava_folder)
     item = read_conversations(questions).items[0]
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "path": str(item.pictures[0])},
-                {"type": "text", "text": "which one?"},
-            ],
-        }
-    ]
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
+    inputs = asked(processor, item, "which one?")
     output = module.generate(**inputs, max_new_tokens=16, do_sample=False)
     words = processor.tokenizer.decode(
         output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     path = tmp_path / "own.jsonl"
     line = json.loads(questions.read_text().splitlines()[0])
-    path.write_text(json.dumps({**line, "answers": [words]}) + "\n")
+    right = [[words], ["no"]]
+    path.write_text("".join(json.dumps({**line, "answers": a}) + "\n" for a in right))
     found = lrquant.evaluate(str(llava_folder), vqa=(str(path),), precision="float32")
     if normalized(words):
-        assert found["vqa"][str(path)]["full_precision"]["exact_match"] == 1
+        own = found["vqa"][str(path)]["full_precision"]
+        kinds = [own[f"exact_match{kind}"] for kind in ("", "_other", "_yes_no")]
+        assert kinds == [0.5, 1, 0]
     scores = run.results["vqa"][str(questions)]
     assert set(scores) == {"text", "quantized", "full_precision", "round_to_nearest"}
     agreement = run.results["agreement"][str(questions)]
@@ -305,6 +304,19 @@ def test_classifiers_are_measured_by_their_classes(tmp_path, make_vision, pictur
 def test_answers_are_scored_as_the_field_does(answer, right, exact, rule):
     assert exact_match(answer, right) == exact
     assert vqa_accuracy(answer, right) == pytest.approx(rule)
+
+
+@pytest.mark.parametrize(
+    ("right", "kind"),
+    [
+        (["Yes."], "yes_no"),
+        (["no", "no", "2"], "yes_no"),
+        (["3"], "number"),
+        (["red", "dark red", "no"], "other"),
+    ],
+)
+def test_answers_have_the_kinds_of_vqa(right, kind):
+    assert answer_kind(right) == kind
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ def linears(config: PretrainedConfig) -> tuple[str, ...]:
     return LINEARS
 
 
-def sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def sites(config: PretrainedConfig, norm_offset: float = 0.0) -> tuple[Site, ...]:
     """All sites; for families without norms on q and k."""
     heads, kv_heads, head_dim = head_shape(config)
     query_key = query_key_site(
         "self_attn.q_proj", "self_attn.k_proj", heads, kv_heads, head_dim, rotary="half"
     )
-    return (*sites_without_query_key(config), query_key)
+    return (*sites_without_query_key(config, norm_offset=norm_offset), query_key)
 
 
 def sites_without_query_key(

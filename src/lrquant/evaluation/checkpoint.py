@@ -152,9 +152,9 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
             "the run that it is of"
         ) from error
     nn.Module.to(module, choose_device(config.device))
-    settings = settings_of(name, Path(config.cache_dir) if config.cache_dir else None)
     processor = load_processor(folder, architecture)
-    return Checkpoint(name, module.eval().requires_grad_(False), tokenizer, settings, processor)
+    module = module.eval().requires_grad_(False)
+    return Checkpoint(name, module, tokenizer, settings_of(folder), processor)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def settings_of(name: str, cache_dir: Path | None) -> Config | None:
+def settings_of(folder: Path) -> Config | None:
     """What a checkpoint of this project was learned with, None if another one made it."""
-    made_by = resolve_model(name, cache_dir).folder / SETTINGS
+    made_by = folder / SETTINGS
     return Config.from_yaml(made_by) if made_by.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from transformers import PreTrainedModel
 from lrquant.config import Config
 from lrquant.conversations import picture_files
 from lrquant.errors import LRQuantError
+from lrquant.evaluation.shares import share
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, pixel_inputs, require_processor
 
-logger = logging.getLogger("lrquant")
 BATCH = 16  # pictures that are classified at once
 
 
@@ -84,11 +83,7 @@ def predictions(
 
 def accuracy(pictures: LabelledPictures, found: Tensor, reference: Tensor | None) -> dict[str, Any]:
     """Share of right classes with its standard error, and of those that a reference finds too."""
-    right = (found == pictures.labels).double()
-    scores = {
-        "accuracy": float(right.mean()),
-        "accuracy_stderr": float(right.std() / len(right) ** 0.5) if len(right) > 1 else 0.0,
-    }
+    scores = share("accuracy", (found == pictures.labels).tolist())
     if reference is not None:
         scores["same_top"] = float((found == reference).double().mean())
     return scores

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import Head, Prepare, PreparedBlock
+from lrquant.blocks import Head, Prepare, PreparedBlock, Variant
 from lrquant.config import Config
 from lrquant.conversations import is_conversations
 from lrquant.data import Samples, perplexity_windows
@@ -24,9 +24,9 @@ from lrquant.evaluation.classification import (
 )
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.perplexity import score, send_through
-from lrquant.evaluation.vqa import Questions, answer_questions, read_questions
+from lrquant.evaluation.vqa import Questions, answer_all, read_questions
 from lrquant.inputs import BlockInputs
-from lrquant.learn.view import Method
+from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
@@ -131,12 +131,10 @@ def evaluate_run(
         scored["round_to_nearest"] = nearest
     model, classes = workbench.model, {}
     for variant, prepare in scored.items():
-        module = materialize(workbench, prepare, prepare.tower)
+        module = materialize(workbench, prepare)
         if pictures is not None:
             classes[variant] = predictions(pictures, module, variant, progress)
-        for name, asked in questions.items():
-            answered = answer_questions(name, asked, module, model, variant, progress)
-            yield {"vqa": {name: {"text": asked.description, variant: answered}}}
+        yield from answer_all(questions, module, model, variant, progress)
         if board is not None:
             yield board.add(variant, module, model)
     if pictures is not None:
@@ -169,7 +167,7 @@ def measure(
     agreements: dict[str, Any] = {"text": windows.description}
     for index, (variant, prepare) in enumerate(variants.items()):
         with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
-            send_through(model, prepare, stream, entry, told, prepare.tower)
+            send_through(model, prepare, stream, entry, told)
             scores = score(head, stream, entry.feed, kept[0] if kept and index else None)
         if kept and not index:
             kept[0].copy(stream)
@@ -200,18 +198,6 @@ def log_scores(text: str, variant: str, scores: dict[str, Any]) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A model as it is to compute: how block i is made ready, and block i of the vision tower."""
-
-    blocks: Prepare
-    tower: Prepare | None = None
-
-    def __call__(self, index: int) -> PreparedBlock:
-        """Block `index` of the language part."""
-        return self.blocks(index)
-
-
 def preparer(
     workbench: Workbench,
     scheme: Scheme,
@@ -225,32 +211,41 @@ def preparer(
     `adapted` names the text to which the last blocks' parameters were adapted.  The tower's blocks
     are in floating point, or under `vision` alone where no run is given.
     """
-    blocks = _prepare(workbench, scheme, config, folder, adapted)
+    if config is not None and folder is not None:
+        blocks = _as_learned(workbench, config, folder, adapted)
+    else:
+        blocks = _under(workbench, scheme)
     tower = workbench.tower
     if tower is None:
         return Variant(blocks)
     if config is not None and folder is not None and config.vision_scheme is not None:
-        return Variant(
-            blocks, _prepare(tower, FLOATING_POINT, config.for_tower(), folder.tower, None)
-        )
-    return Variant(blocks, _prepare(tower, vision or FLOATING_POINT, None, None, None))
+        return Variant(blocks, _as_learned(tower, config.for_tower(), folder.tower))
+    return Variant(blocks, _under(tower, vision or FLOATING_POINT))
 
 
-def _prepare(
-    workbench: Workbench,
-    scheme: Scheme,
-    config: Config | None,
-    folder: RunFolder | None,
-    adapted: str | None,
-) -> Prepare:
-    @torch.no_grad()
+def _under(workbench: Workbench, scheme: Scheme) -> Prepare:
+    """Blocks under a scheme with nothing learned."""
+
     def prepare(index: int) -> PreparedBlock:
-        if config is not None and folder is not None:
-            blocks = len(workbench.model.blocks)
-            here = adapted if adapted and is_adapted(config, index, blocks) else None
-            view = learned_view(workbench, config, folder, index, here)
-        else:
-            view = workbench.view(index, workbench.stored(index), scheme, Method())
-        return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))
+        view = workbench.view(index, workbench.stored(index), scheme, Method())
+        return _ready(workbench, index, view)
 
     return prepare
+
+
+def _as_learned(
+    workbench: Workbench, config: Config, folder: RunFolder, adapted: str | None = None
+) -> Prepare:
+    """Blocks with a run's parameters, the last ones with those adapted to a text."""
+    blocks = len(workbench.model.blocks)
+
+    def prepare(index: int) -> PreparedBlock:
+        here = adapted if adapted and is_adapted(config, index, blocks) else None
+        return _ready(workbench, index, learned_view(workbench, config, folder, index, here))
+
+    return prepare
+
+
+@torch.no_grad()
+def _ready(workbench: Workbench, index: int, view: BlockView) -> PreparedBlock:
+    return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))

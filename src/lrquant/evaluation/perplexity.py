@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.blocks import Prepare
+from lrquant.blocks import Variant
 from lrquant.evaluation.agreement import agreement, perplexity
 from lrquant.feeds import Feed
 from lrquant.inputs import BlockInputs
@@ -21,20 +21,18 @@ HEAD_TOKENS = 512  # tokens whose logits are in memory at once
 @torch.no_grad()
 def send_through(
     model: Model,
-    prepare: Prepare,
+    variant: Variant,
     stream: Stream,
     entry: BlockInputs,
     progress: Callable[[int], None] = lambda block: None,
-    tower: Prepare | None = None,
 ) -> None:
     """Fill `stream` with the hidden states after the last block.
 
-    `prepare` gives block i when it is needed, `tower` those of the vision tower; one block of the
-    language part is in memory at a time.
+    `variant` gives each block when it is needed: one of the language part is in memory at a time.
     """
-    entry.embed(stream, tower)
+    entry.embed(stream, variant.tower)
     for index in range(len(model.blocks)):
-        prepared = prepare(index)
+        prepared = variant(index)
         with prepared.runner as runner:
             for number, batch in enumerate(entry.batches):
                 states = stream.read(batch, index)
@@ -84,8 +82,7 @@ def single_samples(feed: Feed) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Each sample's rows of a stream, its ids (tokens,), and which of tokens 2..n are scored."""
     ids = [sample["input_ids"][0] for sample in feed.inputs]
     batches = batches_of(feed.slices(1), [(1, len(row)) for row in ids])
-    scored = feed.scored or [None] * len(feed)
-    for batch, row, chosen in zip(batches, ids, scored, strict=True):
+    for batch, row, chosen in zip(batches, ids, feed.scored, strict=True):
         every = torch.ones_like(row, dtype=torch.bool)
         yield batch, row, (every if chosen is None else chosen)[1:]
 

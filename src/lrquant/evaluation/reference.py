@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrquant.config import Config
+from lrquant.config import Config, optional_path
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.checkpoint import is_checkpoint, settings_of
@@ -21,7 +21,7 @@ def reference_name(target: str, config: Config) -> str | None:
     """
     if not config.agreement:
         return None
-    cache = None if config.cache_dir is None else Path(config.cache_dir)
+    cache = optional_path(config.cache_dir)
     where = f"--agreement {','.join(config.agreement)}"
     if isinstance(config.compare, str) and not _is_quantized(config.compare, cache):
         return config.compare
@@ -35,7 +35,7 @@ def reference_name(target: str, config: Config) -> str | None:
             f"{where}: {target} is a model, not a run or checkpoint; give the full-precision model "
             "that it should agree with as --compare MODEL"
         )
-    settings = settings_of(target, cache)
+    settings = settings_of(resolve_model(target, cache).folder)
     if settings is None:
         raise LRQuantError(
             f"{where}: {target} does not say what it was made from (no lrquant.yaml); give the "

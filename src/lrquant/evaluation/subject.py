@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.blocks import Head
-from lrquant.config import Config
+from lrquant.config import Config, optional_path
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.checkpoint import is_checkpoint, load_checkpoint
@@ -23,7 +23,7 @@ from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import entry_of, log_scores, preparer, read_texts
 from lrquant.evaluation.perplexity import score, send_through
 from lrquant.evaluation.reference import reference_name, require_same_tokens
-from lrquant.evaluation.vqa import answer_questions, read_questions
+from lrquant.evaluation.vqa import answer_all, read_questions
 from lrquant.materialize import materialize
 from lrquant.model import load_model
 from lrquant.progress import Progress
@@ -42,9 +42,8 @@ class Subject:
     """A model as it is measured.
 
     `variant` is its name in the results, `reader` what makes its inputs, `settings` what it was
-    learned with, if anything;
-    `final_states` are the hidden states after the last block, `head` makes logits of them, and
-    `module` gives a whole transformers model for the harness.
+    learned with, if anything; `final_states` are the hidden states after the last block, `head`
+    makes logits of them, and `module` gives a whole transformers model for the harness.
     """
 
     variant: str
@@ -61,7 +60,7 @@ def open_subject(name: str, config: Config) -> Subject:
     """The run folder, checkpoint or model that `name` is; `config` says where it computes."""
     if (Path(name) / "run.json").is_file():
         return _run(name, config)
-    if is_checkpoint(name, _path(config.cache_dir)):
+    if is_checkpoint(name, optional_path(config.cache_dir)):
         return _checkpoint(name, config)
     return _blocks("full_precision", name, config, None)
 
@@ -82,7 +81,7 @@ def check_comparison(config: Config) -> None:
     if (Path(config.compare) / "run.json").is_file():
         RunFolder.open(Path(config.compare)).require_finished()
     else:
-        resolve_model(config.compare, _path(config.cache_dir))
+        resolve_model(config.compare, optional_path(config.cache_dir))
 
 
 def open_reference(target: str, config: Config) -> Subject | None:
@@ -105,6 +104,8 @@ def measure_subject(
     With a `reference`, its perplexity and the agreement with it on the texts of `agreement` too.
     One of its blocks is in memory at a time, beside the final hidden states of one text.
     """
+    questions = read_questions(config, subject.reader)
+    pictures = read_pictures(config, subject.reader)
     others = {} if reference is None else read_texts(config, reference.reader)
     for name, windows in read_texts(config, subject.reader).items():
         logger.info("perplexity on %s", windows.description)
@@ -126,19 +127,15 @@ def measure_subject(
             about = {"text": windows.description, "reference": reference.variant}
             measured["agreement"] = {name: {**about, variant: scores}}
         yield measured
-    questions = read_questions(config, subject.reader)
-    pictures = read_pictures(config, subject.reader)
-    needed = board is not None or questions or pictures is not None
-    module = subject.module() if needed else None
-    if pictures is not None and module is not None:
+    if board is None and pictures is None and not questions:
+        return
+    module = subject.module()
+    if pictures is not None:
         found = predictions(pictures, module, variant, progress)
         right = accuracy(pictures, found, None)
         yield {"classification": {"text": pictures.description, variant: right}}
-    for name, asked in questions.items():
-        assert module is not None
-        answered = answer_questions(name, asked, module, subject.reader, variant, progress)
-        yield {"vqa": {name: {"text": asked.description, variant: answered}}}
-    if board is not None and module is not None:
+    yield from answer_all(questions, module, subject.reader, variant, progress)
+    if board is not None:
         yield board.add(variant, module, subject.reader)
 
 
@@ -150,7 +147,7 @@ def _run(name: str, config: Config) -> Subject:
 
 def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -> Subject:
     """A model of which one block is in memory at a time, as learned where there is a run."""
-    model = load_model(name, _path(config.cache_dir))
+    model = load_model(name, optional_path(config.cache_dir))
     workbench = make_workbench(model, config)
     settings = None if folder is None else folder.config
     if folder is not None:
@@ -162,7 +159,7 @@ def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -
         entry = entry_of(workbench, windows)
         (stream,) = workbench.streams(entry, 1)
         with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
-            send_through(model, prepare, stream, entry, told, prepare.tower)
+            send_through(model, prepare, stream, entry, told)
         return stream
 
     @cache
@@ -177,7 +174,7 @@ def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -
         settings,
         final_states,
         lambda states: head()(states),
-        lambda: materialize(workbench, prepare, prepare.tower),
+        lambda: materialize(workbench, prepare),
     )
 
 
@@ -198,7 +195,3 @@ def _checkpoint(name: str, config: Config) -> Subject:
         checkpoint.head,
         lambda: checkpoint.module,
     )
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

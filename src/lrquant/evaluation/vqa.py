@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from lrquant.config import Config
 from lrquant.conversations import Conversation, read_conversations
 from lrquant.errors import LRQuantError
+from lrquant.evaluation.shares import share
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, prompt_inputs
@@ -49,6 +51,19 @@ class Questions:
         self.description = f"{path.name}, {len(items)} questions, {tokens} tokens"
 
 
+def answer_all(
+    sets: dict[str, Questions],
+    module: PreTrainedModel,
+    reader: Reader,
+    variant: str,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """Measures of every set, one by one, as results.json has them."""
+    for name, asked in sets.items():
+        scores = answer_questions(name, asked, module, reader, variant, progress)
+        yield {"vqa": {name: {"text": asked.description, variant: scores}}}
+
+
 @torch.no_grad()
 def answer_questions(
     name: str,
@@ -60,31 +75,32 @@ def answer_questions(
 ) -> dict[str, Any]:
     """Shares of right answers, greedily generated: `exact_match` and `vqa_accuracy`.
 
-    With their standard errors, over the questions.
+    With their standard errors, over the questions.  `exact_match_KIND` is of the questions of one
+    kind (`answer_kind`), where a set has several.
     """
-    groups: dict[object, list[int]] = {}
-    for index, sample in enumerate(questions.feed.inputs):
-        shapes = tuple((key, sample[key].shape) for key in sorted(sample))
-        groups.setdefault(shapes, []).append(index)
-    batches = [g[i : i + BATCH] for g in groups.values() for i in range(0, len(g), BATCH)]
+    order = questions.feed.grouped_order()
+    feed = questions.feed.only(order)
+    tokenizer = reader.tokenizer
+    assert tokenizer is not None
     answers: dict[int, str] = {}
     with progress.measuring(f"{name} {variant}", len(questions.items), "questions") as told:
-        for batch in batches:
-            inputs = questions.feed.only(batch).collate(slice(0, len(batch)))
-            inputs = {key: value.to(module.device) for key, value in inputs.items()}
+        for part in feed.slices(BATCH):
+            inputs = {key: value.to(module.device) for key, value in feed.collate(part).items()}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             new = output[:, inputs["input_ids"].shape[1] :]
-            tokenizer = reader.tokenizer
-            assert tokenizer is not None
             words = tokenizer.batch_decode(new, skip_special_tokens=True)
-            answers |= dict(zip(batch, words, strict=True))
+            answers |= dict(zip(order[part], words, strict=True))
             told(len(answers) - 1)
     pairs = [(answers[i], item.answers) for i, item in enumerate(questions.items)]
-    scores = {
-        **_share("exact_match", [exact_match(*pair) for pair in pairs]),
-        **_share("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs]),
-    }
+    matches = [exact_match(*pair) for pair in pairs]
+    scores = share("exact_match", matches)
+    kinds = [answer_kind(right) for _, right in pairs]
+    if len(set(kinds)) > 1:
+        for kind in sorted(set(kinds)):
+            of_kind = [match for match, own in zip(matches, kinds, strict=True) if own == kind]
+            scores |= share(f"exact_match_{kind}", of_kind)
+    scores |= share("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs])
     logger.info(
         "%s, %s: %.4f of the answers are right, %.4f by the VQA rule",
         *(name, variant.replace("_", " "), scores["exact_match"], scores["vqa_accuracy"]),
@@ -105,6 +121,15 @@ def normalized(answer: str) -> str:
     return " ".join(_ARTICLES.sub(" ", words).split()) or words
 
 
+def answer_kind(right: Sequence[str]) -> str:
+    """What most of the right answers are, as VQA's own results are split: yes_no, number, other."""
+    kinds = Counter(
+        "yes_no" if answer in ("yes", "no") else "number" if answer.isdecimal() else "other"
+        for answer in map(normalized, right)
+    )
+    return kinds.most_common(1)[0][0]
+
+
 def exact_match(answer: str, right: Sequence[str]) -> float:
     """1 if the answer is one of the right ones."""
     return float(normalized(answer) in map(normalized, right))
@@ -120,9 +145,3 @@ def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
         return float(any(matches))
     others = [sum(matches) - match for match in matches]
     return sum(min(1.0, count / PEOPLE) for count in others) / len(right)
-
-
-def _share(name: str, values: Sequence[float]) -> dict[str, float]:
-    scores = torch.tensor(values, dtype=torch.float64)
-    error = float(scores.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return {name: float(scores.mean()), f"{name}_stderr": error}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from lrquant.errors import LRQuantError
 from lrquant.export import Format
 from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
-from lrquant.export.parts import Part
+from lrquant.export.parts import Part, quantized_models
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
@@ -43,25 +42,22 @@ def check_target(config: Config, target: Path) -> None:
 
 def check_format(model: Model, config: Config, form: Format) -> None:
     """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
-    if config.vision_scheme is not None and model.tower is not None:
-        tower = dataclasses.replace(config.for_tower(), vision_scheme=None)
-        check_format(model.tower, tower, form)
-    parameters = dict(model.blocks[0].named_parameters())
-    for linear in model.linears:
-        rows, columns = parameters[f"{linear}.weight"].shape
-        reason = form.shape_refusal(rows, columns)
-        if reason is not None:
-            raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
-    if config.let and config.let_shift == "always" and not form.shifts:
-        _refuse_missing_biases(model, config, form)
+    for part, settings in quantized_models(model, config):
+        parameters = dict(part.blocks[0].named_parameters())
+        for linear in part.linears:
+            rows, columns = parameters[f"{linear}.weight"].shape
+            reason = form.shape_refusal(rows, columns)
+            if reason is not None:
+                raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
+        if settings.let and settings.let_shift == "always" and not form.shifts:
+            _refuse_missing_biases(part, settings, form)
 
 
 def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
     present = {name for name, _ in model.blocks[0].named_parameters()}
-    sites = model.sites
     modules = {
         fold.module
-        for site in sites
+        for site in model.sites
         if site.shiftable and site.kind in config.let_sites
         for fold in site.folds
     }

@@ -291,10 +291,8 @@ class BlockView:
         for norm, factor in factors.norms.items():
             offset = self._offsets.get(norm, 0.0)
             weight = tensors[f"{norm}.weight"]
-            if offset:  # (weight + offset) * factor - offset, in the form that is exact at factor 1
-                scaled = weight + (weight + offset) * (factor - 1)
-            else:
-                scaled = weight * factor
+            # With an offset (weight + offset) * factor - offset, in the form that is exact at 1.
+            scaled = weight + (weight + offset) * (factor - 1) if offset else weight * factor
             tensors[f"{norm}.weight"] = scaled
             bias = tensors.get(f"{norm}.bias")
             shift = factors.subtract.get(norm)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from lrquant.architectures import require_tower
 from lrquant.calibration import calibration_of, given_statistics
+from lrquant.config import optional_path
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import check_adaptation
@@ -49,7 +48,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     done = Preflight(config)
     form = chosen_format(done)
     with done.checking("model"):
-        model = model or load_model(config.model, _path(config.cache_dir))
+        model = model or load_model(config.model, optional_path(config.cache_dir))
         text = f"{model.architecture.name}, {len(model.blocks)} blocks, {_parameters(model):.1f} M"
         done.add("model", "ok", f"{text} parameters")
     if model is None:
@@ -80,12 +79,11 @@ def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> 
     if scheme is None:
         return
     with done.checking("vision tower"):
-        require_tower(model.architecture, model.skeleton.config)
-        assert model.tower is not None
-        check_groups(model.tower, scheme)
+        tower = model.require_tower()
+        check_groups(tower, scheme)
         if calibration is not None:
             require_pictures(done.config, calibration.feed)
-        text = f"{len(model.tower.blocks)} blocks; their time and memory are not estimated"
+        text = f"{len(tower.blocks)} blocks; their time and memory are not estimated"
         done.add("vision tower", "ok", text)
 
 
@@ -209,7 +207,3 @@ def _free_memory(device: torch.device) -> int:
 def _parameters(model: Model) -> float:
     """Parameters in millions, tied ones once."""
     return sum(tensor.numel() for tensor in model.skeleton.parameters()) / 1e6
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

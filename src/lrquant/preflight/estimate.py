@@ -209,10 +209,10 @@ def estimate_memory(
 def _outer_elements(model: Model) -> dict[str, int]:
     """Elements outside the blocks: of linears ("head"), of all else ("embedding")."""
     counts = {"embedding": 0, "head": 0}
-    for name, tensor in model.skeleton.state_dict().items():
-        if not name.startswith(tuple(path + "." for path in model.block_lists)):
-            owner = model.skeleton.get_submodule(name.rpartition(".")[0])
-            counts["head" if isinstance(owner, nn.Linear) else "embedding"] += tensor.numel()
+    tensors = model.skeleton.state_dict()
+    for name in model.outer_names():
+        owner = model.skeleton.get_submodule(name.rpartition(".")[0])
+        counts["head" if isinstance(owner, nn.Linear) else "embedding"] += tensors[name].numel()
     return counts
 
 

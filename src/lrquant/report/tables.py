@@ -68,7 +68,13 @@ def _agreements(results: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 PICTURE_METRICS = {
-    "vqa": {"exact_match": "exact match", "vqa_accuracy": "VQA rule"},
+    "vqa": {
+        "exact_match": "exact match",
+        "exact_match_yes_no": "exact match of yes or no",
+        "exact_match_number": "exact match of numbers",
+        "exact_match_other": "exact match of other answers",
+        "vqa_accuracy": "VQA rule",
+    },
     "classification": {"accuracy": "accuracy", "same_top": "same class as full precision"},
 }
 
