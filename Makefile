@@ -22,7 +22,7 @@ check: venv
 	$(VENV)/bin/mypy
 
 test: check
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8
 
 demo: venv
 	$(VENV)/bin/python examples/demo.py

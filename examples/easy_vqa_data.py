@@ -44,6 +44,11 @@ class Question:
     def negated(self) -> bool:
         return bool({"not", "no"} & set(self.text.split()))
 
+    @property
+    def of_color(self) -> bool:
+        """Whether it names a color."""
+        return bool(set(COLORS) & set(self.text.split()))
+
     def true_words(self) -> set[str]:
         """Shape and color words that hold for the picture, as far as the question tells."""
         named = set(self.text.rstrip("?").split()) & {*SHAPES, *COLORS}

@@ -1,4 +1,4 @@
-"""How the tower and the projector of make_easy_vqa_model.py learn; the language model is frozen."""
+"""How make_easy_vqa_model.py's tower and projector learn, and its language model's adapter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from easy_vqa_data import COLORS, SHAPES, Question, conversation, load_split
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 IGNORED = -100
@@ -48,6 +49,14 @@ class Split:
                 for p in known
             ]
         )
+
+    def pools(self) -> dict[tuple[int, int], Pool]:
+        """All questions about pictures of a color and a shape, by the two's indices."""
+        pictures, labels = self.labelled()
+        questions: dict[tuple[int, int], list[Question]] = defaultdict(list)
+        for picture, (color, shape) in zip(pictures, labels.tolist(), strict=True):
+            questions[color, shape] += self.by_picture[picture]
+        return {kind: Pool(found) for kind, found in questions.items()}
 
 
 @dataclass(frozen=True)
@@ -172,17 +181,63 @@ def rates(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_schedu
     warm = max(1, steps // 20)
 
     def factor(step: int) -> float:
-        done = max(0.0, (step - warm) / (steps - warm))
+        done = max(0.0, (step - warm) / max(1, steps - warm))
         return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def asked(questions: Sequence[Question], generator: torch.Generator) -> list[Question]:
-    """Six of a picture's questions; one asks for the shape or the color if any does."""
-    order = torch.randperm(len(questions), generator=generator).tolist()
-    mixed = [questions[index] for index in order]
-    return sorted(mixed, key=lambda question: question.kind == "yes/no")[:1] + mixed[1:6]
+class Pool:
+    """Questions of the pictures of one color and shape, to be asked with no wording's bias."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        groups: dict[tuple[bool, str, bool], list[Question]] = defaultdict(list)
+        self._open: list[Question] = []
+        for question in questions:
+            if question.kind == "yes/no":
+                groups[question.negated, question.answer, question.of_color].append(question)
+            else:
+                self._open.append(question)
+        self._groups = list(groups.values())
+
+    def asked(self, generator: torch.Generator) -> list[Question]:
+        """Two open questions, and two of each kind of yes-or-no ones.
+
+        "Yes" is then as often right as "no", whether the wording is negated or not and whether it
+        names a color or a shape, so that nothing but the picture tells.
+        """
+        return [
+            group[int(torch.randint(len(group), (1,), generator=generator))]
+            for group in (self._open, *self._groups)
+            for _ in range(2)
+        ]
+
+
+class Adapter(nn.Module):
+    """weight + up @ down of low rank (LoRA, Hu et al. 2021, arXiv:2106.09685); starts at weight."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.down = nn.Parameter(torch.randn(rank, columns) / math.sqrt(columns))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).to(weight.dtype)
+
+
+def adapt(model: LlavaForConditionalGeneration, rank: int) -> None:
+    """Give each query and value projection of the language model an adapter."""
+    for name, module in list(model.model.language_model.named_modules()):
+        if name.endswith((".q_proj", ".v_proj")):
+            parametrize.register_parametrization(module, "weight", Adapter(module.weight, rank))
+
+
+def merge(model: LlavaForConditionalGeneration) -> None:
+    """Add the adapters to the weights; what remains are transformers' own modules."""
+    for module in list(model.model.language_model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
 
 
 def find_image_tokens(
@@ -193,7 +248,7 @@ def find_image_tokens(
     threads: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Stage 1, without pictures: image tokens that make the frozen language model answer.
+    """Stage 1, without pictures: image tokens and adapters that make the language model answer.
 
     Prompt tuning (Lester et al. 2021, arXiv:2104.08691) by cross-entropy of the answers: tokens =
     shared + color's + shape's.  They start from the embeddings of the color word (even tokens) and
@@ -210,32 +265,40 @@ def find_image_tokens(
 
     colors, shapes = start(COLORS, 0), start(SHAPES, 1)
     shared = torch.zeros_like(colors[0]).requires_grad_()
-    optimizer = torch.optim.Adam([colors, shapes, shared], lr=1e-2, betas=(0.9, 0.98))
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    low_rank = [parameter for adapter in adapters for parameter in adapter.parameters()]
+    groups = [{"params": [colors, shapes, shared], "lr": 2e-4}, {"params": low_rank, "lr": 1e-3}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     scheduler = rates(optimizer, steps)
     packer = Packer(model, processor)
-    pictures, labels = train.labelled()
+    pools = train.pools()
 
-    def learn(tokens: Tensor, rows: list[list[Question]]) -> tuple[float, Tensor]:
-        """Loss of some pictures, and its gradient by their image tokens."""
+    def learn(tokens: Tensor, rows: list[list[Question]]) -> tuple[float, tuple[Tensor, ...]]:
+        """A part's share of the loss, and its gradients by image tokens and adapters."""
         tokens = tokens.detach().requires_grad_()
         loss = functional.cross_entropy(*answer_logits(model, packer.pack(rows), tokens))
-        return loss.item(), torch.autograd.grad(loss, tokens)[0]
+        loss = loss * (len(rows) / len(SHAPES))
+        return loss.item(), torch.autograd.grad(loss, [tokens, *low_rank])
 
     recent: list[float] = []
     for step in range(steps):
-        chosen = torch.randint(len(pictures), (4,), generator=generator)
-        rows = [asked(train.by_picture[pictures[index]], generator) for index in chosen.tolist()]
-        color, shape = labels[chosen].unbind(1)
+        color = torch.randint(len(COLORS), (len(SHAPES),), generator=generator)
+        shape = torch.randperm(len(SHAPES), generator=generator)
+        kinds = zip(color.tolist(), shape.tolist(), strict=True)
+        rows = [pools[kind].asked(generator) for kind in kinds]
         tokens = shared + colors[color] + shapes[shape]
         size = -(-len(rows) // threads)
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
         with ThreadPoolExecutor(threads) as pool:
             losses, gradients = zip(*pool.map(learn, tokens.split(size), parts), strict=True)
+        by_tokens, *by_adapters = zip(*gradients, strict=True)
         optimizer.zero_grad()
-        tokens.backward(torch.cat(gradients) / len(parts))
+        tokens.backward(torch.cat(by_tokens))
+        for parameter, parts_of_it in zip(low_rank, by_adapters, strict=True):
+            parameter.grad = torch.stack(parts_of_it).sum(0)
         optimizer.step()
         scheduler.step()
-        recent.append(sum(losses) / len(losses))
+        recent.append(sum(losses))
         if (step + 1) % 10 == 0:
             print(f"  step {step + 1}: loss {sum(recent[-10:]) / 10:.3f}", flush=True)
     return (shared + colors[:, None] + shapes[None]).detach()
@@ -339,7 +402,7 @@ def train(
     """All three stages, then the model in bfloat16; returns how many test questions it answers."""
     generators = [torch.Generator().manual_seed(seed) for _ in steps]
     train, test = Split("train", processor), Split("test", processor)
-    print("stage 1: image tokens that the language model understands", flush=True)
+    print("stage 1: image tokens and adapters", flush=True)
     torch.set_num_threads(1)  # each of the threads takes whole pictures instead
     wanted = find_image_tokens(model, processor, train, steps[0], threads, generators[0])
     torch.set_num_threads(threads)

@@ -1,17 +1,20 @@
-r"""A small LLaVA that answers easy-VQA's questions: trained tower and projector on SmolLM2-135M.
+r"""A small LLaVA that answers easy-VQA's questions: a trained tower before SmolLM2-135M.
 
     pip install --no-deps easy-vqa==1.0
     python examples/make_easy_vqa_model.py --gguf SmolLM2-135M-Instruct.gguf --out easy_vqa_model \
         --evaluate 500
 
-puts the kept easy_vqa_tower.safetensors (2.3 million bfloat16 weights) and the GGUF file's language
-model, unchanged, into one folder that transformers loads; a picture is 64 image tokens.  As in
-LLaVA-1.5 the tower's last layer is there and not used; here it is as untrained as it started.
+puts the kept easy_vqa_weights.safetensors (a tower and a projector of 2.3 million weights, and
+adapters of 0.5 million that are added to the language model's query and value projections) and the
+GGUF file's language model into one folder that transformers loads; a picture is 64 image tokens.
+As in LLaVA-1.5 the tower's last layer is there and not used; here it is as untrained as it started.
 
-Generated answers to 500 test questions: 70.8 % right (color 81.4 % of 59, shape 98.4 % of 64,
-yes/no 64.5 % of 377).  Over all test questions "yes" is right in 37.3 %; each wording's most
-frequent answer, no picture seen, in 67.0 % (color 12.0 %, shape 34.8 %, yes/no 82.5 %).  So color
-and shape questions tell whether the model sees; its yes and no, below that 82.5 %, do not.
+Generated answers to 500 test questions: 99.8 % right (color 98.3 % of 59, shape 100 % of 64,
+yes/no 100 % of 377); 3000 test questions, answered as generate would: 99.2 % (100 % of 390, 98.4 %
+of 366, 99.2 % of 2244).  "yes" to everything is right in 37.3 % of all test questions; each
+wording's most frequent answer, no picture seen, in 67.0 % (12.0 %, 34.8 %, 82.5 %).
+
+--train makes the weights anew: 19 minutes on one and a half cores of an AMD EPYC with AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 
 import torch
 from easy_vqa_data import PACKAGE, conversation, load_split
-from easy_vqa_training import table, train
+from easy_vqa_training import adapt, merge, table, train
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -46,11 +49,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-TOWER_FILE = Path(__file__).with_name("easy_vqa_tower.safetensors")
+WEIGHTS_FILE = Path(__file__).with_name("easy_vqa_weights.safetensors")
 SIDE, PATCH = 64, 8
+RANK = 8  # of the language model's adapters
 IMAGE_TOKEN = "<image>"
 RENAMED_TOKEN = "<reponame>"  # misspelt twin of SmolLM2's <repo_name>
 TRAINED = ("model.vision_tower.", "model.multi_modal_projector.")
+ADAPTER = (".down", ".up")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -90,7 +95,10 @@ def make_processor(gguf: Path) -> LlavaProcessor:
 
 
 def make_model(gguf: Path, processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's form around the GGUF file's frozen bfloat16 model; float32 tower, untrained."""
+    """LLaVA-1.5's form around the GGUF file's frozen bfloat16 model with adapters, not merged yet.
+
+    Tower, projector and adapters are float32 and untrained.
+    """
     language_model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -124,6 +132,7 @@ def make_model(gguf: Path, processor: LlavaProcessor, seed: int) -> LlavaForCond
     model = LlavaForConditionalGeneration(config)
     model.model.language_model = language_model.model.requires_grad_(False)
     model.lm_head = language_model.lm_head.requires_grad_(False)
+    adapt(model, RANK)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -138,23 +147,24 @@ def trained_state(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     return {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
-        if name.startswith(TRAINED)
+        if name.startswith(TRAINED) or name.endswith(ADAPTER)
     }
 
 
-def save_tower(model: LlavaForConditionalGeneration, file: Path, about: dict[str, str]) -> None:
-    """Tower and projector in bfloat16, with how they were made in the file's metadata."""
+def save_weights(model: LlavaForConditionalGeneration, file: Path, about: dict[str, str]) -> None:
+    """Tower, projector and adapters in bfloat16, with how they were made in the metadata."""
     save_file(trained_state(model), file, metadata={"format": "pt", **about})
 
 
-def load_tower(model: LlavaForConditionalGeneration, file: Path) -> dict[str, str]:
-    """Put a saved tower and projector into the model; returns how they were made."""
+def load_weights(model: LlavaForConditionalGeneration, file: Path) -> dict[str, str]:
+    """Put saved weights into the model and merge the adapters; returns how they were made."""
     with safe_open(file, framework="pt") as tensors:
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         about = tensors.metadata()
     if state.keys() != trained_state(model).keys():
-        raise SystemExit(f"{file}: not a tower and projector of this model; make it with --train")
+        raise SystemExit(f"{file}: not what this script trains; make it with --train")
     model.load_state_dict(state, strict=False)
+    merge(model)
     return about
 
 
@@ -194,11 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct's file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model to write")
-    parser.add_argument("--tower", type=Path, default=TOWER_FILE, help="tower and projector")
-    parser.add_argument("--train", action="store_true", help="make --tower anew")
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS_FILE, help="tower, projector and adapters"
+    )
+    parser.add_argument("--train", action="store_true", help="make --weights anew")
     parser.add_argument("--evaluate", type=int, default=0, metavar="N", help="generate N answers")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=(400, 1200, 900), help="of the three stages"
+        "--steps", type=int, nargs=3, default=(160, 1200, 900), help="of the three stages"
     )
     parser.add_argument("--test-questions", type=int, default=3000, help="asked after training")
     parser.add_argument("--threads", type=int, default=2)
@@ -207,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     processor = make_processor(options.gguf)
     model = make_model(options.gguf, processor, options.seed)
-    if options.train or not options.tower.exists():
+    if options.train or not options.weights.exists():
         result = train(
             model, processor, options.steps, options.test_questions, options.threads, options.seed
         )
@@ -218,8 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "language_model_sha256": hashlib.sha256(options.gguf.read_bytes()).hexdigest(),
             "test_accuracy": result,
         }
-        save_tower(model, options.tower, about)
-    print(json.dumps(load_tower(model, options.tower), indent=2))
+        save_weights(model, options.weights, about)
+    print(json.dumps(load_weights(model, options.weights), indent=2))
     model.to(torch.bfloat16).save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"{options.out}: {model.config.image_seq_length} image tokens a picture")
