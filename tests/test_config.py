@@ -8,16 +8,11 @@ import typing
 import pytest
 import yaml
 
-from lrquant.config import (
-    Config,
-    convert,
-    overridden,
-    require_one_scheme,
-    typed_settings,
-)
+from lrquant.config import Config, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.presets import PRESETS, with_preset
 from lrquant.scheme import Scheme
+from lrquant.settings import convert, overridden, require_one_scheme
 
 PUBLISHED = {
     **{"wbits": 4, "abits": 4, "group_size": None, "symmetric": False},

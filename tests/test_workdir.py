@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from lrquant import workdir
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.workdir import BlockRecord, RunFolder, read_json
+from lrquant.files import read_json
+from lrquant.workdir import BlockRecord, RunFolder
 
 IDENTITY = {
     "model": {"model_type": "llama", "blocks": 3, "weights": "abc"},
@@ -142,7 +143,7 @@ def kill_before_flushing(monkeypatch):
     def killed(path):
         raise Killed
 
-    monkeypatch.setattr(workdir, "_flush", killed)
+    monkeypatch.setattr(workdir, "flush", killed)
 
 
 def kill_at_rename(suffix):

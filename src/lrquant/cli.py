@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lrquant.config import Config, convert, overridden, read_yaml, typed_settings
+from lrquant.config import Config, typed_settings
 from lrquant.errors import LRQuantError
+from lrquant.settings import convert, overridden, read_yaml
 from lrquant.version import __version__
 
 _RESUME_IN_PLACE = ""

@@ -6,6 +6,8 @@ import logging
 import time
 from functools import partial
 
+from torch import Tensor
+
 from lrquant.blocks import Prepare
 from lrquant.config import Config
 from lrquant.diagnostics import measure_block
@@ -19,7 +21,13 @@ from lrquant.learn.view import BlockView
 from lrquant.progress import Progress
 from lrquant.scheme import FLOATING_POINT
 from lrquant.stats import ChannelStatistics
-from lrquant.workbench import Workbench, advance_full_precision, method_of, peak_memory
+from lrquant.workbench import (
+    WeightedObserver,
+    Workbench,
+    advance_full_precision,
+    method_of,
+    peak_memory,
+)
 from lrquant.workdir import BlockRecord, RunFolder
 
 logger = logging.getLogger("lrquant")
@@ -74,58 +82,91 @@ def learn_blocks(
     Statistics are those `given`, or gathered from each block's full-precision pass.  `towers` is
     what stands before the first block of the full-precision and of the quantised model.
     """
-    model = workbench.model
-    blocks = len(model.blocks)
+    blocks = len(workbench.model.blocks)
     finished = folder.finished_blocks()
     if finished == blocks:
         return
     if finished:
         logger.info("resuming after block %d of %d", finished, blocks)
-    entry = BlockInputs(model, feed, config.batch_size, workbench.device)
-    settings = fit_settings(config)
-    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
-    before_full, before_quantized = towers
-    entry.embed(full, before_full)
-    if before_quantized is before_full:
-        quantized.copy(full)
-    else:
-        entry.embed(quantized, before_quantized)
-    searched = config.lwc and config.lwc_init is None
+    learner = _Learner(workbench, config, feed, given, folder, progress, towers)
     memory = partial(peak_memory, workbench.device)
-    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
+    with progress.blocks(blocks, config.epochs, len(learner.entry.batches), memory):
         for index in range(blocks):
-            started = time.monotonic()
-            statistics = ChannelStatistics()
-            observed = index >= finished and (searched or (config.let and given is None))
-            observer = statistics.observe if observed else None
-            stored = workbench.stored(index)
-            advance_full_precision(workbench, index, stored, entry, full, full, observer)
-            view = workbench.view(index, stored, config.quantization, method_of(config))
             if index < finished:
-                view.load(folder.load_block(index))
-                data = BlockData(index, entry, quantized, (full,))
-                with workbench.runner(index, view) as runner:
-                    advance_quantized(view, runner, data, settings.loss)
-                progress.finished(index, None)
-                continue
-            if given is not None:
-                statistics.maxima, statistics.midpoints = given.maxima, given.midpoints
-            for stream in homologous:
-                advance_full_precision(workbench, index, stored, entry, quantized, stream)
-            view.initialize(statistics, model.block_name(index))
-            data = BlockData(index, entry, quantized, (full, *homologous))
-            with workbench.runner(index, view) as runner:
-                report = fit_block(view, runner, data, settings, progress.stepper(index))
-            if config.report:
-                measure = report.objective.measure
-                seen = measure_block(workbench, view, data, measure, settings.loss)
-                folder.save_diagnostics(index, seen.figures, seen.tensors)
-            with workbench.runner(index, view) as runner:
-                final = advance_quantized(view, runner, data, settings.loss)
-            final_loss = report.objective.measure(final)
-            seconds = time.monotonic() - started
-            record = _record(folder, view, index, report, final_loss, seconds, workbench)
-            progress.finished(index, record)
+                learner.pass_through(index)
+            else:
+                learner.learn(index)
+
+
+class _Learner:
+    """The calibration samples on their way through the blocks, in both models."""
+
+    def __init__(
+        self,
+        workbench: Workbench,
+        config: Config,
+        feed: Feed,
+        given: ChannelStatistics | None,
+        folder: RunFolder,
+        progress: Progress,
+        towers: tuple[Prepare | None, Prepare | None],
+    ) -> None:
+        self.workbench, self.config, self.folder = workbench, config, folder
+        self._given, self._progress = given, progress
+        self._settings = fit_settings(config)
+        self.entry = BlockInputs(workbench.model, feed, config.batch_size, workbench.device)
+        count = 3 if self._settings.two_branch else 2
+        self._full, self._quantized, *self._homologous = workbench.streams(self.entry, count)
+        before_full, before_quantized = towers
+        self.entry.embed(self._full, before_full)
+        if before_quantized is before_full:
+            self._quantized.copy(self._full)
+        else:
+            self.entry.embed(self._quantized, before_quantized)
+
+    def pass_through(self, index: int) -> None:
+        """Send both streams through a block that was learned earlier."""
+        _, view = self._advance_full(index, None)
+        view.load(self.folder.load_block(index))
+        data = BlockData(index, self.entry, self._quantized, (self._full,))
+        with self.workbench.runner(index, view) as runner:
+            advance_quantized(view, runner, data, self._settings.loss)
+        self._progress.finished(index, None)
+
+    def learn(self, index: int) -> None:
+        """Learn a block, keep it, and send both streams through it."""
+        started = time.monotonic()
+        workbench, config, loss = self.workbench, self.config, self._settings.loss
+        statistics = ChannelStatistics()
+        searched = config.lwc and config.lwc_init is None
+        observed = searched or (config.let and self._given is None)
+        stored, view = self._advance_full(index, statistics.observe if observed else None)
+        if self._given is not None:
+            statistics.maxima, statistics.midpoints = self._given.maxima, self._given.midpoints
+        for stream in self._homologous:
+            advance_full_precision(workbench, index, stored, self.entry, self._quantized, stream)
+        view.initialize(statistics, workbench.model.block_name(index))
+        data = BlockData(index, self.entry, self._quantized, (self._full, *self._homologous))
+        with workbench.runner(index, view) as runner:
+            report = fit_block(view, runner, data, self._settings, self._progress.stepper(index))
+        if config.report:
+            seen = measure_block(workbench, view, data, report.objective.measure, loss)
+            self.folder.save_diagnostics(index, seen.figures, seen.tensors)
+        with workbench.runner(index, view) as runner:
+            final = advance_quantized(view, runner, data, loss)
+        seconds = time.monotonic() - started
+        final_loss = report.objective.measure(final)
+        record = _record(self.folder, view, index, report, final_loss, seconds, workbench)
+        self._progress.finished(index, record)
+
+    def _advance_full(
+        self, index: int, observer: WeightedObserver | None
+    ) -> tuple[dict[str, Tensor], BlockView]:
+        """The full-precision stream moves on; the block's own tensors, and how they are viewed."""
+        bench, full = self.workbench, self._full
+        stored = bench.stored(index)
+        advance_full_precision(bench, index, stored, self.entry, full, full, observer)
+        return stored, bench.view(index, stored, self.config.quantization, method_of(self.config))
 
 
 def _record(

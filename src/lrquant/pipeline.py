@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.calibration import calibration_of, given_statistics
-from lrquant.config import Config, optional_path, require_one_scheme, typed_settings
+from lrquant.config import Config, optional_path, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
@@ -39,7 +39,9 @@ from lrquant.model import Model, from_module, load_model
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
 from lrquant.report.writing import write_report
+from lrquant.results import beside
 from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
+from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
 from lrquant.tensorboard import with_tensorboard
 from lrquant.workbench import (
@@ -48,7 +50,7 @@ from lrquant.workbench import (
     block_shapes,
     make_workbench,
 )
-from lrquant.workdir import BlockRecord, RunFolder, beside
+from lrquant.workdir import BlockRecord, RunFolder
 
 logger = logging.getLogger("lrquant")
 _KEPT_LINES = 10_000
@@ -151,13 +153,7 @@ def _run(
         folder.require_same({"model": model.fingerprint()})
         output.mkdir(parents=True, exist_ok=True)
     else:
-        calibration = calibration_of(config, model, samples)
-        logger.info("calibration %s", calibration.description)
-        statistics = given_statistics(config)
-        identity = describe_run(config, model, workbench, calibration)
-        folder = RunFolder.start(output, config, identity, optional_path(config.resume))
-        with folder.logging(logger, earlier):
-            learn_model(workbench, config, calibration.feed, statistics, folder, progress)
+        folder = _learn(workbench, config, samples, progress, earlier)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
         results = environment(config, workbench)
@@ -177,6 +173,25 @@ def _run(
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
+
+
+def _learn(
+    workbench: Workbench,
+    config: Config,
+    samples: Tensor | Feed | None,
+    progress: Progress,
+    earlier: MemoryHandler,
+) -> RunFolder:
+    """A run folder of which every block is learned."""
+    calibration = calibration_of(config, workbench.model, samples)
+    logger.info("calibration %s", calibration.description)
+    statistics = given_statistics(config)
+    identity = describe_run(config, workbench.model, workbench, calibration)
+    resumed = optional_path(config.resume)
+    folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
+    with folder.logging(logger, earlier):
+        learn_model(workbench, config, calibration.feed, statistics, folder, progress)
+    return folder
 
 
 def resolve_settings(settings: dict[str, Any]) -> tuple[Config, bool]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -21,6 +19,8 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.files import LogFile, copy_whole, flush, read_json, write_whole
+from lrquant.results import merge_results
 
 FORMAT = 1
 
@@ -239,7 +239,7 @@ class RunFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata)
-            _flush(temporary)
+            flush(temporary)
             before_rename()
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
@@ -281,8 +281,8 @@ class RunFolder:
             self._write_records(other.records())
             for index in range(other.finished_blocks()):
                 if other.diagnostics_path(index).is_file():
-                    _copy_whole(other.diagnostics_path(index), self.diagnostics_path(index))
-                _copy_whole(other.block_path(index), self.block_path(index))
+                    copy_whole(other.diagnostics_path(index), self.diagnostics_path(index))
+                copy_whole(other.block_path(index), self.block_path(index))
             if other.tower.finished_blocks():
                 (self.tower.path / "blocks").mkdir(parents=True, exist_ok=True)
                 self.tower.copy_blocks(other.tower)
@@ -303,7 +303,7 @@ class RunFolder:
     @contextmanager
     def logging(self, logger: logging.Logger, earlier: MemoryHandler) -> Iterator[None]:
         """Write what `logger` says, from INFO on, to run.log too, after what `earlier` kept."""
-        handler = _LogFile(self.path / "run.log", encoding="utf-8")
+        handler = LogFile(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         earlier.setTarget(handler)
         earlier.flush()
@@ -326,74 +326,6 @@ class RunFolder:
             ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new`, with what it did not measure kept of `old`."""
-    measured = ("perplexity", "agreement", "test_time_adaptation", "tasks", "task_means")
-    kept = {name: {**old.get(name, {}), **new.get(name, {})} for name in measured}
-    kept |= _pictures_beside(old, new)
-    return {**new, **{name: value for name, value in kept.items() if value}}
-
-
-def beside(results: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """`results` with another model's measures of the same texts put beside those that it has."""
-    texts = {**results.get("perplexity", {})}
-    for name, scores in measured.get("perplexity", {}).items():
-        texts[name] = {**texts.get(name, {}), **scores}
-    agreed = {**results.get("agreement", {}), **measured.get("agreement", {})}
-    kept = {"perplexity": texts, "agreement": agreed, **_pictures_beside(results, measured)}
-    return {**results, **measured, **{name: value for name, value in kept.items() if value}}
-
-
-def _pictures_beside(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Measures on pictures, which come one model at a time: beside those of the same pictures."""
-    questions = {**old.get("vqa", {})}
-    for name, scores in new.get("vqa", {}).items():
-        questions[name] = _same_text(questions.get(name, {}), scores)
-    classes = _same_text(old.get("classification", {}), new.get("classification", {}))
-    return {"vqa": questions, "classification": classes}
-
-
-def _same_text(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    same = not new or old.get("text") == new.get("text")
-    return {**old, **new} if same else new
-
-
-class _LogFile(logging.FileHandler):
-    """A log whose disk may fill up: the run ends, or not, by what matters more than its log."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LRQuantError(f"{path}: cannot be read, or is not JSON") from error
-    if not isinstance(values, dict):
-        raise LRQuantError(f"{path}: not a JSON object")
-    return values
-
-
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     """{"data": {"set": x}} -> {"data set": x}."""
     flat: dict[str, Any] = {}
@@ -401,16 +333,3 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
         parts = value.items() if isinstance(value, dict) else ()
         flat.update({f"{key} {part}": inner for part, inner in parts} or {key: value})
     return flat
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    _flush(temporary)
-    temporary.replace(target)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -19,10 +19,11 @@ from lrquant.export import Format
 from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
 from lrquant.export.parts import Part, quantized_models
+from lrquant.files import read_json
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
-from lrquant.workdir import RunFolder, read_json
+from lrquant.workdir import RunFolder
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
+from lrquant.files import read_json
 from lrquant.version import __version__
-from lrquant.workdir import read_json
 
 MANIFEST = "lrquant.json"
 SETTINGS = "lrquant.yaml"

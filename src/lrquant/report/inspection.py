@@ -8,9 +8,10 @@ from pathlib import Path
 from lrquant.errors import LRQuantError
 from lrquant.export.manifest import MANIFEST, read_manifest
 from lrquant.export.verification import verify
+from lrquant.files import read_json
 from lrquant.report.tables import results_table, table
 from lrquant.scheme import Scheme
-from lrquant.workdir import BlockRecord, RunFolder, read_json
+from lrquant.workdir import BlockRecord, RunFolder
 
 
 def inspect_folder(path: Path) -> str:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrquant.files import write_whole
 from lrquant.report.contents import run_contents
 from lrquant.report.markdown import run_markdown
-from lrquant.workdir import RunFolder, write_whole
+from lrquant.workdir import RunFolder
 
 
 def write_report(folder: RunFolder) -> Path:
