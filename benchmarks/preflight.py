@@ -19,6 +19,7 @@ from lrquant.config import Config
 from lrquant.model import Model, load_model
 from lrquant.preflight import probe
 from lrquant.preflight.estimate import estimate_memory, learning_seconds, run_bytes
+from lrquant.preflight.load import language_load
 from lrquant.report.tables import table
 from lrquant.workbench import make_workbench
 from lrquant.workdir import RunFolder
@@ -52,11 +53,12 @@ def main() -> None:
 
 def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
     workbench = make_workbench(model, config)
-    costs = probe.probe_block(workbench, config)
+    load = language_load(workbench, config, None)
+    costs = probe.probe_block(load)
     before = psutil.Process().memory_info().rss
-    memory = estimate_memory(model, config, costs, before, workbench.dtype, True, [])
+    memory = estimate_memory(load, costs, before, True, [])
     records = folder.records()
-    seconds = learning_seconds(config, costs, len(records))
+    seconds = learning_seconds(load, costs)
     took = sum(record.seconds for record in records)
     peak = max(record.peak_memory_bytes for record in records)
     files = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())

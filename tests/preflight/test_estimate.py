@@ -25,14 +25,25 @@ from lrquant.preflight.estimate import (
     run_bytes,
     stream_bytes,
 )
+from lrquant.preflight.load import Load
 from lrquant.preflight.probe import BlockCosts
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 WIDE_OPT = {"hidden_size": 128, "ffn_dim": 192, "word_embed_proj_dim": 128}
 COSTS = BlockCosts(
     **{"read": 1.0, "observed": 3.0, "full": 2.0, "start": 5.0, "weights": 0.5, "held": 4.0},
-    **{"step": 10.0, "freeze": 0.25, "peak_memory": 9_000, "streams": 1_000},
+    **{"step": 10.0, "freeze": 0.25, "peak_memory": 9_000, "streams": 1_000, "rows": 16},
 )
+
+
+@pytest.fixture
+def load_of(make_model, make_bench):
+    """load_of(model, settings, samples, tokens, dtype) -> what its blocks are to learn on"""
+
+    def make(model, config, samples, tokens, dtype=torch.float32):
+        return Load(make_bench(model, dtype), config, samples * tokens, None)
+
+    return make
 
 
 def size_of(folder):
@@ -147,21 +158,23 @@ def test_nothing_learned_takes_no_space(make_model):
     assert learned_bytes(from_module(make_model("llama")), config) == 0
 
 
-def test_the_size_of_hidden_states():
-    """128 samples of 2048 tokens, LLaMA-7B's width, bfloat16, two branches: 6 GiB."""
-    assert stream_bytes(128, 2048, 4096, torch.bfloat16, 3) == 6 * 2**30
-    assert stream_bytes(16, 512, 576, torch.float32, 2) == 2 * 18_874_368
+def test_the_size_of_hidden_states(make_model, load_of):
+    """128 samples of 2048 tokens at 32 channels: LLaMA-7B's 4096 take 128 times as much."""
+    one, plus = Config(scheme="W4A4").resolved(), Config(scheme="W4A4", lr_plus=True).resolved()
+    model = make_model("llama")
+    assert stream_bytes(load_of(model, plus, 128, 2048, torch.bfloat16)) == 6 * 2**30 // 128
+    assert stream_bytes(load_of(model, one, 16, 512)) == 2 * 16 * 512 * 32 * 4
 
 
 def texts(windows, tokens, name="a"):
     return [Samples(torch.zeros((windows, tokens), dtype=torch.int64), name, "", "", "", "")]
 
 
-def test_the_memory_of_each_phase(make_model):
+def test_the_memory_of_each_phase(make_model, load_of):
     """Hidden 32, vocabulary 264, untied, float32: values added up by hand."""
-    model = from_module(make_model("llama"))
-    config = Config(scheme="W4A4", nsamples=10, seqlen=16).resolved()
-    memory = estimate_memory(model, config, COSTS, 5_000, torch.float32, True, texts(6, 16))
+    config = Config(scheme="W4A4").resolved()
+    load = load_of(make_model("llama"), dataclasses.replace(config, seqlen=16), 10, 16)
+    memory = estimate_memory(load, COSTS, 5_000, True, texts(6, 16))
     streams = 2 * 10 * 16 * 32 * 4
     embedding = 4 * (264 * 32 + 32)  # and the last norm
     assert memory.embedding == 5_000 + streams + embedding
@@ -169,14 +182,16 @@ def test_the_memory_of_each_phase(make_model):
     logits = 2 * 16 * 264 * 4
     assert memory.measuring == 5_000 + 6 * 16 * 32 * 4 + embedding + logits
     assert memory.peak == max(memory.embedding, memory.learning, memory.measuring)
+    assert dataclasses.replace(memory, tower=10**9).peak == 10**9
 
 
-def test_memory_of_other_settings(make_model):
-    model = from_module(make_model("llama", torch.bfloat16))
-    config = Config(scheme="W4A4", nsamples=10, seqlen=16, lr_plus=True).resolved()
+def test_memory_of_other_settings(make_model, load_of):
+    model = make_model("llama", torch.bfloat16)
+    config = Config(scheme="W4A4", seqlen=16, lr_plus=True).resolved()
 
     def memory(config, dtype=torch.bfloat16, inside=True, windows=()):
-        return estimate_memory(model, config, COSTS, 5_000, dtype, inside, windows)
+        load = load_of(model, config, 10, 16, dtype)
+        return estimate_memory(load, COSTS, 5_000, inside, windows)
 
     streams = 3 * 10 * 16 * 32 * 2
     assert memory(config).learning == 8_000 + streams
@@ -191,28 +206,30 @@ def test_memory_of_other_settings(make_model):
     assert memory(agreed, windows=texts(2, 16)).measuring == plain + more
 
 
-def test_the_time_of_learning():
-    """COSTS are whole numbers of seconds: 6 batches, 3 epochs, 4 blocks, worked out by hand."""
-    plain = Config(
-        scheme="W4A16", epochs=3, nsamples=12, batch_size=2, keep_best=False, lwc_init=4.0
-    ).resolved()
+def test_the_time_of_learning(make_model, load_of):
+    """COSTS are whole numbers of seconds: 6 batches, 3 epochs, 2 blocks, worked out by hand."""
+    plain = Config(scheme="W4A16", epochs=3, keep_best=False, lwc_init=4.0).resolved()
+    model = make_model("llama")
+
+    def seconds(config, costs=COSTS, finished=0):
+        return learning_seconds(load_of(model, config, 12, 8), costs, finished)
+
     block = 1 + 5 + 0.5 + 0.25 + 6 * (2 + 2 * 4) + 3 * 6 * 10
-    assert learning_seconds(plain, COSTS, 4) == 4 * block
+    assert seconds(plain) == 2 * block
     searched = dataclasses.replace(plain, lwc_init=None)
-    assert learning_seconds(searched, COSTS, 4) == 4 * (block + 6 * 1)
+    assert seconds(searched) == 2 * (block + 6 * 1)
     best = dataclasses.replace(plain, keep_best=True)
-    assert learning_seconds(best, COSTS, 4) == 4 * (block + 3 * (6 * 4 + 0.5))
+    assert seconds(best) == 2 * (block + 3 * (6 * 4 + 0.5))
     branches = dataclasses.replace(plain, two_branch=True)
-    assert learning_seconds(branches, COSTS, 4) == 4 * (block + 6 * 2)
+    assert seconds(branches) == 2 * (block + 6 * 2)
     passed = 1 + 0.25 + 6 * (2 + 4)
-    assert learning_seconds(plain, COSTS, 4, finished=3) == block + 3 * passed
-    nothing = dataclasses.replace(COSTS, step=0.0)
-    assert learning_seconds(plain, nothing, 4) == 4 * (block - 3 * 6 * 10)
+    assert seconds(plain, finished=1) == block + passed
+    assert seconds(plain, dataclasses.replace(COSTS, step=0.0)) == 2 * (block - 3 * 6 * 10)
 
 
 def test_the_time_of_measuring(make_model):
     model = from_module(make_model("llama"))
-    config = Config(scheme="W4A16", nsamples=4, seqlen=8, batch_size=2).resolved()
+    config = Config(scheme="W4A16").resolved()
     linears = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     head = 264 * 32 / linears * 2.0 / 16  # seconds a token, by the share of products
     quantized = 2 * 4.0 / 16

@@ -10,12 +10,16 @@ from transformers import AutoModelForImageTextToText, MllamaConfig
 import lrquant
 from lrquant.architectures import architecture_of, architectures, towers
 from lrquant.blocks import Head
+from lrquant.config import Config
+from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import preparer
 from lrquant.evaluation.perplexity import send_through
 from lrquant.inputs import BlockInputs
 from lrquant.learn.view import Method
 from lrquant.model import Model, from_module
+from lrquant.preflight.load import language_load, tower_load
+from lrquant.preflight.probe import probe_block
 from lrquant.scheme import FLOATING_POINT
 from lrquant.sites import KINDS, Fold
 from lrquant.workbench import Workbench
@@ -194,3 +198,16 @@ def test_a_tower_in_floating_point_is_saved_as_it_is(language_family, learn, tmp
     for name, tensor in loaded.named_parameters():
         if name in outside:
             assert torch.equal(tensor, own[name]), name
+
+
+def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_bench):
+    config = Config(scheme="W4A4", vision_scheme="W8A8", batch_size=2).resolved()
+    bench, feed = make_bench(make_vision(language_family)), make_feed(language_family)
+    samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
+    load = tower_load(bench, config, samples)
+    costs = probe_block(load)
+    entry = BlockInputs(bench.model.tower, feed, 2, bench.device)
+    assert load.rows == entry.shape[0] >= costs.rows > 0
+    assert costs.step > 0 and load.config.scheme == "W8A8"
+    tokens = sum(sample["input_ids"].shape[1] for sample in feed.inputs)
+    assert language_load(bench, config, samples).rows == tokens

@@ -468,6 +468,19 @@ def test_conversations_are_not_adapted_to(llava_folder, tmp_path, questions):
         learned(llava_folder, tmp_path, **settings)
 
 
+def test_the_check_estimates_a_classifier(tmp_path, make_vision, pictures):
+    folder = tmp_path / "model"
+    make_vision("vit").save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    given = {"model": str(folder), "scheme": "W4A8", "output_dir": str(tmp_path / "run")}
+    given |= SETTINGS | {"nsamples": 2}
+    done = preflight({**given, "calib_images": str(pictures)})
+    assert not done.failed and done.seconds.learning > 0 == done.seconds.measuring
+    model = load_model(str(folder))
+    tokens = (16 // model.config.patch_size) ** 2 + 1
+    assert done.stream_bytes == 2 * 2 * tokens * model.hidden_size * 4
+
+
 def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text):
     given = {"model": str(llava_folder), "scheme": "W4A4", "calib_dataset": str(text)}
     given |= {**SETTINGS, "output_dir": str(tmp_path / "run")}
@@ -476,4 +489,12 @@ def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text):
     odd = {"vision_scheme": "W4A8g7", "calib_images": str(questions), "calib_image_share": 1.0}
     assert any("group size 7 does not divide" in f.text for f in preflight(given | odd).failed)
     fine = {**odd, "vision_scheme": "W4A8"}
-    assert not preflight(given | fine).failed
+    done, alone = preflight(given | fine), preflight(given | fine | {"vision_scheme": None})
+    assert not done.failed and not alone.failed
+    assert done.memory.tower > 0 == alone.memory.tower
+    assert done.run_bytes > alone.run_bytes and done.checkpoint == alone.checkpoint is None
+    assert done.seconds.learning > alone.seconds.learning
+    model = load_model(str(llava_folder))
+    drawn = picture_samples(questions, model, done.config.nsamples, done.config.seed).feed.inputs
+    tokens = sum(sample["input_ids"].shape[1] for sample in drawn)
+    assert alone.stream_bytes == 2 * tokens * model.hidden_size * 4, "real lengths, not --seqlen"

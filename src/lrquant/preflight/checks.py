@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from lrquant.calibration import calibration_of, given_statistics
-from lrquant.config import optional_path
+from lrquant.config import Config, optional_path
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.adaptation import check_adaptation
@@ -30,10 +31,12 @@ from lrquant.preflight.estimate import (
     stream_bytes,
 )
 from lrquant.preflight.findings import Preflight
+from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.runtime import check_shapes, chosen_format
 from lrquant.workbench import Workbench, make_workbench
+from lrquant.workdir import RunFolder
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
 
@@ -64,10 +67,10 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     if not measure_only:
         finished = check_run_folder(done, model, workbench, calibration)
     check_places(done, model)
-    if model.architecture.reads_pixels:
-        done.add("memory, disk, time", "not checked", "not estimated for classifiers of pictures")
+    if model.architecture.reads_pixels and calibration is None:
+        done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and workbench is not None:
-        _estimate(done, workbench, texts, finished)
+        _estimate(done, workbench, calibration, texts, finished)
     else:
         done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return done
@@ -83,8 +86,7 @@ def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> 
         check_groups(tower, scheme)
         if calibration is not None:
             require_pictures(done.config, calibration.feed)
-        text = f"{len(tower.blocks)} blocks; their time and memory are not estimated"
-        done.add("vision tower", "ok", text)
+        done.add("vision tower", "ok", f"{len(tower.blocks)} blocks at {scheme.name}")
 
 
 def _check_length(done: Preflight, model: Model) -> bool:
@@ -138,9 +140,11 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
             wanted = dataclasses.replace(config, **{**alone, **part})
             tasks = load_tasks(wanted)
             read = prepare_evaluation(wanted, model)
-            for each in (*read.texts.values(), *read.questions.values(), read.pictures):
+            for text in read.texts.values():
+                done.add("evaluation", "ok", text.description)
+            for each in (*read.questions.values(), read.pictures):
                 if each is not None:
-                    done.add("evaluation", "ok", each.description)
+                    done.add("evaluation", "ok", f"{each.description}; its time is not estimated")
             found |= read.texts
             missing = [name for name in wanted.perplexity_sets if name not in read.texts]
             if missing:
@@ -156,33 +160,50 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
     return list(found.values())
 
 
-def _estimate(done: Preflight, workbench: Workbench, texts: list[Samples], finished: int) -> None:
-    """Measure one block, and hold memory, disk and time against what there is."""
+def _estimate(
+    done: Preflight,
+    workbench: Workbench,
+    calibration: Samples | None,
+    texts: list[Samples],
+    finished: int,
+) -> None:
+    """Measure one block of each part, and hold memory, disk and time against what there is."""
     config, model = done.config, workbench.model
-    shape = config.nsamples, config.seqlen, model.hidden_size
-    count = 3 if config.two_branch else 2
-    done.stream_bytes = stream_bytes(*shape, workbench.dtype, count)
+    with done.checking("memory"):
+        load = language_load(workbench, config, calibration)
+        tower = tower_load(workbench, config, calibration)
+        done.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
+    if done.stream_bytes is None:
+        return
     place = workbench.place(done.stream_bytes)
     with done.checking("disk"):
         done.run_bytes = run_bytes(model, config)
         check_disk(done, done.stream_bytes if place == "disk" else 0)
     with done.checking("memory"):
         _require_room(workbench)
-        costs = done.costs = probe_block(workbench, config)
-        blocks = len(model.blocks)
-        done.seconds = Seconds(
-            learning_seconds(config, costs, blocks, finished) if finished < blocks else 0.0,
-            measuring_seconds(model, config, costs, texts),
-        )
         cuda = workbench.device.type == "cuda"
         inside = place == "device" or (place == "host" and not cuda)
         before = 0 if cuda else psutil.Process().memory_info().rss
-        done.memory = estimate_memory(model, config, costs, before, workbench.dtype, inside, texts)
+        learning, in_tower = 0.0, 0
+        if tower is not None and finished < len(model.blocks):
+            costs = probe_block(tower)
+            learning = learning_seconds(tower, costs, _finished_in_tower(config))
+            in_tower = estimate_memory(tower, costs, before, inside, []).peak
+        costs = done.costs = probe_block(load)
+        if finished < len(model.blocks):
+            learning += learning_seconds(load, costs, finished)
+        done.seconds = Seconds(learning, measuring_seconds(model, config, costs, texts))
+        memory = estimate_memory(load, costs, before, inside, texts)
+        done.memory = dataclasses.replace(memory, tower=in_tower)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
         done.compare("memory", done.memory.peak, free, where, _MEND)
         if cuda and place == "host":
             free = psutil.virtual_memory().available
             done.compare("memory", done.stream_bytes, free, "on the host", _MEND)
+
+
+def _finished_in_tower(config: Config) -> int:
+    return RunFolder(Path(config.resume)).tower.finished_blocks() if config.resume else 0
 
 
 def _require_room(workbench: Workbench) -> None:

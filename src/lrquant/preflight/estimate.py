@@ -21,6 +21,7 @@ from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.export.parts import Part, quantized_models
 from lrquant.learn.view import BlockView
 from lrquant.model import Model
+from lrquant.preflight.load import Load
 from lrquant.preflight.probe import BlockCosts
 from lrquant.stats import ChannelStatistics
 from lrquant.workbench import block_shapes, method_of
@@ -53,16 +54,20 @@ class CheckpointSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the largest of each phase: embedding the samples, learning, measuring."""
+    """Bytes at the largest of each phase: embedding the samples, learning, measuring.
+
+    `tower` is the largest of the vision tower's own, 0 where none is learned.
+    """
 
     embedding: int
     learning: int
     measuring: int
+    tower: int = 0
 
     @property
     def peak(self) -> int:
         """The largest phase."""
-        return max(self.embedding, self.learning, self.measuring)
+        return max(self.embedding, self.learning, self.measuring, self.tower)
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,11 @@ class Seconds:
         return self.learning + self.measuring
 
 
-def stream_bytes(samples: int, tokens: int, hidden: int, dtype: torch.dtype, count: int) -> int:
-    """Hidden states between two blocks: ``samples x tokens x hidden x bytes`` for each stream."""
-    return samples * tokens * hidden * dtype.itemsize * count
+def stream_bytes(load: Load) -> int:
+    """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream."""
+    count = 3 if load.config.two_branch else 2
+    bench = load.workbench
+    return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
 
 
 def learned_bytes(model: Model, config: Config) -> int:
@@ -104,9 +111,11 @@ def learned_bytes(model: Model, config: Config) -> int:
 
 def run_bytes(model: Model, config: Config) -> int:
     """A finished run folder: learned parameters, records, and a report of every block."""
-    blocks = len(model.blocks)
-    report = _REPORT + blocks * _REPORTED if config.report else 0
-    return blocks * (learned_bytes(model, config) + _RECORD) + report
+    total = _REPORT if config.report else 0
+    for part, settings in quantized_models(model, config):
+        block = learned_bytes(part, settings) + _RECORD + (_REPORTED if config.report else 0)
+        total += len(part.blocks) * block
+    return total
 
 
 def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
@@ -169,13 +178,7 @@ def _columns(view: BlockView, linear: str) -> int:
 
 
 def estimate_memory(
-    model: Model,
-    config: Config,
-    costs: BlockCosts,
-    held: int,
-    dtype: torch.dtype,
-    in_memory: bool,
-    texts: Iterable[Samples],
+    load: Load, costs: BlockCosts, held: int, in_memory: bool, texts: Iterable[Samples]
 ) -> Memory:
     """Peak of each phase on a CPU, bytes: what the process has before (`held`), and what is added.
 
@@ -184,11 +187,11 @@ def estimate_memory(
     the hidden states of the largest text, everything outside the blocks, and logits of
     `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
     """
-    hidden = model.hidden_size
-    count = 3 if config.two_branch else 2
-    streams = stream_bytes(config.nsamples, config.seqlen, hidden, dtype, count) * in_memory
+    model, config, dtype = load.workbench.model, load.config, load.workbench.dtype
+    streams = stream_bytes(load) * in_memory
     tokens = max((text.tokens for text in texts), default=0)
-    states = tokens * hidden * dtype.itemsize * (2 if config.agreement else 1) * in_memory
+    kept = 2 if config.agreement else 1
+    states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
     stored = model_dtype(model)
     outer = _outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
@@ -216,13 +219,14 @@ def _outer_elements(model: Model) -> dict[str, int]:
     return counts
 
 
-def learning_seconds(config: Config, costs: BlockCosts, blocks: int, finished: int = 0) -> float:
+def learning_seconds(load: Load, costs: BlockCosts, finished: int = 0) -> float:
     """Time to learn the blocks that are not `finished`, and to pass through those that are.
 
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
     """
-    batches = config.nsamples / config.batch_size
+    config, blocks = load.config, len(load.workbench.model.blocks)
+    batches = load.rows / costs.rows
     searched = config.lwc and config.lwc_init is None
     observed = searched or (config.let and config.act_scales is None)
     passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
@@ -243,15 +247,17 @@ def measuring_seconds(
 
     Zero-shot tasks are not in it: their number of tokens is the harness's.
     """
+    texts = list(texts)
+    if not texts:
+        return 0.0
     blocks = len(model.blocks)
     shapes = model.blocks[0].state_dict()
     linears = sum(shapes[f"{linear}.weight"].numel() for linear in model.linears)
     vocabulary = model.config.vocab_size * model.hidden_size
-    batch_tokens = min(config.batch_size, config.nsamples) * config.seqlen
     total = 0.0
     for text in texts:
         tokens = text.tokens
-        plain, quantized = costs.full / batch_tokens, costs.held / batch_tokens
+        plain, quantized = costs.full / costs.rows, costs.held / costs.rows
         agreed = text.name in config.agreement
         full = bool(config.compare or agreed)
         others = 1 + bool(config.compare)
@@ -261,7 +267,7 @@ def measuring_seconds(
         total += blocks * (full + others) * (costs.read + costs.freeze)
         if config.tta:
             adapted = config.tta_epochs * (costs.step + config.keep_best * costs.held) + costs.held
-            batches = tokens / batch_tokens
+            batches = tokens / costs.rows
             total += batches * (
                 blocks * (costs.full + 2 * costs.held) + config.tta_blocks * adapted
             )

@@ -20,6 +20,7 @@ from lrquant.identity import fit_settings
 from lrquant.inputs import BlockInputs
 from lrquant.learn.objective import Objective
 from lrquant.learn.view import BlockView
+from lrquant.preflight.load import Load
 from lrquant.sources import WeightSource
 from lrquant.stats import ChannelStatistics
 from lrquant.streams import Stream
@@ -44,7 +45,7 @@ class BlockCosts:
     quantised pass with its loss, `step` a learning step (0 where nothing is learned).  A block:
     `read` its weights, `start` to initialise parameters, `weights` to make its weights from them,
     `freeze` to make the final ones.  `peak_memory` in bytes is that of this process on a CPU, of
-    allocated memory on CUDA, with `streams` bytes of hidden states in it.
+    allocated memory on CUDA, with `streams` bytes of hidden states in it, for the batch's `rows`.
     """
 
     read: float
@@ -57,6 +58,7 @@ class BlockCosts:
     freeze: float
     peak_memory: int
     streams: int
+    rows: int
 
 
 class _FirstBlock(WeightSource):
@@ -80,22 +82,22 @@ class _FirstBlock(WeightSource):
         return self._source.fingerprint()
 
 
-def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
-    """Learn block 0 for a few steps on one batch of random hidden states (batch, tokens, hidden).
+def probe_block(load: Load) -> BlockCosts:
+    """Learn block 0 for a few steps on random hidden states of the shape of the load's batch.
 
-    Batch, length, scheme, method, device and precision are those of `config`; no weight outside
-    that block is read and nothing is written.  Raises LRQuantError if the device's memory is short.
+    Scheme, method, device and precision are those of its settings; no weight outside that block is
+    read and nothing is written.  Raises LRQuantError if the device's memory is short.
     """
+    workbench, config = load.workbench, load.config
     model = workbench.model
     source = _FirstBlock(model.source, model.block_name(0) + ".")
     bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
     settings = fit_settings(config)
-    batch = min(config.batch_size, config.nsamples)
-    ids = torch.zeros((batch, config.seqlen), dtype=torch.int64)
-    entry = BlockInputs(bench.model, ids, batch, bench.device)
+    entry = BlockInputs(bench.model, load.batch, config.batch_size, bench.device)
     streams = bench.streams(entry, 3 if settings.two_branch else 2)
     entry.embed(streams[0])
-    hidden = torch.randn(entry.shape, generator=torch.Generator().manual_seed(_SEED))[None]
+    shape = *entry.batches[0].shape, model.hidden_size
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
     for stream in streams:
         stream.write(entry.batches[0], hidden)
     if bench.device.type == "cuda":
@@ -104,8 +106,8 @@ def probe_block(workbench: Workbench, config: Config) -> BlockCosts:
         return _measure(_Clock(bench.device), bench, config, settings, entry, streams)
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
-            f"a step on {batch} x {config.seqlen} tokens of one block does not fit into the memory "
-            f"of {bench.device}; use a smaller --batch_size or --seqlen"
+            f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "
+            f"the memory of {bench.device}; use a smaller --batch_size or --seqlen"
         ) from error
 
 
@@ -177,6 +179,7 @@ def _measure(
         freeze=freeze,
         peak_memory=peak_memory(bench.device),
         streams=sum(stream.nbytes for stream in streams),
+        rows=entry.shape[0],
     )
 
 

@@ -53,9 +53,10 @@ def _estimates(done: Preflight) -> dict[str, str]:
     rows: dict[str, str] = {}
     if done.memory is not None:
         memory = done.memory
+        tower = f", the tower {_size(memory.tower)}" if memory.tower else ""
         rows["peak memory"] = (
             f"{_size(memory.peak)}: embedding {_size(memory.embedding)}, learning "
-            f"{_size(memory.learning)}, measuring {_size(memory.measuring)}; "
+            f"{_size(memory.learning)}, measuring {_size(memory.measuring)}{tower}; "
             f"hidden states {_size(done.stream_bytes or 0)} of them"
         )
     if done.run_bytes is not None:
