@@ -11,7 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from torch import Tensor
+
 from lrquant.errors import LRQuantError
+
+
+def save_file(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """safetensors' own, readable to whom the umask says: its 0.8 leaves files to their owner."""
+    safetensors.torch.save_file(tensors, path, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.files import LogFile, copy_whole, flush, read_json, write_whole
+from lrquant.files import LogFile, copy_whole, flush, read_json, save_file, write_whole
 from lrquant.results import merge_results
 
 FORMAT = 1

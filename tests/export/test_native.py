@@ -77,6 +77,13 @@ def test_it_computes_what_was_learned(
     assert model.generate(ids[:1, :4], **settings).shape == (1, 7)
 
 
+def test_whoever_may_read_the_folder_may_read_its_tensors(learn, tmp_path):
+    run = learn("llama", "W4A4")
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").iterdir()}
+    assert modes == {(tmp_path / "saved" / "config.json").stat().st_mode}
+    assert run.folder.block_path(0).stat().st_mode in modes
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("scheme", ["W4A4", "W8A8", "W4A4g16", "W3A16"])
 def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme, symmetric):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrquant.config import Config
@@ -19,7 +18,7 @@ from lrquant.export import Format
 from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
 from lrquant.export.parts import Part, quantized_models
-from lrquant.files import read_json
+from lrquant.files import read_json, save_file
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.workbench import Workbench, learned_view
