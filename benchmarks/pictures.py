@@ -73,6 +73,12 @@ def _rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     pictures = {"calib_images": train} if given else {}
                     row = {"scheme": scheme, **settings, **given, **pictures, **vision, **text}
                     rows[f"{scheme}, {part}, {method}, {data}"] = {**PROTOCOL, **row}
+    plus = rows["W4A4, language, LRQuant+, pictures and text"]
+    for weight in (0.1, 10.0):
+        rows[f"W4A4, language, LRQuant+, picture tokens count {weight:g}"] = {
+            **plus,
+            "image_token_weight": weight,
+        }
     return rows
 
 

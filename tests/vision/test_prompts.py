@@ -22,7 +22,9 @@ from lrquant.conversations import read_conversations
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.vqa import answer_kind, exact_match, normalized, vqa_accuracy
 from lrquant.model import load_model
+from lrquant.preflight import checks
 from lrquant.preflight.checks import preflight
+from lrquant.preflight.probe import BlockCosts
 from lrquant.prompts import picture_samples
 from lrquant.workdir import RunFolder
 
@@ -481,7 +483,10 @@ def test_the_check_estimates_a_classifier(tmp_path, make_vision, pictures):
     assert done.stream_bytes == 2 * 2 * tokens * model.hidden_size * 4
 
 
-def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text):
+def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text, monkeypatch):
+    names = ("read", "observed", "full", "start", "weights", "held", "step", "freeze")
+    costs = BlockCosts(**dict.fromkeys(names, 1.0), peak_memory=1, streams=1, rows=10)
+    monkeypatch.setattr(checks, "probe_block", lambda load: costs)
     given = {"model": str(llava_folder), "scheme": "W4A4", "calib_dataset": str(text)}
     given |= {**SETTINGS, "output_dir": str(tmp_path / "run")}
     without = preflight({**given, "vision_scheme": "W8A8"})
