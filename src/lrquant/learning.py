@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -14,13 +15,14 @@ from lrquant.diagnostics import measure_block
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.measures import preparer
 from lrquant.feeds import Feed
-from lrquant.fit import BlockData, FitReport, advance_quantized, fit_block
+from lrquant.fit import BlockData, FitReport, FitSettings, advance_quantized, fit_block
 from lrquant.identity import fit_settings
 from lrquant.inputs import BlockInputs
 from lrquant.learn.view import BlockView
 from lrquant.progress import Progress
 from lrquant.scheme import FLOATING_POINT
 from lrquant.stats import ChannelStatistics
+from lrquant.streams import Stream
 from lrquant.workbench import (
     WeightedObserver,
     Workbench,
@@ -88,9 +90,21 @@ def learn_blocks(
         return
     if finished:
         logger.info("resuming after block %d of %d", finished, blocks)
-    learner = _Learner(workbench, config, feed, given, folder, progress, towers)
+    settings = fit_settings(config)
+    entry = BlockInputs(workbench.model, feed, config.batch_size, workbench.device)
+    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
+    before_full, before_quantized = towers
+    entry.embed(full, before_full)
+    if before_quantized is before_full:
+        quantized.copy(full)
+    else:
+        entry.embed(quantized, before_quantized)
+    learner = _Learner(
+        *(workbench, config, settings, given, folder, progress),
+        *(entry, full, quantized, homologous),
+    )
     memory = partial(peak_memory, workbench.device)
-    with progress.blocks(blocks, config.epochs, len(learner.entry.batches), memory):
+    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
         for index in range(blocks):
             if index < finished:
                 learner.pass_through(index)
@@ -98,57 +112,46 @@ def learn_blocks(
                 learner.learn(index)
 
 
+@dataclass(frozen=True)
 class _Learner:
     """The calibration samples on their way through the blocks, in both models."""
 
-    def __init__(
-        self,
-        workbench: Workbench,
-        config: Config,
-        feed: Feed,
-        given: ChannelStatistics | None,
-        folder: RunFolder,
-        progress: Progress,
-        towers: tuple[Prepare | None, Prepare | None],
-    ) -> None:
-        self.workbench, self.config, self.folder = workbench, config, folder
-        self._given, self._progress = given, progress
-        self._settings = fit_settings(config)
-        self.entry = BlockInputs(workbench.model, feed, config.batch_size, workbench.device)
-        count = 3 if self._settings.two_branch else 2
-        self._full, self._quantized, *self._homologous = workbench.streams(self.entry, count)
-        before_full, before_quantized = towers
-        self.entry.embed(self._full, before_full)
-        if before_quantized is before_full:
-            self._quantized.copy(self._full)
-        else:
-            self.entry.embed(self._quantized, before_quantized)
+    workbench: Workbench
+    config: Config
+    settings: FitSettings
+    given: ChannelStatistics | None
+    folder: RunFolder
+    progress: Progress
+    entry: BlockInputs
+    full: Stream
+    quantized: Stream
+    homologous: list[Stream]
 
     def pass_through(self, index: int) -> None:
         """Send both streams through a block that was learned earlier."""
         _, view = self._advance_full(index, None)
         view.load(self.folder.load_block(index))
-        data = BlockData(index, self.entry, self._quantized, (self._full,))
+        data = BlockData(index, self.entry, self.quantized, (self.full,))
         with self.workbench.runner(index, view) as runner:
-            advance_quantized(view, runner, data, self._settings.loss)
-        self._progress.finished(index, None)
+            advance_quantized(view, runner, data, self.settings.loss)
+        self.progress.finished(index, None)
 
     def learn(self, index: int) -> None:
         """Learn a block, keep it, and send both streams through it."""
         started = time.monotonic()
-        workbench, config, loss = self.workbench, self.config, self._settings.loss
+        workbench, config, loss = self.workbench, self.config, self.settings.loss
         statistics = ChannelStatistics()
         searched = config.lwc and config.lwc_init is None
-        observed = searched or (config.let and self._given is None)
+        observed = searched or (config.let and self.given is None)
         stored, view = self._advance_full(index, statistics.observe if observed else None)
-        if self._given is not None:
-            statistics.maxima, statistics.midpoints = self._given.maxima, self._given.midpoints
-        for stream in self._homologous:
-            advance_full_precision(workbench, index, stored, self.entry, self._quantized, stream)
+        if self.given is not None:
+            statistics.maxima, statistics.midpoints = self.given.maxima, self.given.midpoints
+        for stream in self.homologous:
+            advance_full_precision(workbench, index, stored, self.entry, self.quantized, stream)
         view.initialize(statistics, workbench.model.block_name(index))
-        data = BlockData(index, self.entry, self._quantized, (self._full, *self._homologous))
+        data = BlockData(index, self.entry, self.quantized, (self.full, *self.homologous))
         with workbench.runner(index, view) as runner:
-            report = fit_block(view, runner, data, self._settings, self._progress.stepper(index))
+            report = fit_block(view, runner, data, self.settings, self.progress.stepper(index))
         if config.report:
             seen = measure_block(workbench, view, data, report.objective.measure, loss)
             self.folder.save_diagnostics(index, seen.figures, seen.tensors)
@@ -157,13 +160,13 @@ class _Learner:
         seconds = time.monotonic() - started
         final_loss = report.objective.measure(final)
         record = _record(self.folder, view, index, report, final_loss, seconds, workbench)
-        self._progress.finished(index, record)
+        self.progress.finished(index, record)
 
     def _advance_full(
         self, index: int, observer: WeightedObserver | None
     ) -> tuple[dict[str, Tensor], BlockView]:
         """The full-precision stream moves on; the block's own tensors, and how they are viewed."""
-        bench, full = self.workbench, self._full
+        bench, full = self.workbench, self.full
         stored = bench.stored(index)
         advance_full_precision(bench, index, stored, self.entry, full, full, observer)
         return stored, bench.view(index, stored, self.config.quantization, method_of(self.config))
