@@ -18,7 +18,7 @@ from lrquant.scheme import Scheme
 from lrquant.settings import convert, read_yaml, spelled_out
 from lrquant.sites import KINDS
 
-TARGETS = ("vllm", "transformers", "native")
+TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
 
 

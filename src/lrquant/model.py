@@ -137,6 +137,15 @@ class Model:
         """Whether the language head is the embedding."""
         return bool(getattr(self.skeleton.config, "tie_word_embeddings", False))
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are, those of a tied head once."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.skeleton.named_parameters()
+            if not (self.tied and name == "lm_head.weight")
+        )
+
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.export.targets import (
     chosen_for_target,
@@ -25,19 +26,7 @@ from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
 
 DEFAULT = "compressed-tensors"
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a runtime takes a scheme in a format: not at all (`refusal`), or with `notes`.
-
-    `multiple` must divide in and out of every linear for the runtime's kernels `where` it says.
-    """
-
-    refusal: str | None = None
-    notes: tuple[str, ...] = ()
-    multiple: int = 1
-    where: str = ""
+__all__ = ["DEFAULT", "Format", "Loading", "choose_format", "factor_refusal", "formats"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,8 @@ class Format:
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
     quantised parts of the model, the language part first, and the names of the linears outside
     them, which stay as they are.
-    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds.
+    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
+    it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
     biases and shifts that the architecture lacks.
