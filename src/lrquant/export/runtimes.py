@@ -42,7 +42,9 @@ def _on_cuda(scheme: Scheme) -> Loading:
     if bits == scheme.activation_bits == 8:
         return Loading(notes=(_STEPS,))
     if group is not None and group < SMALLEST_GROUP:
-        return Loading(f"vLLM has no kernel for groups of {group}, of 32 columns or more only")
+        return Loading(
+            f"vLLM's own kernels take no groups of {group}, of {SMALLEST_GROUP} columns or more only"
+        )
     if scheme.activation_bits != FLOAT_BITS:
         # source: W4A8 and W4A4 go through the same choice of kernel as W4A16, and only Humming's
         # looks at the activations' scheme.
