@@ -43,7 +43,7 @@ def _on_cuda(scheme: Scheme) -> Loading:
         return Loading(notes=(_STEPS,))
     if group is not None and group < SMALLEST_GROUP:
         return Loading(
-            f"vLLM's own kernels take no groups of {group}, of {SMALLEST_GROUP} columns or more only"
+            f"vLLM's own kernels take no groups of {group}, but of {SMALLEST_GROUP} columns up"
         )
     if scheme.activation_bits != FLOAT_BITS:
         # source: W4A8 and W4A4 go through the same choice of kernel as W4A16, and only Humming's
