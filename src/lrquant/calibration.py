@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrquant.beginnings import beginning_of
 from lrquant.config import Config, optional_path
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
@@ -68,6 +69,8 @@ def _text_samples(config: Config, model: Model, count: int) -> Samples:
         config.seed,
         optional_path(config.data_dir),
         optional_path(config.cache_dir),
+        beginning_of(model.tokenizer, model.config.model_type, config.bos),
+        config.text_column,
     )
 
 

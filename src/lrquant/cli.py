@@ -23,13 +23,14 @@ _RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
     *("model", "net", "calib_dataset", "nsamples", "seqlen", "seed", "data_dir", "cache_dir"),
     *("device", "precision", "offload"),
-    *("calib_images", "calib_image_share", "image_token_weight"),
+    *("calib_images", "calib_image_share", "image_token_weight", "text_column", "bos"),
 )
 _EVALUATE_SETTINGS = (
     *("vqa", "classify"),
     *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
     *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
+    *("text_column", "bos"),
 )
 _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lrquant.beginnings import RULES
 from lrquant.errors import LRQuantError
 from lrquant.learn.rotation import SHARINGS
 from lrquant.presets import PRESETS
@@ -89,6 +90,15 @@ class Config:
     )
     nsamples: int = _setting(128, "calibration samples")
     seqlen: int = _setting(2048, "tokens a sample, and a perplexity window")
+    text_column: str | None = _setting(
+        None, "column of the text in .jsonl, .json and .parquet files (default: as its rows say)"
+    )
+    bos: str = _setting(
+        "auto",
+        "BOS before each window of text: as the model was trained, but by the field's convention "
+        "for families whose published numbers have none (auto)",
+        RULES,
+    )
     vision_scheme: str | None = _setting(
         None, "quantise the vision tower too, e.g. W8A8 (default: it stays in floating point)"
     )

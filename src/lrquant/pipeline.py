@@ -333,6 +333,6 @@ _MEASURE_SETTINGS = (
     *("limit", "task_batch_size", "vqa", "classify"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("report", "log_dir"),
-    *("target", "save_dtype"),
+    *("target", "save_dtype", "text_column", "bos"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )

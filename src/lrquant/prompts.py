@@ -47,10 +47,14 @@ class Reader(Protocol):
     def architecture(self) -> Architecture: ...
 
 
+def takes_pictures(model: Reader) -> bool:
+    """Whether pictures are among what a model reads."""
+    return model.architecture.tower is not None or model.architecture.reads_pixels
+
+
 def require_processor(model: Reader) -> Any:
     """A model's processor; refuses a model that has none or takes no pictures."""
-    takes_pictures = model.architecture.tower is not None or model.architecture.reads_pixels
-    if not takes_pictures:
+    if not takes_pictures(model):
         raise LRQuantError(
             f"model {model.name}: a {model.skeleton.config.model_type!r} takes no pictures; leave "
             "the option that names some out"

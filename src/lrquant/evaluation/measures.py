@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lrquant.beginnings import beginning_of
 from lrquant.blocks import Head, Prepare, PreparedBlock, Variant
 from lrquant.config import Config
 from lrquant.conversations import is_conversations
@@ -30,7 +31,7 @@ from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
-from lrquant.prompts import Reader, picture_samples
+from lrquant.prompts import Reader, picture_samples, takes_pictures
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
@@ -54,7 +55,7 @@ def prepare_evaluation(config: Config, model: Model) -> Evaluation:
     Sets asked for by name must be there; of the published five, those that can't be had are named
     in the log and left out, as long as one is left.
     """
-    check_adaptation(config, len(model.blocks))
+    check_adaptation(config, len(model.blocks), takes_pictures(model))
     return Evaluation(
         read_texts(config, model), read_questions(config, model), read_pictures(config, model)
     )
@@ -66,10 +67,11 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
         return {}
     if reader.tokenizer is None:
         raise LRQuantError("no tokenizer: perplexity needs one")
+    model_type = reader.architecture.part(reader.skeleton.config).model_type
     found: dict[str, Samples] = {}
     missing: list[LRQuantError] = []
     for name in config.perplexity_sets:
-        if is_conversations(Path(name)):
+        if is_conversations(Path(name)) and takes_pictures(reader):
             found[name] = picture_samples(Path(name), reader, config.limit)
             continue
         try:
@@ -80,6 +82,8 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
                 config.limit,
                 Path(config.data_dir) if config.data_dir else None,
                 Path(config.cache_dir) if config.cache_dir else None,
+                beginning_of(reader.tokenizer, model_type, config.bos),
+                config.text_column,
             )
         except LRQuantError as error:
             if config.ppl or name in config.agreement:

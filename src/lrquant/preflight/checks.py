@@ -35,6 +35,7 @@ from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.runtime import check_shapes, chosen_format
+from lrquant.prompts import takes_pictures
 from lrquant.workbench import Workbench, make_workbench
 from lrquant.workdir import RunFolder
 
@@ -155,7 +156,7 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
                 done.add("evaluation", "ok", f"{said}; its time is not estimated")
     if config.tta:
         with done.checking("evaluation"):
-            check_adaptation(config, len(model.blocks))
+            check_adaptation(config, len(model.blocks), takes_pictures(model))
             done.add("evaluation", "ok", f"adapting the last {config.tta_blocks} blocks to each")
     return list(found.values())
 
