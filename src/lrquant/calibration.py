@@ -48,6 +48,10 @@ def _given_samples(given: Tensor | Feed) -> Samples:
     if isinstance(given, Feed):
         text = f"given samples, {len(given)} with pictures"
         return Samples(empty, "given", "given", "given", given.sha256(), text, given)
+    if not isinstance(given, Tensor):
+        raise LRQuantError(
+            f"samples of type {type(given).__name__}: expected token ids (samples, tokens), int64"
+        )
     if given.dim() != 2 or given.dtype != torch.int64:
         raise LRQuantError(
             f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "

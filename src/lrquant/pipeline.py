@@ -97,6 +97,11 @@ def quantize(
     """
     if isinstance(model, str | Path):
         return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
+    if not isinstance(model, PreTrainedModel):
+        raise LRQuantError(
+            f"model of type {type(model).__name__}: expected a folder, a hub name, a GGUF file or "
+            "a transformers model"
+        )
     name = model.config.name_or_path or type(model).__name__
     loaded = from_module(model, tokenizer, processor)
     return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
@@ -139,6 +144,7 @@ def _run(
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
     check_groups(model, config.quantization)
+    check_rank(model, config)
     if config.vision_quantization is not None:
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
@@ -307,6 +313,20 @@ def check_groups(model: Model, scheme: Scheme) -> None:
     view = block_shapes(model, scheme)
     for linear in model.linears:
         view.group_size(linear)
+
+
+def check_rank(model: Model, config: Config) -> None:
+    """Refuse a rank above which a factor of rows and columns can't be more than it is."""
+    if not config.rotation:
+        return
+    shapes = model.blocks[0].state_dict()
+    sides = {linear: min(shapes[f"{linear}.weight"].shape) for linear in model.linears}
+    smallest = min(sides, key=sides.__getitem__)
+    if config.rotate_rank > sides[smallest]:
+        raise LRQuantError(
+            f"--rotate_rank {config.rotate_rank}: {smallest} has {sides[smallest]} rows or "
+            "columns; use that or less"
+        )
 
 
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
