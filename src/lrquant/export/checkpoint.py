@@ -21,6 +21,7 @@ from lrquant.export.parts import Part, quantized_models
 from lrquant.files import read_json, save_file
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
+from lrquant.results import MEASURES
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
@@ -128,8 +129,8 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
 
 
 _RESULTS = (
-    *("method_name", "scheme", "versions", "perplexity", "agreement", "tasks"),
-    *("vqa", "classification"),
+    *("method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"),
+    *(*MEASURES, "others", "max_drop"),
 )
 
 
