@@ -9,7 +9,7 @@ import torch
 
 from lrquant.pipeline import evaluate, quantize
 from lrquant.report.tables import results_table
-from lrquant.results import beside, entries, merge_results, of_base
+from lrquant.results import beside, entries, merge_results, of_base, seen_from
 
 ABOUT = {"scheme": "W4A4", "model": "m", "precision": "float32", "device": "cpu", "threads": 2}
 ABOUT |= {"versions": {"lrquant": "0.1.0", "torch": "2.13.0", "python": "3.11.1"}}
@@ -201,6 +201,12 @@ def test_a_later_evaluate_loses_nothing(model_folder, tmp_path):
     apart = rounded["others"]["perplexity"]["t"]
     assert {"measured_with": {"precision": "float32"}, **full} in apart and len(apart) == 2
     assert rounded["agreement"]["t"]["measured_with"] == {"precision": "float32"}
+    assert rounded["learned_with"]["precision"] == "float32"
+    own = seen_from(rounded, "float32")
+    assert rows(own)[0]["measured_with"] == {"precision": "bfloat16"}
+    assert not any("measured_with" in row for row in rows(own)[1:])
+    lines = results_table(own).splitlines()
+    assert any("t, n = 3 of 37 windows of 16 tokens, in bfloat16" in line for line in lines)
     lines = results_table(rounded).splitlines()
     assert any("t, n = 3 of 37 windows of 16 tokens, in float32" in line for line in lines)
     assert any("t, n = 5 of 37 windows of 16 tokens, in float32" in line for line in lines)

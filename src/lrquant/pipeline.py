@@ -41,7 +41,7 @@ from lrquant.presets import with_preset
 from lrquant.progress import Progress
 from lrquant.prompts import Reader
 from lrquant.report.writing import write_report
-from lrquant.results import beside, of_base
+from lrquant.results import beside, conditions, of_base
 from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
@@ -161,7 +161,8 @@ def _run(
         about = _source(model)
         results = fresh = environment(config, workbench) | about
         if not measure_only:
-            results = results_folder.add_results(results)
+            fresh |= {"learned_with": conditions(fresh)}
+            results = results_folder.add_results(fresh)
         board = None if tasks is None else TaskBoard(tasks, config, results_folder)
         for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
             fresh = beside(fresh, environment(config, workbench) | about | measured)

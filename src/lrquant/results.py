@@ -4,7 +4,7 @@
 entry for each text, task or set (`MEASURES`).  Measures stand in one entry only if they are of the
 same items under the same conditions.  Those of a set's other items, or under other conditions, are
 kept in `others`: {kind: {name: [entry, …]}}, and an entry says in `measured_with` which of its
-conditions are not those of the last command.
+conditions are not those of the last command.  `learned_with` is under which a run was learned.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ CONDITIONS = ("model", "scheme", "method", "seed", "precision", "device", "threa
 _PACKAGES = ("lrquant", "torch", "transformers")
 _OF_WHAT = ("text", "sha256", "data", "items", "num_fewshot", "tasks")
 _ONCE_SAID = ("base_model", "adapted", "reference_precision")  # of what one of the columns is
+_OF_THE_RUN = ("learned_with", "max_drop")  # said once, and kept
 _JOINED = ("differences", "acc", "acc_norm")
 
 
@@ -28,8 +29,7 @@ def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new`, and all that was measured before: beside it, or apart where it is something else."""
     before, now = conditions(old), conditions(new)
     merged = {name: value for name, value in new.items() if name not in (*MEASURES, "others")}
-    if "max_drop" in old:
-        merged.setdefault("max_drop", old["max_drop"])
+    merged = {name: old[name] for name in _OF_THE_RUN if name in old} | merged
     others: dict[str, dict[str, list[Entry]]] = {}
     for kind in MEASURES:
         kept: dict[str, list[Entry]] = {}
@@ -42,6 +42,20 @@ def merge_results(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         merged |= {kind: first[""] if kind == "classification" else first} if first else {}
         others |= {kind: rest} if rest else {}
     return merged | ({"others": others} if others else {})
+
+
+def seen_from(results: dict[str, Any], precision: str) -> dict[str, Any]:
+    """`results` whose entries say what is not as it was when the run was learned.
+
+    Runs of earlier versions say only in which `precision` they were learned.
+    """
+    learned = results.get("learned_with") or {"precision": precision}
+    versions = {name: learned[name] for name in _PACKAGES if name in learned}
+    top = {name: learned[name] for name in CONDITIONS if name in learned}
+    measures = (*MEASURES, "others")
+    about = {name: value for name, value in results.items() if name not in measures}
+    versions = {"versions": {**results.get("versions", {}), **versions}}
+    return merge_results(results, about | top | (versions if "versions" in results else {}))
 
 
 def entries(results: dict[str, Any], kind: str) -> Iterator[tuple[str, Entry]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrquant.files import read_json
 from lrquant.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
-from lrquant.results import MEASURES
+from lrquant.results import MEASURES, entries, seen_from
 from lrquant.scheme import Scheme
 from lrquant.version import __version__
 from lrquant.workdir import BlockRecord, RunFolder
@@ -31,6 +31,7 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     records = folder.records()
     path = folder.path / "results.json"
     results = read_json(path) if path.is_file() else {}
+    results = seen_from(results, folder.identity["precision"])
     blocks = [_block(folder, record) for record in records]
     kept = (*MEASURES, "others", "max_drop")
     contents = {
@@ -162,10 +163,11 @@ def _missing(contents: dict[str, Any]) -> list[str]:
         )
     if not results.get("perplexity"):
         missing.append("perplexity: lrquant evaluate RUN --ppl wikitext2 --compare")
-    elif not all(
-        {"full_precision", "round_to_nearest"} <= scores.keys()
-        for scores in results["perplexity"].values()
-    ):
+    elif results["perplexity"].keys() - {
+        text
+        for text, scores in entries(results, "perplexity")
+        if {"full_precision", "round_to_nearest"} <= scores.keys()
+    }:
         missing.append(
             "full precision or round-to-nearest beside a perplexity: lrquant evaluate RUN --compare"
         )

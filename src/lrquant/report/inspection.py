@@ -10,6 +10,7 @@ from lrquant.export.manifest import MANIFEST, read_manifest
 from lrquant.export.verification import verify
 from lrquant.files import read_json
 from lrquant.report.tables import results_table, table
+from lrquant.results import seen_from
 from lrquant.scheme import Scheme
 from lrquant.workdir import BlockRecord, RunFolder
 
@@ -51,7 +52,7 @@ def _inspect_run(folder: RunFolder) -> str:
         lines.append(_losses(records))
     results = folder.path / "results.json"
     if results.is_file():
-        text = results_table(read_json(results))
+        text = results_table(seen_from(read_json(results), identity["precision"]))
         lines += ["", text] if text else []
     return "\n".join(lines)
 

@@ -54,7 +54,7 @@ def _perplexities(contents: dict[str, Any]) -> Table:
         for name, about, scores in measured
     ]
     notes = [f"{name}: {_of_what(scores)}." for name, _, scores in measured if "text" in scores]
-    note = " ".join([*notes, *_adapted_note(shown)])
+    note = " ".join([*dict.fromkeys(notes), *_adapted_note(shown)])
     return Table("Perplexity", ["text", *shown.values()], rows, note)
 
 
@@ -63,6 +63,8 @@ def _of_what(scores: dict[str, Any]) -> str:
     said = [scores.get("text", "not measured")]
     if "reference_precision" in scores:
         said.append(f"full precision in {scores['reference_precision']}")
+    if "base_model" in scores:
+        said.append(f"base: {scores['base_model']}")
     if "adapted" in scores:
         said.append(f"adapted: {scores['adapted']}")
     return "; ".join(said)

@@ -40,7 +40,7 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("Seed", str(run["seed"])),
         ("Precision", f"{run['precision']} matrix products on {_machine(run)}"),
         ("Learning time", f"{duration(run['seconds'])} for {learned} of {blocks} blocks"),
-        ("Peak memory", f"{decimal(run['peak_memory_bytes'])}, of all until the last block"),
+        ("Peak memory", f"{decimal(run['peak_memory_bytes'])}, of all that was done until then"),
         ("Learned parameters", decimal(run["parameter_bytes"])),
         ("Versions", versions),
     ]
