@@ -11,6 +11,9 @@ import types
 import pytest
 import torch
 
+from lrquant.config import Config
+from lrquant.export import choose_format
+from lrquant.export.card import model_card
 from lrquant.report.comparison_charts import comparison_pictures
 from lrquant.report.contents import run_contents
 from lrquant.report.page import comparison_page
@@ -154,3 +157,20 @@ def test_peak_memory_is_in_bytes_everywhere(platform, unit, monkeypatch):
     usage = types.SimpleNamespace(ru_maxrss=7)
     monkeypatch.setattr(resource, "getrusage", lambda who: usage)
     assert peak_memory(torch.device("cpu")) == 7 * unit
+
+
+def test_a_model_card_says_what_full_precision_was():
+    config = Config(model="m", scheme="W4A16").resolved()
+    items = {"measured": 4, "of": 632, "unit": "windows of 512 tokens"}
+    scores = {"text": "wikitext2/test", "items": items, "full_precision": 2.0}
+    results = {"scheme": "W4A16", "perplexity": {"wikitext2": scores}, "unpacked_from": "Q4_1"}
+    facts_of_it = {
+        **{"auto_class": "AutoModelForCausalLM", "base_model": "m", "scheme": "W4A16", "tower": ""},
+        **{"method": "x", "precision": "float32", "calibration": {"text": "t", "sha256": "s"}},
+    }
+    card = model_card(config, choose_format(config), {**facts_of_it, "results": results})
+    assert "- Full precision: the base model as unpacked from Q4_1" in card
+    assert "full precision (unpacked from Q4_1)" in card and "wikitext2, n = 4 of 632" in card
+    del results["unpacked_from"]
+    plain = model_card(config, choose_format(config), {**facts_of_it, "results": results})
+    assert "unpacked" not in plain
