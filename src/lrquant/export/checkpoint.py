@@ -21,6 +21,7 @@ from lrquant.export.parts import Part, quantized_models
 from lrquant.files import read_json, save_file
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
+from lrquant.results import MEASURES, seen_from
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
@@ -113,6 +114,7 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
     path = Path(config.output_dir) / "results.json"
     results = read_json(path) if path.is_file() else {}
+    results = seen_from(results, folder.identity["precision"])
     return {
         "format": form.name,
         "scheme": config.quantization.describe(),
@@ -128,8 +130,8 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
 
 
 _RESULTS = (
-    *("method_name", "scheme", "versions", "perplexity", "agreement", "tasks"),
-    *("vqa", "classification"),
+    *("method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"),
+    *(*MEASURES, "others", "max_drop"),
 )
 
 

@@ -24,6 +24,10 @@ class WeightSource(Protocol):
     def fingerprint(self) -> str:
         """SHA-256 that tells these weights from others; of files, only samples are read."""
 
+    def unpacked_from(self) -> str:
+        """In what the source stores weights that it quantised ("Q4_1 and Q8_0"); "" if in none."""
+        return ""
+
     def extra_names(self) -> frozenset[str]:
         """Stored tensors the model has no place for; `tensor` reads them too."""
         return frozenset()

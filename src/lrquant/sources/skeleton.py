@@ -94,6 +94,9 @@ class SkeletonSource(WeightSource):
             tensor = self._shared[stored] = self._stored.tensor(stored)
         return tensor
 
+    def unpacked_from(self) -> str:
+        return self._stored.unpacked_from()
+
     def fingerprint(self) -> str:
         return self._stored.fingerprint()
 
