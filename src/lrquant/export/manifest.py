@@ -23,9 +23,10 @@ def write_manifest(place: Path, facts: dict[str, Any]) -> None:
     Those two name places and dates, may be edited, and are not read when the model is loaded.
     """
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(place.iterdir())
-        if path.name not in (SETTINGS, MANIFEST, "README.md")
+        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(place.rglob("*"))
+        for name in [path.relative_to(place).as_posix()]
+        if path.is_file() and name not in (SETTINGS, MANIFEST, "README.md")
     }
     values = {"version": VERSION, "lrquant": __version__, **facts, "files": files}
     (place / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
