@@ -24,8 +24,9 @@ COPIED = (
     *("spiece.model", "sentencepiece*.model", "normalizer.json", "bpe.codes", "*.bpe"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("*preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
-    *("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+    "generation_config.json",
 )
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _REFUSED = (".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".msgpack")
 _WRITTEN = ("config.json", "README.md", "*.safetensors*", "*.bin*", ".*")  # anew, or never
 _LOCAL_KEYS = ("cache_dir", "_name_or_path")
@@ -63,7 +64,7 @@ def _side_files(model: Model, folder: Path) -> list[str]:
         for name in (getattr(owner, "vocab_files_names", None) or {}).values()
         if isinstance(name, str) and Path(name).name == name
     ]
-    wanted = (*COPIED, *declared)
+    wanted = (*COPIED, *_LICENCES, *declared)
     return [n for n in _names(folder) if _matches(n, wanted) and not n.endswith(_REFUSED)]
 
 
