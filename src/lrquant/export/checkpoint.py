@@ -19,6 +19,7 @@ from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
 from lrquant.export.model_config import write_model_config
 from lrquant.export.parts import Part, quantized_models
+from lrquant.export.reading_back import read_back
 from lrquant.export.side_files import copy_side_files
 from lrquant.files import read_json, save_file
 from lrquant.identity import describe_method, dtype_name
@@ -97,6 +98,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         parts = _write_tensors(workbench, config, folder, temporary, form)
         write_small_files(model, config, temporary, form, parts)
+        dtype = checkpoint_dtype(model, config, form)
+        read_back(workbench, _quantized(workbench, config, folder), temporary, form, dtype)
         facts = _facts(model, config, folder, form)
         (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
         write_manifest(temporary, facts)
@@ -145,10 +148,7 @@ def _write_tensors(
     outer = {name: tensor for name, tensor in outer.items() if name not in model.tied_names}
     extra = model.source.extra_names()
     tower = workbench.tower
-    quantized = [(workbench, config, folder)]
-    if tower is not None and config.vision_scheme is not None:
-        quantized.append((tower, config.for_tower(), folder.tower))
-    elif tower is not None:
+    if tower is not None and config.vision_scheme is None:
         outer |= _stored_blocks(tower)
     weight_map: dict[str, str] = {}
     size = 0
@@ -164,7 +164,7 @@ def _write_tensors(
     cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
     write("model-outer.safetensors", cast | {n: model.source.tensor(n) for n in extra})
     parts = []
-    for bench, settings, learned in quantized:
+    for bench, settings, learned in _quantized(workbench, config, folder):
         file = "model" if bench is workbench else "model-tower"
         for index in range(len(bench.model.blocks)):
             frozen = learned_view(bench, settings, learned, index).freeze()
@@ -175,6 +175,17 @@ def _write_tensors(
         parts.append(Part(blocks, settings.quantization, sorted(tensors)))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+    return parts
+
+
+def _quantized(
+    workbench: Workbench, config: Config, folder: RunFolder
+) -> list[tuple[Workbench, Config, RunFolder]]:
+    """The language part, and a vision tower that has a scheme, with what was learned of each."""
+    tower = workbench.tower
+    parts = [(workbench, config, folder)]
+    if tower is not None and config.vision_scheme is not None:
+        parts.append((tower, config.for_tower(), folder.tower))
     return parts
 
 
