@@ -30,13 +30,19 @@ from lrquant.evaluation.subject import (
 )
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
-from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
+from lrquant.export.checkpoint import (
+    check_format,
+    check_target,
+    checkpoint_dtype,
+    save_checkpoint,
+)
 from lrquant.feeds import Feed
 from lrquant.identity import describe_method, describe_run, dtype_name, environment
 from lrquant.inputs import BlockInputs
 from lrquant.learning import learn_model
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
+from lrquant.outer import require_finite
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
 from lrquant.prompts import Reader
@@ -151,6 +157,7 @@ def _run(
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
         check_format(model, config, form)
+    require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)

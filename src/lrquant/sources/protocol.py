@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,11 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU in its stored dtype (GGUF: unpacked to float32)."""
+
+    def alike(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same one, or hold the same values."""
+        first, second = self.tensor(name), self.tensor(other)
+        return first.dtype == second.dtype and torch.equal(first, second)
 
     def fingerprint(self) -> str:
         """SHA-256 that tells these weights from others; of files, only samples are read."""

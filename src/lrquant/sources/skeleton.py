@@ -97,6 +97,9 @@ class SkeletonSource(WeightSource):
     def unpacked_from(self) -> str:
         return self._stored.unpacked_from()
 
+    def alike(self, name: str, other: str) -> bool:
+        return self._stored_name(name) == self._stored_name(other) or super().alike(name, other)
+
     def fingerprint(self) -> str:
         return self._stored.fingerprint()
 
