@@ -48,7 +48,12 @@ def _given_samples(given: Tensor | Feed) -> Samples:
     if isinstance(given, Feed):
         text = f"given samples, {len(given)} with pictures"
         return Samples(empty, "given", "given", "given", given.sha256(), text, given)
-    if given.dim() != 2 or given.dtype != torch.int64:
+    if not isinstance(given, Tensor):
+        raise LRQuantError(
+            f"samples of type {type(given).__name__}: expected a tensor of token ids (samples, "
+            "tokens), int64"
+        )
+    if given.dim() != 2 or given.dtype != torch.int64 or not given.numel():
         raise LRQuantError(
             f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
             "(samples, tokens), int64"

@@ -97,6 +97,11 @@ def quantize(
     """
     if isinstance(model, str | Path):
         return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
+    if not isinstance(model, PreTrainedModel):
+        raise LRQuantError(
+            f"model of type {type(model).__name__}: give a folder, a hub name, a GGUF file or a "
+            "transformers model in memory"
+        )
     name = model.config.name_or_path or type(model).__name__
     loaded = from_module(model, tokenizer, processor)
     return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
@@ -139,6 +144,7 @@ def _run(
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
     check_groups(model, config.quantization)
+    check_rank(model, config)
     if config.vision_quantization is not None:
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
@@ -230,6 +236,8 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
     A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
+    if not isinstance(target, str | Path) or not str(target).strip():
+        raise LRQuantError(f"target {target!r}: give a run folder, a checkpoint or a model")
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not _asks_for_measures(settings):
@@ -307,6 +315,17 @@ def check_groups(model: Model, scheme: Scheme) -> None:
     view = block_shapes(model, scheme)
     for linear in model.linears:
         view.group_size(linear)
+
+
+def check_rank(model: Model, config: Config) -> None:
+    """Refuse a rotation of a higher rank than the matrices that it scales can have."""
+    parameters = dict(model.blocks[0].named_parameters())
+    largest = min(min(parameters[f"{linear}.weight"].shape) for linear in model.linears)
+    if config.rotate_rank > largest:
+        raise LRQuantError(
+            f"--rotate_rank {config.rotate_rank}: the model's smallest linear has rank {largest}; "
+            "use that or less"
+        )
 
 
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lrquant.identity import dtype_name
 from lrquant.inputs import BlockInputs
 from lrquant.learning import require_pictures
 from lrquant.model import Model, load_model
-from lrquant.pipeline import check_groups, resolve_settings
+from lrquant.pipeline import check_groups, check_rank, resolve_settings
 from lrquant.preflight.estimate import (
     Seconds,
     estimate_memory,
@@ -60,6 +60,8 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         done.add("all else", "not checked", "needs the model")
         return done
     fits = check_shapes(done, model, form) and _check_length(done, model)
+    with done.checking("rotation"):
+        check_rank(model, done.config)
     workbench = _check_device(done, model)
     calibration = None if measure_only else _check_calibration(done, model)
     _check_tower(done, model, calibration)
