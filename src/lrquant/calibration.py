@@ -50,8 +50,7 @@ def _given_samples(given: Tensor | Feed) -> Samples:
         return Samples(empty, "given", "given", "given", given.sha256(), text, given)
     if not isinstance(given, Tensor):
         raise LRQuantError(
-            f"samples of type {type(given).__name__}: expected a tensor of token ids (samples, "
-            "tokens), int64"
+            f"samples of type {type(given).__name__}: expected token ids (samples, tokens), int64"
         )
     if given.dim() != 2 or given.dtype != torch.int64 or not given.numel():
         raise LRQuantError(

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,9 +22,15 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
 from lrquant.errors import LRQuantError
+from lrquant.reading import (
+    read_config,
+    read_generation,
+    read_processor,
+    read_tokenizer,
+    reading,
+)
 from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
-from lrquant.sources.checks import first_line
 
 logger = logging.getLogger("lrquant")
 
@@ -151,18 +155,11 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
     if not name:
         raise LRQuantError("no model given: use --model with a local path, hub name or GGUF file")
     files = resolve_model(name, cache_dir)
-    extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(files.folder, **extra)
-        architecture = architecture_of(config)
-        tokenizer = None
-        if not architecture.reads_pixels:
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LRQuantError(
-            f"model {name}: config or tokenizer cannot be read ({reason}); download it again"
-        ) from error
+    config = read_config(files.folder, files.gguf_file)
+    architecture = architecture_of(config)
+    tokenizer = None
+    if not architecture.reads_pixels:
+        tokenizer = read_tokenizer(files.folder, files.gguf_file)
     if getattr(config, "quantization_config", None) is not None:
         raise LRQuantError(f"model {name}: already quantised; start from the floating-point model")
     skeleton = build_skeleton(config, architecture)
@@ -176,15 +173,8 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
         architecture,
         files.folder,
         load_processor(files.folder, architecture),
-        _generation(files.folder),
+        read_generation(files.folder),
     )
-
-
-def _generation(folder: Path) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError):
-        return None
 
 
 def from_module(
@@ -210,17 +200,18 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
         return None
     loader = AutoImageProcessor if architecture.reads_pixels else AutoProcessor
     try:
-        return loader.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
-        logger.warning("%s: no processor for pictures can be read (%s)", folder, reason)
+        return read_processor(folder, loader)
+    except LRQuantError as error:
+        logger.warning("%s", error)
         return None
 
 
 def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, computed buffers real."""
-    with torch.device("meta"):
-        skeleton = architecture.auto_class.from_config(config, attn_implementation="sdpa")
+    with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
+        skeleton = architecture.auto_class.from_config(
+            config, attn_implementation="sdpa", trust_remote_code=False
+        )
     _compute_buffers(skeleton, skeleton)
     if architecture.tower is not None:
         # Now: in a first forward with stand-ins for blocks, the blocks would never get them.

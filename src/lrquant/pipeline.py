@@ -99,8 +99,8 @@ def quantize(
         return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
     if not isinstance(model, PreTrainedModel):
         raise LRQuantError(
-            f"model of type {type(model).__name__}: give a folder, a hub name, a GGUF file or a "
-            "transformers model in memory"
+            f"model of type {type(model).__name__}: expected a folder, a hub name, a GGUF file or "
+            "a transformers model"
         )
     name = model.config.name_or_path or type(model).__name__
     loaded = from_module(model, tokenizer, processor)
@@ -318,13 +318,16 @@ def check_groups(model: Model, scheme: Scheme) -> None:
 
 
 def check_rank(model: Model, config: Config) -> None:
-    """Refuse a rotation of a higher rank than the matrices that it scales can have."""
-    parameters = dict(model.blocks[0].named_parameters())
-    largest = min(min(parameters[f"{linear}.weight"].shape) for linear in model.linears)
-    if config.rotate_rank > largest:
+    """Refuse a rank above which a factor of rows and columns can't be more than it is."""
+    if not config.rotation:
+        return
+    shapes = model.blocks[0].state_dict()
+    sides = {linear: min(shapes[f"{linear}.weight"].shape) for linear in model.linears}
+    smallest = min(sides, key=sides.__getitem__)
+    if config.rotate_rank > sides[smallest]:
         raise LRQuantError(
-            f"--rotate_rank {config.rotate_rank}: the model's smallest linear has rank {largest}; "
-            "use that or less"
+            f"--rotate_rank {config.rotate_rank}: {smallest} has {sides[smallest]} rows or "
+            "columns; use that or less"
         )
 
 

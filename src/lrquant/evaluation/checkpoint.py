@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,14 +25,10 @@ from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import single_samples
 from lrquant.export.manifest import MANIFEST, SETTINGS, require_weights
 from lrquant.model import choose_device, load_processor
+from lrquant.reading import read_config, read_tokenizer, reading
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
 from lrquant.stubs import stubs
-
-_UNREADABLE = (
-    *(OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError),
-    UnpicklingError,  # a file that holds more than tensors, which torch refuses
-)
 
 
 @dataclass(frozen=True)
@@ -136,21 +128,17 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     if (folder / MANIFEST).is_file():
         require_weights(folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    try:
-        architecture = architecture_of(AutoConfig.from_pretrained(folder))
-        tokenizer = None
-        if not architecture.reads_pixels:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        with quiet_loading():
-            module = architecture.auto_class.from_pretrained(
-                folder, dtype=dtypes.get(config.precision, "auto")
-            )
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LRQuantError(
-            f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
-            "the run that it is of"
-        ) from error
+    read = read_config(folder)
+    architecture = architecture_of(read)
+    tokenizer = None if architecture.reads_pixels else read_tokenizer(folder)
+    mend = "write it again, or give the run that it is of"
+    with reading("the checkpoint", folder, mend), quiet_loading():
+        module = architecture.auto_class.from_pretrained(
+            folder,
+            dtype=dtypes.get(config.precision, "auto"),
+            config=read,
+            trust_remote_code=False,
+        )
     nn.Module.to(module, choose_device(config.device))
     processor = load_processor(folder, architecture)
     module = module.eval().requires_grad_(False)

@@ -119,6 +119,7 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
             tokenizer=reader.tokenizer,
             batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
             softmax_dtype=torch.float32,
+            trust_remote_code=False,
         )
     others = sorted(tasks.sets.keys() - tasks.with_pictures)
     if others:
@@ -129,7 +130,9 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
     with tempfile.TemporaryDirectory() as folder:
         require_processor(reader).save_pretrained(folder)
         module.name_or_path = folder  # where the harness looks for a model's processor
-        return HFMultimodalLM(pretrained=module, batch_size=1, convert_img_format=True)
+        return HFMultimodalLM(
+            pretrained=module, batch_size=1, convert_img_format=True, trust_remote_code=False
+        )
 
 
 def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:

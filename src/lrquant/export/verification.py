@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from lrquant.architectures import architecture_of
 from lrquant.config import Config
@@ -19,8 +18,8 @@ from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
 from lrquant.export.parts import quantized_models
 from lrquant.model import Model, build_skeleton
+from lrquant.reading import read_config
 from lrquant.sources import SafetensorsSource
-from lrquant.sources.checks import first_line
 from lrquant.workbench import block_shapes
 
 _BF16 = 2
@@ -71,12 +70,7 @@ def verify(place: Path) -> Verified:
 
 
 def _model(place: Path, source: SafetensorsSource) -> Model:
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise LRQuantError(
-            f"{place}: config.json cannot be read ({first_line(error)}); export the run again"
-        ) from error
+    config = read_config(place)
     architecture = architecture_of(config)
     skeleton = build_skeleton(config, architecture)
     return Model(str(place), skeleton, None, source, architecture, place)

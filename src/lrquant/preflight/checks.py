@@ -61,7 +61,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         return done
     fits = check_shapes(done, model, form) and _check_length(done, model)
     with done.checking("rotation"):
-        check_rank(model, done.config)
+        check_rank(model, config)
     workbench = _check_device(done, model)
     calibration = None if measure_only else _check_calibration(done, model)
     _check_tower(done, model, calibration)
