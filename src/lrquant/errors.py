@@ -25,5 +25,5 @@ def visible(text: str) -> str:
 
 UNREADABLE = (  # what torch's restricted unpickler raises on damaged files
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, pickle.UnpicklingError, struct.error),
+    *(AssertionError, pickle.UnpicklingError, struct.error, ArithmeticError, MemoryError),
 )
