@@ -644,7 +644,7 @@ def test_a_run_whose_model_has_changed_is_not_evaluated(disk_run, make_model):
 def test_a_model_is_evaluated_in_floating_point(model_folder, data_dir):
     settings = {"data_dir": str(data_dir), "seqlen": TOKENS, "precision": "float32", "limit": 2}
     results = evaluate(str(model_folder("opt")), **settings)
-    assert list(results["perplexity"]["wikitext2"]) == ["text", "full_precision"]
+    assert list(results["perplexity"]["wikitext2"])[-1] == "full_precision"
     assert results["scheme"] == "W16A16"
 
 

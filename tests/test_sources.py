@@ -573,6 +573,7 @@ def test_gguf(tmp_path, kind, tied):
     embedding = source.tensor(EMBEDDING)
     assert (source.tensor(HEAD) is embedding) is tied
     assert source.fingerprint() == GGUFSource(path, skeleton).fingerprint()
+    assert source.unpacked_from() == ("Q8_0" if kind == "Q8_0" else "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")

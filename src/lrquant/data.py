@@ -31,6 +31,7 @@ class Samples:
     """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes.
 
     Samples with pictures are in `prompts` and have no common length: their `ids` are empty.
+    `whole` is how many the set has, where these are a part of it.
     """
 
     ids: Tensor
@@ -40,6 +41,7 @@ class Samples:
     sha256: str
     description: str
     prompts: Feed | None = None
+    whole: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -142,6 +144,7 @@ def perplexity_windows(
         text.origin,
         _sha256(windows),
         f"{_label(text, *notes)}, {_size(windows)}",
+        whole=total,
     )
 
 

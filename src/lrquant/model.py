@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,15 @@ class Model:
         tower = find_tower(whole, self.skeleton.config)
         return (whole.blocks,) if tower is None else (whole.blocks, tower.blocks)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the language head is the embedding."""
-        return bool(getattr(self.skeleton.config, "tie_word_embeddings", False))
+    @cached_property
+    def tied_names(self) -> frozenset[str]:
+        """Tensors that are another one of the model: the language head, where it is the embedding.
+
+        The configuration may say so of tensors that differ: then they are not tied, as transformers
+        5 loads them.
+        """
+        pairs = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        return frozenset(name for name, other in pairs.items() if self.source.alike(name, other))
 
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
@@ -172,9 +178,9 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
         tokenizer,
         source,
         architecture,
-        files.folder,
+        None if files.gguf_file else files.folder,
         load_processor(files.folder, architecture),
-        read_generation(files.folder),
+        None if files.gguf_file else read_generation(files.folder),
     )
 
 

@@ -22,6 +22,7 @@ from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
 from lrquant.evaluation.reference import reference_name
 from lrquant.evaluation.subject import (
+    Subject,
     check_comparison,
     measure_subject,
     open_reference,
@@ -29,17 +30,24 @@ from lrquant.evaluation.subject import (
 )
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import choose_format
-from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
+from lrquant.export.checkpoint import (
+    check_format,
+    check_target,
+    checkpoint_dtype,
+    save_checkpoint,
+)
 from lrquant.feeds import Feed
 from lrquant.identity import describe_method, describe_run, dtype_name, environment
 from lrquant.inputs import BlockInputs
 from lrquant.learning import learn_model
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
+from lrquant.outer import require_finite
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
+from lrquant.prompts import Reader
 from lrquant.report.writing import write_report
-from lrquant.results import beside
+from lrquant.results import beside, conditions, of_base
 from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
@@ -149,6 +157,7 @@ def _run(
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
         check_format(model, config, form)
+    require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -162,15 +171,19 @@ def _run(
         folder = _learn(workbench, config, samples, progress, earlier)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
-        results = environment(config, workbench)
+        about = _source(model)
+        results = fresh = environment(config, workbench) | about
         if not measure_only:
-            results = results_folder.add_results(results)
+            fresh |= {"learned_with": conditions(fresh)}
+            results = results_folder.add_results(fresh)
         board = None if tasks is None else TaskBoard(tasks, config, results_folder)
         for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
-            results = results_folder.add_results({**environment(config, workbench), **measured})
+            fresh = beside(fresh, environment(config, workbench) | about | measured)
+            results = results_folder.add_results(fresh)
             progress.measured(measured)
         for measured in _measure_base(config, board, progress):
-            results = results_folder.add_results(beside(results, measured))
+            fresh = beside(fresh, measured)
+            results = results_folder.add_results(fresh)
     if config.save_dir is not None and form is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), form)
     progress.close()
@@ -178,7 +191,7 @@ def _run(
     learned_or_measured = not measure_only or bool(measured_sets)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
-    return Run(folder, config, workbench, results)
+    return Run(folder, config, workbench, _answer(results, config))
 
 
 def _learn(
@@ -263,7 +276,13 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         if folder is not None:
             kept = folder.add_results(results)
     progress.close()
-    return kept
+    return _answer(kept, config)
+
+
+def _answer(results: dict[str, Any], config: Config) -> dict[str, Any]:
+    """All results, without the verdict of an earlier command."""
+    asked = config.max_drop is not None
+    return {name: value for name, value in results.items() if asked or name != "max_drop"}
 
 
 def _measure_target(
@@ -276,7 +295,11 @@ def _measure_target(
         subject, subject.variant, config, board, progress, reference=reference
     ):
         progress.measured(measured)
-        yield environment(subject.settings or config, subject) | {"model": target} | measured
+        about = environment(subject.settings or config, subject) | {"model": target}
+        if reference is not None and isinstance(config.compare, str):
+            measured = of_base(measured, _in_words(config.compare, reference))
+        full = subject if reference is None else reference
+        yield about | _source(full.reader) | measured
 
 
 def _measure_base(
@@ -287,7 +310,17 @@ def _measure_base(
         subject = open_subject(config.compare, config)
         for measured in measure_subject(subject, "base", config, board, progress):
             progress.measured(measured)
-            yield measured
+            yield of_base(measured, _in_words(config.compare, subject))
+
+
+def _in_words(name: str, subject: Subject) -> str:
+    return f"{name} in {dtype_name(subject.dtype)}"
+
+
+def _source(reader: Reader) -> dict[str, str]:
+    """What "full precision" is, where the model's own weights had been quantised."""
+    origin = reader.source.unpacked_from() if isinstance(reader, Model) else ""
+    return {"unpacked_from": origin} if origin else {}
 
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:

@@ -183,7 +183,9 @@ def _samples(
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
     empty = torch.empty((0, 0), dtype=torch.int64)
-    return Samples(empty, str(path), "pictures", str(path), feed.sha256(), description, feed)
+    return Samples(
+        empty, str(path), "pictures", str(path), feed.sha256(), description, feed, whole=total
+    )
 
 
 def _drawn(items: Sequence[Any], count: int, seed: int) -> list[Any]:

@@ -98,6 +98,11 @@ def adapt(
     return done
 
 
+def describe_adaptation(config: Config) -> str:
+    """How long and how much is learned again, in words."""
+    return f"last {config.tta_blocks}, {config.tta_epochs} epochs, let_lr {config.tta_let_lr:g}"
+
+
 def is_adapted(config: Config, index: int, blocks: int) -> bool:
     """Whether test-time adaptation learns block `index` of `blocks` again."""
     return index >= blocks - config.tta_blocks

@@ -89,6 +89,31 @@ def _packed(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     return packed
 
 
+def _decode(
+    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
+) -> dict[str, Tensor]:
+    bits = quantization["bits"]
+    dense = dict(tensors)
+    for linear in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        codes, zeros = (
+            _columns(dense.pop(f"{linear}.{part}"), bits) for part in ("qweight", "qzeros")
+        )
+        scales = dense.pop(f"{linear}.scales").float()
+        rows = codes.shape[0] // scales.shape[0]
+        weight = (codes - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
+        dense[f"{linear}.weight"] = weight.T
+    return dense
+
+
+def _columns(words: Tensor, bits: int) -> Tensor:
+    """Codes (n, out) of words (n, out / 8)."""
+    shifts = torch.arange(0, 32, bits)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    columns = torch.empty_like(codes)
+    columns[..., ORDER] = codes
+    return columns.flatten(1)
+
+
 def _words(codes: Tensor) -> Tensor:
     """Unsigned codes (out, n) as int32 (n, out / 8), the format's order in the library's words."""
     columns = codes.T.reshape(codes.shape[1], -1, IN_A_WORD)[..., ORDER].flatten(1)
@@ -107,6 +132,7 @@ FORMAT = Format(
     name="awq",
     refusal=_refusal,
     tensors=_tensors,
+    decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
     shape_refusal=_shape_refusal,

@@ -100,8 +100,9 @@ def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor
             for key, tensor in block.items()
         }
     inside = tuple(part.architecture.blocks + "." for part, _ in parts)
+    tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for outer, tensor in model.skeleton.state_dict().items():
-        if not outer.startswith(inside) and not (model.tied and outer == "lm_head.weight"):
+        if not outer.startswith(inside) and outer not in tied:
             kept = dtype if tensor.is_floating_point() else tensor.dtype
             expected[outer] = torch.empty(tensor.shape, dtype=kept, device="meta")
     return expected, bits[0]

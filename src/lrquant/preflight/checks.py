@@ -17,10 +17,12 @@ from lrquant.evaluation.adaptation import check_adaptation
 from lrquant.evaluation.measures import prepare_evaluation
 from lrquant.evaluation.subject import check_comparison
 from lrquant.evaluation.zero_shot import load_tasks
+from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.identity import dtype_name
 from lrquant.inputs import BlockInputs
 from lrquant.learning import require_pictures
 from lrquant.model import Model, load_model
+from lrquant.outer import require_finite
 from lrquant.pipeline import check_groups, check_rank, resolve_settings
 from lrquant.preflight.estimate import (
     Seconds,
@@ -59,6 +61,8 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         check_places(done, None)
         done.add("all else", "not checked", "needs the model")
         return done
+    with done.checking("weights"):
+        require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     fits = check_shapes(done, model, form) and _check_length(done, model)
     with done.checking("rotation"):
         check_rank(model, config)

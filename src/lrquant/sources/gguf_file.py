@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from lrquant.sources.checks import (
 )
 from lrquant.sources.gguf_header import require_sound_header
 from lrquant.sources.protocol import WeightSource
+
+_FLOATING_POINT = tuple(
+    getattr(gguf.GGMLQuantizationType, name) for name in ("F64", "F32", "F16", "BF16")
+)
 
 
 class GGUFSource(WeightSource):
@@ -87,6 +92,14 @@ class GGUFSource(WeightSource):
         if renamed is None:  # the processor has put the finished tensor aside
             return aside["tensors"][name]
         return torch.from_numpy(np.require(weights, requirements=["C", "W"]))
+
+    def unpacked_from(self) -> str:
+        """Quantised types of the model's tensors, those that hold most bytes first."""
+        sizes: Counter[str] = Counter()
+        for tensor in self._stored.values():
+            if tensor.tensor_type not in _FLOATING_POINT:
+                sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+        return " and ".join(name for name, _ in sizes.most_common())
 
     def fingerprint(self) -> str:
         return fingerprint_of([self._path])
