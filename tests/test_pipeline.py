@@ -90,6 +90,37 @@ def test_a_device_that_is_not_there_is_refused(learn, tmp_path, device):
         learn(tmp_path / "run", device=device)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"model": None}, "model of type NoneType: expected a folder"),
+        ({"model": 3}, "model of type int"),
+        ({"scheme": 4}, "scheme '4': expected W<bits>"),
+        ({"scheme": ["W4A4"]}, "scheme: expected text"),
+        ({"epochs": None}, "epochs: expected a whole number, got None"),
+        ({"save_dir": b"x"}, "save_dir: expected text, got b'x'"),
+        ({"bits": 4}, "unknown setting 'bits'"),
+        ({"samples": [[1, 2, 3]]}, "samples of type list: expected token ids"),
+        ({"samples": torch.zeros(4)}, "samples of shape (4,) and torch.float32: expected"),
+        ({"samples": torch.zeros(0, 16, dtype=torch.int64)}, "samples of shape (0, 16)"),
+        ({"rotate_rank": 33, "lr_plus": True}, "--rotate_rank 33: "),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused(learn, tmp_path, arguments, said):
+    with pytest.raises(LRQuantError) as error:
+        learn(tmp_path / "run", **arguments)
+    assert said in str(error.value) and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("target", ["", " ", None, 3, b"x"])
+def test_a_target_that_is_none_is_refused(target, tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LRQuantError, match="give a run folder, a checkpoint or a model"):
+        evaluate(target)
+
+
 def test_results_of_a_plain_model_go_where_asked(model_folder, data_dir, tmp_path):
     settings = {"data_dir": str(data_dir), "seqlen": 16, "limit": 2}
     results = evaluate(str(model_folder("llama")), output_dir=str(tmp_path / "out"), **settings)

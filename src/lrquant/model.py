@@ -30,6 +30,7 @@ from lrquant.reading import (
     read_tokenizer,
     reading,
 )
+from lrquant.settings import shown
 from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
 
@@ -214,15 +215,52 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
 
 def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, computed buffers real."""
+    _require_depth(config)
     with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
         skeleton = architecture.auto_class.from_config(
             config, attn_implementation="sdpa", trust_remote_code=False
         )
-    _compute_buffers(skeleton, skeleton)
+    _require_blocks(skeleton, architecture)
+    with reading(f"a {config.model_type!r}", Path("config.json")):
+        _compute_buffers(skeleton, skeleton)
     if architecture.tower is not None:
         # Now: in a first forward with stand-ins for blocks, the blocks would never get them.
         maybe_install_capturing_hooks(skeleton)
     return skeleton.eval().requires_grad_(False)
+
+
+def _require_depth(config: PretrainedConfig) -> None:
+    """Refuse a depth that no model has, which would take for ever to lay out."""
+    values = config.to_dict()
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in _DEPTHS & part.keys():
+            depth = part[name]
+            if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
+                raise LRQuantError(
+                    f"config.json: {name} {shown(depth)}: a model has from 1 to {_DEEPEST}; "
+                    "get the file again"
+                )
+
+
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
+_DEEPEST = 4096
+_LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
+
+
+def _require_blocks(skeleton: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuse a model without blocks, or with computed buffers that no memory would hold."""
+    try:
+        blocks = len(getattr(skeleton.get_submodule(architecture.blocks), "_modules", ()))
+    except AttributeError:
+        blocks = 0
+    saved = skeleton.state_dict().keys()
+    sizes = [b.numel() for name, b in skeleton.named_buffers() if name not in saved]
+    if not blocks or sum(sizes) > _LARGEST_BUFFERS:
+        what = f"computed buffers of {sum(sizes)} values" if blocks else "no blocks"
+        raise LRQuantError(
+            f"config.json: a {skeleton.config.model_type!r} with {what}; get the file again"
+        )
 
 
 def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:

@@ -249,6 +249,8 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
     A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
+    if not isinstance(target, str | Path) or not str(target).strip():
+        raise LRQuantError(f"target {target!r}: give a run folder, a checkpoint or a model")
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not _asks_for_measures(settings):

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from lrquant.errors import LRQuantError
-from lrquant.sources.checks import AGAIN, first_line
+from lrquant.sources.checks import AGAIN, first_line, sound_file
+from lrquant.sources.gguf_header import require_sound_header
 
 FAILURES = (  # what transformers, the hub and what they call raise for files that are not right
     *(OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError),
@@ -34,6 +35,9 @@ _NAMING = (
     *("config.json", "tokenizer_config.json", "processor_config.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json"),
 )
+
+
+_MOST_LABELS = 10**6
 
 
 @contextmanager
@@ -81,10 +85,22 @@ def own_code(folder: Path) -> str:
 def read_config(folder: Path, gguf_file: str | None = None) -> PreTrainedConfig:
     """A model's configuration, its attention torch's: what it names might be code on the hub."""
     extra = {"gguf_file": gguf_file} if gguf_file else {}
+    if gguf_file:
+        require_sound_header(sound_file(folder / gguf_file))
     with reading("its configuration", folder):
+        if not gguf_file:
+            _require_few_labels(json.loads((folder / "config.json").read_bytes()))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
         config._attn_implementation = "sdpa"
         return config
+
+
+def _require_few_labels(values: dict[str, Any]) -> None:
+    """Refuse what would be spelled out as a list without end."""
+    for part in (values, *(part for part in values.values() if isinstance(part, dict))):
+        labels = part.get("num_labels")
+        if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
+            raise ValueError(f"num_labels above {_MOST_LABELS}")
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
