@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv check test demo clean
+.PHONY: venv check test pins demo clean
 
 venv: $(STAMP)
 
@@ -23,6 +23,10 @@ check: venv
 
 test: check
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8
+
+# Pins anew what tests/golden holds runs against, after a change that is meant to change it.
+pins: venv
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/golden --pin
 
 demo: venv
 	$(VENV)/bin/python examples/demo.py

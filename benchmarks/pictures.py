@@ -22,6 +22,7 @@ from typing import Any
 
 from lrquant.model import load_model
 from lrquant.pipeline import run
+from lrquant.report.numbers import divergence, spread
 from lrquant.report.tables import table
 
 PROTOCOL: dict[str, Any] = {"nsamples": 32, "seqlen": 64, "epochs": 5, "seed": 2, "batch_size": 4}
@@ -119,8 +120,8 @@ def _print(runs: Path) -> None:
             if variant in row:
                 shown = name if variant == "quantized" else f"{_group(name)}, {variant}"
                 scores = row[variant]
-                right = f"{scores['exact_match']:.3f} ± {scores['exact_match_stderr']:.3f}"
-                kl = f"{scores['kl_mean']:.4f}" if "kl_mean" in scores else ""
+                right = spread(scores["exact_match"], scores.get("exact_match_stderr"))
+                kl = divergence(scores.get("kl_mean"))
                 lines.append([shown.replace("_", " "), right, kl])
     print(table(["scheme, parts, method, calibration", "exact match", "mean KL"], lines))
 

@@ -30,6 +30,7 @@ from lrquant.inputs import BlockInputs
 from lrquant.model import Model, load_model
 from lrquant.pipeline import run
 from lrquant.presets import PRESETS
+from lrquant.report.numbers import divergence, number
 from lrquant.report.tables import table
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.sites import KINDS
@@ -192,7 +193,8 @@ def _print_tables(rows: dict[str, dict[str, Any]], bench: _Bench) -> None:
 
     def cells(name: str) -> list[str]:
         found = [measures[name, text] for text in bench.texts]
-        return [*(_number(row["perplexity"]) for row in found), *(_kl(row) for row in found)]
+        perplexities = (number(row["perplexity"]) for row in found)
+        return [*perplexities, *(divergence(row.get("kl_mean")) for row in found)]
 
     head = [*(f"{text} ppl" for text in bench.texts), *(f"{text} KL" for text in bench.texts)]
     print(table(["scheme and method", *head], [["full precision", *cells("full precision")]]))
@@ -202,14 +204,6 @@ def _print_tables(rows: dict[str, dict[str, Any]], bench: _Bench) -> None:
     print("\n" + table(["scheme and method", *head], body))
     body = [[name, *cells(f"W4A4 {name}")] for name in ABLATION if f"W4A4 {name}" in listed]
     print("\n" + table(["W4A4", *head], body))
-
-
-def _kl(row: dict[str, Any]) -> str:
-    return f"{row['kl_mean']:.4f}" if "kl_mean" in row else ""
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
 
 
 def _options() -> argparse.Namespace:

@@ -42,6 +42,11 @@ from lrquant.model import from_module
 from lrquant.sites import UNTOUCHED, Fold, Site
 from lrquant.workbench import Workbench
 
+
+def pytest_addoption(parser):
+    parser.addoption("--pin", action="store_true", help="pin what tests/golden holds runs against")
+
+
 VOCABULARY = 264
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64}
 _SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4}

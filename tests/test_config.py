@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 
 import pytest
@@ -28,7 +29,7 @@ OTHER = {  # a legal value that is not the default, by type or by name
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},
-    **{"report": False},
+    **{"report": False, "bos": "never"},
 }
 
 
@@ -108,7 +109,30 @@ def test_a_yaml_file_of_a_person(tmp_path):
         ("- epochs", "expected `setting: value` lines"),
         ("", "expected `setting: value` lines"),
         ("epochs: [", "cannot be read"),
+        ("scheme: ''", "scheme '': empty; give a value, or leave it out"),
+        ("output_dir: ' '", "output_dir ' ': empty"),
+        ("ppl: ','", "ppl ',': names nothing"),
+        ("let_sites: ['', ' ']", "names nothing"),
+        ("ppl: [[a]]", "ppl: expected text, got ['a']"),
+        ("seed: 1\nepochs: 2\nseed: 3", "line 1: seed twice"),
+        ("lwc_lr: 1\nlwc-lr: 2", "given twice, with dashes and with underscores"),
+        ("a: &a [x, x]\nppl: *a", "line 2: an alias (*name): write it out"),
+        ("a: &a {b: 1}\n<<: *a", "an alias"),
+        ("? [a]\n: 1", "unhashable"),
+        ("1: 2", "unknown setting 1"),
+        ("epochs: 2020-01-01", "epochs: expected a whole number, got datetime.date"),
+        ("epochs: 2020-13-45", "cannot be read (month must be in 1..12)"),
+        ("epochs: " + "9" * 5000, "cannot be read (Exceeds the limit"),
+        ("epochs: '" + "9" * 5000 + "'", "9…"),
+        ("[" * 5000, "nested too deeply"),
+        ("output_dir: !!python/object:os.system {}", "could not determine a constructor"),
+        ('output_dir: "a\\nb"', r"holds '\n', which is no character of a text in UTF-8"),
+        ('output_dir: "a\\0b"', r"holds '\x00'"),
+        ('output_dir: "\\uD800"', r"holds '\ud800'"),
+        ("ppl: " + "9" * 4000, "expected a list, got a whole number of more than 30 digits"),
+        ("model: !!binary aGVsbG8=", "model: expected text, got b'hello'"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_wrong_yaml_file_is_refused_by_name_and_value(content, said, tmp_path):
     path = tmp_path / "run.yaml"
@@ -121,7 +145,10 @@ def test_a_wrong_yaml_file_is_refused_by_name_and_value(content, said, tmp_path)
 
 def test_yaml_that_is_not_there_or_not_text(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name in ("absent.yaml", "binary.yaml"):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for name in ("absent.yaml", "binary.yaml", "fifo.yaml", "folder.yaml", "loop.yaml"):
         with pytest.raises(LRQuantError, match=name):
             Config.from_yaml(tmp_path / name)
 
@@ -149,6 +176,13 @@ def test_text_of_a_command_line_is_converted():
         *({"rotate_rank": 0}, {"rotation_lr": -1.0}, {"rotation_sharing": "row"}),
         *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "best"}),
         *({"tta_blocks": 0}, {"tta_epochs": 0}, {"tta_let_lr": float("nan")}),
+        *({"epochs": 10**20}, {"nsamples": 10**20}, {"seqlen": 10**18}, {"rotate_rank": 10**20}),
+        *({"batch_size": 2**40}, {"tta_blocks": 10**9}, {"tta_epochs": 10**9}, {"limit": 2**63}),
+        *({"seed": -1}, {"seed": 2**63}, {"num_fewshot": -1}, {"num_fewshot": 10**9}),
+        *({"lwc_lr": 1e30}, {"wd": 1e30}, {"lwc_init": -1e3}, {"lwc_init": float("nan")}),
+        *({"image_token_weight": 1e30}, {"image_token_weight": float("nan")}, {"max_drop": 2.0}),
+        *({"calib_image_share": float("nan")}, {"max_drop": float("nan")}),
+        *({"task_batch_size": "9" * 30}, {"task_batch_size": "0"}, {"task_batch_size": "-1"}),
     ],
     ids=str,
 )
@@ -160,6 +194,30 @@ def test_a_value_out_of_range_is_named(settings):
     assert (
         name in str(error.value) and str(wrong) in str(error.value) and "use " in str(error.value)
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"scheme": ""}, {"output_dir": ""}, {"save_dir": " "}, {"device": ""}, {"net": ""}),
+        *({"compare": ""}, {"resume": ""}, {"tasks": ","}, {"tasks": " , ,"}),
+        *({"epochs": "3"}, {"epochs": None}, {"epochs": True}, {"epochs": 1.5}, {"ppl": "c4"}),
+        *({"ppl": ["c4"]}, {"model": 3}, {"model": b"x"}, {"lwc": "yes"}, {"lwc_lr": "1"}),
+        {"scheme": 4},
+    ],
+    ids=str,
+)
+def test_a_value_that_is_empty_or_of_another_kind_is_named(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(LRQuantError) as error:
+        Config(**settings)
+    assert str(error.value).startswith(name) and repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_groups_of_no_size(size):
+    with pytest.raises(LRQuantError, match=f"group size {size}: use a positive number"):
+        Config(group_size=size).resolved()
 
 
 @pytest.mark.parametrize("name", ["wbits", "abits", "qkv_bits"])

@@ -99,3 +99,9 @@ def test_describe_says_what_is_quantised_and_how():
     assert text.startswith("W4A16g128-sym-qkv8: ")
     for words in ("4 bits, symmetric, groups of 128", "activations floating point", "V 8 bits"):
         assert words in text
+
+
+@pytest.mark.parametrize("name", ["W4A4g" + "9" * 5000, "W" + "9" * 5000 + "A4", "W٤A4"])
+def test_absurd_names_are_refused(name):
+    with pytest.raises(LRQuantError, match="expected W<bits>A<bits>"):
+        Scheme.parse(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import gguf
@@ -20,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfi
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from lrquant.errors import LRQuantError
+from lrquant.model import load_model
+from lrquant.reading import read_config
 from lrquant.sources import (
     GGUFSource,
     ModelFiles,
@@ -30,6 +34,7 @@ from lrquant.sources import (
     open_source,
     resolve_model,
 )
+from lrquant.sources.gguf_header import require_sound_header
 
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -319,7 +324,7 @@ def test_dangling_link(folder):
     path = folder / "model.safetensors"
     path.unlink()
     path.symlink_to(folder / "blob")
-    refusal(lambda: open_folder(folder, make_model()), "model.safetensors: missing")
+    refusal(lambda: open_folder(folder, make_model()), "model.safetensors: a link to nothing")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -568,6 +573,7 @@ def test_gguf(tmp_path, kind, tied):
     embedding = source.tensor(EMBEDDING)
     assert (source.tensor(HEAD) is embedding) is tied
     assert source.fingerprint() == GGUFSource(path, skeleton).fingerprint()
+    assert source.unpacked_from() == ("Q8_0" if kind == "Q8_0" else "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
@@ -623,9 +629,87 @@ def test_gguf_damaged(tmp_path):
         path.write_bytes(content[:keep])
         refusal(lambda: GGUFSource(path, skeleton), "model.gguf", "download it again")
     path.write_bytes(b"GGML" + content[4:])
-    refusal(lambda: GGUFSource(path, skeleton), "magic")
+    refusal(lambda: GGUFSource(path, skeleton), "not a GGUF file")
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     refusal(lambda: GGUFSource(path, skeleton), "git lfs pull")
+
+
+def test_gguf_with_a_flipped_bit(tmp_path):
+    """At every 17th byte of the header, each of eight bits in turn: read, or refused at once."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model(), gguf.GGMLQuantizationType.Q8_0)
+    content = path.read_bytes()
+    header = min(tensor.data_offset for tensor in gguf.GGUFReader(path).tensors)
+    refused = 0
+    for place in range(0, header, 17):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place // 17 % 8)
+        path.write_bytes(flipped)
+        try:
+            require_sound_header(path)
+        except LRQuantError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        with contextlib.suppress(LRQuantError):
+            read_config(tmp_path, path.name)
+    assert refused > 3
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "value", "words"),
+    [
+        (4, "<I", 1, "version 1"),
+        (4, ">I", 3, "another byte order"),
+        (8, "<Q", 2**60, "announced that the file does not have"),
+        (16, "<Q", 2**60, "announced that the file does not have"),
+        (24, "<Q", 2**63, "announced that the file does not have"),
+    ],
+)
+def test_gguf_with_absurd_counts(tmp_path, place, form, value, words):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model(), gguf.GGMLQuantizationType.Q8_0)
+    content = bytearray(path.read_bytes())
+    struct.pack_into(form, content, place, value)
+    path.write_bytes(content)
+    refusal(lambda: load_model(str(path)), "model.gguf: cut short or damaged", words)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "gguf"])
+@pytest.mark.parametrize("change", ["cut short", "written anew"])
+def test_weights_that_change_while_they_are_read(tmp_path, kind, change):
+    """Read from a mapping, what is cut off would kill the process."""
+    model = make_model()
+    if kind == "safetensors":
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+    elif kind == "torch":
+        save_torch(model, tmp_path)
+        path = tmp_path / "pytorch_model.bin"
+    else:
+        path = tmp_path / "model.gguf"
+        write_gguf(path, model, gguf.GGMLQuantizationType.Q8_0)
+        model = gguf_skeleton(path)
+    source = open_folder(tmp_path, model) if kind != "gguf" else GGUFSource(path, model)
+    source.tensor(NORM)
+    if change == "cut short":
+        os.truncate(path, 4096)
+    else:
+        os.utime(path, ns=(0, 0))
+    refusal(lambda: source.tensor(EMBEDDING), path.name, "changed while it was read")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_no_file_in_the_place_of_weights(tmp_path, name):
+    make_model().config.save_pretrained(tmp_path)
+    os.mkfifo(tmp_path / name)
+    refusal(lambda: open_folder(tmp_path, make_model()), f"{name}: a folder, a pipe or a device")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    refusal(lambda: open_folder(tmp_path, make_model()), f"{name}: a folder, a pipe or a device")
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(name)
+    refusal(lambda: open_folder(tmp_path, make_model()), f"{name}: a link to nothing")
 
 
 @pytest.mark.parametrize("key", ["architecture", "parts"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrquant.beginnings import beginning_of
 from lrquant.config import Config, optional_path
 from lrquant.data import Samples, calibration_samples
 from lrquant.errors import LRQuantError
@@ -47,7 +48,11 @@ def _given_samples(given: Tensor | Feed) -> Samples:
     if isinstance(given, Feed):
         text = f"given samples, {len(given)} with pictures"
         return Samples(empty, "given", "given", "given", given.sha256(), text, given)
-    if given.dim() != 2 or given.dtype != torch.int64:
+    if not isinstance(given, Tensor):
+        raise LRQuantError(
+            f"samples of type {type(given).__name__}: expected token ids (samples, tokens), int64"
+        )
+    if given.dim() != 2 or given.dtype != torch.int64 or not given.numel():
         raise LRQuantError(
             f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
             "(samples, tokens), int64"
@@ -68,6 +73,8 @@ def _text_samples(config: Config, model: Model, count: int) -> Samples:
         config.seed,
         optional_path(config.data_dir),
         optional_path(config.cache_dir),
+        beginning_of(model.tokenizer, model.config.model_type, config.bos),
+        config.text_column,
     )
 
 

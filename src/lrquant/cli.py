@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lrquant.config import Config, typed_settings
 from lrquant.errors import LRQuantError
+from lrquant.screen import Screen, complain
 from lrquant.settings import convert, overridden, read_yaml
 from lrquant.version import __version__
 
@@ -23,13 +22,14 @@ _RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
     *("model", "net", "calib_dataset", "nsamples", "seqlen", "seed", "data_dir", "cache_dir"),
     *("device", "precision", "offload"),
-    *("calib_images", "calib_image_share", "image_token_weight"),
+    *("calib_images", "calib_image_share", "image_token_weight", "text_column", "bos"),
 )
 _EVALUATE_SETTINGS = (
     *("vqa", "classify"),
     *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
     *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
+    *("text_column", "bos"),
 )
 _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
 
@@ -39,23 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     1 is the answer of `--max-drop`: more accuracy was lost than it allows.
     """
-    console = Console()
-    _log_to(console)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        given = sys.argv[1:] if arguments is None else arguments
+        screen = Screen()
+        _log_to(screen)
+        _require_words(given)
         options = _parser().parse_args(_with_dashes(given))
-        return options.command(options, console) or 0
+        code = options.command(options, screen) or 0
+        screen.require_whole()
+        return code
     except LRQuantError as error:
-        print(f"lrquant: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"lrquant: {error.strerror or error}{where}", file=sys.stderr)
+        complain(f"{error.strerror or error}{where}")
         return 2
     except KeyboardInterrupt:
-        print(
-            "lrquant: interrupted; finished blocks are kept, go on with --resume", file=sys.stderr
-        )
+        learning = given[:1] == ["quantize"]
+        kept = "; finished blocks are kept, go on with --resume" if learning else ""
+        complain(f"interrupted{kept}")
         return 130
 
 
@@ -130,6 +133,14 @@ def _command(commands: Any, name: str, text: str, function: Any) -> argparse.Arg
     return command
 
 
+def _require_words(arguments: Sequence[str]) -> None:
+    """Refuse an empty argument, which would mean a default or the present folder."""
+    for before, argument in zip(["lrquant", *arguments], arguments, strict=False):
+        flag, _, value = argument.partition("=")
+        if not argument.strip() or (flag.startswith("--") and flag != argument and not value):
+            raise LRQuantError(f"{flag.strip() or before} '': empty; give a value, or leave it out")
+
+
 def _with_dashes(arguments: Sequence[str]) -> list[str]:
     """--act_scales and --act-scales alike."""
     result = []
@@ -181,16 +192,16 @@ def _settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str, An
     }
 
 
-def _quantize(options: argparse.Namespace, console: Console) -> int:
+def _quantize(options: argparse.Namespace, screen: Screen) -> int:
     from lrquant.pipeline import run
     from lrquant.progress import BarProgress
 
     settings = _settings_of_a_run(options)
     if options.published_statistics:
         settings = _with_published_statistics(settings)
-    done = run(settings, progress=BarProgress(console))
-    _print_results(done.results)
-    print(f"run folder: {done.config.output_dir}")
+    done = run(settings, progress=BarProgress(screen))
+    _print_results(done.results, screen)
+    screen.say(f"run folder: {done.config.output_dir}")
     return _exit_code(done.results)
 
 
@@ -207,16 +218,16 @@ def _settings_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _check(options: argparse.Namespace, console: Console) -> None:
+def _check(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.preflight.checks import preflight
     from lrquant.report.preflight import preflight_text, preflight_values
 
     logging.getLogger("lrquant").setLevel(logging.ERROR)  # what is left out is a finding
     done = preflight(_settings_of_a_run(options))
     if options.json:
-        print(json.dumps(preflight_values(done), indent=1))
+        screen.say(json.dumps(preflight_values(done), indent=1))
     else:
-        print(preflight_text(done))
+        screen.say(preflight_text(done))
     if done.failed:
         what = ", ".join(dict.fromkeys(finding.what for finding in done.failed))
         raise LRQuantError(f"check: {len(done.failed)} of {len(done.findings)} failed: {what}")
@@ -230,81 +241,80 @@ def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
     return {**present, **settings}
 
 
-def _stats(options: argparse.Namespace, console: Console) -> None:
+def _stats(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.pipeline import collect_statistics
     from lrquant.progress import BarProgress
 
     config = Config(**_settings(options, _STATISTICS_SETTINGS))
-    statistics = collect_statistics(config, progress=BarProgress(console))
+    statistics = collect_statistics(config, progress=BarProgress(screen))
     scales = options.scales_output_path / f"{config.net_name}.pt"
     shifts = options.shifts_output_path / f"{config.net_name}.pt"
     statistics.save(scales, shifts)
-    print(f"{len(statistics.maxima)} linears: {scales}, {shifts}")
+    screen.say(f"{len(statistics.maxima)} linears: {scales}, {shifts}")
 
 
-def _evaluate(options: argparse.Namespace, console: Console) -> int:
+def _evaluate(options: argparse.Namespace, screen: Screen) -> int:
     from lrquant.pipeline import evaluate
     from lrquant.progress import BarProgress
 
     settings = _settings(options, _EVALUATE_SETTINGS)
-    results = evaluate(options.target, progress=BarProgress(console), **settings)
-    _print_results(results)
+    results = evaluate(options.target, progress=BarProgress(screen), **settings)
+    _print_results(results, screen)
     return _exit_code(results)
 
 
-def _export(options: argparse.Namespace, console: Console) -> None:
+def _export(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.pipeline import export
     from lrquant.progress import BarProgress
 
     settings = _settings(options, _EXPORT_SETTINGS)
-    export(options.run, options.folder, progress=BarProgress(console), **settings)
-    print(f"checkpoint: {options.folder}")
+    export(options.run, options.folder, progress=BarProgress(screen), **settings)
+    screen.say(f"checkpoint: {options.folder}")
 
 
-def _report(options: argparse.Namespace, console: Console) -> None:
+def _report(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.report.writing import write_report
     from lrquant.workdir import RunFolder
 
-    print(f"report: {write_report(RunFolder.open(options.run))}")
+    screen.say(f"report: {write_report(RunFolder.open(options.run))}")
 
 
-def _compare(options: argparse.Namespace, console: Console) -> None:
+def _compare(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.report.writing import write_comparison
 
-    print(f"comparison: {write_comparison(options.runs, options.output)}")
+    screen.say(f"comparison: {write_comparison(options.runs, options.output)}")
 
 
-def _inspect(options: argparse.Namespace, console: Console) -> None:
+def _inspect(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.report.inspection import inspect_folder
 
-    print(inspect_folder(options.target))
+    screen.say(inspect_folder(options.target))
 
 
-def _print_results(results: dict[str, Any]) -> None:
+def _print_results(results: dict[str, Any], screen: Screen) -> None:
     from lrquant.report.tables import results_table
 
     table = results_table(results)
     if table:
-        print(table)
+        screen.say(table)
 
 
 def _exit_code(results: dict[str, Any]) -> int:
     return 0 if results.get("max_drop", {"acceptable": True})["acceptable"] else 1
 
 
-class _ConsoleHandler(logging.Handler):
-    """Log lines above the progress bars, never folded."""
+class _ScreenHandler(logging.Handler):
+    """Log lines above the progress bars."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, screen: Screen) -> None:
         super().__init__()
-        self._console = console
+        self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._screen.log_line(self.format(record))
 
 
-def _log_to(console: Console) -> None:
+def _log_to(screen: Screen) -> None:
     logger = logging.getLogger("lrquant")
-    logger.handlers = [_ConsoleHandler(console)]
+    logger.handlers = [_ScreenHandler(screen)]
     logger.setLevel(logging.INFO)

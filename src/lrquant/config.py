@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lrquant.beginnings import RULES
 from lrquant.errors import LRQuantError
 from lrquant.learn.rotation import SHARINGS
 from lrquant.presets import PRESETS
 from lrquant.scheme import Scheme
-from lrquant.settings import convert, read_yaml, spelled_out
+from lrquant.settings import convert, read_yaml, refuse_empty, shown, spelled_out
 from lrquant.sites import KINDS
 
 TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
@@ -89,6 +90,15 @@ class Config:
     )
     nsamples: int = _setting(128, "calibration samples")
     seqlen: int = _setting(2048, "tokens a sample, and a perplexity window")
+    text_column: str | None = _setting(
+        None, "column of the text in .jsonl, .json and .parquet files (default: as its rows say)"
+    )
+    bos: str = _setting(
+        "auto",
+        "BOS before each window of text: as the model was trained, but by the field's convention "
+        "for families whose published numbers have none (auto)",
+        RULES,
+    )
     vision_scheme: str | None = _setting(
         None, "quantise the vision tower too, e.g. W8A8 (default: it stays in floating point)"
     )
@@ -179,27 +189,31 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        _require_types(values)
+        refuse_empty(values, _defaults())
+        for name, (smallest, largest) in _RANGES.items():
+            if not smallest <= values[name] <= largest:
                 raise LRQuantError(
-                    f"{name} {getattr(self, name)}: use a whole number of at least {smallest}"
+                    f"{name} {shown(values[name])}: use a whole number from {smallest} to {largest}"
                 )
         for name in ("lwc_lr", "let_lr", "rotation_lr", "tta_let_lr", "wd"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise LRQuantError(f"{name} {getattr(self, name)}: use a finite number from 0 on")
+            if not 0 <= values[name] <= _FASTEST:
+                raise LRQuantError(f"{name} {values[name]}: use a number from 0 to {_FASTEST:g}")
         size = self.task_batch_size
-        if size != "auto" and not (size.isdecimal() and int(size)):
+        if size != "auto" and not (size.isdecimal() and 0 < int(size[:9]) <= _MANY):
             raise LRQuantError(
-                f"task_batch_size {size!r}: use auto or a whole number of at least 1"
+                f"task_batch_size {size!r}: use auto or a whole number from 1 to {_MANY}"
             )
         if not 0 < self.calib_image_share <= 1:
             raise LRQuantError(
                 f"calib_image_share {self.calib_image_share}: use a share above 0, up to 1; for "
                 "text alone leave --calib-images out"
             )
-        if not 0 < self.image_token_weight < math.inf:
+        if not 0 < self.image_token_weight <= _HEAVIEST:
             raise LRQuantError(
-                f"image_token_weight {self.image_token_weight}: use a finite number above 0"
+                f"image_token_weight {self.image_token_weight}: use a number above 0, up to "
+                f"{_HEAVIEST:g}"
             )
         if self.vision_scheme is not None:
             Scheme.parse(self.vision_scheme)
@@ -207,12 +221,14 @@ class Config:
             raise LRQuantError(
                 f"max_drop {self.max_drop}: use a share of accuracy from 0 to 1 (0.01: one point)"
             )
-        if self.limit < -1 or self.limit == 0:
+        if self.limit == 0:
+            raise LRQuantError("limit 0: use a whole number of at least 1, or -1 for all")
+        if self.lwc_init is not None and not abs(self.lwc_init) <= _STEEPEST:
             raise LRQuantError(
-                f"limit {self.limit}: use a whole number of at least 1, or -1 for all"
+                f"lwc_init {self.lwc_init}: use a logit from {-_STEEPEST} to {_STEEPEST}"
             )
-        if self.lwc_init is not None and not math.isfinite(self.lwc_init):
-            raise LRQuantError(f"lwc_init {self.lwc_init}: use a finite number")
+        if self.tasks and not self.tasks.replace(",", " ").strip():
+            raise LRQuantError(f"tasks {self.tasks!r}: names no task; leave it out for none")
         for entry in dataclasses.fields(self):
             choices = entry.metadata["choices"]
             value = getattr(self, entry.name)
@@ -262,7 +278,7 @@ class Config:
             scheme=scheme.name,
             lwc=bool(lwc),
             let=bool(let),
-            net=config.net_name,
+            net=config.net_name or None,
             rotation=rotation,
             rotate_rank=config.rotate_rank if rotation else 1,
             rotation_sharing=config._sharing(scheme) if rotation else None,
@@ -336,7 +352,7 @@ class Config:
     @property
     def net_name(self) -> str:
         """The model's short name."""
-        return self.net or Path(self.model.rstrip("/")).name
+        return self.net or (Path(self.model).absolute().name if self.model else "")
 
     @property
     def perplexity_sets(self) -> tuple[str, ...]:
@@ -358,8 +374,33 @@ class Config:
         return cls(**typed_settings(read_yaml(path), str(path)))
 
 
-_SMALLEST = {"epochs": 0, "nsamples": 1, "batch_size": 1, "seqlen": 2, "rotate_rank": 1}
-_SMALLEST |= {"tta_blocks": 1, "tta_epochs": 1}
+_MANY = 2**16
+_HEAVIEST = 1e6
+_FASTEST = 1e6
+_STEEPEST = 80  # the sigmoid of a lower logit is nothing in float32
+_RANGES = {  # beyond these no machine ends a run, or no generator takes the number
+    **{"epochs": (0, 10_000), "nsamples": (1, _MANY), "batch_size": (1, _MANY)},
+    **{"seqlen": (2, 2**24), "rotate_rank": (1, _MANY), "seed": (0, 2**63 - 1)},
+    **{"tta_blocks": (1, 10_000), "tta_epochs": (1, 10_000), "num_fewshot": (0, 1000)},
+    **{"limit": (-1, 2**31 - 1)},
+}
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {entry.name: entry.default for entry in dataclasses.fields(Config)}
+
+
+def _require_types(values: dict[str, Any]) -> None:
+    for name, kind in _hints().items():
+        value = values[name]
+        if convert(kind, value, name) != value and value == value:  # nan is a number
+            raise LRQuantError(f"{name}: {shown(value)} is of another kind than it takes")
 
 
 def optional_path(value: str | None) -> Path | None:
@@ -373,12 +414,14 @@ def _given_or(value: bool | None, default: bool) -> bool:
 
 def typed_settings(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """Fields of Config by name, dashes or underscores alike, converted; `origin` is for errors."""
-    known = {entry.name for entry in dataclasses.fields(Config)}
-    hints = typing.get_type_hints(Config)
+    hints = _hints()
     settings: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise LRQuantError(f"{origin}: unknown setting {key!r}")
+        if name not in hints:
+            raise LRQuantError(f"{origin}: unknown setting {shown(key)}")
+        if name in settings:
+            raise LRQuantError(f"{origin}: {key}: given twice, with dashes and with underscores")
         settings[name] = convert(hints[name], value, f"{origin}: {key}")
+    refuse_empty(settings, _defaults(), origin)
     return settings

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lrquant.beginnings import STREAM, Beginning
+from lrquant.chats import written_out
 from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed
+from lrquant.rows import TEXT
 from lrquant.texts import CONVENTIONS, Text, is_file_name, load_text
 
+logger = logging.getLogger("lrquant")
 MIX = ("wikitext2", "ptb", "c4")
 C4_CROPS = 256
 C4_NEW_DOCUMENTS = 1100
+_SHOWN = 48  # characters of a document in the log
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,7 @@ class Samples:
     """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes.
 
     Samples with pictures are in `prompts` and have no common length: their `ids` are empty.
+    `whole` is how many the set has, where these are a part of it.
     """
 
     ids: Tensor
@@ -35,6 +41,7 @@ class Samples:
     sha256: str
     description: str
     prompts: Feed | None = None
+    whole: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,11 +64,14 @@ def calibration_samples(
     seed: int,
     data_dir: Path | None = None,
     cache_dir: Path | None = None,
+    beginning: Beginning = STREAM,
+    column: str | None = None,
 ) -> Samples:
     """Draw `nsamples` windows as GPTQ and OmniQuant do, from train, else validation, never test.
 
     Streams: one draw a window. Document sets: draw documents until one is long enough, then the
-    offset. Each set of "mix" or of a comma list starts from `seed` anew.
+    offset. Each set of "mix" or of a comma list starts from `seed` anew.  The `seqlen` tokens of a
+    window are its `beginning` and text; `column` is that of the text in a file of rows.
     """
     if nsamples < 1:
         raise LRQuantError(f"nsamples is {nsamples}: at least 1 is needed")
@@ -74,9 +84,11 @@ def calibration_samples(
         if count == 0:
             labels.append(f"0 of {part}")
             continue
-        text = load_text(part, ("train", "validation"), data_dir, cache_dir)
-        drawn, note = _random_windows(text, tokenizer, count, seqlen, seed)
-        label = _label(text, _missing_split_note(text, "train", data_dir), note)
+        text = load_text(part, ("train", "validation"), data_dir, cache_dir, column)
+        tokens = _TokenText(text, tokenizer, beginning)
+        drawn, note = _random_windows(tokens, count, seqlen, seed)
+        missing = _missing_split_note(text, "train", data_dir)
+        label = _label(text, missing, tokens.layout, note, beginning.text)
         texts.append(text)
         windows.append(drawn)
         labels.append(label if len(parts) == 1 else f"{count} of {label}")
@@ -99,20 +111,28 @@ def perplexity_windows(
     limit: int = -1,
     data_dir: Path | None = None,
     cache_dir: Path | None = None,
+    beginning: Beginning = STREAM,
+    column: str | None = None,
 ) -> Samples:
-    """Cut the text on which the field measures `name` into windows; the first `limit` if > 0."""
+    """Cut the text on which the field measures `name` into windows; the first `limit` if > 0.
+
+    The `seqlen` tokens of a window are its `beginning` and text; `column` is that of the text in a
+    file of rows.
+    """
     _check_seqlen(seqlen)
     if not is_file_name(name) and ("," in name or name == "mix"):
         raise LRQuantError(f"{name!r}: perplexity is measured on one set at a time")
     convention = CONVENTIONS.get(name)
     splits = (convention.perplexity_split,) if convention else ("test", "validation")
-    text = load_text(name, splits, data_dir, cache_dir)
-    notes = [_missing_split_note(text, splits[0], data_dir)]
+    text = load_text(name, splits, data_dir, cache_dir, column)
+    tokens = _TokenText(text, tokenizer, beginning)
+    notes = [_missing_split_note(text, splits[0], data_dir), tokens.layout]
     if name == "c4":
-        windows, note = _random_windows(text, tokenizer, C4_CROPS, seqlen, seed=0)
+        windows, note = _random_windows(tokens, C4_CROPS, seqlen, seed=0)
         notes += [f"{C4_CROPS} random crops, seed 0", note]
     else:
-        windows = _consecutive_windows(text, tokenizer, seqlen)
+        windows = _consecutive_windows(tokens, seqlen)
+    notes.append(beginning.text)
     total = len(windows)
     if 0 < limit < total:
         windows = windows[:limit].clone()
@@ -124,6 +144,7 @@ def perplexity_windows(
         text.origin,
         _sha256(windows),
         f"{_label(text, *notes)}, {_size(windows)}",
+        whole=total,
     )
 
 
@@ -143,43 +164,94 @@ def _check_seqlen(seqlen: int) -> None:
         raise LRQuantError(f"seqlen is {seqlen}: at least 2 tokens are needed")
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Ids (tokens,) int64 with the tokenizer's default special tokens; no warning on length."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
+    """Ids (tokens,) int64, with the tokenizer's own special tokens or without; never a warning."""
+    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def _crop(ids: Tensor, seqlen: int, rng: random.Random) -> Tensor:
-    room = ids.numel() - seqlen
+class _TokenText:
+    """A text as token ids, and how its windows begin.
+
+    Conversations are written out by the tokenizer's chat template, special tokens included.
+    """
+
+    def __init__(
+        self, text: Text, tokenizer: PreTrainedTokenizerBase, beginning: Beginning
+    ) -> None:
+        chats = written_out(text.documents, tokenizer, text.origin)
+        self.text = text if chats is None else replace(text, documents=chats.documents)
+        way = "" if chats is None else chats.way
+        self.layout = "" if text.layout == TEXT else ", ".join(filter(None, (text.layout, way)))
+        self.beginning, self._tokenizer = beginning, tokenizer
+        self._special = beginning.stream and not (chats is not None and chats.special)
+        self.joint = "" if chats is not None and chats.special else "\n\n"
+        if text.layout:
+            _log_documents(self.text, self.layout or TEXT)
+
+    def ids(self, words: str) -> Tensor:
+        """Ids (tokens,) int64; a stream of plain text has the tokenizer's own special tokens."""
+        ids = _tokenise(self._tokenizer, words, self._special)
+        return ids[len(self.beginning.ids) :] if self.begins(ids) else ids
+
+    def window(self, ids: Tensor, start: int, seqlen: int) -> Tensor:
+        """Tokens (seqlen,) from `start` on, behind the beginning unless they have it themselves."""
+        part = ids[start : start + seqlen]
+        if self.begins(part, seqlen):
+            return part
+        own = torch.tensor(self.beginning.ids, dtype=torch.int64)
+        return torch.cat((own, part[: self.room(seqlen)]))
+
+    def room(self, seqlen: int) -> int:
+        """Tokens of text in a window."""
+        return seqlen - len(self.beginning.ids)
+
+    def begins(self, ids: Tensor, least: int = 0) -> bool:
+        """Whether at least so many tokens have the beginning among them."""
+        own = self.beginning.ids
+        return bool(own) and len(ids) >= least and tuple(ids[: len(own)].tolist()) == own
+
+
+def _log_documents(text: Text, layout: str) -> None:
+    """Say what of a file of rows is read, and how it begins."""
+    first = text.documents[0]
+    assert isinstance(first, str)
+    start = first[:_SHOWN]
+    more = "…" if len(first) > _SHOWN else ""
+    logger.info(
+        "text %s: %s; %d documents, the first: %s",
+        *(text.name, layout, len(text.documents), repr(start)[:-1] + more + repr(start)[-1]),
+    )
+
+
+def _crop(tokens: _TokenText, ids: Tensor, seqlen: int, rng: random.Random) -> Tensor:
+    room = ids.numel() - tokens.room(seqlen)
     start = rng.randint(0, room - 1) if room else 0
-    return ids[start : start + seqlen]
+    return tokens.window(ids, start, seqlen)
 
 
-def _random_windows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
-) -> tuple[Tensor, str]:
+def _random_windows(tokens: _TokenText, count: int, seqlen: int, seed: int) -> tuple[Tensor, str]:
     """Windows (count, seqlen) of a stream or of drawn documents, and what to say about them."""
+    text = tokens.text
     convention = CONVENTIONS.get(text.name)
     note = ""
     if not (convention and convention.stream) and len(text.documents) > 1:
-        drawn = _document_windows(text.documents, tokenizer, count, seqlen, random.Random(seed))
+        drawn = _document_windows(tokens, count, seqlen, random.Random(seed))
         if drawn is not None:
             return drawn, note
         note = f"no document has {seqlen} tokens: all are joined"
-    joint = convention.joint if convention and convention.stream else "\n\n"
-    ids = _tokenise(tokenizer, joint.join(text.documents))
-    _check_length(text, ids, seqlen)
+    joint = convention.joint if convention and convention.stream else tokens.joint
+    ids = tokens.ids(joint.join(_strings(text)))
+    _check_length(text, ids, tokens.room(seqlen))
     rng = random.Random(seed)
-    return torch.stack([_crop(ids, seqlen, rng) for _ in range(count)]), note
+    return torch.stack([_crop(tokens, ids, seqlen, rng) for _ in range(count)]), note
 
 
 def _document_windows(
-    documents: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    seqlen: int,
-    rng: random.Random,
+    tokens: _TokenText, count: int, seqlen: int, rng: random.Random
 ) -> Tensor | None:
     """Windows (count, seqlen), each from a drawn document; None if no document is long enough."""
+    documents = tokens.text.documents
     short: set[int] = set()
     windows: list[Tensor] = []
     while len(windows) < count:
@@ -188,27 +260,37 @@ def _document_windows(
         index = rng.randint(0, len(documents) - 1)
         if index in short:
             continue
-        ids = _tokenise(tokenizer, documents[index])
-        if ids.numel() < seqlen:
+        ids = tokens.ids(str(documents[index]))
+        if ids.numel() < tokens.room(seqlen):
             short.add(index)
         else:
-            windows.append(_crop(ids, seqlen, rng))
+            windows.append(_crop(tokens, ids, seqlen, rng))
     return torch.stack(windows)
 
 
-def _consecutive_windows(text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Tensor:
-    """All non-overlapping windows (windows, seqlen) of the joined text, its tail dropped."""
+def _consecutive_windows(tokens: _TokenText, seqlen: int) -> Tensor:
+    """All windows (windows, seqlen) of the joined text that do not overlap, its tail dropped."""
+    text = tokens.text
     convention = CONVENTIONS.get(text.name)
-    joint = convention.joint if convention else "\n\n"
-    documents = text.documents
+    joint = convention.joint if convention else tokens.joint
+    documents = _strings(text)
     if text.name == "c4-new":
         documents = documents[:C4_NEW_DOCUMENTS]
-    ids = _tokenise(tokenizer, joint.join(documents))
+    ids = tokens.ids(joint.join(documents))
+    room = tokens.room(seqlen)
     if text.name == "c4-new":
-        ids = ids[: C4_CROPS * seqlen]
-    _check_length(text, ids, seqlen)
-    count = ids.numel() // seqlen
-    return ids[: count * seqlen].view(count, seqlen).clone()
+        ids = ids[: C4_CROPS * room]
+    _check_length(text, ids, room)
+    windows, start = [], 0
+    while start + room <= ids.numel():
+        own = tokens.begins(ids[start:], seqlen)
+        windows.append(tokens.window(ids, start, seqlen))
+        start += seqlen if own else room
+    return torch.stack(windows)
+
+
+def _strings(text: Text) -> list[str]:
+    return [str(document) for document in text.documents]
 
 
 def _check_length(text: Text, ids: Tensor, seqlen: int) -> None:

@@ -3,12 +3,27 @@
 import pickle
 import struct
 
+_INVISIBLE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_INVISIBLE |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_INVISIBLE |= {ord("\n"): "\n", ord("\t"): "\t", 0x2028: " ", 0x2029: " "}
+
 
 class LRQuantError(Exception):
-    """Bad input or environment; the command line prints it as one line and exits with code 2."""
+    """Bad input or environment; the command line prints it as one line and exits with code 2.
+
+    File names and texts of others are in it: it is made one line of visible characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(visible(message).splitlines()))
+
+
+def visible(text: str) -> str:
+    """The text with what could command a terminal, or turn words around, spelled out."""
+    return text.translate(_INVISIBLE)
 
 
 UNREADABLE = (  # what torch's restricted unpickler raises on damaged files
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, pickle.UnpicklingError, struct.error),
+    *(AssertionError, pickle.UnpicklingError, struct.error, ArithmeticError, MemoryError),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, visible
 
 
 def save_file(
@@ -66,6 +66,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 class LogFile(logging.FileHandler):
     """A log whose disk may fill up: the run ends, or not, by what matters more than its log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

@@ -94,7 +94,11 @@ class Place(Protocol):
 
 
 def environment(config: Config, place: Place) -> dict[str, Any]:
-    """What a reader needs to repeat the numbers."""
+    """What a reader needs to repeat the numbers.
+
+    On a CPU also the threads and instructions that torch uses: sums are split by them.
+    """
+    on_cpu = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     return {
         "model": config.model,
         "scheme": config.scheme,
@@ -103,6 +107,7 @@ def environment(config: Config, place: Place) -> dict[str, Any]:
         "seed": config.seed,
         "device": str(place.device),
         "precision": dtype_name(place.dtype),
+        **(on_cpu if place.device.type == "cpu" else {}),
         "versions": {
             "lrquant": __version__,
             "torch": torch.__version__,

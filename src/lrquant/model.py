@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,9 +24,16 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
 from lrquant.errors import LRQuantError
+from lrquant.reading import (
+    read_config,
+    read_generation,
+    read_processor,
+    read_tokenizer,
+    reading,
+)
+from lrquant.settings import shown
 from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
-from lrquant.sources.checks import first_line
 
 logger = logging.getLogger("lrquant")
 
@@ -132,19 +139,20 @@ class Model:
         tower = find_tower(whole, self.skeleton.config)
         return (whole.blocks,) if tower is None else (whole.blocks, tower.blocks)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the language head is the embedding."""
-        return bool(getattr(self.skeleton.config, "tie_word_embeddings", False))
+    @cached_property
+    def tied_names(self) -> frozenset[str]:
+        """Tensors that are another one of the model: the language head, where it is the embedding.
+
+        The configuration may say so of tensors that differ: then they are not tied, as transformers
+        5 loads them.
+        """
+        pairs = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        return frozenset(name for name, other in pairs.items() if self.source.alike(name, other))
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are, those of a tied head once."""
-        return sum(
-            parameter.numel()
-            for name, parameter in self.skeleton.named_parameters()
-            if not (self.tied and name == "lm_head.weight")
-        )
+        """How many parameters there are, tied ones once."""
+        return count_parameters(self.skeleton, self.tied_names)
 
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
@@ -155,23 +163,21 @@ class Model:
         }
 
 
+def count_parameters(module: nn.Module, tied: Collection[str]) -> int:
+    """Elements of all parameters but those named, which are other ones again."""
+    return sum(tensor.numel() for name, tensor in module.named_parameters() if name not in tied)
+
+
 def load_model(name: str, cache_dir: Path | None = None) -> Model:
     """A local folder, hub name or GGUF file as a `Model`; everything is checked, little is read."""
     if not name:
         raise LRQuantError("no model given: use --model with a local path, hub name or GGUF file")
     files = resolve_model(name, cache_dir)
-    extra = {"gguf_file": files.gguf_file} if files.gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(files.folder, **extra)
-        architecture = architecture_of(config)
-        tokenizer = None
-        if not architecture.reads_pixels:
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LRQuantError(
-            f"model {name}: config or tokenizer cannot be read ({reason}); download it again"
-        ) from error
+    config = read_config(files.folder, files.gguf_file)
+    architecture = architecture_of(config)
+    tokenizer = None
+    if not architecture.reads_pixels:
+        tokenizer = read_tokenizer(files.folder, files.gguf_file)
     if getattr(config, "quantization_config", None) is not None:
         raise LRQuantError(f"model {name}: already quantised; start from the floating-point model")
     skeleton = build_skeleton(config, architecture)
@@ -183,17 +189,10 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
         tokenizer,
         source,
         architecture,
-        files.folder,
+        None if files.gguf_file else files.folder,
         load_processor(files.folder, architecture),
-        _generation(files.folder),
+        None if files.gguf_file else read_generation(files.folder),
     )
-
-
-def _generation(folder: Path) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError):
-        return None
 
 
 def from_module(
@@ -219,22 +218,60 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
         return None
     loader = AutoImageProcessor if architecture.reads_pixels else AutoProcessor
     try:
-        return loader.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
-        logger.warning("%s: no processor for pictures can be read (%s)", folder, reason)
+        return read_processor(folder, loader)
+    except LRQuantError as error:
+        logger.warning("%s", error)
         return None
 
 
 def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, computed buffers real."""
-    with torch.device("meta"):
-        skeleton = architecture.auto_class.from_config(config, attn_implementation="sdpa")
-    _compute_buffers(skeleton, skeleton)
+    _require_depth(config)
+    with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
+        skeleton = architecture.auto_class.from_config(
+            config, attn_implementation="sdpa", trust_remote_code=False
+        )
+    _require_blocks(skeleton, architecture)
+    with reading(f"a {config.model_type!r}", Path("config.json")):
+        _compute_buffers(skeleton, skeleton)
     if architecture.tower is not None:
         # Now: in a first forward with stand-ins for blocks, the blocks would never get them.
         maybe_install_capturing_hooks(skeleton)
     return skeleton.eval().requires_grad_(False)
+
+
+def _require_depth(config: PretrainedConfig) -> None:
+    """Refuse a depth that no model has, which would take for ever to lay out."""
+    values = config.to_dict()
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in _DEPTHS & part.keys():
+            depth = part[name]
+            if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
+                raise LRQuantError(
+                    f"config.json: {name} {shown(depth)}: a model has from 1 to {_DEEPEST}; "
+                    "get the file again"
+                )
+
+
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
+_DEEPEST = 4096
+_LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
+
+
+def _require_blocks(skeleton: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuse a model without blocks, or with computed buffers that no memory would hold."""
+    try:
+        blocks = len(getattr(skeleton.get_submodule(architecture.blocks), "_modules", ()))
+    except AttributeError:
+        blocks = 0
+    saved = skeleton.state_dict().keys()
+    sizes = [b.numel() for name, b in skeleton.named_buffers() if name not in saved]
+    if not blocks or sum(sizes) > _LARGEST_BUFFERS:
+        what = f"computed buffers of {sum(sizes)} values" if blocks else "no blocks"
+        raise LRQuantError(
+            f"config.json: a {skeleton.config.model_type!r} with {what}; get the file again"
+        )
 
 
 def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
 from lrquant.evaluation.reference import reference_name
 from lrquant.evaluation.subject import (
+    Subject,
     check_comparison,
     measure_subject,
     open_reference,
@@ -29,7 +30,12 @@ from lrquant.evaluation.subject import (
 )
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import Format, choose_format
-from lrquant.export.checkpoint import check_format, check_target, save_checkpoint
+from lrquant.export.checkpoint import (
+    check_format,
+    check_target,
+    checkpoint_dtype,
+    save_checkpoint,
+)
 from lrquant.export.kernels import check_kernels
 from lrquant.export.targets import verdicts
 from lrquant.feeds import Feed
@@ -38,10 +44,12 @@ from lrquant.inputs import BlockInputs
 from lrquant.learning import learn_model
 from lrquant.materialize import materialize
 from lrquant.model import Model, from_module, load_model
+from lrquant.outer import require_finite
 from lrquant.presets import with_preset
 from lrquant.progress import Progress
+from lrquant.prompts import Reader
 from lrquant.report.writing import write_report
-from lrquant.results import beside
+from lrquant.results import beside, conditions, of_base
 from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
@@ -99,6 +107,11 @@ def quantize(
     """
     if isinstance(model, str | Path):
         return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
+    if not isinstance(model, PreTrainedModel):
+        raise LRQuantError(
+            f"model of type {type(model).__name__}: expected a folder, a hub name, a GGUF file or "
+            "a transformers model"
+        )
     name = model.config.name_or_path or type(model).__name__
     loaded = from_module(model, tokenizer, processor)
     return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
@@ -142,12 +155,14 @@ def _run(
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
     check_groups(model, config.quantization)
+    check_rank(model, config)
     if config.vision_quantization is not None:
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
         check_format(model, config, form)
         if config.target is not None:
             check_kernels(model, config, form)
+    require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
@@ -161,15 +176,19 @@ def _run(
         folder = _learn(workbench, config, samples, progress, earlier)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
-        results = environment(config, workbench)
+        about = _source(model)
+        results = fresh = environment(config, workbench) | about
         if not measure_only:
-            results = results_folder.add_results(results)
+            fresh |= {"learned_with": conditions(fresh)}
+            results = results_folder.add_results(fresh)
         board = None if tasks is None else TaskBoard(tasks, config, results_folder)
         for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
-            results = results_folder.add_results({**environment(config, workbench), **measured})
+            fresh = beside(fresh, environment(config, workbench) | about | measured)
+            results = results_folder.add_results(fresh)
             progress.measured(measured)
         for measured in _measure_base(config, board, progress):
-            results = results_folder.add_results(beside(results, measured))
+            fresh = beside(fresh, measured)
+            results = results_folder.add_results(fresh)
     if config.save_dir is not None and form is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), form)
     progress.close()
@@ -177,7 +196,7 @@ def _run(
     learned_or_measured = not measure_only or bool(measured_sets)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
-    return Run(folder, config, workbench, results)
+    return Run(folder, config, workbench, _answer(results, config))
 
 
 def _tell_runtimes(form: Format, config: Config) -> None:
@@ -241,6 +260,8 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
     A run's results are added to its results.json, or go to `output_dir` if that is given.
     """
+    if not isinstance(target, str | Path) or not str(target).strip():
+        raise LRQuantError(f"target {target!r}: give a run folder, a checkpoint or a model")
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not _asks_for_measures(settings):
@@ -266,7 +287,13 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         if folder is not None:
             kept = folder.add_results(results)
     progress.close()
-    return kept
+    return _answer(kept, config)
+
+
+def _answer(results: dict[str, Any], config: Config) -> dict[str, Any]:
+    """All results, without the verdict of an earlier command."""
+    asked = config.max_drop is not None
+    return {name: value for name, value in results.items() if asked or name != "max_drop"}
 
 
 def _measure_target(
@@ -279,7 +306,11 @@ def _measure_target(
         subject, subject.variant, config, board, progress, reference=reference
     ):
         progress.measured(measured)
-        yield environment(subject.settings or config, subject) | {"model": target} | measured
+        about = environment(subject.settings or config, subject) | {"model": target}
+        if reference is not None and isinstance(config.compare, str):
+            measured = of_base(measured, _in_words(config.compare, reference))
+        full = subject if reference is None else reference
+        yield about | _source(full.reader) | measured
 
 
 def _measure_base(
@@ -290,7 +321,17 @@ def _measure_base(
         subject = open_subject(config.compare, config)
         for measured in measure_subject(subject, "base", config, board, progress):
             progress.measured(measured)
-            yield measured
+            yield of_base(measured, _in_words(config.compare, subject))
+
+
+def _in_words(name: str, subject: Subject) -> str:
+    return f"{name} in {dtype_name(subject.dtype)}"
+
+
+def _source(reader: Reader) -> dict[str, str]:
+    """What "full precision" is, where the model's own weights had been quantised."""
+    origin = reader.source.unpacked_from() if isinstance(reader, Model) else ""
+    return {"unpacked_from": origin} if origin else {}
 
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
@@ -320,6 +361,20 @@ def check_groups(model: Model, scheme: Scheme) -> None:
         view.group_size(linear)
 
 
+def check_rank(model: Model, config: Config) -> None:
+    """Refuse a rank above which a factor of rows and columns can't be more than it is."""
+    if not config.rotation:
+        return
+    shapes = model.blocks[0].state_dict()
+    sides = {linear: min(shapes[f"{linear}.weight"].shape) for linear in model.linears}
+    smallest = min(sides, key=sides.__getitem__)
+    if config.rotate_rank > sides[smallest]:
+        raise LRQuantError(
+            f"--rotate_rank {config.rotate_rank}: {smallest} has {sides[smallest]} rows or "
+            "columns; use that or less"
+        )
+
+
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     """The run's own settings, with what was given of how to measure."""
     own = RunFolder.open(Path(given["resume"])).config
@@ -344,6 +399,6 @@ _MEASURE_SETTINGS = (
     *("limit", "task_batch_size", "vqa", "classify"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
     *("report", "log_dir"),
-    *("target", "save_dtype"),
+    *("target", "save_dtype", "text_column", "bos"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )

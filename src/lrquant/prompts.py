@@ -47,10 +47,14 @@ class Reader(Protocol):
     def architecture(self) -> Architecture: ...
 
 
+def takes_pictures(model: Reader) -> bool:
+    """Whether pictures are among what a model reads."""
+    return model.architecture.tower is not None or model.architecture.reads_pixels
+
+
 def require_processor(model: Reader) -> Any:
     """A model's processor; refuses a model that has none or takes no pictures."""
-    takes_pictures = model.architecture.tower is not None or model.architecture.reads_pixels
-    if not takes_pictures:
+    if not takes_pictures(model):
         raise LRQuantError(
             f"model {model.name}: a {model.skeleton.config.model_type!r} takes no pictures; leave "
             "the option that names some out"
@@ -179,7 +183,9 @@ def _samples(
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
     empty = torch.empty((0, 0), dtype=torch.int64)
-    return Samples(empty, str(path), "pictures", str(path), feed.sha256(), description, feed)
+    return Samples(
+        empty, str(path), "pictures", str(path), feed.sha256(), description, feed, whole=total
+    )
 
 
 def _drawn(items: Sequence[Any], count: int, seed: int) -> list[Any]:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from lrquant.errors import LRQuantError
 
 FLOAT_BITS = 16
-_NAME = re.compile(r"w(\d+)a(\d+)(?:g(\d+))?(-sym)?(-asym)?(?:-qkv(\d+))?", re.IGNORECASE)
+_NAME = re.compile(
+    r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-qkv([0-9]{1,9}))?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
+from lrquant.rows import Document, read_rows
 
 SPLITS = ("train", "validation", "test")
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -75,24 +75,32 @@ HUB = {
 
 @dataclass(frozen=True)
 class Text:
-    """One split of one set; `origin` is a file path or a hub id, `split` of a file is "file"."""
+    """One split of one set; `origin` is a file path or a hub id, `split` of a file is "file".
+
+    `layout` says which columns the documents of a file of rows are made of.
+    """
 
     name: str
     split: str
-    documents: Sequence[str]
+    documents: Sequence[Document]
     origin: str
+    layout: str = ""
 
 
 def load_text(
-    name: str, splits: Sequence[str], data_dir: Path | None, cache_dir: Path | None
+    name: str,
+    splits: Sequence[str],
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    column: str | None = None,
 ) -> Text:
     """Read the first of `splits` that `name` has: a file, a set in `data_dir`, or one on the hub.
 
-    A set with a folder in `data_dir` is read from there only.
+    A set with a folder in `data_dir` is read from there only.  `column` is that of the text in a
+    file of rows.
     """
     if is_file_name(name):
-        path = Path(name).expanduser()
-        return Text(name, "file", _read_documents(path), str(path))
+        return _file_text(name, column)
     if data_dir is not None and not data_dir.is_dir():
         raise LRQuantError(f"data_dir {data_dir}: no such folder")
     base = CONVENTIONS[name].base if name in CONVENTIONS else name
@@ -181,12 +189,22 @@ def _unavailable(
     )
 
 
-def _read_documents(path: Path) -> list[str]:
+def _file_text(name: str, column: str | None) -> Text:
+    path = Path(name).expanduser()
+    _require_file(path)
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    content = _read_text(path)
-    return [content] if suffix == ".txt" else _parse_json_lines(path, content)
+    content = None if suffix == ".parquet" else _read_text(path)
+    if suffix == ".txt" and content is not None:
+        return Text(name, "file", [content], str(path))
+    rows = read_rows(path, content, column)
+    return Text(name, "file", rows.items, str(path), rows.layout)
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what would be waited for, or read for ever."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        raise LRQuantError(f"{path}: {kind}, not a file of text")
 
 
 def _read_text(path: Path) -> str:
@@ -196,55 +214,3 @@ def _read_text(path: Path) -> str:
         raise LRQuantError(f"{path}: not UTF-8 at byte {error.start}: convert it") from error
     except OSError as error:
         raise LRQuantError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _parse_json_lines(path: Path, content: str) -> list[str]:
-    documents: list[str] = []
-    column = None
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LRQuantError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise LRQuantError(f"{path}, line {number}: not a JSON object, one a line is needed")
-        if column is None:
-            strings = [key for key, value in row.items() if isinstance(value, str)]
-            column = _text_column(path, strings, list(row))
-        value = row.get(column)
-        if not isinstance(value, str):
-            raise LRQuantError(f"{path}, line {number}: no string in column {column!r}")
-        documents.append(value)
-    return documents
-
-
-def _read_parquet(path: Path) -> list[str]:
-    import pyarrow
-    from pyarrow import parquet, types
-
-    try:
-        schema = parquet.read_schema(path)
-        strings = [
-            entry.name
-            for entry in schema
-            if types.is_string(entry.type) or types.is_large_string(entry.type)
-        ]
-        column = _text_column(path, strings, schema.names)
-        documents = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise LRQuantError(f"{path}: cannot be read as parquet ({cause})") from error
-    if None in documents:
-        raise LRQuantError(f"{path}, row {documents.index(None)}: no string in column {column!r}")
-    return documents
-
-
-def _text_column(path: Path, strings: Sequence[str], columns: Sequence[str]) -> str:
-    if not strings:
-        raise LRQuantError(
-            f"{path}: no column of strings (columns: {', '.join(columns) or 'none'}): "
-            "name the text column `text`"
-        )
-    return "text" if "text" in strings else strings[0]

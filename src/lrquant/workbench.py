@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +109,14 @@ def block_shapes(model: Model, scheme: Scheme) -> BlockView:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far: of the CUDA device, or of this process on a CPU, in bytes."""
+    """Largest memory so far: of the CUDA device, or of this process on a CPU, in bytes.
+
+    All that the process did before counts; `ru_maxrss` is in KiB, on macOS in bytes.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def learned_view(

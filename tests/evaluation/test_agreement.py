@@ -98,8 +98,8 @@ def test_a_run_measures_it_where_asked(make_model, tiny_tokenizer, tmp_path):
     )
     assert list(run.results["perplexity"]) == ["two", "one"]
     assert list(run.results["agreement"]) == ["one"]
-    assert list(run.results["agreement"]["one"]) == ["text", "quantized"]
+    assert list(run.results["agreement"]["one"]) == ["text", "sha256", "items", "quantized"]
     assert "full_precision" in run.results["perplexity"]["one"]
     assert "full_precision" not in run.results["perplexity"]["two"]
     table = results_table(run.results)
-    assert "agreement with full precision" in table and "one, LRQuant" in table
+    assert "agreement with full precision" in table and "one, n = 3 of 37, LRQuant" in table

@@ -30,8 +30,8 @@ def test_one_row_a_set_and_one_column_a_variant_in_fixed_order():
     perplexity = {"wikitext2": SCORES, "c4": {"quantized": 14.0, "full_precision": 7.0}}
     head, _, wikitext2, c4 = results_table({"scheme": "W4A4", "perplexity": perplexity}).split("\n")
     assert cells(head) == ["perplexity, W4A4", "full precision", "round-to-nearest", "LRQuant"]
-    assert cells(wikitext2) == ["wikitext2", "5.68", "2137.00", "13.46"]
-    assert cells(c4) == ["c4", "7.00", "", "14.00"]
+    assert cells(wikitext2) == ["wikitext2", "5.679", "2137.00", "13.46"]
+    assert cells(c4) == ["c4", "7.000", "", "14.00"]
 
 
 def test_variants_that_were_not_measured_have_no_column():
@@ -45,7 +45,8 @@ def test_nothing_measured_is_an_empty_text():
     assert results_table({"scheme": "W4A4"}) == ""
 
 
-def test_large_numbers_stay_short():
-    scores = {"a": {"quantized": 123456.0}, "b": {"quantized": math.inf}}
-    _, _, a, b = results_table({"scheme": "W2A2", "perplexity": scores}).split("\n")
-    assert cells(a)[1] == "1.23e+05" and cells(b)[1] == "inf"
+def test_large_numbers_keep_their_differences():
+    values = {"a": 50121.0, "b": 50204.0, "c": 123456789012.0, "d": math.inf, "e": math.nan}
+    scores = {name: {"quantized": value} for name, value in values.items()}
+    _, _, *rows = results_table({"scheme": "W2A2", "perplexity": scores}).split("\n")
+    assert [cells(row)[1] for row in rows] == ["50121", "50204", "1.2346e+11", "inf", "nan"]

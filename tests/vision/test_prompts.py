@@ -229,7 +229,8 @@ def test_questions_are_answered_as_the_model_does(llava_folder, tmp_path, questi
         kinds = [own[f"exact_match{kind}"] for kind in ("", "_other", "_yes_no")]
         assert kinds == [0.5, 1, 0]
     scores = run.results["vqa"][str(questions)]
-    assert set(scores) == {"text", "quantized", "full_precision", "round_to_nearest"}
+    assert {"quantized", "full_precision", "round_to_nearest"} < scores.keys()
+    assert scores["items"]["measured"] == scores["items"]["of"] and len(scores["sha256"]) == 64
     agreement = run.results["agreement"][str(questions)]
     assert agreement["quantized"]["kl_mean"] > 0 and "positions" not in agreement["quantized"]
     assert math.isfinite(run.results["perplexity"][str(questions)]["quantized"])
@@ -249,6 +250,10 @@ def test_a_saved_checkpoint_carries_the_processor_and_answers(
         format="lrquant",
     )
     assert AutoProcessor.from_pretrained(place).chat_template
+    kept = llava_folder / "processor_config.json"
+    assert (place / kept.name).read_bytes() == kept.read_bytes()
+    old = json.loads((place / "preprocessor_config.json").read_text())  # where version 4 looks
+    assert old["image_processor_type"] == "CLIPImageProcessor" and old["crop_size"]["height"] == 16
     found = lrquant.evaluate(str(place), vqa=(str(questions),), ppl=(str(questions),))
     assert set(found["vqa"][str(questions)]["quantized"]) >= {"exact_match", "vqa_accuracy"}
     assert main(["inspect", str(place)]) == 0

@@ -26,7 +26,9 @@ class Architecture:
 
     `language_types` are the model types of language parts of multimodal models that this family
     serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
-    says that pictures enter the blocks, not tokens.
+    says that pictures enter the blocks, not tokens.  `windows_begin` says how windows of text
+    begin: "stream", cut out of one stream as the family's published numbers are; "bos", each with
+    BOS; or each as the family's "tokenizer" begins a text.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Architecture:
     language_types: tuple[str, ...] = ()
     tower: str | None = None
     reads_pixels: bool = False
+    windows_begin: str = "tokenizer"
 
 
 @cache

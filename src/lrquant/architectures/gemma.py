@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     linears=decoder.linears,
     sites=lambda config: decoder.sites(config, norm_offset=1.0),
+    windows_begin="bos",
 )

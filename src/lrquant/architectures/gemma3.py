@@ -24,4 +24,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     linears=decoder.linears,
     sites=_sites,
+    windows_begin="bos",
 )

@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     linears=decoder.linears,
     sites=decoder.sites,
+    windows_begin="stream",
 )

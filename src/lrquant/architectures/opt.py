@@ -41,4 +41,5 @@ ARCHITECTURE = Architecture(
     blocks="model.decoder.layers",
     linears=_linears,
     sites=_sites,
+    windows_begin="stream",
 )

@@ -9,4 +9,5 @@ ARCHITECTURE = Architecture(
     linears=decoder.linears,
     sites=decoder.sites,
     language_types=("qwen2_vl_text", "qwen2_5_vl_text"),
+    windows_begin="stream",
 )

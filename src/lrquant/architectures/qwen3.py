@@ -9,4 +9,5 @@ ARCHITECTURE = Architecture(
     linears=decoder.linears,
     sites=decoder.sites_without_query_key,
     language_types=("qwen3_vl_text",),
+    windows_begin="stream",
 )

@@ -27,8 +27,11 @@ from lrquant.workdir import RunFolder
 logger = logging.getLogger("lrquant")
 
 
-def check_adaptation(config: Config, blocks: int) -> None:
-    """Refuse, before any hour is spent, an adaptation that has nothing to learn."""
+def check_adaptation(config: Config, blocks: int, pictures: bool = False) -> None:
+    """Refuse, before any hour is spent, an adaptation that has nothing to learn.
+
+    `pictures` says whether the model takes conversations with some.
+    """
     if not config.tta:
         return
     if not (config.lwc or config.let or config.rotation):
@@ -38,7 +41,7 @@ def check_adaptation(config: Config, blocks: int) -> None:
     if config.tta_blocks > blocks:
         raise LRQuantError(f"--tta_blocks {config.tta_blocks}: the model has {blocks} blocks")
     conversations = [name for name in config.perplexity_sets if is_conversations(Path(name))]
-    if conversations:
+    if conversations and pictures:
         raise LRQuantError(f"--tta {conversations[0]}: adapts to text alone, not to conversations")
     if not config.perplexity_sets:
         raise LRQuantError("--tta: no text to adapt to and measure on; give --ppl or --eval_ppl")
@@ -93,6 +96,11 @@ def adapt(
                 )
             told(index)
     return done
+
+
+def describe_adaptation(config: Config) -> str:
+    """How long and how much is learned again, in words."""
+    return f"last {config.tta_blocks}, {config.tta_epochs} epochs, let_lr {config.tta_let_lr:g}"
 
 
 def is_adapted(config: Config, index: int, blocks: int) -> bool:

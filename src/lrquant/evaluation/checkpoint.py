@@ -8,18 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from lrquant.architectures import Architecture, architecture_of
@@ -27,16 +24,13 @@ from lrquant.config import Config
 from lrquant.data import Samples
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.perplexity import single_samples
-from lrquant.export.manifest import MANIFEST, SETTINGS, require_weights
+from lrquant.export.manifest import MANIFEST, SETTINGS, read_manifest, require_whole
+from lrquant.files import read_json
 from lrquant.model import choose_device, load_processor
+from lrquant.reading import read_config, read_tokenizer, reading
 from lrquant.sources import resolve_model
 from lrquant.streams import Stream
 from lrquant.stubs import stubs
-
-_UNREADABLE = (
-    *(OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError),
-    UnpicklingError,  # a file that holds more than tensors, which torch refuses
-)
 
 
 @dataclass(frozen=True)
@@ -130,31 +124,73 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
 def load_checkpoint(name: str, config: Config) -> Checkpoint:
     """Load it in the dtype that it is stored in, or that `--precision` says.
 
-    Weights that this project wrote and that changed since are refused.
+    Refused are files that this project wrote and that changed since, tensors that are missing,
+    left over or of another shape, and what transformers would leave out without a word.
     """
     folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
     if (folder / MANIFEST).is_file():
-        require_weights(folder)
+        require_whole(folder)
+    _refuse_ignored(name, folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    try:
-        architecture = architecture_of(AutoConfig.from_pretrained(folder))
-        tokenizer = None
-        if not architecture.reads_pixels:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        with quiet_loading():
-            module = architecture.auto_class.from_pretrained(
-                folder, dtype=dtypes.get(config.precision, "auto")
-            )
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LRQuantError(
-            f"checkpoint {name}: transformers cannot load it ({reason}); write it again, or give "
-            "the run that it is of"
-        ) from error
+    read = read_config(folder)
+    architecture = architecture_of(read)
+    tokenizer = None if architecture.reads_pixels else read_tokenizer(folder)
+    mend = "write it again, or give the run that it is of"
+    with reading("the checkpoint", folder, mend), quiet_loading():
+        module, report = architecture.auto_class.from_pretrained(
+            folder,
+            dtype=dtypes.get(config.precision, "auto"),
+            config=read,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    _refuse_parts(name, folder, report)
     nn.Module.to(module, choose_device(config.device))
     processor = load_processor(folder, architecture)
     module = module.eval().requires_grad_(False)
     return Checkpoint(name, module, tokenizer, settings_of(folder), processor)
+
+
+def _refuse_ignored(name: str, folder: Path) -> None:
+    """Refuse what transformers reads over: unknown methods, transforms of inputs, adapters."""
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
+        raise LRQuantError(
+            f"checkpoint {name}: quant_method {quantization.get('quant_method')!r} of its "
+            "config.json is unknown here, and would be left out; measure it in the software that "
+            "wrote it"
+        )
+    if isinstance(quantization, dict) and quantization.get("transform_config"):
+        raise LRQuantError(
+            f"checkpoint {name}: its transform_config is one that transformers leaves out, so it "
+            "would compute something else; measure it in the software that wrote it"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise LRQuantError(
+            f"checkpoint {name}: adapter_config.json beside its weights changes what is loaded "
+            "from machine to machine; merge the adapter, or take the file away"
+        )
+
+
+def _refuse_parts(name: str, folder: Path, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint of which transformers made up, left out or reshaped a tensor."""
+    expected: set[str] = set()
+    if (folder / MANIFEST).is_file():
+        expected.update(read_manifest(folder).get("extra_tensors", []))
+    problems = {
+        "has no": sorted(report["missing_keys"]),
+        "is not read although it holds": sorted(set(report["unexpected_keys"]) - expected),
+        "has another shape than config.json says of": sorted(
+            str(entry[0]) for entry in report["mismatched_keys"]
+        ),
+    }
+    for said, names in problems.items():
+        if names:
+            more = f" and {len(names) - 1} tensors more" if names[1:] else ""
+            raise LRQuantError(
+                f"checkpoint {name}: it {said} {names[0]}{more}, so transformers would measure "
+                "another model; its config.json and its files do not belong together, get it again"
+            )
 
 
 @contextmanager

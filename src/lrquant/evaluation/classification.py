@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lrquant.config import Config
 from lrquant.conversations import picture_files
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.shares import share
+from lrquant.evaluation.shares import counted, share
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, pixel_inputs, require_processor
@@ -30,13 +30,18 @@ class LabelledPictures:
         if not folder.is_dir():
             raise LRQuantError(f"--classify {folder}: no such folder; give one subfolder a class")
         files, skipped = picture_files(folder)
-        if 0 < limit < len(files):
+        whole = len(files)
+        if 0 < limit < whole:
             files = [files[i * len(files) // limit] for i in range(limit)]
         known = _classes(reader)
         self.labels = torch.tensor([_label(file, folder, known) for file in files])
         self.feed = Feed([pixel_inputs(reader, file) for file in files])
         left_out = f", {len(skipped)} could not be opened" if skipped else ""
-        self.description = f"{folder.name}, {len(files)} pictures{left_out}"
+        of = f"{len(files)} of {whole}" if len(files) < whole else f"{whole}"
+        self.description = f"{folder.name}, {of} pictures{left_out}"
+        items = counted(len(files), whole, "pictures")
+        sha256 = self.feed.sha256()
+        self.about = {"text": self.description, "sha256": sha256, "items": items}
 
 
 def _classes(reader: Reader) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lrquant.config import Config
+from lrquant.evaluation.shares import of_how_many
 from lrquant.evaluation.zero_shot import Tasks, TaskScores, score_tasks
 from lrquant.prompts import Reader
 from lrquant.workdir import RunFolder
@@ -42,7 +43,9 @@ class TaskBoard:
         results = compared(self.tasks, self.scores, self.config.max_drop)
         for name in self.tasks.names:
             metrics = results["tasks"][name][variant]
-            logger.info("task %s, %s: %s", name, variant.replace("_", " "), _words(metrics))
+            about = [name, variant.replace("_", " ")]
+            about += filter(None, [of_how_many(results["tasks"][name].get("items"))])
+            logger.info("task %s: %s", ", ".join(about), _words(metrics))
         return results
 
 
@@ -58,22 +61,36 @@ def compared(
     results: dict[str, Any] = {"tasks": {}, "task_means": {}}
     for name in next(iter(scores.values())).results:
         entry: dict[str, Any] = {"data": tasks.sets[name]} if name in tasks.sets else {}
+        entry |= _of_what(tasks, [name], next(iter(scores.values())))
         if name in tasks.parents:
             entry["part_of"] = tasks.parents[name]
         entry |= {variant: found.results[name] for variant, found in scores.items()}
         differences = _against_others(tasks, name, scores)
         results["tasks"][name] = entry | ({"differences": differences} if differences else {})
-    means = {f"mean of {len(tasks.names)} tasks": tasks.names}
+    averaged = {f"mean of {len(tasks.names)} tasks": tasks.names}
     if set(PUBLISHED_TASKS) == set(tasks.names):
-        means.clear()
+        averaged.clear()
     if set(PUBLISHED_TASKS) <= set(tasks.names):
-        means["mean of the six published tasks"] = PUBLISHED_TASKS
-    for label, names in means.items():
+        averaged["mean of the six published tasks"] = PUBLISHED_TASKS
+    for label, names in averaged.items():
         if len(names) > 1:
-            results["task_means"] |= {label: _means(names, results["tasks"], list(scores))}
+            means = _means(names, results["tasks"], list(scores))
+            about = _of_what(tasks, names, next(iter(scores.values())))
+            results["task_means"] |= {label: means | about}
     if max_drop is not None and len(scores) > 1:
         results["max_drop"] = _verdict(tasks, results["tasks"], list(scores), max_drop)
     return {key: value for key, value in results.items() if value}
+
+
+def _of_what(tasks: Tasks, names: Sequence[str], scores: TaskScores) -> dict[str, Any]:
+    """Of how many items, with how many examples in the prompt, as far as the harness tells."""
+    members = [part for name in names for part in tasks.members.get(name, (name,))]
+    shots = sorted({scores.output.get("n-shot", {}).get(part, 0) for part in members})
+    told = {
+        "items": scores.items_of(members),
+        "num_fewshot": shots[0] if len(shots) == 1 else shots,
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def accuracy_of(metrics: Mapping[str, Any], kind: str) -> str | None:
@@ -122,12 +139,12 @@ def _paired(
         if sides[0] is None or sides[1] is None or len(sides[0]) != len(sides[1]):
             return None
         pairs = [a - b for a, b in zip(*sides, strict=True)]
-        errors.append(stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan)
+        errors.append(stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None)
         sizes.append(len(pairs))
     weighted = name in tasks.weighted
     shares = [size / sum(sizes) if weighted else 1 / len(sizes) for size in sizes]
-    error = math.hypot(*(share * e for share, e in zip(shares, errors, strict=True)))
-    return {"stderr": error, "paired": True, "items": sum(sizes)}
+    weighed = [None if e is None else share * e for share, e in zip(shares, errors, strict=True)]
+    return {"stderr": _joint(weighed), "paired": True, "items": sum(sizes)}
 
 
 def _item_scores(scores: TaskScores, task: str, metric: str) -> Sequence[float] | None:
@@ -149,7 +166,7 @@ def _means(
         chosen = [(entries[n], m) for n, m in zip(names, metrics, strict=True) if m is not None]
         if len(chosen) < len(names):
             continue
-        mean: dict[str, Any] = {"tasks": list(names)}
+        mean: dict[str, Any] = {"tasks": list(names), "metrics": [metric for _, metric in chosen]}
         for variant in variants:
             errors = [entry[variant].get(_stderr_name(metric)) for entry, metric in chosen]
             mean[variant] = {
@@ -186,6 +203,7 @@ def _verdict(
         "drop": drop,
         "stderr": found["stderr"],
         "acceptable": bool(drop <= allowed),
+        "tasks": list(tasks.names),
     }
 
 
@@ -205,6 +223,6 @@ def _words(metrics: Mapping[str, Any]) -> str:
     for metric, value in metrics.items():
         if _is_score(metric, value):
             error = metrics.get(_stderr_name(metric))
-            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            spread = f" ± {error:.4f}" if isinstance(error, float) and error > 0 else ""
             parts.append(f"{metric.removesuffix(',none')} {value:.4f}{spread}")
     return ", ".join(parts)

@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
+from lrquant.beginnings import beginning_of
 from lrquant.blocks import Head, Prepare, PreparedBlock, Variant
 from lrquant.config import Config
 from lrquant.conversations import is_conversations
 from lrquant.data import Samples, perplexity_windows
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.adaptation import adapt, check_adaptation, is_adapted
+from lrquant.evaluation.adaptation import (
+    adapt,
+    check_adaptation,
+    describe_adaptation,
+    is_adapted,
+)
 from lrquant.evaluation.classification import (
     LabelledPictures,
     accuracy,
@@ -24,13 +30,14 @@ from lrquant.evaluation.classification import (
 )
 from lrquant.evaluation.comparison import TaskBoard
 from lrquant.evaluation.perplexity import score, send_through
+from lrquant.evaluation.shares import counted
 from lrquant.evaluation.vqa import Questions, answer_all, read_questions
 from lrquant.inputs import BlockInputs
 from lrquant.learn.view import BlockView, Method
 from lrquant.materialize import materialize
 from lrquant.model import Model
 from lrquant.progress import Progress
-from lrquant.prompts import Reader, picture_samples
+from lrquant.prompts import Reader, picture_samples, takes_pictures
 from lrquant.scheme import FLOATING_POINT, Scheme
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
@@ -54,7 +61,7 @@ def prepare_evaluation(config: Config, model: Model) -> Evaluation:
     Sets asked for by name must be there; of the published five, those that can't be had are named
     in the log and left out, as long as one is left.
     """
-    check_adaptation(config, len(model.blocks))
+    check_adaptation(config, len(model.blocks), takes_pictures(model))
     return Evaluation(
         read_texts(config, model), read_questions(config, model), read_pictures(config, model)
     )
@@ -66,10 +73,11 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
         return {}
     if reader.tokenizer is None:
         raise LRQuantError("no tokenizer: perplexity needs one")
+    model_type = reader.architecture.part(reader.skeleton.config).model_type
     found: dict[str, Samples] = {}
     missing: list[LRQuantError] = []
     for name in config.perplexity_sets:
-        if is_conversations(Path(name)):
+        if is_conversations(Path(name)) and takes_pictures(reader):
             found[name] = picture_samples(Path(name), reader, config.limit)
             continue
         try:
@@ -80,6 +88,8 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
                 config.limit,
                 Path(config.data_dir) if config.data_dir else None,
                 Path(config.cache_dir) if config.cache_dir else None,
+                beginning_of(reader.tokenizer, model_type, config.bos),
+                config.text_column,
             )
         except LRQuantError as error:
             if config.ppl or name in config.agreement:
@@ -116,11 +126,17 @@ def evaluate_run(
         variants["quantized"] = quantized
         if config.tta:
             done = adapt(workbench, config, folder, windows, progress)
-            yield {"test_time_adaptation": {name: done}}
+            how = {"adapted": describe_adaptation(config)}
+            yield {"test_time_adaptation": {name: measured_on(windows) | how | done}}
             variants["test_time_adapted"] = preparer(
                 workbench, config.quantization, config, folder, name
             )
-        yield measure(workbench, windows, variants, progress, agreement=name in config.agreement)
+        measured = measure(
+            workbench, windows, variants, progress, agreement=name in config.agreement
+        )
+        for kind in measured if config.tta else ():
+            measured[kind][name] |= how
+        yield measured
     pictures, questions = evaluation.pictures, evaluation.questions
     if board is None and pictures is None and not questions:
         return
@@ -141,8 +157,9 @@ def evaluate_run(
         expected = classes["full_precision"]
         right = {variant: accuracy(pictures, found, expected) for variant, found in classes.items()}
         for variant, share in right.items():
-            logger.info("%s: %.4f of the classes are right", variant, share["accuracy"])
-        yield {"classification": {"text": pictures.description, **right}}
+            words = "%s: %.4f of the classes are right, %s"
+            logger.info(words, variant, share["accuracy"], pictures.description)
+        yield {"classification": {**pictures.about, **right}}
 
 
 def measure(
@@ -163,8 +180,8 @@ def measure(
     entry = entry_of(workbench, windows)
     stream, *kept = workbench.streams(entry, 2 if agreement else 1)
     head = Head(model, workbench.device, workbench.dtype)
-    perplexities: dict[str, Any] = {"text": windows.description}
-    agreements: dict[str, Any] = {"text": windows.description}
+    perplexities: dict[str, Any] = measured_on(windows)
+    agreements: dict[str, Any] = measured_on(windows)
     for index, (variant, prepare) in enumerate(variants.items()):
         with progress.measuring(f"{windows.name} {variant}", len(model.blocks)) as told:
             send_through(model, prepare, stream, entry, told)
@@ -177,6 +194,15 @@ def measure(
             agreements[variant] = scores
     results: dict[str, Any] = {"perplexity": {windows.name: perplexities}}
     return results | ({"agreement": {windows.name: agreements}} if agreement else {})
+
+
+def measured_on(windows: Samples) -> dict[str, Any]:
+    """Of what a perplexity or an agreement is, as results.json has it."""
+    unit = "conversations"
+    if windows.prompts is None:
+        unit = f"windows of {windows.ids.shape[1]} tokens"
+    items = counted(len(windows.feed), windows.whole, unit)
+    return {"text": windows.description, "sha256": windows.sha256, "items": items}
 
 
 def entry_of(workbench: Workbench, windows: Samples) -> BlockInputs:

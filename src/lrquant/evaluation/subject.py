@@ -20,10 +20,17 @@ from lrquant.errors import LRQuantError
 from lrquant.evaluation.checkpoint import is_checkpoint, load_checkpoint
 from lrquant.evaluation.classification import accuracy, predictions, read_pictures
 from lrquant.evaluation.comparison import TaskBoard
-from lrquant.evaluation.measures import entry_of, log_scores, preparer, read_texts
+from lrquant.evaluation.measures import (
+    entry_of,
+    log_scores,
+    measured_on,
+    preparer,
+    read_texts,
+)
 from lrquant.evaluation.perplexity import score, send_through
 from lrquant.evaluation.reference import reference_name, require_same_tokens
 from lrquant.evaluation.vqa import answer_all, read_questions
+from lrquant.identity import dtype_name
 from lrquant.materialize import materialize
 from lrquant.model import load_model
 from lrquant.progress import Progress
@@ -109,7 +116,7 @@ def measure_subject(
     others = {} if reference is None else read_texts(config, reference.reader)
     for name, windows in read_texts(config, subject.reader).items():
         logger.info("perplexity on %s", windows.description)
-        perplexities: dict[str, Any] = {"text": windows.description}
+        perplexities: dict[str, Any] = measured_on(windows)
         measured: dict[str, Any] = {"perplexity": {name: perplexities}}
         expected, head = None, None
         if reference is not None and name in config.agreement:
@@ -124,8 +131,11 @@ def measure_subject(
         perplexities[variant] = scores.pop("perplexity")
         if scores:
             assert reference is not None
-            about = {"text": windows.description, "reference": reference.variant}
+            about = measured_on(windows) | {"reference": reference.variant}
             measured["agreement"] = {name: {**about, variant: scores}}
+        if reference is not None and reference.dtype != subject.dtype:
+            for kind in measured:
+                measured[kind][name]["reference_precision"] = dtype_name(reference.dtype)
         yield measured
     if board is None and pictures is None and not questions:
         return
@@ -133,7 +143,7 @@ def measure_subject(
     if pictures is not None:
         found = predictions(pictures, module, variant, progress)
         right = accuracy(pictures, found, None)
-        yield {"classification": {"text": pictures.description, variant: right}}
+        yield {"classification": {**pictures.about, variant: right}}
     yield from answer_all(questions, module, subject.reader, variant, progress)
     if board is not None:
         yield board.add(variant, module, subject.reader)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections import Counter
@@ -15,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from lrquant.config import Config
 from lrquant.conversations import Conversation, read_conversations
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.shares import share
+from lrquant.evaluation.shares import counted, share
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, prompt_inputs
@@ -38,6 +40,7 @@ class Questions:
 
     def __init__(self, path: Path, reader: Reader, limit: int = -1) -> None:
         items = read_conversations(path).items
+        whole = len(items)
         items = items[:limit] if limit > 0 else items
         for item in items:
             if not item.answers or item.answered:
@@ -48,7 +51,12 @@ class Questions:
         self.items: tuple[Conversation, ...] = items
         self.feed = Feed([prompt_inputs(reader, item) for item in items])
         tokens = sum(sample["input_ids"].shape[1] for sample in self.feed.inputs)
-        self.description = f"{path.name}, {len(items)} questions, {tokens} tokens"
+        of = f"the first {len(items)} of {whole}" if len(items) < whole else f"{whole}"
+        self.description = f"{path.name}, {of} questions, {tokens} tokens"
+        counts = counted(len(items), whole, "questions")
+        answers = json.dumps([item.answers for item in items])
+        sha256 = hashlib.sha256((self.feed.sha256() + answers).encode()).hexdigest()
+        self.about = {"text": self.description, "sha256": sha256, "items": counts}
 
 
 def answer_all(
@@ -61,7 +69,7 @@ def answer_all(
     """Measures of every set, one by one, as results.json has them."""
     for name, asked in sets.items():
         scores = answer_questions(name, asked, module, reader, variant, progress)
-        yield {"vqa": {name: {"text": asked.description, variant: scores}}}
+        yield {"vqa": {name: {**asked.about, variant: scores}}}
 
 
 @torch.no_grad()
@@ -102,8 +110,9 @@ def answer_questions(
             scores |= share(f"exact_match_{kind}", of_kind)
     scores |= share("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs])
     logger.info(
-        "%s, %s: %.4f of the answers are right, %.4f by the VQA rule",
-        *(name, variant.replace("_", " "), scores["exact_match"], scores["vqa_accuracy"]),
+        "%s, %s: %.4f of the answers to %d questions are right, %.4f by the VQA rule",
+        *(name, variant.replace("_", " "), scores["exact_match"], len(pairs)),
+        scores["vqa_accuracy"],
     )
     return scores
 

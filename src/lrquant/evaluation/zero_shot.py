@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.evaluation.shares import counted
 from lrquant.prompts import Reader, require_processor
 
 logger = logging.getLogger("lrquant")
@@ -57,6 +58,18 @@ class TaskScores:
     def results(self) -> dict[str, dict[str, Any]]:
         """Metrics by task and group, as the harness names them ("acc,none")."""
         return self.output["results"]
+
+    def items_of(self, tasks: Sequence[str]) -> dict[str, Any] | None:
+        """How many items of these tasks were scored, of how many; None if it is not told."""
+        counts = [self.output.get("n-samples", {}).get(task) for task in tasks]
+        known = [count for count in counts if count is not None]
+        if len(known) < len(tasks):
+            return None
+        return counted(
+            sum(count["effective"] for count in known),
+            sum(count["original"] for count in known),
+            "items",
+        )
 
     def to_json(self) -> str:
         """The harness's own JSON."""
@@ -119,6 +132,7 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
             tokenizer=reader.tokenizer,
             batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
             softmax_dtype=torch.float32,
+            trust_remote_code=False,
         )
     others = sorted(tasks.sets.keys() - tasks.with_pictures)
     if others:
@@ -129,7 +143,9 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
     with tempfile.TemporaryDirectory() as folder:
         require_processor(reader).save_pretrained(folder)
         module.name_or_path = folder  # where the harness looks for a model's processor
-        return HFMultimodalLM(pretrained=module, batch_size=1, convert_img_format=True)
+        return HFMultimodalLM(
+            pretrained=module, batch_size=1, convert_img_format=True, trust_remote_code=False
+        )
 
 
 def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:

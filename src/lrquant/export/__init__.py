@@ -26,6 +26,7 @@ from lrquant.learn.frozen import FrozenBlock
 from lrquant.scheme import Scheme
 
 DEFAULT = "compressed-tensors"
+Decode = Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]
 __all__ = ["DEFAULT", "Format", "Loading", "choose_format", "factor_refusal", "formats"]
 
 
@@ -38,6 +39,8 @@ class Format:
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
     quantised parts of the model, the language part first, and the names of the linears outside
     them, which stay as they are.
+    `decode` undoes `tensors` by what config.json says alone: given a block's stored tensors, its
+    full name and the quantization_config, it returns dense ones; shifts and input factors stay.
     `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
     it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
@@ -52,6 +55,7 @@ class Format:
     loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
         "this format does not say which runtimes load it"
     )
+    decode: Decode = lambda tensors, block, quantization: dict(tensors)
     shape_refusal: Callable[[int, int], str | None] = lambda rows, columns: None
     dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
     shifts: bool = False

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.export import Format, Loading, factor_refusal
+from lrquant.export.loading import AS_LEARNED
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
@@ -91,6 +92,31 @@ def _packed(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     return packed
 
 
+def _decode(
+    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
+) -> dict[str, Tensor]:
+    bits = quantization["bits"]
+    dense = dict(tensors)
+    for linear in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        codes, zeros = (
+            _columns(dense.pop(f"{linear}.{part}"), bits) for part in ("qweight", "qzeros")
+        )
+        scales = dense.pop(f"{linear}.scales").float()
+        rows = codes.shape[0] // scales.shape[0]
+        weight = (codes - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
+        dense[f"{linear}.weight"] = weight.T
+    return dense
+
+
+def _columns(words: Tensor, bits: int) -> Tensor:
+    """Codes (n, out) of words (n, out / 8)."""
+    shifts = torch.arange(0, 32, bits)
+    codes = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    columns = torch.empty_like(codes)
+    columns[..., ORDER] = codes
+    return columns.flatten(1)
+
+
 def _words(codes: Tensor) -> Tensor:
     """Unsigned codes (out, n) as int32 (n, out / 8), the format's order in the library's words."""
     columns = codes.T.reshape(codes.shape[1], -1, IN_A_WORD)[..., ORDER].flatten(1)
@@ -106,12 +132,15 @@ def _loading(scheme: Scheme, target: str) -> Loading:
         packed = in_vllm_cpu(dataclasses.replace(scheme, weight_bits=BITS))
         return dataclasses.replace(packed, notes=(_IN_BFLOAT16,))
     if target == "transformers":
-        return Loading(
-            notes=("transformers loads AWQ with gptqmodel installed, which computes in float16",)
-        )
+        notes = ("transformers loads AWQ with gptqmodel installed, which computes in float16",)
+        return Loading(notes=notes, computes=_BY_ROW if scheme.group_size is None else AS_LEARNED)
     return Loading("made for other runtimes; use --target vllm")
 
 
+_BY_ROW = (
+    "what was learned, but on CPUs nothing: there gptqmodel takes no scale of a row of over 256 "
+    "columns"
+)
 _IN_BFLOAT16 = (
     "AWQ's scales are float16: where vLLM computes in bfloat16 those of a model learned in another "
     "dtype are rounded to 8 bits"
@@ -122,6 +151,7 @@ FORMAT = Format(
     name="awq",
     refusal=_refusal,
     tensors=_tensors,
+    decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
     shape_refusal=_shape_refusal,

@@ -8,7 +8,8 @@ from typing import Any
 from lrquant.config import TARGETS, Config
 from lrquant.export import Format
 from lrquant.export.targets import loading_of
-from lrquant.report.tables import results_table
+from lrquant.report.tables import SPREAD_NOTE, results_table
+from lrquant.results import MEASURES, entries
 
 _LOADING = {
     "vllm": "vLLM:\n\n```\nSERVE\n```",
@@ -59,6 +60,7 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
                 f"- Calibration: {calibration['text']}; SHA-256 of the tokens "
                 f"`{calibration['sha256']}`",
                 f"- Seed {config.seed}; matrix products in {facts['precision']}",
+                *_base(facts["results"]),
             ]
         ),
         "## Quality",
@@ -71,13 +73,21 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _base(results: dict[str, Any]) -> list[str]:
+    """That the base model's weights had been quantised before, if they had."""
+    origin = results.get("unpacked_from")
+    return [f"- Full precision: the base model as unpacked from {origin}"] if origin else []
+
+
 def _quality(results: dict[str, Any]) -> str:
     text = results_table(results)
     if not text:
         return "Not measured by the run that made it."
-    sets = results.get("perplexity") or {}
-    windows = "; ".join(str(scores["text"]) for scores in sets.values() if "text" in scores)
-    return f"{text}\n\nText: {windows}." if windows else text
+    sets = [entry for kind in MEASURES for _, entry in entries(results, kind)]
+    windows = "; ".join(dict.fromkeys(str(entry["text"]) for entry in sets if "text" in entry))
+    notes = [f"Measured on: {windows}."] if windows else []
+    notes += [SPREAD_NOTE] if "±" in text else []
+    return "\n\n".join([text, *notes])
 
 
 def _loading(config: Config, form: Format, auto_class: str) -> list[str]:

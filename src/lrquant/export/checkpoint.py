@@ -17,10 +17,14 @@ from lrquant.errors import LRQuantError
 from lrquant.export import Format
 from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
+from lrquant.export.model_config import write_model_config
 from lrquant.export.parts import Part, quantized_models
+from lrquant.export.reading_back import read_back
+from lrquant.export.side_files import copy_side_files
 from lrquant.files import read_json, save_file
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
+from lrquant.results import MEASURES, seen_from
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
@@ -95,6 +99,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         parts = _write_tensors(workbench, config, folder, temporary, form)
         write_small_files(model, config, temporary, form, parts)
+        dtype = checkpoint_dtype(model, config, form)
+        read_back(workbench, _quantized(workbench, config, folder), temporary, form, dtype)
         facts = _facts(model, config, folder, form)
         (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
         write_manifest(temporary, facts)
@@ -113,6 +119,7 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
     path = Path(config.output_dir) / "results.json"
     results = read_json(path) if path.is_file() else {}
+    results = seen_from(results, folder.identity["precision"])
     return {
         "format": form.name,
         "scheme": config.quantization.describe(),
@@ -128,8 +135,8 @@ def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dic
 
 
 _RESULTS = (
-    *("method_name", "scheme", "versions", "perplexity", "agreement", "tasks"),
-    *("vqa", "classification"),
+    *("method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"),
+    *(*MEASURES, "others", "max_drop"),
 )
 
 
@@ -140,15 +147,10 @@ def _write_tensors(
     model = workbench.model
     dtype = checkpoint_dtype(model, config, form)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
-    if model.tied:
-        outer.pop("lm_head.weight", None)
+    outer = {name: tensor for name, tensor in outer.items() if name not in model.tied_names}
     extra = model.source.extra_names()
-    outer |= {name: model.source.tensor(name) for name in extra}
     tower = workbench.tower
-    quantized = [(workbench, config, folder)]
-    if tower is not None and config.vision_scheme is not None:
-        quantized.append((tower, config.for_tower(), folder.tower))
-    elif tower is not None:
+    if tower is not None and config.vision_scheme is None:
         outer |= _stored_blocks(tower)
     weight_map: dict[str, str] = {}
     size = 0
@@ -161,12 +163,10 @@ def _write_tensors(
         weight_map.update(dict.fromkeys(whole, name))
         size += sum(tensor.nbytes for tensor in whole.values())
 
-    write(
-        "model-outer.safetensors",
-        {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()},
-    )
+    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
+    write("model-outer.safetensors", cast | {n: model.source.tensor(n) for n in extra})
     parts = []
-    for bench, settings, learned in quantized:
+    for bench, settings, learned in _quantized(workbench, config, folder):
         file = "model" if bench is workbench else "model-tower"
         for index in range(len(bench.model.blocks)):
             frozen = learned_view(bench, settings, learned, index).freeze()
@@ -177,6 +177,17 @@ def _write_tensors(
         parts.append(Part(blocks, settings.quantization, sorted(tensors)))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
+    return parts
+
+
+def _quantized(
+    workbench: Workbench, config: Config, folder: RunFolder
+) -> list[tuple[Workbench, Config, RunFolder]]:
+    """The language part, and a vision tower that has a scheme, with what was learned of each."""
+    tower = workbench.tower
+    parts = [(workbench, config, folder)]
+    if tower is not None and config.vision_scheme is not None:
+        parts.append((tower, config.for_tower(), folder.tower))
     return parts
 
 
@@ -203,37 +214,14 @@ def write_small_files(
     model: Model, config: Config, place: Path, form: Format, parts: Sequence[Part]
 ) -> None:
     """Write all of a checkpoint but its tensors and index."""
-    _write_config(model, config, place, form, parts)
-    _copy_along(model, config, place)
-
-
-def _write_config(
-    model: Model, config: Config, place: Path, form: Format, parts: Sequence[Part]
-) -> None:
-    saved = type(model.skeleton.config).from_dict(model.skeleton.config.to_dict())
-    saved.dtype = checkpoint_dtype(model, config, form)
-    saved.architectures = [type(model.skeleton).__name__]
-    saved.save_pretrained(place)
     inside = tuple(part.blocks + "." for part in parts)
     outside = [
         name
         for name, module in model.skeleton.named_modules()
         if isinstance(module, nn.Linear) and not name.startswith(inside)
     ]
-    quantization = form.quantization_config(parts, outside)
-    if quantization is not None:
-        path = place / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["quantization_config"] = quantization
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_along(model: Model, config: Config, place: Path) -> None:
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(place)
-    if model.processor is not None:
-        model.processor.save_pretrained(place)
-    generation = (model.folder or Path()) / "generation_config.json"
-    if model.folder is not None and generation.is_file():
-        shutil.copyfile(generation, place / generation.name)
+    extra = {name.rpartition(".")[0] for name in model.source.extra_names()}
+    quantization = form.quantization_config(parts, [*outside, *sorted(extra - {""})])
+    write_model_config(model, checkpoint_dtype(model, config, form), quantization, place)
+    copy_side_files(model, place)
     (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -21,12 +22,15 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from lrquant.config import Config
+from lrquant.errors import LRQuantError
 from lrquant.export import Format, Loading, factor_refusal
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import in_transformers, in_vllm, in_vllm_cpu
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
+
+_SCALE = ".weight_scale"
 
 
 def _refusal(config: Config) -> str | None:
@@ -183,10 +187,38 @@ def packed_weight(codes: Tensor, zero_points: Tensor | None, bits: int) -> dict[
     return packed
 
 
+def _decode(
+    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The library's own decompression, with scales in float32."""
+    fields = QuantizationConfig.model_fields
+    read = QuantizationConfig.model_validate({k: v for k, v in quantization.items() if k in fields})
+    dense = dict(tensors)
+    for linear in [n.removesuffix(_SCALE) for n in tensors if n.endswith(_SCALE)]:
+        packed = [n for n in dense if n.startswith(f"{linear}.weight")]
+        parts = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
+        parts["weight_scale"] = parts["weight_scale"].float()
+        scheme = _group_of(f"{block}.{linear}", read)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or read.format)
+        dense[f"{linear}.weight"] = compressor.decompress(parts, scheme)["weight"]
+    return dense
+
+
+def _group_of(linear: str, read: QuantizationConfig) -> QuantizationScheme:
+    """The group that a linear of this full name is of: a name goes before the class."""
+    groups = [group for group in read.config_groups.values() if not isinstance(group, list)]
+    named = [g for g in groups if any(re.match(t.removeprefix("re:"), linear) for t in g.targets)]
+    whole = [g for g in groups if "Linear" in g.targets]
+    if not (named or whole):
+        raise LRQuantError(f"{linear}: in no group of the quantization_config; export it again")
+    return (named or whole)[0]
+
+
 FORMAT = Format(
     name="compressed-tensors",
     refusal=_refusal,
     tensors=_tensors,
+    decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
+from lrquant.export.side_files import is_read_by_others
 from lrquant.files import read_json
 from lrquant.version import __version__
 
@@ -23,9 +24,10 @@ def write_manifest(place: Path, facts: dict[str, Any]) -> None:
     Those two name places and dates, may be edited, and are not read when the model is loaded.
     """
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(place.iterdir())
-        if path.name not in (SETTINGS, MANIFEST, "README.md")
+        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(place.rglob("*"))
+        for name in [path.relative_to(place).as_posix()]
+        if path.is_file() and name not in (SETTINGS, MANIFEST, "README.md")
     }
     values = {"version": VERSION, "lrquant": __version__, **facts, "files": files}
     (place / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -57,14 +59,16 @@ def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
             problems.append(f"{name}: {size} bytes, {promised['bytes']} were written")
         elif _sha256(path) != promised["sha256"]:
             problems.append(f"{name}: changed since it was written (SHA-256 differs)")
-    return problems
+    names = sorted(path.name for path in place.iterdir() if path.name not in manifest["files"])
+    added = [name for name in names if is_read_by_others(name)]
+    return problems + [
+        f"{name}: not of this checkpoint, but readers would take it" for name in added
+    ]
 
 
-def require_weights(place: Path) -> None:
-    """LRQuantError unless the weight files of a checkpoint are those that were written."""
-    manifest = read_manifest(place)
-    weights = {n: f for n, f in manifest["files"].items() if ".safetensors" in n}
-    problems = changed_files(place, manifest | {"files": weights})
+def require_whole(place: Path) -> None:
+    """LRQuantError unless the files of a checkpoint are those that were written, and no others."""
+    problems = changed_files(place, read_manifest(place))
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise LRQuantError(f"checkpoint {place}: {problems[0]}{more}; export the run again")

@@ -19,10 +19,12 @@ from lrquant.export import Format, Loading
 from lrquant.export.compressed_tensors import packed_linear
 from lrquant.export.parts import Part
 from lrquant.learn.frozen import FrozenBlock
+from lrquant.runtime.linear import IntegerLinear
 from lrquant.scheme import Scheme
 
 NAME = "lrquant"
 VERSION = 1
+_PACKED = ".weight_packed"
 
 
 def _refusal(config: Config) -> str | None:
@@ -46,6 +48,25 @@ def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[st
         if linear.input_factor is not None:
             tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
     return tensors
+
+
+def _decode(
+    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
+) -> dict[str, Tensor]:
+    """By the runtime's own linear."""
+    tower = quantization.get("tower")
+    part = tower if tower and block.startswith(tower["blocks"] + ".") else quantization
+    scheme = Scheme(**part["scheme"])
+    dense = dict(tensors)
+    for linear in [n.removesuffix(_PACKED) for n in tensors if n.endswith(_PACKED)]:
+        packed = [n for n in dense if n.startswith(f"{linear}.weight")]
+        parts = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
+        rows, columns = parts["weight_shape"].tolist()
+        module = IntegerLinear(columns, rows, scheme, bias=False, input_factor=False)
+        module.load_state_dict(parts)
+        module.unpack()
+        dense[f"{linear}.weight"] = module.weight(torch.float32)
+    return dense
 
 
 def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
@@ -78,6 +99,7 @@ FORMAT = Format(
     name=NAME,
     refusal=_refusal,
     tensors=_tensors,
+    decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
     shifts=True,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from lrquant.architectures import architecture_of
 from lrquant.config import Config
@@ -18,9 +17,9 @@ from lrquant.export import formats
 from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
 from lrquant.export.parts import quantized_models
-from lrquant.model import Model, build_skeleton
+from lrquant.model import Model, build_skeleton, count_parameters
+from lrquant.reading import read_config
 from lrquant.sources import SafetensorsSource
-from lrquant.sources.checks import first_line
 from lrquant.workbench import block_shapes
 
 _BF16 = 2
@@ -59,7 +58,8 @@ def verify(place: Path) -> Verified:
         f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
     ]
     used = _used_bits(model, config)
-    stored, elements = 0, model.parameters
+    tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    stored, elements = 0, count_parameters(model.skeleton, tied)
     for name in sorted(names):
         tensor = source.tensor(name)
         stored += tensor.nbytes
@@ -71,12 +71,7 @@ def verify(place: Path) -> Verified:
 
 
 def _model(place: Path, source: SafetensorsSource) -> Model:
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise LRQuantError(
-            f"{place}: config.json cannot be read ({first_line(error)}); export the run again"
-        ) from error
+    config = read_config(place)
     architecture = architecture_of(config)
     skeleton = build_skeleton(config, architecture)
     return Model(str(place), skeleton, None, source, architecture, place)
@@ -106,8 +101,9 @@ def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor
             for key, tensor in block.items()
         }
     inside = tuple(part.architecture.blocks + "." for part, _ in parts)
+    tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for outer, tensor in model.skeleton.state_dict().items():
-        if not outer.startswith(inside) and not (model.tied and outer == "lm_head.weight"):
+        if not outer.startswith(inside) and outer not in tied:
             kept = dtype if tensor.is_floating_point() else tensor.dtype
             expected[outer] = torch.empty(tensor.shape, dtype=kept, device="meta")
     return expected, bits[0]

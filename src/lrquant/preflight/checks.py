@@ -17,11 +17,13 @@ from lrquant.evaluation.adaptation import check_adaptation
 from lrquant.evaluation.measures import prepare_evaluation
 from lrquant.evaluation.subject import check_comparison
 from lrquant.evaluation.zero_shot import load_tasks
+from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.identity import dtype_name
 from lrquant.inputs import BlockInputs
 from lrquant.learning import require_pictures
 from lrquant.model import Model, load_model
-from lrquant.pipeline import check_groups, resolve_settings
+from lrquant.outer import require_finite
+from lrquant.pipeline import check_groups, check_rank, resolve_settings
 from lrquant.preflight.estimate import (
     Seconds,
     estimate_memory,
@@ -35,6 +37,7 @@ from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.runtime import check_shapes, chosen_format
+from lrquant.prompts import takes_pictures
 from lrquant.workbench import Workbench, make_workbench
 from lrquant.workdir import RunFolder
 
@@ -58,7 +61,11 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         check_places(done, None)
         done.add("all else", "not checked", "needs the model")
         return done
+    with done.checking("weights"):
+        require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     fits = check_shapes(done, model, form) and _check_length(done, model)
+    with done.checking("rotation"):
+        check_rank(model, config)
     workbench = _check_device(done, model)
     calibration = None if measure_only else _check_calibration(done, model)
     _check_tower(done, model, calibration)
@@ -155,7 +162,7 @@ def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
                 done.add("evaluation", "ok", f"{said}; its time is not estimated")
     if config.tta:
         with done.checking("evaluation"):
-            check_adaptation(config, len(model.blocks))
+            check_adaptation(config, len(model.blocks), takes_pictures(model))
             done.add("evaluation", "ok", f"adapting the last {config.tta_blocks} blocks to each")
     return list(found.values())
 

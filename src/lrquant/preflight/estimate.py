@@ -148,10 +148,9 @@ def _outside_bytes(model: Model, dtype: torch.dtype, quantized_lists: list[str])
         for name, tensor in model.skeleton.state_dict().items()
         if not name.startswith(inside)
     }
-    if model.tied:
-        shapes.pop("lm_head.weight", None)
-    shapes |= {name: model.source.shape(name) for name in model.source.extra_names()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in model.tied_names}
     tensors = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
+    tensors |= {name: model.source.tensor(name) for name in model.source.extra_names()}
     return _file_bytes(tensors.items())
 
 

@@ -83,34 +83,78 @@ def _by_block(
 def _perplexities(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Picture]:
     """One picture for each text on which more than one run was measured."""
     texts = dict.fromkeys(t for contents in runs for t in contents["results"].get("perplexity", {}))
-    pictures = []
-    for index, text in enumerate(texts):
-        scores = [contents["results"].get("perplexity", {}).get(text, {}) for contents in runs]
-        measured = [
-            (name, each["quantized"], each.get("full_precision"))
-            for name, each in zip(names, scores, strict=True)
-            if each.get("quantized") is not None
+    pictures: list[Picture] = []
+    for text in texts:
+        rows = [
+            (name, contents, contents["results"]["perplexity"][text])
+            for name, contents in zip(names, runs, strict=True)
+            if isinstance(
+                contents["results"].get("perplexity", {}).get(text, {}).get("quantized"), float
+            )
         ]
-        if len(measured) < 2:
-            continue
-        with drawing(1, height=0.8 + 0.25 * len(measured)) as canvas:
-            (axis,) = canvas.axes
-            values = [value for _, value, _ in measured]
-            colours = [SERIES[names.index(name) % len(SERIES)] for name, _, _ in measured]
-            axis.scatter(values, range(len(values)), color=colours, s=30, zorder=3)
-            full = {value for _, _, value in measured if value is not None}
-            for each in full:
-                axis.axvline(each, color=FAINT, linewidth=0.8, linestyle="--")
-            axis.set_yticks(range(len(values)), [_plain(name) for name, _, _ in measured])
-            axis.set_ylim(len(values) - 0.5, -0.5)
-            logarithmic(axis, horizontal=True)
-            axis.set_xlabel("perplexity")
-            words = " Dashed: full precision." if full else ""
-            alike = {each.get("text") for each in scores if each} == {scores[0].get("text")}
-            warning = "" if alike else " Not all on the same windows of it: see the table."
-            caption = f"Lower is better.{words}{warning}"
-            pictures.append(canvas.picture(f"perplexity-{index}", f"Perplexity on {text}", caption))
+        if len(rows) > 1:
+            pictures.append(_perplexity(f"perplexity-{len(pictures)}", text, rows, names))
     return pictures
+
+
+def _perplexity(
+    name: str,
+    text: str,
+    rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]],
+    names: Sequence[str],
+) -> Picture:
+    """A point a run; full precision as one line if it is one number, else a dash at each run."""
+    full = [scores.get("full_precision") for *_, scores in rows]
+    measured = [value for value in full if isinstance(value, float)]
+    one = len({_of_what(contents, scores) for _, contents, scores in rows}) == 1
+    one = one and len(set(measured)) == 1
+    with drawing(1, height=0.8 + 0.25 * len(rows)) as canvas:
+        (axis,) = canvas.axes
+        values = [scores["quantized"] for *_, scores in rows]
+        colours = [SERIES[names.index(run) % len(SERIES)] for run, *_ in rows]
+        axis.scatter(values, range(len(values)), color=colours, s=30, zorder=3)
+        if one:
+            axis.axvline(measured[0], color=FAINT, linewidth=0.8, linestyle="--")
+        else:
+            places = [place for place, value in enumerate(full) if isinstance(value, float)]
+            axis.scatter(measured, places, marker="|", color=FAINT, s=90, linewidth=1.2)
+        axis.set_yticks(range(len(values)), [_plain(run) for run, *_ in rows])
+        axis.set_ylim(len(values) - 0.5, -0.5)
+        logarithmic(axis, horizontal=True)
+        axis.set_xlabel("perplexity")
+        return canvas.picture(name, f"Perplexity on {text}", _words(rows, measured, one))
+
+
+def _words(
+    rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], full: list[float], one: bool
+) -> str:
+    """What the points are, and what must not be compared."""
+    words = ["Lower is better."]
+    if one:
+        words.append("Dashed: full precision, of the same model on the same windows in all runs.")
+    elif full:
+        words.append("Upright dashes: the full precision of each run that has measured it.")
+    if len({contents["run"]["weights"] for _, contents, _ in rows}) > 1:
+        words.append("The runs are of different models.")
+    if len({_windows(scores) for *_, scores in rows}) > 1:
+        words.append("Not all on the same windows of it: see the table.")
+    elif len({_of_what(contents, scores) for _, contents, scores in rows}) > 1:
+        words.append("Not all measured in the same way: see the runs.")
+    return " ".join(words)
+
+
+def _windows(scores: dict[str, Any]) -> tuple[str | None, str | None]:
+    return scores.get("text"), scores.get("sha256")
+
+
+def _of_what(contents: dict[str, Any], scores: dict[str, Any]) -> tuple[object, ...]:
+    """What two runs must share for their full precision to be one number."""
+    run = contents["run"]
+    made_with = [scores.get("measured_with", {}).get(key, run.get(key)) for key in _CONDITIONS]
+    return (run["weights"], *_windows(scores), *made_with)
+
+
+_CONDITIONS = ("precision", "device")
 
 
 def _plain(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrquant.files import read_json
 from lrquant.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
+from lrquant.results import MEASURES, entries, seen_from
 from lrquant.scheme import Scheme
 from lrquant.version import __version__
 from lrquant.workdir import BlockRecord, RunFolder
@@ -19,10 +20,6 @@ from lrquant.workdir import BlockRecord, RunFolder
 FORMAT = 1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _WORST = 10
-_MEASURES = (
-    *("perplexity", "agreement", "test_time_adaptation", "vqa", "classification"),
-    *("tasks", "task_means", "max_drop"),
-)
 
 
 def run_contents(folder: RunFolder) -> dict[str, Any]:
@@ -34,12 +31,14 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     records = folder.records()
     path = folder.path / "results.json"
     results = read_json(path) if path.is_file() else {}
+    results = seen_from(results, folder.identity["precision"])
     blocks = [_block(folder, record) for record in records]
+    kept = (*MEASURES, "others", "max_drop")
     contents = {
         "format": FORMAT,
         "written_by": f"lrquant {__version__}",
         "run": _run(folder, records, results),
-        "results": {name: results[name] for name in _MEASURES if results.get(name)},
+        "results": _in_words({name: results[name] for name in kept if results.get(name)}),
         "blocks": blocks,
         "tower_blocks": [_block(folder.tower, record) for record in folder.tower.records()],
         "worst_linears": _worst_linears(blocks),
@@ -62,6 +61,7 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any])
         "learned_blocks": len(records),
         "scheme": scheme.name,
         "scheme_in_words": scheme.describe(),
+        "activations_quantised": not scheme.weight_only,
         "tower": Scheme(**identity["tower"]["scheme"]).describe() if "tower" in identity else "",
         "method": results.get("method", describe_method(config)),
         "method_name": results.get("method_name", method_name(config)),
@@ -71,6 +71,9 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any])
         "seed": config.seed,
         "precision": identity["precision"],
         "device": results.get("device"),
+        "threads": results.get("threads"),
+        "cpu": results.get("cpu"),
+        "unpacked_from": results.get("unpacked_from", ""),
         "versions": results.get("versions", {}),
         "seconds": sum(record.seconds for record in records),
         "peak_memory_bytes": max((record.peak_memory_bytes for record in records), default=0),
@@ -160,10 +163,11 @@ def _missing(contents: dict[str, Any]) -> list[str]:
         )
     if not results.get("perplexity"):
         missing.append("perplexity: lrquant evaluate RUN --ppl wikitext2 --compare")
-    elif not all(
-        {"full_precision", "round_to_nearest"} <= scores.keys()
-        for scores in results["perplexity"].values()
-    ):
+    elif results["perplexity"].keys() - {
+        text
+        for text, scores in entries(results, "perplexity")
+        if {"full_precision", "round_to_nearest"} <= scores.keys()
+    }:
         missing.append(
             "full precision or round-to-nearest beside a perplexity: lrquant evaluate RUN --compare"
         )
@@ -184,6 +188,15 @@ def _spans(numbers: Iterable[int]) -> str:
             spans.append([number, number])
     words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
     return ("blocks " if len(words) > 1 or "-" in words[0] else "block ") + ", ".join(words)
+
+
+def _in_words(value: Any) -> Any:
+    """Measures that are not finite as words, "inf" and "nan": nobody should miss them."""
+    if isinstance(value, dict):
+        return {key: _in_words(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_words(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(value: Any) -> Any:

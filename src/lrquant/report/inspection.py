@@ -10,6 +10,7 @@ from lrquant.export.manifest import MANIFEST, read_manifest
 from lrquant.export.verification import verify
 from lrquant.files import read_json
 from lrquant.report.tables import results_table, table
+from lrquant.results import seen_from
 from lrquant.scheme import Scheme
 from lrquant.workdir import BlockRecord, RunFolder
 
@@ -37,8 +38,9 @@ def _inspect_run(folder: RunFolder) -> str:
         f"calibration: {identity['calibration']}",
         f"precision: {identity['precision']}",
         f"learned parameters: {_size(learned)}; "
-        f"time: {sum(r.seconds for r in records):.0f} s; "
-        f"peak memory: {_size(max((r.peak_memory_bytes for r in records), default=0))}",
+        f"learning time: {sum(r.seconds for r in records):.0f} s; "
+        "peak memory until the last block: "
+        f"{_size(max((r.peak_memory_bytes for r in records), default=0))}",
         "",
         _losses(records),
     ]
@@ -50,7 +52,7 @@ def _inspect_run(folder: RunFolder) -> str:
         lines.append(_losses(records))
     results = folder.path / "results.json"
     if results.is_file():
-        text = results_table(read_json(results))
+        text = results_table(seen_from(read_json(results), identity["precision"]))
         lines += ["", text] if text else []
     return "\n".join(lines)
 
@@ -98,7 +100,8 @@ def _inspect_checkpoint(path: Path) -> str:
         f"calibration: {facts['calibration']['text']}",
         f"bits per weight of the linears, scales and zero points counted: "
         f"{found.bits_per_weight:.3f}",
-        f"tensors: {_size(found.stored)}, {share:.1%} of {_size(found.as_bf16)} in bfloat16",
+        f"tensors: {_size(found.stored)}, {share:.1%} of {_size(found.as_bf16)} in bfloat16: "
+        f"{16 * share:.3f} bits a weight of the whole model, embedding and head included",
         f"verified: hashes of {len(facts['files'])} files; names, shapes, dtypes and values of all "
         "tensors",
     ]

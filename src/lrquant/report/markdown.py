@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrquant.report.result_sections import adaptation_table, result_tables
 from lrquant.report.sections import (
     Table,
-    adaptation_table,
     block_table,
     facts,
     linear_table,
-    result_tables,
     tower_tables,
+    worst_sentence,
     worst_table,
 )
 from lrquant.report.tables import table
@@ -31,6 +31,7 @@ def run_markdown(contents: dict[str, Any]) -> str:
     shown += [worst_table(contents), block_table(contents), linear_table(contents)]
     shown += tower_tables(contents)
     parts += [_section(each) for each in shown if each.rows]
+    parts += filter(None, [worst_sentence(contents)])
     return "\n\n".join(parts) + "\n"
 
 

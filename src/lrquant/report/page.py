@@ -10,20 +10,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.filesize import decimal
 
 from lrquant.report import charts, comparison_charts, tensor_charts
+from lrquant.report.numbers import divergence, duration, number, share
+from lrquant.report.result_sections import adaptation_table, labels, result_tables
 from lrquant.report.sections import (
     Table,
-    adaptation_table,
     block_table,
-    duration,
     facts,
-    figure,
     linear_table,
-    number,
-    result_tables,
     tower_tables,
+    worst_sentence,
     worst_table,
 )
-from lrquant.report.tables import COLUMNS
+from lrquant.report.tables import named
 from lrquant.workdir import RunFolder
 
 _TILES = 2  # texts whose perplexities stand at the top
@@ -42,10 +40,11 @@ def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
         facts=facts(run),
         missing=contents["missing"],
         results=[*result_tables([contents], [""]), *_filled(adaptation_table(contents))],
-        worst_blocks=contents["worst_blocks"],
+        worst=worst_sentence(contents),
         errors=[table for table in errors if table.rows],
         error_pictures=charts.error_pictures(contents),
         learning_pictures=charts.learning_pictures(contents),
+        activations_quantised=run["activations_quantised"],
         scaled=any("scale" in block["parameters"] for block in contents["blocks"]),
         activation_pictures=tensor_charts.activation_pictures(contents, folder),
         parameter_pictures=charts.parameter_pictures(contents),
@@ -96,36 +95,32 @@ def _filled(table: Table) -> list[Table]:
 
 def _tiles(contents: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that people look for first."""
-    run = contents["run"]
-    labels = {**COLUMNS, "quantized": run["method_name"]}
+    run, results = contents["run"], contents["results"]
+    columns = labels(contents)
     tiles = []
-    for text, scores in list(contents["results"].get("perplexity", {}).items())[:_TILES]:
-        beside = [
-            f"{labels[key]} {number(scores[key])}"
-            for key in ("full_precision", "round_to_nearest")
-            if scores.get(key) is not None
-        ]
-        value = number(scores.get("quantized")) or "–"
-        tiles.append((f"perplexity, {text}", value, ", ".join(beside)))
-    for text, variants in list(contents["results"].get("agreement", {}).items())[:1]:
+    for text, about, scores in named(results, "perplexity")[:_TILES]:
+        beside = _beside(columns, {key: number(scores.get(key)) for key in columns})
+        tiles.append((f"perplexity, {text}{about}", number(scores.get("quantized")) or "–", beside))
+    for text, about, variants in named(results, "agreement")[:1]:
         scores = variants.get("quantized", {})
         if scores.get("kl_mean") is not None:
-            share = f"{100 * scores['same_top']:.1f} % same top token"
-            tiles.append((f"mean KL, {text}", f"{scores['kl_mean']:.3f}", share))
-    for name, variants in list(contents["results"].get("vqa", {}).items())[:1]:
+            same = f"same top token {share(scores['same_top'])}"
+            tiles.append((f"mean KL, {text}{about}", divergence(scores["kl_mean"]), same))
+    for name, about, variants in named(results, "vqa")[:1]:
         if "quantized" in variants:
-            share = f"{100 * variants['quantized']['exact_match']:.1f} %"
-            tiles.append((f"right answers, {Path(name).name}", share, ""))
-    for label, means in list(contents["results"].get("task_means", {}).items())[-1:]:
-        found = means.get("acc_norm", {})  # the plain accuracy where a task has no other
-        beside = [
-            f"{labels[key]} {figure(found[key]['mean'])}"
-            for key in ("full_precision", "round_to_nearest")
-            if key in found
-        ]
-        if "quantized" in found:
-            tiles.append((label, figure(found["quantized"]["mean"]), ", ".join(beside)))
+            right = share(variants["quantized"]["exact_match"])
+            tiles.append((f"right answers, {Path(name).name}{about}", right, ""))
+    for label, about, means in named(results, "task_means")[-1:]:
+        means = means.get("acc_norm", {})  # the plain accuracy where a task has no other
+        beside = _beside(columns, {k: share(means[k]["mean"]) for k in columns if k in means})
+        if "quantized" in means:
+            tiles.append((f"{label}{about}", share(means["quantized"]["mean"]), beside))
     each = run["seconds"] / max(run["learned_blocks"], 1)
     tiles.append(("learning time", duration(run["seconds"]), f"{duration(each)} a block"))
     tiles.append(("peak memory", decimal(run["peak_memory_bytes"]), run["device"] or ""))
     return tiles
+
+
+def _beside(columns: dict[str, str], values: dict[str, str]) -> str:
+    compared = ("full_precision", "round_to_nearest")
+    return ", ".join(f"{columns[key]} {values[key]}" for key in compared if values.get(key))

@@ -1,19 +1,15 @@
-"""The tables of a report, of one run or several, for every form that shows them."""
+"""The tables of a report that say what a run is and what came of its blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from rich.filesize import decimal
 
-from lrquant.report.tables import AGREEMENT, COLUMNS, picture_rows, task_rows, verdict
-
-ADAPTED_NOTE = (
-    "Test-time adaptation learned the last blocks again on the text that it is scored on (never "
-    "on labels): not comparable with the other columns."
-)
+from lrquant.report.numbers import decibels, duration, number, percent, share
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,10 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run is, by label."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     learned, blocks = run["learned_blocks"], run["blocks"]
+    origin = f", unpacked from {run['unpacked_from']}" if run.get("unpacked_from") else ""
     statistics = ", ".join(run["statistics"])
     listed = [
-        ("Model", f"{run['model']} ({run['model_type']}, {blocks} blocks)"),
+        ("Model", f"{run['model']} ({run['model_type']}, {blocks} blocks{origin})"),
         ("Weights' SHA-256", run["weights"]),
         ("Scheme", run["scheme_in_words"]),
         ("Vision tower", run.get("tower", "")),
@@ -41,178 +38,21 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("Data's SHA-256", run["data"]["sha256"]),
         ("Statistics' SHA-256", statistics),
         ("Seed", str(run["seed"])),
-        ("Precision", f"{run['precision']} matrix products on {run['device'] or 'a device'}"),
-        ("Time", f"{duration(run['seconds'])} for {learned} of {blocks} blocks"),
-        ("Peak memory", decimal(run["peak_memory_bytes"])),
+        ("Precision", f"{run['precision']} matrix products on {_machine(run)}"),
+        ("Learning time", f"{duration(run['seconds'])} for {learned} of {blocks} blocks"),
+        ("Peak memory", f"{decimal(run['peak_memory_bytes'])}, of all that was done until then"),
         ("Learned parameters", decimal(run["parameter_bytes"])),
         ("Versions", versions),
     ]
     return [(label, text) for label, text in listed if text]
 
 
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 04 s, 5.6 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def result_tables(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
-    """Perplexities, tasks, agreement; of several runs, one row each, with its name."""
-    perplexities = [_perplexities(runs[0])] if len(runs) == 1 else _by_text(runs, names)
-    along = _along_windows(runs[0]) if len(runs) == 1 else []
-    tables = [*perplexities, _pictures(runs, names), _tasks(runs, names)]
-    tables += [_agreements(runs, names), *along]
-    return [table for table in tables if table.rows]
-
-
-def _labels(contents: dict[str, Any], name: str, alone: bool) -> dict[str, str]:
-    labels = {**COLUMNS, "quantized": contents["run"]["method_name"]}
-    return labels if alone else {key: f"{name}: {label}" for key, label in labels.items()}
-
-
-def _perplexities(contents: dict[str, Any]) -> Table:
-    measured = contents["results"].get("perplexity", {})
-    labels = _measured(_labels(contents, "", True), measured.values())
-    notes = [f"{text}: {scores['text']}." for text, scores in measured.items() if "text" in scores]
-    return Table(
-        "Perplexity",
-        ["text", *labels.values()],
-        [[text, *(number(scores.get(key)) for key in labels)] for text, scores in measured.items()],
-        " ".join([*notes, *_adapted_note(labels)]),
-    )
-
-
-def _by_text(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
-    """One table a text; each row says over which windows of it."""
-    texts = dict.fromkeys(text for each in runs for text in each["results"].get("perplexity", {}))
-    tables = []
-    for text in texts:
-        scores = [each["results"].get("perplexity", {}).get(text, {}) for each in runs]
-        labels = _measured({**COLUMNS, "quantized": "learned"}, scores)
-        rows = [
-            [name, *(number(each.get(key)) for key in labels), each.get("text", "not measured")]
-            for name, each in zip(names, scores, strict=True)
-        ]
-        head = ["run", *labels.values(), "windows"]
-        tables.append(Table(f"Perplexity on {text}", head, rows, " ".join(_adapted_note(labels))))
-    return tables
-
-
-def _measured(labels: dict[str, str], scores: Iterable[dict[str, Any]]) -> dict[str, str]:
-    found = {key for each in scores for key, value in each.items() if value is not None}
-    return {key: label for key, label in labels.items() if key in found}
-
-
-def _adapted_note(labels: dict[str, str]) -> list[str]:
-    return [ADAPTED_NOTE] if "test_time_adapted" in labels else []
-
-
-def _pictures(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    rows: list[list[str]] = []
-    for contents, name in zip(runs, names, strict=True):
-        head, found = picture_rows(contents["results"], _labels(contents, "", True))
-        prefix = "" if len(runs) == 1 else f"{name}: "
-        rows += [
-            [f"{prefix}{what}, {model}", value]
-            for what, *values in found
-            for model, value in zip(head, values, strict=True)
-        ]
-    return Table("Pictures", ["set and model", "share right"], rows)
-
-
-def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    rows = []
-    for contents, name in zip(runs, names, strict=True):
-        labels = _labels(contents, name, len(runs) == 1)
-        for text, variants in contents["results"].get("agreement", {}).items():
-            rows += [
-                [f"{text}, {labels[key]}", *(figure(scores.get(part)) for part in AGREEMENT)]
-                for key, scores in variants.items()
-                if key in labels
-            ]
-    return Table(
-        "Agreement with full precision",
-        ["text and model", *AGREEMENT.values()],
-        rows,
-        "KL divergence of next-token distributions from the full-precision model, in nats, and how "
-        "often both prefer the same token.",
-    )
-
-
-def _along_windows(contents: dict[str, Any]) -> list[Table]:
-    """How agreement goes along the window: a table a text."""
-    labels = _labels(contents, "", True)
-    tables = []
-    for text, variants in contents["results"].get("agreement", {}).items():
-        found = {
-            key: variants[key]["positions"]
-            for key in labels
-            if "positions" in variants.get(key, {})
-        }
-        if not found:
-            continue
-        kinds = {"kl_mean": "mean KL", "same_top": "same top token"}
-        spans = next(iter(found.values()))
-        tables.append(
-            Table(
-                f"Agreement along the window, {text}",
-                [
-                    "tokens read",
-                    *(f"{what}, {labels[key]}" for what in kinds.values() for key in found),
-                ],
-                [
-                    [
-                        _span(span["first"], span["last"]),
-                        *(figure(found[key][row].get(kind)) for kind in kinds for key in found),
-                    ]
-                    for row, span in enumerate(spans)
-                ],
-                "Of predictions from so many tokens of their window.",
-            )
-        )
-    return tables
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}–{last}"
-
-
-def _tasks(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    """The harness's numbers with their standard errors, the models side by side."""
-    columns: list[str] = []
-    cells: dict[str, dict[str, str]] = {}
-    for contents, name in zip(runs, names, strict=True):
-        whose = "" if len(runs) == 1 else f"{name}: "
-        head, rows = task_rows(contents["results"], _labels(contents, "", True))
-        columns += [whose + label for label in head]
-        for first, *values in rows:
-            found = zip(head, values, strict=True)
-            cells.setdefault(first, {}).update({whose + label: value for label, value in found})
-    rows = [[first, *(found.get(label, "") for label in columns)] for first, found in cells.items()]
-    of_groups = any("part_of" in e for c in runs for e in c["results"].get("tasks", {}).values())
-    notes = ["± standard error; of differences (from …) that of the pairs, item by item."]
-    notes += ["The tasks of a group are in report.json."] if of_groups else []
-    notes += [
-        f"{verdict(c['results'])[:1].upper()}{verdict(c['results'])[1:]}."
-        for c in runs
-        if verdict(c["results"])
-    ]
-    return Table("Zero-shot tasks", ["task and metric", *columns], rows, " ".join(notes))
-
-
-def adaptation_table(contents: dict[str, Any]) -> Table:
-    """How test-time adaptation went."""
-    done = contents["results"].get("test_time_adaptation", {})
-    rows = [
-        [text, str(block["block"]), number(block["initial_loss"]), number(block["final_loss"])]
-        for text, adapted in done.items()
-        for block in adapted["blocks"]
-    ]
-    head = ["text", "block", "loss before", "loss after"]
-    return Table("Test-time adaptation", head, rows, ADAPTED_NOTE)
+def _machine(run: dict[str, Any]) -> str:
+    """cpu (AVX2, 2 threads), as far as it is known."""
+    threads = run.get("threads")
+    if threads is None:
+        return run["device"] or "a device"
+    return f"{run['device']} ({run['cpu']}, {threads} thread{'' if threads == 1 else 's'})"
 
 
 def worst_table(contents: dict[str, Any]) -> Table:
@@ -235,6 +75,20 @@ def worst_table(contents: dict[str, Any]) -> Table:
     )
 
 
+def worst_sentence(contents: dict[str, Any]) -> str:
+    """Which blocks add most error to their output, beside the block in the middle; or nothing."""
+    worst = [entry for entry in contents["worst_blocks"] if entry["error_made"] > 0]
+    made = [b["figures"]["error_made"]["learned"] for b in contents["blocks"] if b["figures"]]
+    made = [value for value in made if value is not None]
+    if not worst:
+        return ""
+    named_blocks = [f"block {entry['block']} ({percent(entry['error_made'])})" for entry in worst]
+    if len(made) == 1:
+        return f"Error made, of the output's energy: {named_blocks[0]}."
+    beside = f"the median of {len(made)} blocks is {percent(median(made))}"
+    return f"Most error for its output's energy: {', '.join(named_blocks)}; {beside}."
+
+
 def block_table(contents: dict[str, Any]) -> Table:
     """One row a block: losses, cosines, errors."""
     blocks = contents["blocks"]
@@ -246,7 +100,7 @@ def block_table(contents: dict[str, Any]) -> Table:
             [
                 str(block["block"]),
                 *_pair(figures, "loss", number),
-                *_pair(figures, "cosine", figure),
+                *_pair(figures, "cosine", share),
                 *_pair(figures, "error_made", percent),
                 percent(figures["error_carried"]) if figures else "",
                 percent(figures["error"]["learned"]) if figures else "",
@@ -276,7 +130,7 @@ def block_table(contents: dict[str, Any]) -> Table:
 
 _BLOCK_HEAD = (
     *("loss RTN", "learned", "cosine RTN", "learned", "made RTN", "learned", "carried in"),
-    *("in all", "start → end, all samples", "time", "peak memory", "not finite"),
+    *("in all", "start → end, all samples", "time", "peak memory so far", "not finite"),
 )
 
 
@@ -330,28 +184,3 @@ def _pair(
     if figures is None:
         return ["", ""]
     return [words(figures[name][variant]) for variant in ("round_to_nearest", "learned")]
-
-
-def number(value: float | None) -> str:
-    """A loss or perplexity, four digits or so."""
-    if value is None:
-        return ""
-    return f"{value:.2f}" if 10 <= abs(value) < 1e4 else f"{value:#.4g}"
-
-
-def figure(value: float | None) -> str:
-    """A share or divergence."""
-    return "" if value is None else f"{value:.4f}"
-
-
-def percent(value: float | None) -> str:
-    """A ratio as per cent, three digits."""
-    if value is None:
-        return ""
-    digits = f"{100 * value:#.3g}".rstrip(".") if value else "0"
-    return f"{digits}\N{NO-BREAK SPACE}%"
-
-
-def decibels(value: float | None) -> str:
-    """One digit; a linear that adds no error has no ratio."""
-    return "–" if value is None else f"{value:.1f}"

@@ -10,8 +10,8 @@ from matplotlib.colors import LogNorm
 
 from lrquant.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
 from lrquant.report.charts import diagnosed, short
+from lrquant.report.numbers import number, percent
 from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
-from lrquant.report.sections import number
 from lrquant.workdir import RunFolder
 
 _ACTIVATION_PICTURES = 6
@@ -26,7 +26,7 @@ def activation_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Pic
         tensors = _tensors(folder, block["block"])
         for linear in block["figures"]["picture_channels"]:
             channels = tensors[f"inputs.{linear}.before"].float().amax(0)
-            spread = float(channels.max() / channels.median().clamp(min=1e-12))
+            spread = _spread(channels)
             chosen[linear] = max(chosen.get(linear, (-1.0, 0)), (spread, block["block"]))
     figures = {block["block"]: block["figures"] for block in diagnosed(contents)}
     return [
@@ -64,6 +64,7 @@ def _activations(
         below.set_ylabel("largest")
         below.set_xlabel("channel")
         below.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=2)
+        after = _spread(torch.from_numpy(pair[1]).amax(0))
         run = run_lengths(tokens, channels)
         cell = (
             "Nothing is down-sampled"
@@ -76,8 +77,13 @@ def _activations(
             f"Magnitudes of the first sample's input to {linear}, in the model as it is (before) "
             "and in the learned block, before any quantizer (after), on the same hidden "
             f"states. {cell}. Of all blocks, this one's channels differ most before: the largest "
-            f"is {number(spread)} times the median one.",
+            f"is {number(spread)} times the median one, and {number(after)} times after.",
         )
+
+
+def _spread(channels: torch.Tensor) -> float:
+    """How many times the median channel the largest one is."""
+    return float(channels.max() / channels.median().clamp(min=1e-12))
 
 
 def weight_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture]:
@@ -138,6 +144,7 @@ def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Pi
             axis.set_title(short(linear))
         for axis in canvas.axes[len(linears) :]:
             axis.set_visible(False)
+        outer = [_outermost(sums, linears, variant) for variant in VARIANTS]
         handles, labels = canvas.axes[0].get_legend_handles_labels()
         canvas.figure.legend(handles, labels, loc="outside upper left", ncols=2)
         canvas.figure.supxlabel("code", fontsize=8)
@@ -145,9 +152,16 @@ def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Pi
         return canvas.picture(
             "codes",
             "Codes of the quantised weights",
-            f"How often each code is used, over all weights of {blocks} blocks. Clipping moves "
-            "weights into the outermost codes and spreads the rest over more of them.",
+            f"How often each code is used, over all weights of {blocks} blocks. In the two "
+            f"outermost codes are {outer[0]} of all weights at round-to-nearest and {outer[1]} as "
+            "learned.",
         )
+
+
+def _outermost(sums: dict[str, torch.Tensor], linears: list[str], variant: str) -> str:
+    counts = [sums[f"codes.{linear}.{variant}"].double() for linear in linears]
+    outer = sum(float(each[0] + each[-1]) for each in counts)
+    return percent(outer / sum(float(each.sum()) for each in counts))
 
 
 def _tensors(folder: RunFolder, block: int) -> dict[str, torch.Tensor]:

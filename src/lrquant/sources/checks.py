@@ -14,12 +14,16 @@ _MIB = 2**20
 
 
 def is_listed(path: Path) -> bool:
-    """Whether a folder lists the file, be it a link to nothing."""
-    return path.is_file() or path.is_symlink()
+    """Whether a folder lists the file, be it a link to nothing or something else by its name."""
+    return path.exists() or path.is_symlink()
 
 
 def sound_file(path: Path) -> Path:
     """The path, if it is a file with content."""
+    if path.is_symlink() and not path.exists():
+        raise LRQuantError(f"{path}: a link to nothing{unfinished_download(path.parent)}; {AGAIN}")
+    if path.exists() and not path.is_file():
+        raise LRQuantError(f"{path}: a folder, a pipe or a device in the place of a file; {AGAIN}")
     if not path.is_file():
         raise LRQuantError(f"{path}: missing{unfinished_download(path.parent)}; {AGAIN}")
     try:
@@ -34,6 +38,20 @@ def sound_file(path: Path) -> Path:
     if not start:
         raise LRQuantError(f"{path}: empty; {AGAIN}")
     return path
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """What changes with a file's content: its size, and when it was written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def require_unchanged(path: Path, state: tuple[int, int]) -> None:
+    """Refuse to read on in a file that somebody writes."""
+    if not path.is_file() or file_state(path) != state:
+        raise LRQuantError(
+            f"{path}: changed while it was read; leave the model alone and start again"
+        )
 
 
 def unfinished_download(folder: Path) -> str:

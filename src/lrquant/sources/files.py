@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.sources.checks import (
     AGAIN,
     damaged,
+    file_state,
     fingerprint_of,
     is_listed,
+    require_unchanged,
     sound_file,
     unfinished_download,
 )
 from lrquant.sources.protocol import WeightSource
+from lrquant.sources.safetensors_file import SafetensorsFile
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
@@ -30,27 +32,24 @@ INDEX = ".index.json"
 
 
 class SafetensorsSource(WeightSource):
-    """`model.safetensors`, or the shards of its index, memory-mapped."""
+    """`model.safetensors`, or the shards of its index."""
 
     def __init__(self, folder: Path) -> None:
         self.origin = str(folder)
         self._files = _weight_files(folder, SAFETENSORS)
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, SafetensorsFile] = {}
         for path, promised in self._files.items():
-            try:
-                handle = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise damaged(path, error) from error
+            handle = SafetensorsFile(path)
             _add_shard(self._handles, dict.fromkeys(handle.keys(), handle), promised, path)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._handles)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        return self._handles[name].shape(name)
 
     def tensor(self, name: str) -> Tensor:
-        return self._handles[name].get_tensor(name)
+        return self._handles[name].tensor(name)
 
     def fingerprint(self) -> str:
         return fingerprint_of(self._files)
@@ -63,6 +62,7 @@ class TorchFileSource(WeightSource):
         self.origin = str(folder)
         self._files = _weight_files(folder, TORCH)
         self._tensors: dict[str, Tensor] = {}
+        self._states = {path: file_state(path) for path in self._files}
         for path, promised in self._files.items():
             _add_shard(self._tensors, _load_torch(path), promised, path)
 
@@ -73,6 +73,8 @@ class TorchFileSource(WeightSource):
         return tuple(self._tensors[name].shape)
 
     def tensor(self, name: str) -> Tensor:
+        for path, state in self._states.items():  # it is mapped: cut short, it kills the process
+            require_unchanged(path, state)
         return self._tensors[name].detach()
 
     def fingerprint(self) -> str:
@@ -90,7 +92,7 @@ def _weight_files(folder: Path, single: str) -> dict[Path, set[str]]:
             if Path(file).name != file:
                 raise ValueError(f"shard {file!r} is not a plain file name")
             promised.setdefault(folder / file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(index, error) from error
     missing = sorted(path.name for path in promised if not path.is_file())
     if missing or not promised:

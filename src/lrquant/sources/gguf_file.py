@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,21 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
-from lrquant.errors import LRQuantError
-from lrquant.sources.checks import damaged, fingerprint_of, first_line, sound_file
+from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.sources.checks import (
+    damaged,
+    file_state,
+    fingerprint_of,
+    first_line,
+    require_unchanged,
+    sound_file,
+)
+from lrquant.sources.gguf_header import require_sound_header
 from lrquant.sources.protocol import WeightSource
+
+_FLOATING_POINT = tuple(
+    getattr(gguf.GGMLQuantizationType, name) for name in ("F64", "F32", "F16", "BF16")
+)
 
 
 class GGUFSource(WeightSource):
@@ -32,6 +45,7 @@ class GGUFSource(WeightSource):
     def __init__(self, path: Path, skeleton: PreTrainedModel) -> None:
         self.origin = str(path)
         self._path = sound_file(path)
+        self._state = file_state(path)
         reader = _read_gguf(path)
         family = reader.fields["general.architecture"].contents()
         try:
@@ -41,7 +55,7 @@ class GGUFSource(WeightSource):
             mapped = [tensor for tensor in reader.tensors if tensor.name in self._names]
             for kind in {tensor.tensor_type for tensor in mapped}:
                 gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except UNREADABLE as error:
             raise LRQuantError(
                 f"{path}: GGUF of architecture {family} cannot be unpacked ({first_line(error)}); "
                 "use the safetensors model"
@@ -67,6 +81,7 @@ class GGUFSource(WeightSource):
 
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
+        require_unchanged(self._path, self._state)  # it is mapped: cut short, it kills the process
         aside: dict[str, Any] = {"tensors": {}}
         weights, renamed, _ = self._processor.process(
             weights=gguf.dequantize(stored.data, stored.tensor_type),
@@ -78,16 +93,25 @@ class GGUFSource(WeightSource):
             return aside["tensors"][name]
         return torch.from_numpy(np.require(weights, requirements=["C", "W"]))
 
+    def unpacked_from(self) -> str:
+        """Quantised types of the model's tensors, those that hold most bytes first."""
+        sizes: Counter[str] = Counter()
+        for tensor in self._stored.values():
+            if tensor.tensor_type not in _FLOATING_POINT:
+                sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+        return " and ".join(name for name, _ in sizes.most_common())
+
     def fingerprint(self) -> str:
         return fingerprint_of([self._path])
 
 
 def _read_gguf(path: Path) -> gguf.GGUFReader:
+    require_sound_header(path)
     try:
         reader = gguf.GGUFReader(path)
         if "general.architecture" not in reader.fields or reader.byte_order != "I":
             raise ValueError("no general.architecture, or made for another byte order")
-    except (ValueError, LookupError, OSError, OverflowError) as error:
+    except UNREADABLE as error:
         raise damaged(path, error) from error
     parts = reader.fields.get("split.count")
     if parts is not None and parts.contents() > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -21,8 +22,17 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU in its stored dtype (GGUF: unpacked to float32)."""
 
+    def alike(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same one, or hold the same values."""
+        first, second = self.tensor(name), self.tensor(other)
+        return first.dtype == second.dtype and torch.equal(first, second)
+
     def fingerprint(self) -> str:
         """SHA-256 that tells these weights from others; of files, only samples are read."""
+
+    def unpacked_from(self) -> str:
+        """In what the source stores weights that it quantised ("Q4_1 and Q8_0"); "" if in none."""
+        return ""
 
     def extra_names(self) -> frozenset[str]:
         """Stored tensors the model has no place for; `tensor` reads them too."""

@@ -94,6 +94,12 @@ class SkeletonSource(WeightSource):
             tensor = self._shared[stored] = self._stored.tensor(stored)
         return tensor
 
+    def unpacked_from(self) -> str:
+        return self._stored.unpacked_from()
+
+    def alike(self, name: str, other: str) -> bool:
+        return self._stored_name(name) == self._stored_name(other) or super().alike(name, other)
+
     def fingerprint(self) -> str:
         return self._stored.fingerprint()
 

@@ -1,0 +1,70 @@
+"""The tokens that each window begins with: those that a model was trained to find there.
+
+A model whose every training sequence began with a beginning-of-sequence token (BOS) computes
+something else without it: Gemma's perplexity more than doubles.  The published perplexities of
+LLaMA, Mistral, OPT and Qwen are over windows cut out of one stream, of which the first alone begins
+with what the tokenizer adds; theirs stay so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lrquant.architectures import language_parts
+from lrquant.errors import LRQuantError
+
+RULES = ("auto", "always", "never")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Token ids before the text of each window; `text` says it for people.
+
+    With `stream` the windows are cut out of one stream of tokens, before all of which the tokenizer
+    may have put some.
+    """
+
+    ids: tuple[int, ...] = ()
+    stream: bool = False
+    text: str = ""
+
+
+STREAM = Beginning(stream=True)
+
+
+def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str) -> Beginning:
+    """How windows of a language part begin by the rule "auto", "always" or "never".
+
+    auto: as the family was published, else as its tokenizer begins.  Raises LRQuantError where
+    there is nothing to begin with and the rule or the family asks for it.
+    """
+    before = _put_before(tokenizer)
+    if rule == "never":
+        return Beginning(text="without BOS")
+    parts = language_parts()
+    family = parts[model_type].windows_begin if model_type in parts else "tokenizer"
+    if rule == "auto" and family == "stream":
+        return STREAM
+    if not before and (rule == "always" or family == "bos"):
+        before = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    if not before:
+        if rule == "always" or family == "bos":
+            raise LRQuantError(
+                f"--bos {rule}: the tokenizer of this {model_type!r} has no BOS token to begin "
+                "windows with; use the model's own tokenizer, or --bos never"
+            )
+        return Beginning()
+    words = "".join(tokenizer.convert_ids_to_tokens(list(before)))
+    return Beginning(before, text=f"each window begins with {words}")
+
+
+def _put_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    return ()
