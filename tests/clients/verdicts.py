@@ -57,9 +57,13 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is refused, or warned of, that the runtime fails or computes something else."""
-        right = self.computes == LEARNED
-        return right if self.said == "takes" else self.said == "warns" or not right
+        """Whether what is taken computes what was learned, and what is refused does not.
+
+        What is warned of depends on the machine: it may fail, and must not compute something else.
+        """
+        if self.said == "warns":
+            return self.computes not in (WEIGHTS, ELSE)
+        return (self.said == "takes") == (self.computes == LEARNED)
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
