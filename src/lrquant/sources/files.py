@@ -27,6 +27,15 @@ from lrquant.sources.protocol import WeightSource
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
+_DTYPES = {  # safetensors' names that are not torch's
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+    **{
+        f"{letter}{bits}": f"{kind}{bits}"
+        for letter, kind in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+}
 
 
 class SafetensorsSource(WeightSource):
@@ -48,6 +57,10 @@ class SafetensorsSource(WeightSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        stored = str(self._handles[name].get_slice(name).get_dtype())
+        return _DTYPES.get(stored, stored)
 
     def tensor(self, name: str) -> Tensor:
         return self._handles[name].get_tensor(name)
@@ -71,6 +84,9 @@ class TorchFileSource(WeightSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()

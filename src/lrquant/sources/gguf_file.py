@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 from lrquant.errors import LRQuantError
 from lrquant.sources.checks import damaged, fingerprint_of, first_line, sound_file
 from lrquant.sources.protocol import WeightSource
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class GGUFSource(WeightSource):
@@ -65,6 +68,9 @@ class GGUFSource(WeightSource):
         same = sorted(n for n in stored if n > 1) == sorted(n for n in expected if n > 1)
         return expected if same else stored
 
+    def dtype(self, name: str) -> str:
+        return "float32"
+
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
         aside: dict[str, Any] = {"tensors": {}}
@@ -77,6 +83,12 @@ class GGUFSource(WeightSource):
         if renamed is None:  # the processor has put the finished tensor aside
             return aside["tensors"][name]
         return torch.from_numpy(np.require(weights, requirements=["C", "W"]))
+
+    def unpacked_from(self) -> str:
+        counts = Counter(tensor.tensor_type.name for tensor in self._stored.values())
+        if not counts.keys() - _FLOATS:
+            return ""
+        return ", ".join(f"{kind} ({count} tensors)" for kind, count in counts.most_common())
 
     def fingerprint(self) -> str:
         return fingerprint_of([self._path])

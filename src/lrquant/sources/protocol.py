@@ -21,9 +21,16 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU in its stored dtype (GGUF: unpacked to float32)."""
 
+    def dtype(self, name: str) -> str:
+        """In what `tensor` gives a tensor, as torch names it, without reading it."""
+
     def fingerprint(self) -> str:
         """SHA-256 that tells these weights from others; of files, only samples are read."""
 
     def extra_names(self) -> frozenset[str]:
         """Stored tensors the model has no place for; `tensor` reads them too."""
         return frozenset()
+
+    def unpacked_from(self) -> str:
+        """The formats that low-bit weights were stored in, empty where they are as they were."""
+        return ""
