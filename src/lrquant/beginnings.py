@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrquant.architectures import language_parts
 from lrquant.errors import LRQuantError
+from lrquant.tokens import put_before
 
 RULES = ("auto", "always", "never")
 
@@ -40,7 +41,7 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
     auto: as the family was published, else as its tokenizer begins.  Raises LRQuantError where
     there is nothing to begin with and the rule or the family asks for it.
     """
-    before = _put_before(tokenizer)
+    before = put_before(tokenizer)
     if rule == "never":
         return Beginning(text="without BOS")
     parts = language_parts()
@@ -58,13 +59,3 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
         return Beginning()
     words = "".join(tokenizer.convert_ids_to_tokens(list(before)))
     return Beginning(before, text=f"each window begins with {words}")
-
-
-def _put_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start])
-    return ()

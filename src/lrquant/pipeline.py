@@ -52,6 +52,7 @@ from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
 from lrquant.tensorboard import with_tensorboard
+from lrquant.vocabulary import strange_tokenizer
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
@@ -151,6 +152,9 @@ def _run(
         form = choose_format(config)
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
+    strange = strange_tokenizer(model)
+    if strange is not None:
+        logger.warning("%s", strange)
     check_groups(model, config.quantization)
     check_rank(model, config)
     if config.vision_quantization is not None:

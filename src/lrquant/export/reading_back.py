@@ -62,6 +62,9 @@ class DecodedSource(WeightSource):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name] if name in self._shapes else self._stored.shape(name)
 
+    def dtype(self, name: str) -> str:
+        return "float32" if name in self._shapes else self._stored.dtype(name)
+
     def tensor(self, name: str) -> Tensor:
         if name not in self._shapes:
             return self._stored.tensor(name)
