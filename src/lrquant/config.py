@@ -19,7 +19,7 @@ from lrquant.scheme import Scheme
 from lrquant.settings import convert, read_yaml, refuse_empty, shown, spelled_out
 from lrquant.sites import KINDS
 
-TARGETS = ("vllm", "transformers", "native")
+TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
 PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
 
 

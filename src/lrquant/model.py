@@ -154,6 +154,15 @@ class Model:
         pairs = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
         return frozenset(name for name, other in pairs.items() if self.source.alike(name, other))
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are, those of a tied head once."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.skeleton.named_parameters()
+            if not (self.tied and name == "lm_head.weight")
+        )
+
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
         return {

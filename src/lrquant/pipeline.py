@@ -29,13 +29,15 @@ from lrquant.evaluation.subject import (
     open_subject,
 )
 from lrquant.evaluation.zero_shot import load_tasks
-from lrquant.export import choose_format
+from lrquant.export import Format, choose_format
 from lrquant.export.checkpoint import (
     check_format,
     check_target,
     checkpoint_dtype,
     save_checkpoint,
 )
+from lrquant.export.kernels import check_kernels
+from lrquant.export.targets import verdicts
 from lrquant.feeds import Feed
 from lrquant.identity import describe_method, describe_run, dtype_name, environment
 from lrquant.inputs import BlockInputs
@@ -150,6 +152,7 @@ def _run(
         check_target(config, Path(config.save_dir))
     if config.save_dir is not None or (config.target and not measure_only):
         form = choose_format(config)
+        _tell_runtimes(form, config)
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
     strange = strange_tokenizer(model)
@@ -161,6 +164,8 @@ def _run(
         check_groups(model.require_tower(), config.vision_quantization)
     if form is not None:
         check_format(model, config, form)
+        if config.target is not None:
+            check_kernels(model, config, form)
     require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
     workbench = make_workbench(model, config)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
@@ -196,6 +201,12 @@ def _run(
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, _answer(results, config))
+
+
+def _tell_runtimes(form: Format, config: Config) -> None:
+    """Say what the target, or each runtime that loads the format, will compute."""
+    for as_learned, text in verdicts(form, config):
+        logger.log(logging.INFO if as_learned else logging.WARNING, "%s: %s", form.name, text)
 
 
 def _learn(

@@ -56,8 +56,8 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     form = chosen_format(done)
     with done.checking("model"):
         model = model or load_model(config.model, optional_path(config.cache_dir))
-        text = f"{model.architecture.name}, {len(model.blocks)} blocks, {_parameters(model):.1f} M"
-        done.add("model", "ok", f"{text} parameters")
+        text = f"{model.architecture.name}, {len(model.blocks)} blocks"
+        done.add("model", "ok", f"{text}, {model.parameters / 1e6:.1f} M parameters")
         _check_kind(done, model)
     if model is None:
         check_places(done, None)
@@ -242,8 +242,3 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _parameters(model: Model) -> float:
-    """Parameters in millions, tied ones once."""
-    return sum(tensor.numel() for tensor in model.skeleton.parameters()) / 1e6
