@@ -31,7 +31,7 @@ _EVALUATE_SETTINGS = (
     *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
 )
-_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
+_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwrite")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(stats, _STATISTICS_SETTINGS)
     stats.add_argument("--num-samples", dest="nsamples", default=None, help=argparse.SUPPRESS)
     stats.add_argument("--seq-len", dest="seqlen", default=None, help=argparse.SUPPRESS)
+    _add_settings(stats, ["overwrite"])
     stats.add_argument("--scales-output-path", type=Path, default=Path("act_scales"))
     stats.add_argument("--shifts-output-path", type=Path, default=Path("act_shifts"))
 
@@ -233,11 +234,13 @@ def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
 def _stats(options: argparse.Namespace, console: Console) -> None:
     from lrquant.pipeline import collect_statistics
     from lrquant.progress import BarProgress
+    from lrquant.stats import require_replaceable
 
-    config = Config(**_settings(options, _STATISTICS_SETTINGS))
-    statistics = collect_statistics(config, progress=BarProgress(console))
+    config = Config(**_settings(options, (*_STATISTICS_SETTINGS, "overwrite")))
     scales = options.scales_output_path / f"{config.net_name}.pt"
     shifts = options.shifts_output_path / f"{config.net_name}.pt"
+    require_replaceable((scales, shifts), config.overwrite)
+    statistics = collect_statistics(config, progress=BarProgress(console))
     statistics.save(scales, shifts)
     print(f"{len(statistics.maxima)} linears: {scales}, {shifts}")
 
@@ -262,10 +265,13 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
+    from lrquant.claims import held
     from lrquant.report.writing import write_report
     from lrquant.workdir import RunFolder
 
-    print(f"report: {write_report(RunFolder.open(options.run))}")
+    folder = RunFolder.open(options.run)
+    with held(options.run):
+        print(f"report: {write_report(folder)}")
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:

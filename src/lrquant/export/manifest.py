@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
-from lrquant.files import read_json
+from lrquant.files import read_json, sha256_of
 from lrquant.version import __version__
 
 MANIFEST = "lrquant.json"
 SETTINGS = "lrquant.yaml"
 VERSION = 1
-_CHUNK = 1 << 24
 
 
 def write_manifest(place: Path, facts: dict[str, Any]) -> None:
@@ -23,9 +21,12 @@ def write_manifest(place: Path, facts: dict[str, Any]) -> None:
     Those two name places and dates, may be edited, and are not read when the model is loaded.
     """
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(place.iterdir())
-        if path.name not in (SETTINGS, MANIFEST, "README.md")
+        path.relative_to(place).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(place.rglob("*"))
+        if path.is_file() and path.name not in (SETTINGS, MANIFEST, "README.md")
     }
     values = {"version": VERSION, "lrquant": __version__, **facts, "files": files}
     (place / MANIFEST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -35,7 +36,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """A checkpoint's manifest; LRQuantError if it is of a newer version, or not one at all."""
     values = read_json(place / MANIFEST)
     version = values.get("version")
-    if not isinstance(version, int) or not isinstance(values.get("files"), dict):
+    if not isinstance(version, int) or not _is_list_of_files(values.get("files")):
         raise LRQuantError(f"{place / MANIFEST}: not a manifest; export the run again")
     if version > VERSION:
         raise LRQuantError(
@@ -55,7 +56,7 @@ def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
         elif path.stat().st_size != promised["bytes"]:
             size = path.stat().st_size
             problems.append(f"{name}: {size} bytes, {promised['bytes']} were written")
-        elif _sha256(path) != promised["sha256"]:
+        elif sha256_of(path) != promised["sha256"]:
             problems.append(f"{name}: changed since it was written (SHA-256 differs)")
     return problems
 
@@ -70,9 +71,12 @@ def require_weights(place: Path) -> None:
         raise LRQuantError(f"checkpoint {place}: {problems[0]}{more}; export the run again")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _is_list_of_files(files: Any) -> bool:
+    """Whether it is hashes by relative paths inside the folder."""
+    return isinstance(files, dict) and all(
+        not {"", "..", "."} & set(name.split("/"))
+        and isinstance(promised, dict)
+        and isinstance(promised.get("bytes"), int)
+        and isinstance(promised.get("sha256"), str)
+        for name, promised in files.items()
+    )

@@ -55,7 +55,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         text = f"{model.architecture.name}, {len(model.blocks)} blocks, {_parameters(model):.1f} M"
         done.add("model", "ok", f"{text} parameters")
     if model is None:
-        check_places(done, None)
+        check_places(done)
         done.add("all else", "not checked", "needs the model")
         return done
     fits = check_shapes(done, model, form) and _check_length(done, model)
@@ -66,7 +66,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     finished = len(model.blocks) if measure_only else 0
     if not measure_only:
         finished = check_run_folder(done, model, workbench, calibration)
-    check_places(done, model)
+    check_places(done)
     if model.architecture.reads_pixels and calibration is None:
         done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and workbench is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.files import read_json
 from lrquant.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
 from lrquant.scheme import Scheme
@@ -32,8 +31,7 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     parameters are quantiles (`QUANTILES`) over all values, nothing left out.
     """
     records = folder.records()
-    path = folder.path / "results.json"
-    results = read_json(path) if path.is_file() else {}
+    results = folder.results()
     blocks = [_block(folder, record) for record in records]
     contents = {
         "format": FORMAT,

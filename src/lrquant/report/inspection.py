@@ -48,10 +48,8 @@ def _inspect_run(folder: RunFolder) -> str:
         scheme = Scheme(**tower["scheme"]).describe()
         lines += ["", f"vision tower: {len(records)} of {tower['blocks']} blocks; {scheme}", ""]
         lines.append(_losses(records))
-    results = folder.path / "results.json"
-    if results.is_file():
-        text = results_table(read_json(results))
-        lines += ["", text] if text else []
+    text = results_table(folder.results())
+    lines += ["", text] if text else []
     return "\n".join(lines)
 
 
