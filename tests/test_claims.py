@@ -13,6 +13,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files import read_plain, write_whole
 from lrquant.journal import JOURNAL, Journal
 from lrquant.learned import BlockRecord, LearnedFile
+from lrquant.pipeline import resolve_settings
 from lrquant.stats import ChannelStatistics, require_replaceable
 from lrquant.workdir import RunFolder
 
@@ -210,6 +211,21 @@ def test_statistics_replace_statistics_alone_and_when_asked(tmp_path):
     ):
         require_replaceable(files, False)
     require_replaceable(files, True)
+    files[0].rename(tmp_path / "kept.pt")
+    os.mkfifo(files[0])
+    with pytest.raises(LRQuantError, match=r"cannot be read \(not a regular file\)"):
+        require_replaceable(files, True)
+    (tmp_path / "kept.pt").rename(files[0])
     files[1].write_text("mine")
     with pytest.raises(LRQuantError, match="not a statistics file"):
         require_replaceable(files, True)
+
+
+def test_what_was_for_once_is_not_kept_for_exports(tmp_path):
+    asked = Config(model="m", overwrite=True, log_dir="logs").resolved()
+    folder = RunFolder.create(tmp_path, asked, IDENTITY)
+    assert not folder.config.overwrite and folder.config.log_dir == "logs"
+    given = {"epochs": 0, "resume": str(tmp_path)}
+    config, measure_only = resolve_settings(given)
+    assert measure_only and config.log_dir is None and not config.overwrite
+    assert resolve_settings(given | {"log_dir": "there", "overwrite": True})[0].overwrite

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import UNREADABLE, LRQuantError
-from lrquant.files import write_whole
+from lrquant.files import read_plain, write_whole
 
 SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
@@ -106,12 +106,16 @@ def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(read_plain(path))
     except FileNotFoundError as error:
         raise LRQuantError(
             f"statistics {path}: no such file; make it with `lrquant stats`, or leave the option "
             "out and statistics are gathered on the way"
         ) from error
+    except OSError as error:
+        raise LRQuantError(f"statistics {path}: cannot be read ({error.strerror})") from error
+    try:
+        values = torch.load(content, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise LRQuantError(
             f"statistics {path}: corrupt or not a statistics file; make it again with "
