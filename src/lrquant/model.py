@@ -160,7 +160,7 @@ class Model:
         return sum(
             parameter.numel()
             for name, parameter in self.skeleton.named_parameters()
-            if not (self.tied and name == "lm_head.weight")
+            if name not in self.tied_names
         )
 
     def fingerprint(self) -> dict[str, str | int]:

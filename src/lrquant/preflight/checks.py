@@ -60,7 +60,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         done.add("model", "ok", f"{text}, {model.parameters / 1e6:.1f} M parameters")
         _check_kind(done, model)
     if model is None:
-        check_places(done, None)
+        check_places(done)
         done.add("all else", "not checked", "needs the model")
         return done
     with done.checking("weights"):
@@ -75,7 +75,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     finished = len(model.blocks) if measure_only else 0
     if not measure_only:
         finished = check_run_folder(done, model, workbench, calibration)
-    check_places(done, model)
+    check_places(done)
     if model.architecture.reads_pixels and calibration is None:
         done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and workbench is not None:
