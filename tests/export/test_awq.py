@@ -225,7 +225,8 @@ def test_what_float16_cannot_hold_is_refused(learn, make_model, tmp_path, name):
     with pytest.raises(LRQuantError, match="too large for float16") as error:
         learn(model=model, epochs=0, lwc=False, let=False)
     assert name.rpartition(".")[0] in str(error.value) and "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    learned = [] if "embed" in name else ["run"]  # outside the blocks it is seen before
+    assert [path.name for path in tmp_path.iterdir()] == learned
 
 
 def test_a_finished_run_as_awq_twice(model_folder, tmp_path):
