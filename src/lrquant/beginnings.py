@@ -8,8 +8,10 @@ with what the tokenizer adds; theirs stay so.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lrquant.architectures import language_parts
@@ -59,3 +61,19 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
         return Beginning()
     words = "".join(tokenizer.convert_ids_to_tokens(list(before)))
     return Beginning(before, text=f"each window begins with {words}")
+
+
+def beginning_by_itself(
+    tokenizer: PreTrainedTokenizerBase, beginning: Beginning
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that begins each text so, where the given one does not by itself."""
+    if not beginning.ids or put_before(tokenizer) == beginning.ids or not tokenizer.is_fast:
+        return tokenizer
+    words = [str(word) for word in tokenizer.convert_ids_to_tokens(list(beginning.ids))]
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*words, "$A"],
+        pair=[*words, "$A", "$B:1"],
+        special_tokens=list(zip(words, beginning.ids, strict=True)),
+    )
+    return own
