@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner, Head
@@ -20,6 +19,7 @@ from lrquant.files import read_json
 from lrquant.inputs import BlockInputs
 from lrquant.learn.frozen import FrozenBlock
 from lrquant.model import Model, build_skeleton
+from lrquant.reading import read_config
 from lrquant.scheme import FLOATING_POINT
 from lrquant.sources import SafetensorsSource, SkeletonSource, WeightSource
 from lrquant.sources.checks import first_line
@@ -131,7 +131,7 @@ def read_back(
 
 def _open(place: Path, form: Format, blocks: list[str]) -> tuple[Model, DecodedSource]:
     """The model that config.json and the tensors are, as transformers would put it together."""
-    config = AutoConfig.from_pretrained(place)
+    config = read_config(place)
     architecture = architecture_of(config)
     skeleton = build_skeleton(config, architecture)
     bare = Model(str(place), skeleton, None, SafetensorsSource(place), architecture)
