@@ -8,7 +8,8 @@ their log-likelihoods are apart.  Exits with 1 if version 4 fails on one, or is 
 `ALLOWED` on average.
 
 Version 4 takes compressed-tensors checkpoints for float16 unless it is told a dtype, and of the
-library's versions 0.15.0 unpacks zero points under it (0.13 cannot, 0.20 asks for transformers 5).
+library's versions 0.15.0 unpacks zero points under it (0.13 and older cannot, 0.20 makes no room
+for packed ones).
 """
 
 from __future__ import annotations

@@ -148,6 +148,59 @@ def test_activations_are_quantised_where_it_is_loaded(learn, token_ids, tmp_path
     assert error < 0.03, float(error)
 
 
+HELD = {  # what of a block's linears is in memory: after loading, and after the first forward
+    "W4A16g16": ({"weight"}, {"weight"}),
+    "W3A16": ({"weight"}, {"weight"}),
+    "W4A16g16-sym": ({"weight_packed", "weight_scale", "weight_shape"}, {"weight"}),
+    "W8A8-sym-qkv16": ({"weight", "weight_scale"}, {"weight"}),
+    "W4A8-sym-qkv16": ({"weight_packed", "weight_scale", "weight_shape"}, {"weight"}),
+}
+
+
+@pytest.mark.parametrize("scheme", HELD)
+@pytest.mark.parametrize("forward", [False, True], ids=["loaded", "used"])
+def test_what_transformers_holds_and_saves_again(learn, token_ids, tmp_path, scheme, forward):
+    """As `check` says: zero points are decoded while loading, all else at the first forward."""
+    activations = {"activation_symmetric": True} if scheme in WITH_ACTIVATIONS else {}
+    learn("llama", scheme, torch.float32, **activations)
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        for _ in range(2)
+    )
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        expected = other(ids).logits
+        if forward:
+            model(ids)
+    up = dict(model.model.layers[0].mlp.up_proj.named_parameters())
+    packed, dense = HELD[scheme]
+    assert up.keys() >= (dense if forward else packed)
+    kept = "weight_packed" in up or up["weight"].dtype == torch.int8
+    assert kept == (not forward and packed != {"weight"})
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert ("quantization_config" in saved) == (packed != {"weight"}), "a dense model says nothing"
+    tensors = load_file(tmp_path / "again" / "model.safetensors")
+    assert (UP not in tensors or tensors[UP].dtype == torch.int8) == kept
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_zero_points_do_not_stay_packed(learn, tmp_path):
+    """Why `dequantize` is there; when this fails, a library has learned to load them packed."""
+    learn("llama", "W4A16g16")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"].pop("dequantize") is True
+    path.write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+
+
 def test_what_config_json_says(learn, tmp_path):
     learn("opt-post-norm", "W3A16g16", let=False)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
@@ -211,7 +264,7 @@ def test_another_format_of_a_finished_run(
         assert torch.equal(decompressed(tmp_path / "packed", full), dense[f"{full}.weight"])
     for path in (tmp_path / "packed").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes() or (
-            path.name == "lrquant.yaml"  # says where it was written
+            path.name in ("lrquant.yaml", "lrquant.sha256")  # where it was written
         )
 
 

@@ -22,6 +22,7 @@ def test_compressed_tensors_is_the_first_choice(scheme, target):
 
 def test_symmetric_activations_are_loaded():
     settings = {"activation_symmetric": True}
+    assert choose_format(config_of("W8A8-sym-qkv16", "vllm-cpu", **settings))
     for scheme in ("W8A8-sym-qkv16", "W4A8g128-sym-qkv16", "W4A4-sym-qkv16"):
         for target in ("vllm", "transformers"):
             form = choose_format(config_of(scheme, target, **settings))
@@ -45,7 +46,13 @@ def test_sixteen_bits_need_no_packing():
         ("W8A8-sym", "vllm", {"activation_symmetric": True}, ["8-bit Q", "W8A8-sym-qkv16,"]),
         ("W3A16", "vllm", {}, ["asymmetric weights of W3A16", "--scheme W3A16-sym,"]),
         ("W2A16g64", "vllm", {}, ["--scheme W2A16g64-sym,"]),
-        ("W7A16", "vllm", {}, ["7-bit weights", "--scheme W8A16,"]),
+        ("W7A16", "vllm", {}, ["asymmetric weights of W7A16", "--scheme W7A16-sym,"]),
+        ("W3A16-sym", "vllm-cpu", {}, ["3-bit weights", "--scheme W4A16-sym,"]),
+        ("W8A16", "vllm-cpu", {}, ["8-bit weights of W8A16", "--scheme W4A16,"]),
+        (
+            *("W4A8-sym-qkv16", "vllm-cpu", {"activation_symmetric": True}),
+            ["4-bit weights of", "--scheme W8A8-sym-qkv16,"],
+        ),
         ("W4A16g16", "vllm", {}, ["groups of 16", "--scheme W4A16g32,"]),
         (
             *("W4A16", "vllm", {"lr_plus": True, "rotation_sharing": "linear"}),

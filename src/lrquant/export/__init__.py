@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.export.targets import (
     chosen_for_target,
@@ -26,19 +27,7 @@ from lrquant.scheme import Scheme
 
 DEFAULT = "compressed-tensors"
 Decode = Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a runtime takes a scheme in a format: not at all (`refusal`), or with `notes`.
-
-    `multiple` must divide in and out of every linear for the runtime's kernels `where` it says.
-    """
-
-    refusal: str | None = None
-    notes: tuple[str, ...] = ()
-    multiple: int = 1
-    where: str = ""
+__all__ = ["DEFAULT", "Format", "Loading", "choose_format", "factor_refusal", "formats"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,8 @@ class Format:
     them, which stay as they are.
     `decode` undoes `tensors` by what config.json says alone: given a block's stored tensors, its
     full name and the quantization_config, it returns dense ones; shifts and input factors stay.
-    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds.
+    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
+    it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
     biases and shifts that the architecture lacks.

@@ -7,6 +7,7 @@ in bfloat16 from 2^-17 up, keep every bit; those of a float32 model are rounded 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from lrquant.config import Config
 from lrquant.export import Format, Loading, factor_refusal
 from lrquant.export.parts import Part
+from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.scheme import FLOAT_BITS, Scheme
 
@@ -121,11 +123,24 @@ def _words(codes: Tensor) -> Tensor:
 
 
 def _loading(scheme: Scheme, target: str) -> Loading:
+    """vLLM 0.32 computes in float16 or bfloat16 (source); gptqmodel 7.7 in float16 (tried)."""
     if target == "vllm":
-        return Loading(notes=("vLLM computes AWQ models in float16",))
+        note = f"vLLM's CPU build computes {four_bits_on_cpu()}"
+        return Loading(notes=(_IN_BFLOAT16, note))
+    if target == "vllm-cpu":
+        packed = in_vllm_cpu(dataclasses.replace(scheme, weight_bits=BITS))
+        return dataclasses.replace(packed, notes=(_IN_BFLOAT16,))
     if target == "transformers":
-        return Loading(notes=("transformers loads AWQ with gptqmodel installed",))
+        return Loading(
+            notes=("transformers loads AWQ with gptqmodel installed, which computes in float16",)
+        )
     return Loading("made for other runtimes; use --target vllm")
+
+
+_IN_BFLOAT16 = (
+    "AWQ's scales are float16: where vLLM computes in bfloat16 those of a model learned in another "
+    "dtype are rounded to 8 bits"
+)
 
 
 FORMAT = Format(

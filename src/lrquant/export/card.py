@@ -7,11 +7,13 @@ from typing import Any
 
 from lrquant.config import TARGETS, Config
 from lrquant.export import Format
+from lrquant.export.targets import loading_of
 from lrquant.report.tables import SPREAD_NOTE, results_table
 from lrquant.results import MEASURES, entries
 
 _LOADING = {
-    "vllm": "vLLM:\n\n```\nvllm serve FOLDER\n```",
+    "vllm": "vLLM:\n\n```\nSERVE\n```",
+    "vllm-cpu": "vLLM's CPU build:\n\n```\nSERVE\n```",
     "transformers": (
         "transformers:\n\n```python\nfrom transformers import CLASS\n\n"
         'model = CLASS.from_pretrained("FOLDER")\n```'
@@ -21,6 +23,12 @@ _LOADING = {
         "import lrquant\nfrom transformers import CLASS\n\n"
         'model = CLASS.from_pretrained("FOLDER")\n```'
     ),
+}
+_NAMES = {
+    "vllm": "vLLM",
+    "vllm-cpu": "vLLM's CPU build",
+    "transformers": "transformers alone",
+    "native": "this package's runtime",
 }
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -83,12 +91,15 @@ def _quality(results: dict[str, Any]) -> str:
 
 
 def _loading(config: Config, form: Format, auto_class: str) -> list[str]:
-    """How each runtime that takes it loads it, with what it has to say."""
+    """How each runtime that takes it loads it, what it then computes, and what it has to say."""
     ways = []
     for target in TARGETS:
-        loading = form.loading(config.quantization, target)
+        loading = loading_of(form, config, target)
         if loading.refusal is None:
-            notes = " ".join(f"Note: {note}." for note in loading.notes)
-            way = _LOADING[target].replace("CLASS", auto_class)
-            ways.append(way + (f"\n\n{notes}" if notes else ""))
-    return ways or ["No runtime is known to load this scheme in this format."]
+            serve = loading.serve or "vllm serve FOLDER"
+            way = _LOADING[target].replace("CLASS", auto_class).replace("SERVE", serve)
+            notes = "".join(f" Note: {note}." for note in loading.notes)
+            ways.append(f"{way}\n\nIt computes {loading.computes}.{notes}")
+        else:
+            ways.append(f"Not for {_NAMES[target]}: {loading.refusal}.")
+    return ways

@@ -25,6 +25,7 @@ from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export import Format, Loading, factor_refusal
 from lrquant.export.parts import Part
+from lrquant.export.runtimes import in_transformers, in_vllm, in_vllm_cpu
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
 from lrquant.scheme import FLOAT_BITS, Scheme
@@ -88,32 +89,8 @@ def _nearest(scheme: Scheme) -> Scheme:
 def _loading(scheme: Scheme, target: str) -> Loading:
     if target == "native":
         return Loading("made for other runtimes; use --target vllm or transformers")
-    if target == "vllm":
-        return _in_vllm(scheme)
-    if scheme.activation_bits != FLOAT_BITS:
-        return Loading(notes=("transformers emulates quantised activations: no speed-up",))
-    return Loading(notes=("transformers decodes the weights at the first forward: no speed-up",))
-
-
-def _in_vllm(scheme: Scheme) -> Loading:
-    """What vLLM 0.32 loads; its CPU build has kernels for W4A16 and W8A8 alone."""
-    bits, group = scheme.weight_bits, scheme.group_size
-    if scheme.activation_bits != FLOAT_BITS:
-        if bits == scheme.activation_bits == 8:
-            return Loading()
-        return Loading(notes=("a recent vLLM on CUDA only, compute capability 7.5 or higher",))
-    if group is not None and group < 32:
-        return Loading(f"vLLM has no kernel for groups of {group}, of 32 columns or more only")
-    if bits == 4:
-        return Loading(multiple=32, where="vLLM's CPU build")
-    if bits == 8:
-        return Loading(notes=("vLLM on CUDA only: its CPU build has no W8A16 kernel",))
-    if bits == 7 or not scheme.symmetric:
-        return Loading(
-            f"vLLM has no kernel for {bits}-bit weights"
-            f"{'' if scheme.symmetric else ' with zero points'}"
-        )
-    return Loading(notes=(f"a recent vLLM on CUDA only for {bits}-bit weights",))
+    takers = {"vllm": in_vllm, "vllm-cpu": in_vllm_cpu, "transformers": in_transformers}
+    return takers[target](scheme)
 
 
 def _layout(scheme: Scheme) -> str:
@@ -140,7 +117,8 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str,
     packed = parts[0].scheme.activation_bits == FLOAT_BITS
     if packed and (not parts[0].scheme.symmetric or (alike and len(parts) > 1)):
         # Unless it decodes while loading, transformers makes room for zero points that are not
-        # packed (compressed-tensors 0.20), and initialises some towers through weights that packed
+        # packed (compressed-tensors 0.20 leaves them out of what it packs on the meta device) and
+        # refuses ours for their shape, and initialises some towers through weights that packed
         # linears do not have; other readers do not look at this key.
         values["dequantize"] = True
     return values

@@ -45,6 +45,7 @@ def copy_side_files(model: Model, place: Path) -> None:
         target = place / name
         target.parent.mkdir(exist_ok=True)
         _copy(model.folder / name, target)
+    _spell_out_pictures(place)
     left = [n for n in sorted(_names(model.folder)) if n not in names and not _matches(n, _WRITTEN)]
     if left:
         logger.info("left out of the checkpoint: %s", ", ".join(left))
@@ -132,9 +133,6 @@ def _generate(model: Model, place: Path) -> None:
     for owner in (model.processor, model.tokenizer):
         if owner is not None:
             owner.save_pretrained(place)
-    images = getattr(model.processor, "image_processor", None)
-    if images is not None:  # version 4 reads it from a file of its own
-        images.save_pretrained(place)
     if model.generation is not None:
         model.generation.save_pretrained(place)
     for path in place.glob("*config.json"):
@@ -144,6 +142,17 @@ def _generate(model: Model, place: Path) -> None:
         if path.name == _TOKENIZER_CONFIG and (place / "tokenizer.json").is_file():
             values = _plain(values)
         _write_json(path, values)
+    _spell_out_pictures(place)
+
+
+def _spell_out_pictures(place: Path) -> None:
+    """What makes pictures into inputs, in the file where version 4 looks for it, if 5 nested it."""
+    nested, own = place / "processor_config.json", place / "preprocessor_config.json"
+    if own.is_file() or not nested.is_file():
+        return
+    values = read_json(nested).get("image_processor")
+    if isinstance(values, dict):
+        _write_json(own, values)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

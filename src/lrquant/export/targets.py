@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from lrquant.config import Config
+from lrquant.config import TARGETS, Config
 from lrquant.errors import LRQuantError
+from lrquant.export.loading import Loading, merged
 from lrquant.export.parts import Part
 from lrquant.scheme import FLOAT_BITS
 
@@ -82,6 +83,20 @@ def loading_refusal(form: Format, config: Config) -> str | None:
         reason = form.loading(config.vision_quantization, target).refusal
         reason = None if reason is None else f"--vision-scheme {config.vision_scheme}: {reason}"
     return reason
+
+
+def loading_of(form: Format, config: Config, target: str) -> Loading:
+    """How a runtime takes all parts of what a format holds."""
+    schemes = (config.quantization, config.vision_quantization)
+    return merged([form.loading(scheme, target) for scheme in schemes if scheme is not None])
+
+
+def verdicts(form: Format, config: Config) -> Iterator[tuple[bool, str]]:
+    """Whether a runtime computes what was learned, and a sentence: the target's, or each one's."""
+    for target in TARGETS if config.target is None else (config.target,):
+        loading = loading_of(form, config, target)
+        if loading.refusal is None:
+            yield loading.as_learned, f"{target} computes {loading.computes}"
 
 
 def _dense(form: Format, config: Config) -> bool:

@@ -58,15 +58,15 @@ def verify(place: Path) -> Verified:
         f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
     ]
     used = _used_bits(model, config)
-    stored = 0
+    stored, elements = 0, model.parameters
     for name in sorted(names):
         tensor = source.tensor(name)
         stored += tensor.nbytes
+        elements += tensor.numel() * (name in extra)
         if name in expected:
             found = _tensor_problems(name, tensor, expected[name], used.get(name, 0))
             problems += [f"{name}: {text}" for text in found]
-    parameters = [t.numel() for t in model.skeleton.parameters()]
-    return Verified(problems, bits, stored, _BF16 * sum(parameters))
+    return Verified(problems, bits, stored, _BF16 * elements)
 
 
 def _model(place: Path, source: SafetensorsSource) -> Model:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from lrquant.export import Format, Loading, choose_format
+from lrquant.export import Format, choose_format
 from lrquant.export.checkpoint import check_format
-from lrquant.export.parts import Part
+from lrquant.export.kernels import check_kernels, fused_linears
+from lrquant.export.targets import loading_of, verdicts
 from lrquant.model import Model
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.preflight.findings import Preflight
@@ -22,12 +23,13 @@ def chosen_format(done: Preflight) -> Format | None:
         return None
     with done.checking("format"):
         form = choose_format(config)
-        if config.target is None:
-            done.add("format", "ok", form.name)
-            return form
-        done.add("format", "ok", f"{form.name}, which {config.target} loads")
-        for note in form.loading(config.quantization, config.target).notes:
-            done.add("runtime", "warning", note)
+        by = "" if config.target is None else f", which {config.target} loads"
+        done.add("format", "ok", form.name + by)
+        for as_learned, text in verdicts(form, config):
+            done.add("runtime", "ok" if as_learned else "warning", text)
+        if config.target is not None:
+            for note in loading_of(form, config, config.target).notes:
+                done.add("runtime", "warning", note)
         return form
     return None
 
@@ -53,9 +55,12 @@ def check_shapes(done: Preflight, model: Model, form: Format | None) -> bool:
     with done.checking("format"):
         check_format(model, config, form)
     if config.target is not None:
-        sizes = {name: tuple(view.stored[f"{name}.weight"].shape) for name in model.linears}
-        _check_kernels(done, form.loading(scheme, config.target), sizes)
-        _check_fused(done, model, form)
+        with done.checking("kernels"):
+            multiple = check_kernels(model, config, form)
+            if multiple > 1:
+                text = f"in and out of all linears divide by {multiple}, for {config.target}"
+                done.add("kernels", "ok", text)
+        _say_fused(done, model)
     if fits:
         with done.checking("packing"):
             size = done.checkpoint = checkpoint_size(model, config, form)
@@ -64,35 +69,8 @@ def check_shapes(done: Preflight, model: Model, form: Format | None) -> bool:
     return False
 
 
-def _check_kernels(done: Preflight, loading: Loading, sizes: dict[str, tuple[int, ...]]) -> None:
-    """The sizes that a runtime's kernels ask for."""
-    if loading.multiple == 1:
-        return
-    odd = [
-        f"{name} ({size[1]} to {size[0]})"
-        for name, size in sizes.items()
-        if any(width % loading.multiple for width in size)
-    ]
-    if odd:
-        text = f"{loading.where} needs in and out divisible by {loading.multiple}: not so in "
-        done.add("kernels", "warning", text + ", ".join(odd))
-    else:
-        text = f"in and out of all linears divide by {loading.multiple}, for {loading.where}"
-        done.add("kernels", "ok", text)
-
-
-def _check_fused(done: Preflight, model: Model, form: Format) -> None:
-    """Linears that read one norm are fused by runtimes, so that their scheme must be the same."""
-    outside = form.quantization_config([Part("", done.config.quantization)], []) or {}
-    schemes = outside.get("config_groups") or {"all": None}
-    sites = model.sites
-    fused = [
-        " + ".join(fold.module.rpartition(".")[2] for fold in site.consumers)
-        for site in sites
-        if site.kind == "norm"
-    ]
-    if fused and len(schemes) > 1:
-        text = f"{form.name} writes {len(schemes)} schemes; make sure that none divides "
-        done.add("fused", "warning", text + ", ".join(fused))
-    elif fused:
+def _say_fused(done: Preflight, model: Model) -> None:
+    """Linears that read one norm are fused by runtimes; one part of a model has one scheme."""
+    fused = [" + ".join(names) for names in fused_linears(model) if len(names) > 1]
+    if fused:
         done.add("fused", "ok", f"one scheme for {', '.join(fused)}")
