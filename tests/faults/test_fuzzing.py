@@ -280,21 +280,40 @@ def spoil(path: Path, damage: list[tuple[str, float, int]], picks: list[int], ne
         path.write_bytes(damaged(content, damage))
 
 
+SPOILED = {"pick": st.integers(0, 40), "damage": DAMAGE, "picks": PICKS, "new": ANY}
+
+
 @fuzz(3)
-@given(pick=st.integers(0, 40), damage=DAMAGE, picks=PICKS, new=ANY)
+@given(**SPOILED)
 def test_run_folders(run, copied, pick, damage, picks, new):
-    place = copied(run[0])
+    """What is read of one is what was written: settings, and what each block has learned."""
+    place, learned = copied(run[0]), RunFolder.open(run[0])
     spoil(some_file(place, pick), damage, picks, new)
     outcome(lambda: inspect_folder(place))
+    opened = outcome(lambda: RunFolder.open(place))
+    if opened is None:
+        return
+    config = outcome(lambda: opened.config)
+    assert config in (None, learned.config)
+    outcome(opened.records)
+    for index in range(2):
+        tensors = outcome(lambda: opened.load_block(index))  # noqa: B023
+        expected = learned.load_block(index)
+        if tensors is not None:
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@fuzz(0.3)
+@given(**SPOILED)
+def test_reports_of_run_folders(run, copied, pick, damage, picks, new):
+    place = copied(run[0])
+    spoil(some_file(place, pick), damage, picks, new)
     outcome(lambda: write_report(RunFolder.open(place)))
-    whole = outcome(lambda: RunFolder.open(place))
-    if whole is not None:
-        outcome(lambda: whole.config)
-        outcome(lambda: [whole.load_block(index) for index in range(2)])
 
 
 @fuzz(2)
-@given(pick=st.integers(0, 40), damage=DAMAGE, picks=PICKS, new=ANY)
+@given(**SPOILED)
 def test_checkpoints(run, copied, pick, damage, picks, new):
     """Only those that are whole are loaded; their logits are those that were."""
     place = copied(run[1])
