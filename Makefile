@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv check test pins demo clean
+.PHONY: venv check test pins faults demo clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,13 @@ test: check
 # Pins anew what tests/golden holds runs against, after a change that is meant to change it.
 pins: venv
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/golden --pin
+
+# Every kill, damaged file, full disk and race on a tiny model; SHARE=0.1 draws a tenth of them.
+# Before them FUZZ examples of each kind of settings, texts, models and folders that nobody writes.
+faults: venv
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LRQUANT_FUZZ=$(or $(FUZZ),200) $(VENV)/bin/python -m pytest \
+		tests/faults/test_fuzzing.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python tests/faults/matrix.py --share $(or $(SHARE),1)
 
 demo: venv
 	$(VENV)/bin/python examples/demo.py

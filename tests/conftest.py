@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
+import logging
 
 import pytest
 import torch
@@ -89,6 +91,26 @@ TINY = {
     "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
     "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A command's log goes to the screen: no longer than its test."""
+    logger = logging.getLogger("lrquant")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """What a command does to the package's logger ends with the test that gave the command."""
+    logger = logging.getLogger("lrquant")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,21 @@ def test_never_has_none_and_a_stream_has_the_tokenizers_own(text, adding):
     assert (stream.ids == BOS).sum() == 1 and stream.ids[0, 0] == BOS
 
 
+def test_a_stream_does_not_end_with_what_the_tokenizer_puts_after_a_text(text, adding):
+    tokens = len(adding()(TEXT)["input_ids"])
+    windows = perplexity_windows(text, adding("</s>"), tokens)
+    assert not (windows.ids == EOS).any()
+    with pytest.raises(LRQuantError, match=f"{tokens} tokens"):
+        perplexity_windows(text, adding("</s>"), tokens + 1)
+
+
+def test_a_bos_at_the_very_end_of_the_text_is_not_doubled(tmp_path, adding):
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 15 + "<s>" + "y" * 14)
+    windows = perplexity_windows(str(path), adding(), 16, beginning=Beginning((BOS,)))
+    assert windows.ids.shape == (1, 16) and (windows.ids == BOS).sum() == 1
+
+
 def test_a_template_that_writes_bos_does_not_double_it(tmp_path, adding):
     tokenizer = adding()
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"

@@ -235,10 +235,8 @@ def test_short_documents_are_joined_and_that_is_said(tmp_path, tokenizer, monkey
     path.write_text("".join(json.dumps({"text": words(6, 10 * i)}) + "\n" for i in range(20)))
     joined = [token for i in range(20) for token in (*range(10 * i, 10 * i + 6), BREAK)][:-1]
     calls = []
-    tokenise = data._tokenise
-    monkeypatch.setattr(
-        data, "_tokenise", lambda t, text, special: calls.append(text) or tokenise(t, text, special)
-    )
+    tokenise = data.tokenise
+    monkeypatch.setattr(data, "tokenise", lambda t, text: calls.append(text) or tokenise(t, text))
     samples = calibration_samples(str(path), tokenizer, 4, 32, 1)
     assert torch.equal(samples.ids, stream_oracle(joined, 4, 32, 1))
     assert "no document has 32 tokens: all are joined" in samples.description

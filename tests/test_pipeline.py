@@ -70,6 +70,14 @@ def learned_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder, "blocks").iterdir())}
 
 
+def learned_values(folder):
+    """The tensors' bytes alone: a file's header says of which run it is."""
+    return {
+        name: content[8 + int.from_bytes(content[:8], "little") :]
+        for name, content in learned_bytes(folder).items()
+    }
+
+
 # What a run is and leaves behind
 
 
@@ -130,8 +138,8 @@ def test_results_of_a_plain_model_go_where_asked(model_folder, data_dir, tmp_pat
 def test_a_run_folder_is_complete(reference):
     path = reference.folder.path
     assert sorted(entry.name for entry in path.iterdir()) == [
-        *("blocks", "blocks.jsonl", "config.yaml", "diagnostics", "report.html", "report.json"),
-        *("report.md", "results.json", "run.json", "run.log"),
+        *("blocks", "blocks.jsonl", "config.yaml", "diagnostics", "lrquant-files.jsonl"),
+        *("report.html", "report.json", "report.md", "results.json", "run.json", "run.log"),
     ]
     assert sorted(learned_bytes(path)) == [f"{block:04d}.safetensors" for block in range(BLOCKS)]
     assert RunFolder.open(path).config == reference.config == reference.config.resolved()
@@ -142,7 +150,8 @@ def test_the_report_changes_nothing_else(reference, learn, tmp_path):
     assert learned_bytes(tmp_path) == learned_bytes(reference.folder.path)
     assert [r.epoch_losses for r in run.records] == [r.epoch_losses for r in reference.records]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        *("blocks", "blocks.jsonl", "config.yaml", "results.json", "run.json", "run.log")
+        *("blocks", "blocks.jsonl", "config.yaml", "lrquant-files.jsonl", "results.json"),
+        *("run.json", "run.log"),
     ]
 
 
@@ -213,7 +222,7 @@ def test_offload_does_not_change_a_bit(reference, learn, tmp_path):
     for place in ("device", "host", "disk"):
         learn(tmp_path / place, offload=place)
         assert learned_bytes(tmp_path / place) == learned_bytes(reference.folder.path), place
-    assert not list((tmp_path / "disk").glob("stream-*"))
+    assert not list((tmp_path / "disk").glob(".lrquant-*"))
 
 
 @pytest.mark.parametrize(
@@ -229,13 +238,13 @@ def test_offload_does_not_change_a_bit(reference, learn, tmp_path):
 )
 def test_what_changes_the_bytes(reference, learn, tmp_path, settings):
     learn(tmp_path, **settings)
-    ours, theirs = learned_bytes(tmp_path), learned_bytes(reference.folder.path)
+    ours, theirs = learned_values(tmp_path), learned_values(reference.folder.path)
     assert not any(ours[name] == theirs[name] for name in theirs)
 
 
 def test_other_samples_give_other_bytes(reference, learn, token_ids, tmp_path):
     learn(tmp_path, samples=token_ids(4, TOKENS).flip(1))
-    assert learned_bytes(tmp_path) != learned_bytes(reference.folder.path)
+    assert learned_values(tmp_path) != learned_values(reference.folder.path)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 100])
@@ -254,7 +263,7 @@ def test_both_precisions_run_and_agree(learn, tmp_path):
         assert run.results["precision"] == precision
         losses[precision] = [record.final_loss for record in run.records]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.5)
-    assert learned_bytes(tmp_path / "float32") != learned_bytes(tmp_path / "bfloat16")
+    assert learned_values(tmp_path / "float32") != learned_values(tmp_path / "bfloat16")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -272,12 +281,12 @@ def test_statistics_on_the_way_equal_those_from_a_file(
     statistics.save(*files)
     given = dict(zip(("act_scales", "act_shifts"), map(str, files), strict=True))
     quantize(folder, "W4A4", output_dir=str(tmp_path / "file"), **settings, **given)
-    assert learned_bytes(tmp_path / "file") == learned_bytes(tmp_path / "way")
+    assert learned_values(tmp_path / "file") == learned_values(tmp_path / "way")
     for values in statistics.maxima.values():
         values *= 2
     statistics.save(*files)
     quantize(folder, "W4A4", output_dir=str(tmp_path / "other"), **settings, **given)
-    assert learned_bytes(tmp_path / "other") != learned_bytes(tmp_path / "way")
+    assert learned_values(tmp_path / "other") != learned_values(tmp_path / "way")
 
 
 # LRQuant+
@@ -293,7 +302,7 @@ def test_each_part_alone_changes_the_bytes(reference, learn, tmp_path):
         folders.append(tmp_path / name)
     learn(tmp_path / "all", lr_plus=True)
     folders.append(tmp_path / "all")
-    contents = [learned_bytes(folder) for folder in folders]
+    contents = [learned_values(folder) for folder in folders]
     for block in range(1, BLOCKS):  # the first block's two branches have one target
         name = f"{block:04d}.safetensors"
         assert len({content[name] for content in contents}) == len(folders)
@@ -389,7 +398,7 @@ def test_lrquant_plus_lowers_the_losses_of_a_model(learn, tmp_path, scheme, lwc)
 def interrupted(monkeypatch, where, block=1):
     """Make a run die at one point of one block."""
     save, fit = RunFolder.save_block, learning.fit_block
-    rename = Path.replace
+    rename = os.replace
 
     def saving(self, parameters, record):
         if where == "before it is saved" and record.block == block:
@@ -404,14 +413,14 @@ def interrupted(monkeypatch, where, block=1):
             raise Killed
         return report
 
-    def renaming(self, target):
+    def renaming(source, target):
         if where == "before its rename" and str(target).endswith(f"{block:04d}.safetensors"):
             raise Killed
-        return rename(self, target)
+        return rename(source, target)
 
     monkeypatch.setattr(RunFolder, "save_block", saving)
     monkeypatch.setattr(learning, "fit_block", fitting)
-    monkeypatch.setattr(Path, "replace", renaming)
+    monkeypatch.setattr(os, "replace", renaming)
 
 
 POINTS = ["after it is learned", "before it is saved", "before its rename", "after it is saved"]
@@ -429,7 +438,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     finished = block + (where == "after it is saved")
     assert RunFolder.open(tmp_path).finished_blocks() == finished
     if finished < BLOCKS:
-        (tmp_path / "blocks" / f"{finished:04d}.tmp").write_bytes(b"half a file")
+        (tmp_path / "blocks").mkdir(exist_ok=True)
+        (tmp_path / "blocks" / f".lrquant-{'0' * 32}.tmp").write_bytes(b"half a file")
     run = learn(tmp_path, resume=str(tmp_path))
     assert learned_bytes(tmp_path) == learned_bytes(reference.folder.path)
     assert [record.final_loss for record in run.records] == [
@@ -574,7 +584,7 @@ def test_a_damaged_block_stops_with_its_name(reference, learn, tmp_path):
     (tmp_path / "run" / "blocks" / "0002.safetensors").unlink()
     damaged = tmp_path / "run" / "blocks" / "0001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:50])
-    with pytest.raises(LRQuantError, match=r"0001\.safetensors is missing or corrupt"):
+    with pytest.raises(LRQuantError, match=r"0001\.safetensors: changed or damaged"):
         learn(tmp_path / "run", resume=str(tmp_path / "run"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor
+from transformers.dynamic_module_utils import resolve_trust_remote_code
 
 import lrquant
 from lrquant import LRQuantError, evaluate
@@ -114,6 +115,21 @@ def test_a_processors_code_does_not_run(tmp_path, yes, name, auto, loader):
     with pytest.raises(LRQuantError):
         read_processor(tmp_path, loader)
     assert not ran(tmp_path) and own_code(tmp_path) == f"own_code.OwnProcessorMixin of {name}"
+
+
+def test_a_class_that_asks_gets_no_answer(tmp_path, yes, capsys):
+    """As those do that transformers loads within others without handing on what it was told."""
+
+    class Asks:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            resolve_trust_remote_code(None, str(folder), False, True)
+
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.T"]}}')
+    with pytest.raises(LRQuantError, match=r"own.T of tokenizer_config.json\), which is never"):
+        read_processor(tmp_path, Asks)
+    streams = capsys.readouterr()
+    assert not streams.out and not streams.err
 
 
 def test_a_configs_attention_names_no_code_of_the_hub(laid):

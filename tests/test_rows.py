@@ -10,7 +10,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from lrquant import rows
 from lrquant.chats import written_out
+from lrquant.conversations import is_conversations, read_conversations
 from lrquant.data import calibration_samples, perplexity_windows
 from lrquant.errors import LRQuantError
 from lrquant.texts import load_text
@@ -79,13 +81,13 @@ def templated(tiny_tokenizer):
     return tokenizer
 
 
-def write(path, rows):
+def write(path, entries):
     if path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        parquet.write_table(pyarrow.Table.from_pylist(entries), path)
     elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
+        path.write_text(json.dumps(entries, indent=1))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in entries))
     return str(path)
 
 
@@ -147,6 +149,87 @@ def test_odd_rows_are_one_line(tmp_path, content, expected):
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     assert expected in error_of(read, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"words\0words", "NUL"),
+        ("a.txt", "words".encode("utf-16-le"), "NUL"),
+        ("a.jsonl", b'{"text": "a"}\n\0', "NUL"),
+        ("a.jsonl", b"a" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_odd_bytes_are_one_line(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    assert expected in error_of(read, str(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, words in (("a.txt", "plain"), ("a.jsonl", '{"text": "plain"}')):
+        (tmp_path / name).write_text(words, encoding="utf-8-sig")
+        assert read(str(tmp_path / name)).documents == ["plain"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_text_larger_than_the_memory_is_refused(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):  # one value, a thousand times: small on disk
+        parquet.write_table(pyarrow.table({"text": ["x" * 1000] * 1000}), path)
+        assert path.stat().st_size < 50_000
+    else:
+        path.write_text(json.dumps({"text": "x" * 100_000}))
+    assert read(str(path)).documents
+    monkeypatch.setattr(rows, "_SHARE", 0.0)
+    assert "of memory are free; give a part" in error_of(read, str(path))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_null_text_is_not_taken_for_another_column(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", [{"text": None, "title": "t"}, {"text": "a"}])
+    assert "1: not of the layout 'column text'" in error_of(read, path)
+
+
+def test_rows_with_pictures_are_not_read_as_their_words(tmp_path):
+    row = {"image": "a.png", "question": "why?", "answer": "so"}
+    path = write(tmp_path / "a.jsonl", [row])
+    assert "--calib-images" in error_of(read, path)
+    row["image"] = {"bytes": b"PNG", "path": "a.png"}
+    path = write(tmp_path / "a.parquet", [row])
+    assert "--calib-images" in error_of(read, path)
+    assert read(path, "question").documents == ["why?"]
+
+
+def test_text_that_parquet_keeps_as_a_dictionary(tmp_path):
+    words = pyarrow.array(["a", "b", "a"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": words}), tmp_path / "a.parquet")
+    assert read(str(tmp_path / "a.parquet")).documents == ["a", "b", "a"]
+
+
+def test_a_system_prompt_and_other_names_of_roles(tmp_path):
+    row = {"system_prompt": "short", "question": "why?", "response": "so"}
+    (messages,) = read(write(tmp_path / "a.jsonl", [row])).documents
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    said = [{"from": "prompter", "value": "why?"}, {"from": "model", "value": "so"}]
+    (messages,) = read(write(tmp_path / "b.jsonl", [{"conversation": said}])).documents
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+
+
+def test_whether_a_file_holds_conversations_needs_no_whole_line(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"messages": "' + b"\xff" * 100)
+    assert is_conversations(path)
+    path.write_bytes(b'{"text": "' + b"\xff" * 100 + b'"}\n{"messages": []}')
+    assert not is_conversations(path)
+
+
+def test_pipes_for_conversations_and_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "no pictures" in error_of(read_conversations, tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "a pipe or device" in error_of(read_conversations, tmp_path / "pipe.jsonl")
+    (tmp_path / "deep.jsonl").write_text('{"a": ' * 100_000)
+    assert "expected" in error_of(read_conversations, tmp_path / "deep.jsonl")
 
 
 def test_monstrous_numbers_beside_the_text_are_nothing(tmp_path):

@@ -133,7 +133,7 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    refused(tmp_path, "corrupt or not a statistics file")
+    refused(tmp_path, "cannot be read (not a regular file)")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import shutil
+import os
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
-from lrquant import workdir
+from lrquant.claims import held
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.files import read_json
+from lrquant.journal import Journal
 from lrquant.workdir import BlockRecord, RunFolder
 
 IDENTITY = {
@@ -64,7 +65,7 @@ def refuse(function, *parts):
 def test_a_new_run(tmp_path):
     folder = a_run(tmp_path / "deep" / "run")
     assert folder.config == Config(model="m", output_dir=str(tmp_path / "deep" / "run"))
-    assert folder.identity == {"format": 1, **IDENTITY}
+    assert folder.identity == {"format": 2, **IDENTITY}
     assert (folder.finished_blocks(), folder.records()) == (0, [])
     assert RunFolder.open(folder.path).path == folder.path
 
@@ -105,10 +106,9 @@ def test_a_new_run_replaces_an_old_one(tmp_path):
 
 
 def test_a_new_run_leaves_other_people_s_files(tmp_path):
-    (tmp_path / "blocks").mkdir()
-    for name in ("notes.txt", "blocks/toy.txt"):
-        (tmp_path / name).write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
     a_run(tmp_path, blocks=1)
+    (tmp_path / "blocks" / "toy.txt").write_text("mine")
     a_run(tmp_path)
     assert all((tmp_path / name).read_text() == "mine" for name in ("notes.txt", "blocks/toy.txt"))
 
@@ -132,41 +132,34 @@ def test_a_start_that_is_killed_leaves_no_run(tmp_path, monkeypatch, failing):
 
 
 def kill_while_writing(monkeypatch):
-    def half(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half a file")
+    def half(handle):
+        os.truncate(handle, 10)
         raise Killed
 
-    monkeypatch.setattr(workdir, "save_file", half)
-
-
-def kill_before_flushing(monkeypatch):
-    def killed(path):
-        raise Killed
-
-    monkeypatch.setattr(workdir, "flush", killed)
+    monkeypatch.setattr(os, "fsync", half)
 
 
 def kill_at_rename(suffix):
     def install(monkeypatch):
-        original = Path.replace
+        original = os.replace
 
-        def killed(self, target):
+        def killed(source, target):
             if str(target).endswith(suffix):
                 raise Killed
-            return original(self, target)
+            return original(source, target)
 
-        monkeypatch.setattr(Path, "replace", killed)
+        monkeypatch.setattr(os, "replace", killed)
 
     return install
 
 
+LEFTOVER = f".lrquant-{'0a' * 16}.tmp"
+
+
 @pytest.mark.parametrize(
     "kill",
-    [
-        *(kill_while_writing, kill_before_flushing),
-        *(kill_at_rename("blocks.jsonl"), kill_at_rename(".safetensors")),
-    ],
-    ids=["while writing", "before flushing", "before the record", "before the rename"],
+    [kill_while_writing, kill_at_rename("blocks.jsonl"), kill_at_rename(".safetensors")],
+    ids=["while writing", "before the record", "before the rename"],
 )
 def test_a_kill_while_a_block_is_saved_loses_that_block_only(tmp_path, monkeypatch, kill):
     folder = a_run(tmp_path, blocks=1)
@@ -174,48 +167,40 @@ def test_a_kill_while_a_block_is_saved_loses_that_block_only(tmp_path, monkeypat
     with pytest.raises(Killed):
         folder.save_block(parameters(1), record(1, final_loss=0.9))
     monkeypatch.undo()
-    (folder.path / "blocks" / "0001.tmp").write_bytes(b"what a real kill would leave")
+    for name in (LEFTOVER, "p.tmp"):
+        (folder.path / "blocks" / name).write_bytes(b"what a real kill, or a person, would leave")
     assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
-    folder.save_block(parameters(1), record(1))
+    with held(tmp_path):
+        folder.save_block(parameters(1), record(1))
     assert folder.records() == [record(0), record(1)]
     assert len((tmp_path / "blocks.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in (tmp_path / "blocks").iterdir()) == [
-        "0000.safetensors",
-        "0001.safetensors",
+        *("0000.safetensors", "0001.safetensors", "p.tmp")
     ]
     assert torch.equal(folder.load_block(1)["lwc.q.upper"], parameters(1)["lwc.q.upper"])
 
 
-@pytest.mark.parametrize("error", [FULL, SafetensorError("I/O error: No space left on device")])
-def test_no_space_for_a_block(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("name", ["blocks.jsonl", "results.json"])
+def test_no_space(tmp_path, monkeypatch, name):
     folder = a_run(tmp_path, blocks=1)
 
-    def full(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half a file")
-        raise error
+    def full(handle):
+        raise FULL
 
-    monkeypatch.setattr(workdir, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     refuse(
         lambda: folder.save_block(parameters(1), record(1)),
-        *("block 1", str(tmp_path), "No space left", "--resume"),
+        *(str(tmp_path), "No space left", "free some space"),
     )
-    assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
-    assert not list((tmp_path / "blocks").glob("*.tmp"))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("name", ["blocks.jsonl", "results.json"])
-def test_a_disk_that_is_really_full(tmp_path, name):
-    folder = a_run(tmp_path, blocks=1)
-    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
     refuse(lambda: folder.write_text(name, "x"), name, "No space left", str(tmp_path))
-    assert folder.records() == [record(0)]
+    assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, capsys):
+def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
     folder = a_run(tmp_path)
-    (tmp_path / "run.log").symlink_to("/dev/full")
+    monkeypatch.setattr(Journal, "claim_growing", lambda self, name: Path("/dev/full"))
     logger = logging.Logger("test")
     with folder.logging(logger, MemoryHandler(9)):
         logger.info("hello")
@@ -263,20 +248,23 @@ def test_going_on_elsewhere_copies(tmp_path):
 
 def test_a_copy_that_is_cut_off_holds_whole_blocks_only(tmp_path, monkeypatch):
     source = a_run(tmp_path / "a", blocks=3)
-    original, copied = shutil.copyfile, []
+    original = os.replace
 
     def cut_off(source, target):
-        if copied:
-            Path(target).write_bytes(Path(source).read_bytes()[:10])
+        if str(target).endswith("0001.safetensors"):
             raise FULL
-        copied.append(original(source, target))
+        original(source, target)
 
-    monkeypatch.setattr(shutil, "copyfile", cut_off)
-    start = lambda: RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")  # noqa: E731
-    refuse(start, str(tmp_path / "a"), str(tmp_path / "b"), "No space left")
+    monkeypatch.setattr(os, "replace", cut_off)
+    args = tmp_path / "b", Config(), IDENTITY, tmp_path / "a"
+    refuse(
+        lambda: RunFolder.start(*args), str(tmp_path / "a"), str(tmp_path / "b"), "No space left"
+    )
     folder = RunFolder.open(tmp_path / "b")
     assert folder.finished_blocks() == 1 and folder.records() == [record(0)]
     assert folder.block_path(0).read_bytes() == source.block_path(0).read_bytes()
+    monkeypatch.undo()
+    assert RunFolder.start(*args).finished_blocks() == 3
 
 
 @pytest.mark.parametrize(
@@ -311,11 +299,14 @@ def test_only_the_words_about_the_data_may_differ(tmp_path):
 
 def test_no_run_a_newer_run_and_a_damaged_run(tmp_path):
     refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
-    (tmp_path / "run.json").write_text('{"format": 2}')
-    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 1")
-    for content in ("", "{", "[]", '"x"'):
+    (tmp_path / "run.json").write_text('{"format": 1}')
+    refuse(lambda: RunFolder.open(tmp_path), "format 1", "reads format 2")
+    for content in ("", "{", "[]", '"x"', "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
         refuse(lambda: RunFolder.open(tmp_path), "run.json")
+    folder = a_run(tmp_path / "new")
+    folder.write_text("run.json", '{"format": 3}')
+    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 3", "reads format 2")
 
 
 def test_damaged_blocks_and_records(tmp_path):
@@ -324,8 +315,14 @@ def test_damaged_blocks_and_records(tmp_path):
     for damaged in (b"", content[:-3], b"x" * len(content)):
         folder.block_path(1).write_bytes(damaged)
         refuse(lambda: folder.load_block(1), "0001.safetensors", "--resume")
+    folder.block_path(1).write_bytes(content)
     (tmp_path / "blocks.jsonl").write_text('{"block": 0')
-    refuse(folder.records, "blocks.jsonl")
+    refuse(folder.records, "blocks.jsonl", "delete it")
+    (tmp_path / "blocks.jsonl").unlink()
+    unknown = {"seconds": 0, "peak_memory_bytes": 0}
+    assert folder.records() == [dataclasses.replace(record(block), **unknown) for block in (0, 1)]
+    folder.save_block(parameters(2), record(2))
+    assert [entry.final_loss for entry in folder.records()] == [0.5, 0.5, 0.5]
 
 
 def test_results_keep_what_was_not_measured_again(tmp_path):

@@ -1,19 +1,21 @@
 """The tokens that each window begins with: those that a model was trained to find there.
 
 A model whose every training sequence began with a beginning-of-sequence token (BOS) computes
-something else without it: Gemma's perplexity more than doubles.  The published perplexities of
-LLaMA, Mistral, OPT and Qwen are over windows cut out of one stream, of which the first alone begins
-with what the tokenizer adds; theirs stay so.
+something else without it.  Other families' published perplexities are over windows cut out of one
+stream, of which the first alone begins with what the tokenizer adds; theirs stay so.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lrquant.architectures import language_parts
 from lrquant.errors import LRQuantError
+from lrquant.tokens import put_before
 
 RULES = ("auto", "always", "never")
 
@@ -40,7 +42,7 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
     auto: as the family was published, else as its tokenizer begins.  Raises LRQuantError where
     there is nothing to begin with and the rule or the family asks for it.
     """
-    before = _put_before(tokenizer)
+    before = put_before(tokenizer)
     if rule == "never":
         return Beginning(text="without BOS")
     parts = language_parts()
@@ -60,11 +62,17 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
     return Beginning(before, text=f"each window begins with {words}")
 
 
-def _put_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start])
-    return ()
+def beginning_by_itself(
+    tokenizer: PreTrainedTokenizerBase, beginning: Beginning
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that begins each text so, where the given one does not by itself."""
+    if not beginning.ids or put_before(tokenizer) == beginning.ids or not tokenizer.is_fast:
+        return tokenizer
+    words = [str(word) for word in tokenizer.convert_ids_to_tokens(list(beginning.ids))]
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*words, "$A"],
+        pair=[*words, "$A", "$B:1"],
+        special_tokens=list(zip(words, beginning.ids, strict=True)),
+    )
+    return own

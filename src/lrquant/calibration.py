@@ -17,14 +17,22 @@ from lrquant.feeds import Feed
 from lrquant.model import Model
 from lrquant.prompts import mixed, picture_samples
 from lrquant.stats import ChannelStatistics, load_statistics
+from lrquant.vocabulary import require_known_tokens
 
 logger = logging.getLogger("lrquant")
 
 
 def calibration_of(config: Config, model: Model, given: Tensor | Feed | None) -> Samples:
-    """The samples to learn on: those `given`, or those that the settings name."""
-    if given is not None:
-        return _given_samples(given)
+    """The samples to learn on: those `given`, or those that the settings name.
+
+    Raises LRQuantError for token ids that the model does not have.
+    """
+    samples = _given_samples(given) if given is not None else _named_samples(config, model)
+    require_known_tokens(samples.feed, samples.name, model)
+    return samples
+
+
+def _named_samples(config: Config, model: Model) -> Samples:
     if config.calib_images is None:
         if model.architecture.reads_pixels:
             raise LRQuantError(
@@ -57,6 +65,8 @@ def _given_samples(given: Tensor | Feed) -> Samples:
             f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
             "(samples, tokens), int64"
         )
+    if not given.numel():
+        raise LRQuantError(f"samples of shape {tuple(given.shape)}: no token in them; give some")
     digest = hashlib.sha256(given.numpy().tobytes()).hexdigest()
     text = f"given tokens, {len(given)} x {given.shape[1]} = {given.numel()} tokens"
     return Samples(given, "given", "given", "given", digest, text)

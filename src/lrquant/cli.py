@@ -31,7 +31,7 @@ _EVALUATE_SETTINGS = (
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
     *("text_column", "bos"),
 )
-_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device")
+_EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwrite")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(stats, _STATISTICS_SETTINGS)
     stats.add_argument("--num-samples", dest="nsamples", default=None, help=argparse.SUPPRESS)
     stats.add_argument("--seq-len", dest="seqlen", default=None, help=argparse.SUPPRESS)
+    _add_settings(stats, ["overwrite"])
     stats.add_argument("--scales-output-path", type=Path, default=Path("act_scales"))
     stats.add_argument("--shifts-output-path", type=Path, default=Path("act_shifts"))
 
@@ -244,11 +245,13 @@ def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
 def _stats(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.pipeline import collect_statistics
     from lrquant.progress import BarProgress
+    from lrquant.stats import require_replaceable
 
-    config = Config(**_settings(options, _STATISTICS_SETTINGS))
-    statistics = collect_statistics(config, progress=BarProgress(screen))
+    config = Config(**_settings(options, (*_STATISTICS_SETTINGS, "overwrite")))
     scales = options.scales_output_path / f"{config.net_name}.pt"
     shifts = options.shifts_output_path / f"{config.net_name}.pt"
+    require_replaceable((scales, shifts), config.overwrite)
+    statistics = collect_statistics(config, progress=BarProgress(screen))
     statistics.save(scales, shifts)
     screen.say(f"{len(statistics.maxima)} linears: {scales}, {shifts}")
 
@@ -273,10 +276,13 @@ def _export(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _report(options: argparse.Namespace, screen: Screen) -> None:
+    from lrquant.claims import held
     from lrquant.report.writing import write_report
     from lrquant.workdir import RunFolder
 
-    screen.say(f"report: {write_report(RunFolder.open(options.run))}")
+    folder = RunFolder.open(options.run)
+    with held(options.run):
+        screen.say(f"report: {write_report(folder)}")
 
 
 def _compare(options: argparse.Namespace, screen: Screen) -> None:

@@ -178,7 +178,9 @@ class Config:
         ("bfloat16", "float16", "float32"),
     )
     resume: str | None = _setting(None, "go on with this run folder")
-    overwrite: bool = _setting(False, "replace the run that --output_dir holds")
+    overwrite: bool = _setting(
+        False, "replace the run in --output_dir, the checkpoint in --save_dir"
+    )
 
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
     precision: str = _setting(
@@ -361,10 +363,14 @@ class Config:
         return tuple(dict.fromkeys((*sets, *self.agreement)))
 
     def to_yaml(self) -> str:
-        """All settings as YAML, in the order of this file."""
+        """All settings as YAML, in the order of this file.
+
+        Not `overwrite`: that is asked for once, and not by who repeats the settings.
+        """
+        asked = dataclasses.replace(self, overwrite=False)
         values = {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            for name, value in dataclasses.asdict(asked).items()
         }
         return yaml.safe_dump(values, sort_keys=False)
 

@@ -23,6 +23,7 @@ _UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error),
     Image.DecompressionBombError,
 )
+_START = 1 << 20  # bytes of a file that tell whether it holds conversations
 QUESTION = "Describe this picture."
 
 
@@ -56,6 +57,8 @@ def read_conversations(path: Path) -> Conversations:
     """
     if path.is_dir():
         return _of_folder(path)
+    if path.exists() and not path.is_file():
+        raise LRQuantError(f"{path}: a pipe or device; give a folder of pictures or a .jsonl")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +80,7 @@ def picture_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Pictures below a folder, by name, and why others with a picture's suffix were left out."""
     found, skipped = [], []
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES or not (path.is_file() or path.is_symlink()):
             continue
         try:
             open_picture(path)
@@ -126,7 +129,7 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
         else:
             messages, named = _split(values["messages"])
         pictures = tuple(folder / name for name in named)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LRQuantError(f"{wanted} ({type(error).__name__}: {error})") from error
     if not messages:
         raise LRQuantError(f"{wanted}, got no message")
@@ -172,6 +175,7 @@ def is_conversations(path: Path) -> bool:
     """Whether a file's first line is a conversation, not a line of text alone."""
     if path.suffix != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return '"messages"' in first or '"image"' in first
+    with path.open("rb") as file:
+        start = file.read(_START).lstrip()  # a line may be endless
+    first = start.split(b"\n", 1)[0]
+    return b'"messages"' in first or b'"image"' in first

@@ -18,6 +18,7 @@ from lrquant.errors import LRQuantError
 from lrquant.feeds import Feed
 from lrquant.rows import TEXT
 from lrquant.texts import CONVENTIONS, Text, is_file_name, load_text
+from lrquant.tokens import put_before, tokenise
 
 logger = logging.getLogger("lrquant")
 MIX = ("wikitext2", "ptb", "c4")
@@ -164,12 +165,6 @@ def _check_seqlen(seqlen: int) -> None:
         raise LRQuantError(f"seqlen is {seqlen}: at least 2 tokens are needed")
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> Tensor:
-    """Ids (tokens,) int64, with the tokenizer's own special tokens or without; never a warning."""
-    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-
 class _TokenText:
     """A text as token ids, and how its windows begin.
 
@@ -190,8 +185,10 @@ class _TokenText:
             _log_documents(self.text, self.layout or TEXT)
 
     def ids(self, words: str) -> Tensor:
-        """Ids (tokens,) int64; a stream of plain text has the tokenizer's own special tokens."""
-        ids = _tokenise(self._tokenizer, words, self._special)
+        """Ids (tokens,) int64; a stream of plain text has what the tokenizer puts before it."""
+        ids = tokenise(self._tokenizer, words)
+        if self._special:
+            ids = torch.cat((torch.tensor(put_before(self._tokenizer), dtype=torch.int64), ids))
         return ids[len(self.beginning.ids) :] if self.begins(ids) else ids
 
     def window(self, ids: Tensor, start: int, seqlen: int) -> Tensor:
@@ -283,7 +280,9 @@ def _consecutive_windows(tokens: _TokenText, seqlen: int) -> Tensor:
     _check_length(text, ids, room)
     windows, start = [], 0
     while start + room <= ids.numel():
-        own = tokens.begins(ids[start:], seqlen)
+        own = tokens.begins(ids[start:])
+        if own and ids.numel() < start + seqlen:
+            break
         windows.append(tokens.window(ids, start, seqlen))
         start += seqlen if own else room
     return torch.stack(windows)

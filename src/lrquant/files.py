@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import shutil
+import re
+import secrets
+import stat
 import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,9 @@ import safetensors.torch
 from torch import Tensor
 
 from lrquant.errors import LRQuantError, visible
+
+_TEMPORARY = re.compile(r"\.lrquant-[0-9a-f]{32}\.tmp")
+_CHUNK = 1 << 24
 
 
 def save_file(
@@ -27,41 +35,121 @@ def save_file(
     path.chmod(0o666 & ~umask)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
+def temporary_file(folder: Path) -> tuple[int, Path]:
+    """A new file, open for writing, under a name that nobody else has or guesses."""
+    path = folder / f".lrquant-{secrets.token_hex(16)}.tmp"
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), path
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what kills left of `temporary_file`; only for who holds the folder's lock."""
+    for name in os.listdir(folder) if folder.is_dir() else []:
+        if _TEMPORARY.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_whole(
+    path: Path, content: str | bytes, before_rename: Callable[[], None] = lambda: None
+) -> None:
+    """Write a file so that it is whole or absent, and on the disk when this returns."""
+    handle, temporary = temporary_file(path.parent)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        temporary.replace(path)
-    except OSError:
+        with open(handle, "wb") as file:
+            file.write(as_bytes(content))
+            file.flush()
+            os.fsync(handle)
+        before_rename()
+        os.replace(temporary, path)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+    flush(path.parent)
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    flush(temporary)
-    temporary.replace(target)
+def as_bytes(content: str | bytes) -> bytes:
+    """Text as UTF-8; what is no text, such as half of a pair of surrogates, spelled out."""
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
 
 
 def flush(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_plain(path: Path) -> bytes:
+    """A regular file's content; OSError for all else, without waiting for a pipe's writer."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(0, "not a regular file", str(path))
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path is a file itself, no link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file of any size."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LRQuantError(f"{path}: cannot be read, or is not JSON") from error
+        return json_object(read_plain(path))
+    except OSError as error:
+        raise LRQuantError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LRQuantError(f"{path}: not a JSON object") from error
+
+
+def json_object(content: str | bytes) -> dict[str, Any]:
+    """The JSON object that `content` is; ValueError for all else."""
+    try:
+        values = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
-        raise LRQuantError(f"{path}: not a JSON object")
+        raise ValueError("not an object")
     return values
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Refuse a place, named by `flag`, in which no file can be made."""
+    place = nearest_existing(path)
+    if not place.is_dir():
+        raise LRQuantError(f"{flag} {path}: {place} is a file; use another folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise LRQuantError(
+            f"{flag} {path}: {place} cannot be written ({error.strerror}); use another folder"
+        ) from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 class LogFile(logging.FileHandler):

@@ -51,7 +51,6 @@ def learn_model(
     plain = learned = preparer(workbench, FLOATING_POINT).tower
     if config.vision_quantization is not None and tower is not None:
         pictures = require_pictures(config, feed)
-        folder.tower.path.mkdir(exist_ok=True)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
         learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
         learned = preparer(workbench, config.quantization, config, folder).tower

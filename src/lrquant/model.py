@@ -34,6 +34,12 @@ from lrquant.reading import (
 from lrquant.settings import shown
 from lrquant.sites import Site
 from lrquant.sources import ModuleSource, WeightSource, open_source, resolve_model
+from lrquant.sources.kinds import (
+    quantized_by,
+    require_floating_point,
+    require_tokenizer_files,
+)
+from lrquant.sources.skeleton import require_floating_weights
 
 logger = logging.getLogger("lrquant")
 
@@ -173,15 +179,22 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
     if not name:
         raise LRQuantError("no model given: use --model with a local path, hub name or GGUF file")
     files = resolve_model(name, cache_dir)
+    if files.gguf_file is None:
+        require_floating_point(name, files.folder)
     config = read_config(files.folder, files.gguf_file)
     architecture = architecture_of(config)
     tokenizer = None
     if not architecture.reads_pixels:
+        if files.gguf_file is None:
+            require_tokenizer_files(name, files.folder)
         tokenizer = read_tokenizer(files.folder, files.gguf_file)
-    if getattr(config, "quantization_config", None) is not None:
-        raise LRQuantError(f"model {name}: already quantised; start from the floating-point model")
     skeleton = build_skeleton(config, architecture)
     source = open_source(files, skeleton)
+    if source.unpacked_from():
+        logger.warning(
+            "model %s: its weights are unpacked from %s; full precision is that of these here",
+            *(name, source.unpacked_from()),
+        )
     _check_linears(skeleton, architecture)
     return Model(
         name,
@@ -202,6 +215,7 @@ def from_module(
 ) -> Model:
     """An in-memory transformers model; its weights are read and never changed."""
     architecture = architecture_of(module.config)
+    _require_plain(module)
     skeleton = build_skeleton(module.config, architecture)
     name = module.config.name_or_path or type(module).__name__
     _check_linears(skeleton, architecture)
@@ -209,7 +223,31 @@ def from_module(
         tokenizer = getattr(processor, "tokenizer", None)
     generation = getattr(module, "generation_config", None)
     source = ModuleSource(module)
+    _require_own_weights(source, skeleton)
     return Model(name, skeleton, tokenizer, source, architecture, None, processor, generation)
+
+
+def _require_plain(module: PreTrainedModel) -> None:
+    """Refuse a module that is quantised."""
+    where = quantized_by(module.config.to_dict())
+    if where is not None:
+        raise LRQuantError(
+            f"{type(module).__name__} in memory: already quantised ({where}); start from the "
+            "floating-point model"
+        )
+
+
+def _require_own_weights(source: ModuleSource, skeleton: PreTrainedModel) -> None:
+    """Refuse a module whose linears are wrapped or replaced: by adapters, for example."""
+    wanted = skeleton.state_dict()
+    missing = sorted(wanted.keys() - source.names())
+    adapters = [name for name in sorted(source.names()) if ".lora_" in name]
+    if missing or adapters:
+        raise LRQuantError(
+            f"{source.origin}: {(adapters or ['lacks ' + missing[0]])[0]}: its linears were "
+            "replaced or have adapters; merge them first (peft: merge_and_unload)"
+        )
+    require_floating_weights(source, wanted)
 
 
 def load_processor(folder: Path, architecture: Architecture) -> Any:

@@ -35,6 +35,7 @@ def _require_finite(model: Model, name: str, tensor: Tensor, dtype: torch.dtype 
             )
         if dtype is not None and not torch.isfinite(piece.to(dtype)).all():
             raise LRQuantError(
-                f"model {model.name}: {name} holds values too large for the checkpoint's "
-                f"{str(dtype).removeprefix('torch.')}; use another --save_dtype or --format"
+                f"model {model.name}: {name} holds values too large for "
+                f"{str(dtype).removeprefix('torch.')}, the checkpoint's dtype; use another "
+                "--save_dtype or --format"
             )

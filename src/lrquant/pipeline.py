@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.calibration import calibration_of, given_statistics
+from lrquant.claims import held, require_claimable
 from lrquant.config import Config, optional_path, typed_settings
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.comparison import TaskBoard
@@ -30,13 +31,10 @@ from lrquant.evaluation.subject import (
 )
 from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export import Format, choose_format
-from lrquant.export.checkpoint import (
-    check_format,
-    check_target,
-    checkpoint_dtype,
-    save_checkpoint,
-)
+from lrquant.export.checkpoint import check_format, checkpoint_dtype, save_checkpoint
 from lrquant.export.kernels import check_kernels
+from lrquant.export.protected import check_target
+from lrquant.export.publishing import heal, target_lock
 from lrquant.export.targets import verdicts
 from lrquant.feeds import Feed
 from lrquant.identity import describe_method, describe_run, dtype_name, environment
@@ -54,6 +52,7 @@ from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
 from lrquant.settings import require_one_scheme
 from lrquant.stats import ChannelStatistics
 from lrquant.tensorboard import with_tensorboard
+from lrquant.vocabulary import strange_tokenizer
 from lrquant.workbench import (
     Workbench,
     advance_full_precision,
@@ -128,18 +127,46 @@ def run(
     With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
-    with _kept_log() as earlier:
-        return _run(settings, model, samples, progress or Progress(), earlier)
+    with _kept_log() as earlier, ExitStack() as locks:
+        config, measure_only = resolve_settings(settings)
+        _claim_places(config, measure_only, locks)
+        return _run(config, measure_only, model, samples, progress or Progress(), earlier)
+
+
+def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
+    """Lock all that will be written, and refuse what is someone else's, before any hour is spent.
+
+    A finished run that is exported is only read: its blocks carry what they belong to.
+    """
+    output = Path(config.output_dir)
+    if not measure_only or measures_anything(config):
+        locks.enter_context(held(output))
+        if not measure_only and config.resume is None:
+            RunFolder(output).require_replaceable(config)
+        elif measure_only and output.resolve() != Path(config.resume or "").resolve():
+            require_claimable(output, "results")
+        else:
+            RunFolder(output).require_format()
+            require_claimable(output, "run")
+    if config.save_dir is not None:
+        locks.enter_context(target_lock(Path(config.save_dir)))
+        heal(Path(config.save_dir))
+        check_target(config, Path(config.save_dir))
+
+
+def measures_anything(config: Config) -> bool:
+    """Whether the settings ask for any measure."""
+    return bool(config.perplexity_sets or config.tasks or config.vqa or config.classify)
 
 
 def _run(
-    settings: dict[str, Any],
+    config: Config,
+    measure_only: bool,
     model: Model | None,
     samples: Tensor | Feed | None,
     progress: Progress,
     earlier: MemoryHandler,
 ) -> Run:
-    config, measure_only = resolve_settings(settings)
     progress = with_tensorboard(progress, config.log_dir)
     logger.info("scheme %s", config.quantization.describe())
     if config.vision_quantization is not None:
@@ -147,13 +174,14 @@ def _run(
     logger.info("method %s", describe_method(config))
     check_comparison(config)
     form = None
-    if config.save_dir is not None:
-        check_target(config, Path(config.save_dir))
     if config.save_dir is not None or (config.target and not measure_only):
         form = choose_format(config)
         _tell_runtimes(form, config)
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
+    strange = strange_tokenizer(model)
+    if strange is not None:
+        logger.warning("%s", strange)
     check_groups(model, config.quantization)
     check_rank(model, config)
     if config.vision_quantization is not None:
@@ -171,7 +199,8 @@ def _run(
     if measure_only:
         folder = RunFolder.open(Path(config.resume or ""))
         folder.require_same({"model": model.fingerprint()})
-        output.mkdir(parents=True, exist_ok=True)
+        if output.resolve() != folder.path.resolve():
+            RunFolder(output).begin_results()
     else:
         folder = _learn(workbench, config, samples, progress, earlier)
     results_folder = RunFolder(output)
@@ -192,8 +221,7 @@ def _run(
     if config.save_dir is not None and form is not None:
         save_checkpoint(workbench, config, folder, Path(config.save_dir), form)
     progress.close()
-    measured_sets = config.perplexity_sets or config.tasks or config.vqa or config.classify
-    learned_or_measured = not measure_only or bool(measured_sets)
+    learned_or_measured = not measure_only or measures_anything(config)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, _answer(results, config))
@@ -274,14 +302,22 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     if config.compare is True:
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
     reference_name(target, config)
-    tasks = load_tasks(config)
     folder = RunFolder(Path(config.output_dir)) if "output_dir" in settings else None
+    with held(folder.path) if folder is not None else nullcontext():
+        return _evaluate(target, config, folder, progress or Progress())
+
+
+def _evaluate(
+    target: str, config: Config, folder: RunFolder | None, progress: Progress
+) -> dict[str, Any]:
     if folder is not None:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.begin_results()
+    tasks = load_tasks(config)
     board = None if tasks is None else TaskBoard(tasks, config, folder)
-    progress = with_tensorboard(progress or Progress(), config.log_dir)
+    progress = with_tensorboard(progress, config.log_dir)
     own = _measure_target(target, config, board, progress)
     results: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for measured in itertools.chain(own, _measure_base(config, board, progress)):
         results = kept = beside(results, measured)
         if folder is not None:
@@ -380,6 +416,7 @@ def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
     own = RunFolder.open(Path(given["resume"])).config
     chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
     places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
+    places |= {"log_dir": None, "overwrite": False}
     places |= {"target": None} if given.get("format") else {}
     replaced = _NO_MEASURES if _asks_for_measures(given) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
@@ -398,7 +435,7 @@ _MEASURE_SETTINGS = (
     *("eval_ppl", "ppl", "agreement", "compare", "max_drop", "tasks", "num_fewshot"),
     *("limit", "task_batch_size", "vqa", "classify"),
     *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
-    *("report", "log_dir"),
+    *("report", "log_dir", "overwrite"),
     *("target", "save_dtype", "text_column", "bos"),
     *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
 )

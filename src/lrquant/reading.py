@@ -6,9 +6,11 @@ are neither run nor asked about: where transformers has no class for the model, 
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -44,7 +46,8 @@ _MOST_LABELS = 10**6
 def reading(what: str, folder: Path, mend: str = AGAIN) -> Iterator[None]:
     """Around a call of a library: its errors become one line; `mend` says what would help."""
     try:
-        yield
+        with _nobody_to_ask():
+            yield
     except FAILURES as error:
         raise _unreadable(what, folder, mend, error) from error
     except LRQuantError:
@@ -54,6 +57,20 @@ def reading(what: str, folder: Path, mend: str = AGAIN) -> Iterator[None]:
             raise
         # tokenizers, written in Rust, has no other class for a file that it can't parse
         raise _unreadable(what, folder, mend, error) from error
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Standard input is at its end: transformers asks there whether to run a folder's code.
+
+    Not all of its classes hand on that they may not.
+    """
+    answers, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.stdin = answers
 
 
 def _unreadable(what: str, folder: Path, mend: str, error: Exception) -> LRQuantError:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lrquant.errors import LRQuantError
 from lrquant.sources.checks import first_line
 
@@ -19,11 +21,18 @@ Message = dict[str, Any]
 Document = str | tuple[Message, ...]  # text, or messages for a chat template
 
 TEXT = "column text"
+_SHARE = 0.25  # of the free memory that one text may take
+_BATCH = 256  # rows of a parquet file that are unpacked at once
 _CHATS = ("messages", "conversations", "conversation")
 _QUESTIONS = ("instruction", "question", "query")
 _ANSWERS = ("answer", "response", "output")
 _COMPLETIONS = ("completion", "response", "answer", "output")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_SYSTEMS = ("system", "system_prompt")
+_ROLES = {
+    **{"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant"},
+    **{"bot": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant"},
+    **{"observation": "tool", "function_response": "tool"},
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ def _layout(path: Path, row: Row, column: str | None) -> Layout:
         if column not in row:
             raise LRQuantError(f"{path}: no column {column!r} (columns: {columns})")
         return Layout(f"column {column}", lambda row: _text_or_messages(row[column]))
+    if "text" not in row:
+        _refuse_pictures(path, row)
     layout = _known_layout(row)
     if layout is not None:
         return layout
@@ -93,7 +104,7 @@ def _layout(path: Path, row: Row, column: str | None) -> Layout:
 
 def _known_layout(row: Row) -> Layout | None:
     """A layout that the columns tell, or None."""
-    if isinstance(row.get("text"), str):
+    if isinstance(row.get("text", 0), str | None):
         return Layout(TEXT, lambda row: _text(row["text"]))
     chat = next((name for name in _CHATS if isinstance(row.get(name), list)), None)
     if chat is not None:
@@ -107,6 +118,15 @@ def _known_layout(row: Row) -> Layout | None:
     if "prompt" in row and completion:
         return Layout(f"prompt and {completion}", lambda row: _joined(row, "prompt", completion))
     return None
+
+
+def _refuse_pictures(path: Path, row: Row) -> None:
+    shown = _first(row, ("image", "images"))
+    if shown is not None:
+        raise LRQuantError(
+            f"{path}: its rows show pictures (column {shown}); give it to a multimodal model as "
+            "--calib-images or --vqa, or choose a column of text with --text-column"
+        )
 
 
 def _first(row: Row, names: Iterable[str]) -> str | None:
@@ -168,7 +188,9 @@ def _exchange(row: Row, question: str, answer: str) -> Document:
     """A question, with the `input` that Alpaca's rows have, and its answer."""
     parts = [_text(row[question]), _text(row.get("input") or "")]
     asked = "\n\n".join(filter(None, parts))
-    return _said("user", asked), _said("assistant", row[answer])
+    system = next((row[name] for name in _SYSTEMS if row.get(name)), None)
+    before = () if system is None else (_said("system", system),)
+    return *before, _said("user", asked), _said("assistant", row[answer])
 
 
 def _joined(row: Row, prompt: str, completion: str) -> Document:
@@ -218,14 +240,42 @@ def _parsed(path: Path, where: str, text: str) -> Any:
         raise LRQuantError(f"{path}, {where}: not JSON ({reason})") from error
 
 
+def require_room(path: Path, size: int) -> None:
+    """Refuse a text that would take most of the memory that is free."""
+    free = psutil.virtual_memory().available
+    if size > _SHARE * free:
+        raise LRQuantError(
+            f"{path}: {size / 1e9:.1f} GB of text, {free / 1e9:.1f} GB of memory are free; give a "
+            "part of it"
+        )
+
+
 def _parquet_rows(path: Path) -> Iterable[tuple[str, Row]]:
+    """Rows whose bytes and structures, pictures for example, are None: no text is made of them.
+
+    A file may unpack to a thousand times its size: what it does unpack to is counted.
+    """
     import pyarrow
     from pyarrow import parquet
 
+    number, size = 0, 0
     try:
         with parquet.ParquetFile(path) as file:
-            for start, batch in enumerate(file.iter_batches(1024)):
-                for number, row in enumerate(batch.to_pylist(), 1024 * start + 1):
-                    yield f"row {number}", row
+            names = file.schema_arrow.names
+            read = [entry.name for entry in file.schema_arrow if _is_readable(entry.type)]
+            for batch in file.iter_batches(_BATCH, columns=read):
+                size += batch.nbytes
+                require_room(path, size)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", dict.fromkeys(names) | row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise LRQuantError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
+
+
+def _is_readable(kind: object) -> bool:
+    from pyarrow import DataType, types
+
+    assert isinstance(kind, DataType)
+    unread = (types.is_binary, types.is_large_binary, types.is_struct, types.is_map)
+    return not any(test(kind) for test in unread)

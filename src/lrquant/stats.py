@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.files import read_plain, write_whole
 
 SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
@@ -68,18 +72,30 @@ class ChannelStatistics:
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""
         for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
-            temporary = path.with_name(path.name + ".tmp")
+            content = io.BytesIO()
+            torch.save(values, content)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(values, temporary)
-                temporary.replace(path)
-            except (OSError, RuntimeError) as error:
-                temporary.unlink(missing_ok=True)
+                write_whole(path, content.getvalue())
+            except OSError as error:
                 reason = str(error).splitlines()[0]
                 raise LRQuantError(
                     f"statistics {path}: cannot be written ({reason}); free some space or use "
                     "another folder"
                 ) from error
+
+
+def require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse, before anything is gathered, to replace files without `overwrite`, or other files."""
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
+        if not overwrite:
+            raise LRQuantError(
+                f"statistics {path}: already there; replace it with --overwrite, or use another "
+                "folder"
+            )
+        _load(path)
 
 
 def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:
@@ -90,12 +106,16 @@ def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(read_plain(path))
     except FileNotFoundError as error:
         raise LRQuantError(
             f"statistics {path}: no such file; make it with `lrquant stats`, or leave the option "
             "out and statistics are gathered on the way"
         ) from error
+    except OSError as error:
+        raise LRQuantError(f"statistics {path}: cannot be read ({error.strerror})") from error
+    try:
+        values = torch.load(content, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise LRQuantError(
             f"statistics {path}: corrupt or not a statistics file; make it again with "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LRQuantError
+from lrquant.files import temporary_file
 
 
 class Batch(NamedTuple):
@@ -94,7 +95,7 @@ def _mapped_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None
     elements = int(torch.Size(shape).numel())
     size = elements * torch.empty((), dtype=dtype).element_size()
     try:
-        handle, path = tempfile.mkstemp(prefix="stream-", suffix=".bin", dir=folder)
+        handle, path = temporary_file(folder or Path(tempfile.gettempdir()))
     except OSError as error:
         raise LRQuantError(
             f"no file for hidden states can be made in {folder} ({error.strerror}); use "
@@ -102,7 +103,7 @@ def _mapped_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path | None
         ) from error
     try:
         os.posix_fallocate(handle, 0, size)
-        return torch.from_file(path, shared=True, size=elements, dtype=dtype).view(*shape)
+        return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(*shape)
     except OSError as error:
         raise LRQuantError(
             f"no space for {size / 2**30:.1f} GiB of hidden states in {folder} ({error.strerror}); "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
-from lrquant.rows import Document, read_rows
+from lrquant.rows import Document, read_rows, require_room
 
 SPLITS = ("train", "validation", "test")
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -201,16 +201,24 @@ def _file_text(name: str, column: str | None) -> Text:
 
 
 def _require_file(path: Path) -> None:
-    """Refuse what would be waited for, or read for ever."""
+    """Refuse what would be waited for, read for ever, or take most of the memory."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or device"
         raise LRQuantError(f"{path}: {kind}, not a file of text")
+    if path.is_file():
+        require_room(path, path.stat().st_size)
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")  # as newline='': line ends stay as they are
+        # As newline='': line ends stay as they are; a byte-order mark is no text.
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise LRQuantError(f"{path}: not UTF-8 at byte {error.start}: convert it") from error
     except OSError as error:
         raise LRQuantError(f"{path}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise LRQuantError(
+            f"{path}: has NUL characters, as binary and UTF-16 files do: convert it to UTF-8 text"
+        )
+    return text

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lrquant.claims import held, require_claimable
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.files import LogFile, copy_whole, flush, read_json, save_file, write_whole
+from lrquant.files import LogFile, json_object, read_json
+from lrquant.journal import JOURNAL, Journal
+from lrquant.learned import BlockRecord, LearnedFile
 from lrquant.results import merge_results
+from lrquant.sameness import difference, digest
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class BlockRecord:
-    """Numbers of one finished block, as in blocks.jsonl."""
-
-    block: int
-    initial_loss: float
-    final_loss: float
-    epoch_losses: list[float]
-    seconds: float
-    peak_memory_bytes: int
-    non_finite: list[str]
-    held_losses: list[float] = field(default_factory=list)
-    best_epoch: int | None = None
-
-    def as_line(self) -> str:
-        """One line of blocks.jsonl."""
-        return json.dumps(vars(self))
+__all__ = ["BlockRecord", "RunFolder"]
+FORMAT = 2
+_AGAIN = "go on with --resume and the run's own settings"
+_MEND = {
+    "config.yaml": f"restore it, or delete it and {_AGAIN}",
+    "run.json": f"restore it, or delete it and {_AGAIN}",
+    "blocks.jsonl": "delete it: it is made anew from the blocks, without seconds and memory",
+    "results.json": "restore it, or delete it and measure again",
+}
+_OF_A_BLOCK = "restore it, or delete it and go on with --resume, which learns it again"
 
 
 class RunFolder:
@@ -48,36 +41,25 @@ class RunFolder:
 
     `diagnostics/`, where a report is asked for, has what a block looked like when it was learned.
 
-    A block is finished when its file exists: files are written under a temporary name, flushed and
-    renamed, so a kill at any point leaves whole files only.
+    A block is finished when its file exists: files are written under a temporary name, flushed,
+    listed in the folder's journal and renamed, so a kill at any point leaves whole files only.
+    What is read must be as it was written, and what was not written here is never replaced.
+    `part` is a folder inside, whose files are those of one part of the model.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, part: str = "") -> None:
+        self.path = path / part
+        self._part = part
+        self.journal = Journal(path)
 
     @classmethod
     def create(cls, path: Path, config: Config, identity: dict[str, Any]) -> RunFolder:
         """Start a new run; an old run in the same folder is replaced."""
         folder = cls(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            blocks = path / "blocks"
-            blocks.mkdir(exist_ok=True)
-            reports = ("report.html", "report.md", "report.json")
-            for old in ("run.json", "blocks.jsonl", "results.json", *reports):
-                (path / old).unlink(missing_ok=True)
-            for learned in (*blocks.glob("*.safetensors"), *blocks.glob("*.tmp")):
-                learned.unlink()
-            for derived in ("adapted", "diagnostics", "tower"):
-                shutil.rmtree(path / derived, ignore_errors=True)
-            folder.write_text("config.yaml", config.to_yaml())
-            folder.write_text(
-                "run.json", json.dumps({"format": FORMAT, **identity}, indent=1) + "\n"
-            )
-        except OSError as error:
-            raise LRQuantError(
-                f"run folder {path}: cannot be written ({error.strerror}); use another --output_dir"
-            ) from error
+        require_claimable(path, "run")
+        folder._begin("run")
+        folder.write_text("config.yaml", config.to_yaml())
+        folder._write_identity(identity)
         return folder
 
     @classmethod
@@ -87,109 +69,185 @@ class RunFolder:
         """A new run, or the run in `resume` to go on with; elsewhere than in `path`, a copy of it.
 
         `identity` must equal that of the resumed run.  A run in `path` is replaced only if the
-        settings say `overwrite`.
+        settings say `overwrite`; a copy that was cut off is completed.
         """
-        if resume is not None:
-            source = cls.open(resume)
-            source.require_same(identity)
-            if resume.resolve() == path.resolve():
-                return source
-        cls(path).require_replaceable(config)
-        folder = cls.create(path, config, identity)
+        folder = cls(path)
         if resume is None:
-            return folder
-        folder.copy_blocks(source)
+            folder.require_replaceable(config)
+            return cls.create(path, config, identity)
+        source = cls(resume)
+        if resume.resolve() == path.resolve():
+            source._go_on(config, identity)
+            require_claimable(path, "run")
+            return source
+        with held(resume) if os.access(resume, os.W_OK) else nullcontext():
+            source._go_on(config, identity)
+            if config.overwrite or not folder._is_run_of(identity):
+                folder.require_replaceable(config)
+                cls.create(path, config, identity)
+            folder.copy_blocks(source)
         return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run."""
-        if not (path / "run.json").is_file():
-            raise LRQuantError(f"run folder {path}: no run here (run.json is missing)")
         folder = cls(path)
-        version = folder.identity.get("format")
-        if version != FORMAT:
+        if not (path / "run.json").is_file():
+            mend = f"; restore it, or {_AGAIN}" if folder._all_finished_blocks() else ""
+            raise LRQuantError(f"run folder {path}: no run here (run.json is missing){mend}")
+        folder.require_format()
+        if folder.journal.holds is None:
             raise LRQuantError(
-                f"run folder {path}: format {version}, this version reads format {FORMAT}"
+                f"run folder {path}: {JOURNAL} is missing, by which the rest is checked; restore "
+                "it, or learn again in another --output_dir"
             )
+        if "run.json" not in folder.journal.listed():
+            raise LRQuantError(
+                f"run folder {path}: no run here: a start was cut off; give that command again"
+            )
+        folder._read("run.json", _MEND["run.json"])
+        folder._read("config.yaml", _MEND["config.yaml"])
         return folder
 
+    def require_format(self) -> None:
+        """Refuse a run of another version, if one is here."""
+        if not (self.path / "run.json").is_file():
+            return
+        version = read_json(self.path / "run.json").get("format")
+        if version != FORMAT:
+            raise LRQuantError(
+                f"run folder {self.path}: format {version!r}, this version reads format {FORMAT}; "
+                "learn again in another --output_dir"
+            )
+
     def require_replaceable(self, config: Config) -> None:
-        """Refuse to replace learned blocks, unless the settings say `overwrite`."""
-        learned = self.finished_blocks() + self.tower.finished_blocks()
+        """Refuse to replace learned blocks without `overwrite`, or what is not of a run at all."""
+        require_claimable(self.path, "run")
+        learned = self._all_finished_blocks()
         if learned and not config.overwrite:
             raise LRQuantError(
                 f"run folder {self.path}: holds a run of {learned} learned blocks; go on with "
                 "--resume, replace it with --overwrite, or use another --output_dir"
             )
 
+    def begin_results(self) -> None:
+        """Make this a folder of results without a run, if it is none yet."""
+        require_claimable(self.path, "results")
+        if self.journal.holds is None:
+            self._begin("results")
+
+    def _begin(self, holds: str) -> None:
+        """Give up what the folder held, and remove it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.journal.begin(holds)
+            self.journal.remove_earlier()
+        except OSError as error:
+            raise self._unwritable(JOURNAL, error) from error
+
+    def _go_on(self, config: Config, identity: dict[str, Any]) -> None:
+        """Require that this is the run of `identity`; small files that are missing come anew."""
+        if self._all_finished_blocks() and not (self.path / "run.json").exists():
+            first = self if self.finished_blocks() else self.tower
+            first._load(first._block_name(0), _OF_A_BLOCK, digest(identity))
+            self._write_identity(identity)
+        listed = "run.json" in self.journal.listed()
+        if listed and not (self.path / "config.yaml").exists():
+            self.require_same(identity)
+            self.write_text("config.yaml", config.to_yaml())
+        RunFolder.open(self.path).require_same(identity)
+
+    def _is_run_of(self, identity: dict[str, Any]) -> bool:
+        try:
+            RunFolder.open(self.path).require_same(identity)
+        except LRQuantError:
+            return False
+        return True
+
+    def _write_identity(self, identity: dict[str, Any]) -> None:
+        self.write_text("run.json", json.dumps({"format": FORMAT, **identity}, indent=1) + "\n")
+
     @property
     def identity(self) -> dict[str, Any]:
         """Model, scheme, method and data of the run."""
-        return read_json(self.path / "run.json")
+        return json_object(self.journal.read("run.json", _MEND["run.json"]))
 
     @property
     def config(self) -> Config:
         """The resolved settings that the run was started with."""
-        return Config.from_yaml(self.path / "config.yaml")
+        self.journal.read("config.yaml", _MEND["config.yaml"])
+        return Config.from_yaml(self.journal.folder / "config.yaml")
 
     def require_same(self, identity: dict[str, Any]) -> None:
         """Refuse to go on with a run of another model, scheme, method or data."""
-        found, wanted = _flat(self.identity), _flat(identity)
-        towers = {key: None for key in found if key.startswith("tower ")}
-        for key, value in ({**towers, **wanted} if "data set" in wanted else wanted).items():
-            if key == "calibration" or found.get(key) == value:
-                continue
-            words = found.get("calibration"), wanted.get("calibration")
-            if key.startswith("data ") and words[0] != words[1]:
-                key = "calibration"
+        other = difference(self.identity, identity)
+        if other is not None:
             raise LRQuantError(
-                f"run folder {self.path}: its {key} differs: the run has {found.get(key)!r}, this "
-                f"command {wanted.get(key)!r}; use the same settings or another --output_dir"
+                f"run folder {self.path}: {other}; use the same settings or another --output_dir"
             )
+
+    def _block_name(self, index: int) -> str:
+        return f"blocks/{index:04d}.safetensors"
 
     def block_path(self, index: int) -> Path:
         """Where a block's learned parameters are."""
-        return self.path / "blocks" / f"{index:04d}.safetensors"
+        return self.path / self._block_name(index)
+
+    def _adapted_folder(self, text: str) -> str:
+        """A text may be named by its path."""
+        plain = re.sub(r"[^\w.-]+", "_", text)
+        own = "" if plain == text else "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"adapted/{plain[:100]}{own}"
 
     def adapted_path(self, text: str, index: int) -> Path:
         """Where a block's parameters adapted to a text are, apart from the learned ones."""
-        folder = re.sub(r"[^\w.-]+", "_", text)  # a text may be named by its path
-        return self.path / "adapted" / folder / f"{index:04d}.safetensors"
+        return self.path / self._adapted_folder(text) / f"{index:04d}.safetensors"
+
+    def _diagnostics_name(self, index: int) -> str:
+        return f"diagnostics/{index:04d}.safetensors"
 
     def diagnostics_path(self, index: int) -> Path:
         """Where the report's figures of a block are, if they were taken."""
-        return self.path / "diagnostics" / f"{index:04d}.safetensors"
+        return self.path / self._diagnostics_name(index)
 
     def forget_adapted(self, text: str) -> None:
-        """Make an empty folder for parameters that are adapted to `text`."""
-        place = self.adapted_path(text, 0).parent
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        """Remove the parameters that were adapted to `text` earlier."""
+        folder = self._inside(self._adapted_folder(text)) + "/"
+        names = [name for name in self.journal.ever_listed() if name.startswith(folder)]
+        self.journal.require_own(names)
+        for name in names:
+            if self.journal.owns(name):
+                self.journal.remove(name)
 
     @property
     def tower(self) -> RunFolder:
         """Where the vision tower's blocks are, in files of the same names."""
-        return RunFolder(self.path / "tower")
+        return RunFolder(self.journal.folder, "tower")
 
     def finished_blocks(self) -> int:
         """How many blocks, from the first on, are finished."""
+        listed = self.journal.listed()
         count = 0
-        while self.block_path(count).is_file():
+        while self._inside(self._block_name(count)) in listed and self.block_path(count).is_file():
             count += 1
         return count
 
+    def _all_finished_blocks(self) -> int:
+        return self.finished_blocks() + self.tower.finished_blocks()
+
     def require_finished(self) -> None:
-        """Refuse a run of which blocks are still to be learned."""
+        """Refuse a run of which blocks are still to be learned, or not as they were learned."""
         identity = self.identity
-        in_tower = identity.get("tower", {}).get("blocks", 0)
-        finished = self.finished_blocks() + self.tower.finished_blocks()
-        blocks = identity["model"]["blocks"] + in_tower
+        blocks = identity["model"]["blocks"] + identity.get("tower", {}).get("blocks", 0)
+        finished = self._all_finished_blocks()
         if finished < blocks:
             raise LRQuantError(
                 f"run folder {self.path}: {finished} of {blocks} blocks are finished; go on with "
                 "--resume and the run's own --epochs first"
             )
+        for part in (self, self.tower):
+            for index in range(part.finished_blocks()):
+                part._read(part._block_name(index), _OF_A_BLOCK)
 
     def save_block(self, parameters: dict[str, Tensor], record: BlockRecord) -> None:
         """Finish a block: its line in blocks.jsonl, then its parameters.
@@ -197,112 +255,119 @@ class RunFolder:
         The file holds nothing that a clock or the machine's state decides, so that two runs give
         the same bytes.
         """
-        path = self.block_path(record.block)
-        self._save(path, parameters, lambda: self._write_records([*self.records(), record]))
+        self._write_records([*self.records()[: record.block], record])
+        self._save(self._block_name(record.block), parameters, record.repeatable())
 
     def save_adapted(self, text: str, index: int, parameters: dict[str, Tensor]) -> None:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
-        self._save(self.adapted_path(text, index), parameters, lambda: None)
+        self._save(f"{self._adapted_folder(text)}/{index:04d}.safetensors", parameters, {})
 
     def save_diagnostics(
         self, index: int, figures: dict[str, Any], tensors: dict[str, Tensor]
     ) -> None:
         """Keep a block's figures for the report; before `save_block`, so that none is missing."""
-        metadata = {"figures": json.dumps(figures)}
-        self._save(self.diagnostics_path(index), tensors, lambda: None, metadata)
+        self._save(self._diagnostics_name(index), tensors, figures)
 
     def load_diagnostics(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """A block's figures and tensors, None if they were not taken."""
-        path = self.diagnostics_path(index)
-        if not path.is_file():
+        if not self.diagnostics_path(index).exists():
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                figures = json.loads((file.metadata() or {})["figures"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise LRQuantError(
-                f"{path}: corrupt; delete it, the report then says that it is missing"
-            ) from error
-        return figures, tensors
-
-    def _save(
-        self,
-        path: Path,
-        parameters: dict[str, Tensor],
-        before_rename: Callable[[], None],
-        metadata: dict[str, str] | None = None,
-    ) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
-        temporary = path.with_suffix(".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata)
-            flush(temporary)
-            before_rename()
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise LRQuantError(
-                f"run folder {self.path}: block {int(path.stem)} cannot be written ({error}); free "
-                "some space and go on with --resume"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        mend = "restore it, or delete it: the report then says that it is missing"
+        file = self._load(self._diagnostics_name(index), mend)
+        return file.about, file.tensors
 
     def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
         """A finished block's learned parameters, or those adapted to the text `adapted`."""
-        path = self.block_path(index) if adapted is None else self.adapted_path(adapted, index)
+        name = self._block_name(index)
+        if adapted is not None:
+            name = f"{self._adapted_folder(adapted)}/{index:04d}.safetensors"
+        return self._load(name, _OF_A_BLOCK).tensors
+
+    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        name = self._inside(name)
+        content = LearnedFile(digest(self.identity), name, about, tensors).content()
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            self.journal.write(name, content)
+        except OSError as error:
             raise LRQuantError(
-                f"run folder {self.path}: {path.name} is missing or corrupt; delete it and the "
-                "blocks after it, and go on with --resume"
+                f"run folder {self.journal.folder}: {name} cannot be written ({error.strerror}); "
+                "free some space and go on with --resume"
             ) from error
 
+    def _load(self, name: str, mend: str, run: str | None = None) -> LearnedFile:
+        """A file of tensors, of the run whose digest is `run`, this one if none is given."""
+        name = self._inside(name)
+        path = self.journal.folder / name
+        file = LearnedFile.read(path, self.journal.read(name, mend), mend)
+        if file.run != (run or digest(self.identity)):
+            raise LRQuantError(f"{path}: of a run with another model, scheme or data; {mend}")
+        if file.name != name:
+            raise LRQuantError(f"{path}: was written as {file.name}; {mend}")
+        return file
+
     def records(self) -> list[BlockRecord]:
-        """The records of the finished blocks, in order."""
-        path = self.path / "blocks.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        try:
-            records = [BlockRecord(**json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
-            raise LRQuantError(f"{path}: corrupt; delete it and go on with --resume") from error
-        return [record for record in records if record.block < self.finished_blocks()]
+        """The records of the finished blocks, in order; from the blocks where lines are missing."""
+        lines: list[str] = []
+        if (self.path / "blocks.jsonl").exists():
+            lines = self._read("blocks.jsonl", _MEND["blocks.jsonl"]).decode().splitlines()
+        kept = {record.block: record for record in (BlockRecord(**json.loads(x)) for x in lines)}
+        return [
+            kept[index] if index in kept else self._record_in(index)
+            for index in range(self.finished_blocks())
+        ]
+
+    def _record_in(self, index: int) -> BlockRecord:
+        """A block's record as its own file has it."""
+        return BlockRecord.from_repeatable(self._load(self._block_name(index), _OF_A_BLOCK).about)
 
     def _write_records(self, records: list[BlockRecord]) -> None:
         self.write_text("blocks.jsonl", "".join(record.as_line() + "\n" for record in records))
 
     def copy_blocks(self, other: RunFolder) -> None:
-        """Take over another run's finished blocks and their records."""
+        """Take over another run's finished blocks and their records, as far as this lacks them."""
+        first, finished = self.finished_blocks(), other.finished_blocks()
+        if first < finished:
+            self._write_records([*self.records(), *other.records()[first:]])
+        for index in range(first, finished):
+            if other.diagnostics_path(index).is_file():
+                self._copy(other, self._diagnostics_name(index))
+            self._copy(other, self._block_name(index))
+        if not self._part:
+            self.tower.copy_blocks(other.tower)
+
+    def _copy(self, other: RunFolder, name: str) -> None:
+        content = other._read(name, _OF_A_BLOCK)
         try:
-            self._write_records(other.records())
-            for index in range(other.finished_blocks()):
-                if other.diagnostics_path(index).is_file():
-                    copy_whole(other.diagnostics_path(index), self.diagnostics_path(index))
-                copy_whole(other.block_path(index), self.block_path(index))
-            if other.tower.finished_blocks():
-                (self.tower.path / "blocks").mkdir(parents=True, exist_ok=True)
-                self.tower.copy_blocks(other.tower)
+            self.journal.write(self._inside(name), content)
         except OSError as error:
             raise LRQuantError(
                 f"run folder {self.path}: the blocks of {other.path} cannot be copied "
                 f"({error.strerror}); free some space, or go on in place with --resume alone"
             ) from error
 
+    def results(self) -> dict[str, Any]:
+        """What results.json holds, nothing if there is none."""
+        if not (self.path / "results.json").exists():
+            return {}
+        return json_object(self._read("results.json", _MEND["results.json"]))
+
     def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write results.json, keeping of the old one what `results` did not measure."""
-        path = self.path / "results.json"
-        if path.is_file():
-            results = merge_results(read_json(path), results)
+        results = merge_results(self.results(), results)
         self.write_text("results.json", json.dumps(results, indent=1) + "\n")
         return results
 
     @contextmanager
     def logging(self, logger: logging.Logger, earlier: MemoryHandler) -> Iterator[None]:
-        """Write what `logger` says, from INFO on, to run.log too, after what `earlier` kept."""
-        handler = LogFile(self.path / "run.log", encoding="utf-8")
+        """Write what `logger` says, from INFO on, to run.log too, after what `earlier` kept.
+
+        A log that cannot be written is no reason to stop.
+        """
+        handler: logging.Handler = logging.NullHandler()
+        try:
+            handler = LogFile(self.journal.claim_growing("run.log"), encoding="utf-8")
+        except OSError as error:
+            logger.warning("run.log cannot be written (%s)", error.strerror)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         earlier.setTarget(handler)
         earlier.flush()
@@ -317,18 +382,19 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a small file so that it is whole or absent."""
         try:
-            write_whole(self.path / name, text)
+            self.journal.write(self._inside(name), text)
         except OSError as error:
-            raise LRQuantError(
-                f"run folder {self.path}: {name} cannot be written ({error.strerror}); free some "
-                "space or use another --output_dir"
-            ) from error
+            raise self._unwritable(name, error) from error
 
+    def _read(self, name: str, mend: str) -> bytes:
+        return self.journal.read(self._inside(name), mend)
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """{"data": {"set": x}} -> {"data set": x}."""
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        parts = value.items() if isinstance(value, dict) else ()
-        flat.update({f"{key} {part}": inner for part, inner in parts} or {key: value})
-    return flat
+    def _inside(self, name: str) -> str:
+        """The path of a file of this part in the whole folder."""
+        return f"{self._part}/{name}" if self._part else name
+
+    def _unwritable(self, name: str, error: OSError) -> LRQuantError:
+        return LRQuantError(
+            f"run folder {self.path}: {name} cannot be written ({error.strerror}); free some space "
+            "or use another --output_dir"
+        )

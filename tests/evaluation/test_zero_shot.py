@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 
 from lrquant import LRQuantError, evaluate, quantize
+from lrquant.beginnings import Beginning, beginning_by_itself
 from lrquant.config import Config
 from lrquant.evaluation import zero_shot
 from lrquant.evaluation.measures import preparer
-from lrquant.evaluation.zero_shot import load_tasks, score_tasks
+from lrquant.evaluation.zero_shot import Tasks, load_tasks, score_tasks
 from lrquant.materialize import materialize
 from lrquant.model import from_module
 from lrquant.report.tables import results_table
@@ -223,3 +224,31 @@ def test_sets_are_looked_for_before_the_model(harness, tmp_path):
         evaluate(str(tmp_path / "no model"), tasks="piqa", data_dir=str(tmp_path))
     with pytest.raises(LRQuantError, match="its set baber/piqa is to be had nowhere"):
         quantize(tmp_path / "no model", "W4A4", tasks="piqa", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("name", "bos", "begins"),
+    [
+        ("gemma3", "auto", True),
+        ("gemma", "never", False),
+        ("llama", "auto", None),
+        ("llama", "always", True),
+    ],
+)
+def test_the_harness_begins_texts_as_windows_begin(
+    make_model, tiny_tokenizer, name, bos, begins, adds
+):
+    pytest.importorskip("lm_eval")
+    tokenizer = tiny_tokenizer
+    if adds:
+        tokenizer = beginning_by_itself(tiny_tokenizer, Beginning((1,)))
+    module = make_model(name)
+    tasks = Tasks((), (), {}, {}, {}, frozenset())
+    reader = from_module(module, tokenizer)
+    harness = zero_shot._wrapped(tasks, module, reader, Config(bos=bos))
+    plain = tiny_tokenizer("ab").input_ids
+    expected = [1, *plain] if (adds if begins is None else begins) else plain
+    assert harness.tok_encode("ab") == expected
+    assert harness.tok_encode("<s>ab") == [1, *plain]  # a template's own is not doubled
+    assert tiny_tokenizer("ab").input_ids == plain  # the given one is as it was

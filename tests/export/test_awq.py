@@ -222,10 +222,11 @@ def test_what_float16_cannot_hold_is_refused(learn, make_model, tmp_path, name):
     """A value that a float32 model has and the checkpoint's dtype has not."""
     model = make_model("llama", **SIZES["llama"])
     model.get_parameter(name).data[5, 7] = 3e6
-    with pytest.raises(LRQuantError, match=r"too large for (float16|the)") as error:
+    with pytest.raises(LRQuantError, match=r"too large for (float16|the checkpoint)") as error:
         learn(model=model, epochs=0, lwc=False, let=False)
     assert name.rpartition(".")[0] in str(error.value) and "\n" not in str(error.value)
-    assert {path.name for path in tmp_path.iterdir()} <= {"run"}
+    learned = [] if "embed" in name else ["run"]  # outside the blocks it is seen before
+    assert [path.name for path in tmp_path.iterdir()] == learned
 
 
 def test_a_finished_run_as_awq_twice(model_folder, tmp_path):
@@ -241,4 +242,4 @@ def test_a_finished_run_as_awq_twice(model_folder, tmp_path):
         export(str(tmp_path / "run"), str(tmp_path / name), format="awq")
     for path in (tmp_path / "once").iterdir():
         same = path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-        assert same or path.name == "lrquant.yaml"  # says where it was written
+        assert same or path.name in ("lrquant.yaml", "lrquant.sha256")  # where it was written

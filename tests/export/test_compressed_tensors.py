@@ -264,7 +264,7 @@ def test_another_format_of_a_finished_run(
         assert torch.equal(decompressed(tmp_path / "packed", full), dense[f"{full}.weight"])
     for path in (tmp_path / "packed").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes() or (
-            path.name == "lrquant.yaml"  # says where it was written
+            path.name in ("lrquant.yaml", "lrquant.sha256")  # where it was written
         )
 
 

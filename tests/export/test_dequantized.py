@@ -15,6 +15,7 @@ from lrquant.export import checkpoint, choose_format
 from lrquant.export.checkpoint import INDEX, check_format, save_checkpoint
 from lrquant.export.manifest import SETTINGS
 from lrquant.model import from_module, load_model
+from lrquant.pipeline import export
 
 
 @pytest.fixture
@@ -113,17 +114,30 @@ def test_the_checkpoint_keeps_tokenizer_dtype_and_settings(
     assert json.loads((target / "generation_config.json").read_text())["temperature"] == 0.5
     assert AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == dtype
     assert json.loads((target / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert load_model(str(target)).fingerprint()["blocks"] == 2
+    with pytest.raises(LRQuantError, match=r"already quantised, by this project.*from model-llama"):
+        load_model(str(target))
     assert [path.name for path in target.parent.iterdir()] == ["saved"]
 
 
 def test_a_checkpoint_replaces_an_older_one_of_ours_only(learn, tmp_path, monkeypatch):
     saved = tmp_path / "saved"
     learn("llama", "W4A16", save_dir=str(saved))
-    (saved / "model-0009.safetensors").write_text("of an older, deeper model")
+    shard = saved / "model-0000.safetensors"
+    shard.rename(saved / "model-0009.safetensors")
+    with pytest.raises(LRQuantError, match=r"model-0009\.safetensors is not of the checkpoint"):
+        learn("llama", "W3A16", save_dir=str(saved))
+    (saved / "model-0009.safetensors").rename(shard)
+    card = (saved / "README.md").read_text()
+    (saved / "README.md").write_text(card + "my own notes")
+    with pytest.raises(LRQuantError, match=r"README\.md was changed since"):
+        learn("llama", "W3A16", save_dir=str(saved))
+    (saved / "README.md").write_text(card)
+    with pytest.raises(LRQuantError, match="holds a checkpoint; replace it with --overwrite"):
+        export(str(tmp_path / "run"), str(saved))
+    assert Config.from_yaml(saved / SETTINGS).scheme == "W4A16"
     learn("llama", "W3A16", save_dir=str(saved))
     assert Config.from_yaml(saved / SETTINGS).scheme == "W3A16"
-    assert not (saved / "model-0009.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "saved"]
     for name in ("home", "file"):
         path = tmp_path / name
         path.mkdir() if name == "home" else path.write_text("mine")
@@ -134,7 +148,7 @@ def test_a_checkpoint_replaces_an_older_one_of_ours_only(learn, tmp_path, monkey
     assert (tmp_path / "home" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.chdir(tmp_path / "home")
-    with pytest.raises(LRQuantError, match=r"--save_dir \.: holds files"):
+    with pytest.raises(LRQuantError, match=r"--save_dir \.: is, or holds, the current"):
         learn("llama", "W4A16", save_dir=".")
     with pytest.raises(LRQuantError, match="this is the run folder"):
         learn("llama", "W4A16", save_dir=str(tmp_path / "home" / ".." / "run"))
@@ -143,7 +157,7 @@ def test_a_checkpoint_replaces_an_older_one_of_ours_only(learn, tmp_path, monkey
 
 def test_a_run_is_not_replaced_by_its_checkpoint(learn, tmp_path):
     run = learn("llama", "W4A16")
-    with pytest.raises(LRQuantError, match="holds files"):
+    with pytest.raises(LRQuantError, match="holds files that are no checkpoint"):
         elsewhere = Config(model="m", output_dir=str(tmp_path / "elsewhere"))
         form = choose_format(run.config)
         save_checkpoint(run.workbench, elsewhere, run.folder, run.folder.path, form)
@@ -185,7 +199,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(learn, tmp_path, monkeypatch):
 def test_a_damaged_run_leaves_no_folder(learn, tmp_path):
     run = learn("llama", "W4A16")
     run.folder.block_path(1).write_bytes(b"x")
-    with pytest.raises(LRQuantError, match="corrupt"):
+    with pytest.raises(LRQuantError, match="changed or damaged"):
         form = choose_format(run.config)
         save_checkpoint(run.workbench, run.config, run.folder, tmp_path / "saved", form)
     assert not list(tmp_path.glob("saved*"))

@@ -340,3 +340,27 @@ def test_a_group_size_that_does_not_divide_is_refused(make_view):
     message = str(caught.value)
     assert "group size 24 does not divide the 32 input columns of self_attn.q_proj" in message
     assert message.endswith("sizes that do: 16, 32")
+
+
+@pytest.mark.parametrize(("sharing", "rank"), ROTATIONS)
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3"])
+def test_parameters_have_the_shapes_that_are_expected(make_view, name, sharing, rank):
+    for method in (Method(), *methods(), dataclasses.replace(EVERYTHING, let_shift="auto")):
+        method = dataclasses.replace(method, rotation_sharing=sharing, rotate_rank=rank)
+        for scheme in (Scheme(4, 4, group_size=16), Scheme(16, 4)):
+            view = make_view(name, scheme, method)
+            shapes = {name: tuple(values.shape) for name, values in view.parameters.items()}
+            assert shapes == view.parameter_shapes()
+
+
+def test_parameters_of_another_block_are_refused(make_view):
+    view = make_view("llama", Scheme(4, 4), Method(lwc=True))
+    own = dict(view.parameters)
+    name = "lwc.mlp.down_proj.upper"
+    for other, said in (
+        (own | {name: own[name][:-1]}, r"down_proj\.upper is of shape \(31, 1\) where"),
+        (own | {"lwc.x": own[name]}, r"lwc\.x is of shape \(32, 1\) where .* missing"),
+        ({key: value for key, value in own.items() if key != name}, "upper is missing where"),
+    ):
+        with pytest.raises(LRQuantError, match=said):
+            view.load(other)

@@ -111,7 +111,7 @@ def failing(settings, tmp_path):
         "evaluation-tta": ({"tta": True}, "no text to adapt to"),
         "evaluation-tasks": ({"tasks": "no_such_task"}, "no_such_task"),
         "output_dir": ({"output_dir": str(file / "run")}, "is a file; use another folder"),
-        "save_dir": ({"save_dir": str(other)}, "would be deleted; use a new folder"),
+        "save_dir": ({"save_dir": str(other)}, "holds files that are no checkpoint of lrquant"),
         "save_dir-same": ({"save_dir": run}, "this is the run folder"),
         "run folder": ({"resume": str(tmp_path / "none")}, "no run here"),
     }

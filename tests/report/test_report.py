@@ -286,7 +286,7 @@ def test_a_report_that_cannot_be_written_is_one_line(copied):
     for name in FILES:
         (copied / name).unlink()
     (copied / "report.md").mkdir()
-    with pytest.raises(LRQuantError, match=r"report\.md cannot be written") as error:
+    with pytest.raises(LRQuantError, match=r"report\.md: changed or damaged") as error:
         write_report(RunFolder.open(copied))
     assert "\n" not in str(error.value) and not list(copied.glob("*.tmp"))
 
@@ -294,7 +294,7 @@ def test_a_report_that_cannot_be_written_is_one_line(copied):
 def test_damaged_figures_are_one_line(copied):
     path = copied / "diagnostics" / "0001.safetensors"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(LRQuantError, match=r"0001\.safetensors: corrupt; delete it"):
+    with pytest.raises(LRQuantError, match=r"0001\.safetensors: changed or .* delete it: the"):
         write_report(RunFolder.open(copied))
 
 
@@ -333,6 +333,12 @@ def test_the_commands(copied, older_run, tmp_path, capsys):
     paths = [str(copied), str(older_run.folder.path)]
     assert main(["compare", *paths, "--output", str(page)]) == 0
     assert str(page) in capsys.readouterr().out and "2 runs compared" in page.read_text()
+    assert main(["compare", *paths, "--output", str(page)]) == 0
+    page.write_text("<p>my own page")
+    capsys.readouterr()
+    assert main(["compare", *paths, "--output", str(page)]) == 2
+    assert "not a page that lrquant wrote" in capsys.readouterr().err
+    assert page.read_text() == "<p>my own page"
     for command in (["report", str(tmp_path)], ["compare", str(tmp_path), str(copied)]):
         assert main(command) == 2
         assert "no run here" in capsys.readouterr().err

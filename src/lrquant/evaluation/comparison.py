@@ -38,7 +38,6 @@ class TaskBoard:
         scores = self.scores[variant] = score_tasks(self.tasks, module, reader, self.config)
         if self.folder is not None:
             date = datetime.now().isoformat(timespec="seconds").replace(":", "-")
-            (self.folder.path / "tasks").mkdir(exist_ok=True)
             self.folder.write_text(f"tasks/{variant}_{date}.json", scores.to_json())
         results = compared(self.tasks, self.scores, self.config.max_drop)
         for name in self.tasks.names:

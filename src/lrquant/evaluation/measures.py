@@ -39,6 +39,7 @@ from lrquant.model import Model
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, picture_samples, takes_pictures
 from lrquant.scheme import FLOATING_POINT, Scheme
+from lrquant.vocabulary import require_known_tokens
 from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
@@ -98,6 +99,8 @@ def read_texts(config: Config, reader: Reader) -> dict[str, Samples]:
             logger.warning("perplexity on %s is left out: %s", name, error)
     if missing and not found:
         raise missing[0]
+    for name, text in found.items():
+        require_known_tokens(text.feed, name, reader)
     return found
 
 

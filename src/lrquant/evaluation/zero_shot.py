@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lrquant.beginnings import beginning_by_itself, beginning_of
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.evaluation.shares import counted
@@ -127,9 +128,13 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
 
     if not tasks.with_pictures:
         size = config.task_batch_size
+        assert reader.tokenizer is not None
+        model_type = reader.architecture.part(reader.skeleton.config).model_type
+        beginning = beginning_of(reader.tokenizer, model_type, config.bos)
         return HFLM(
             pretrained=module,
-            tokenizer=reader.tokenizer,
+            tokenizer=beginning_by_itself(reader.tokenizer, beginning),
+            add_bos_token=bool(beginning.ids) if beginning.text else None,
             batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
             softmax_dtype=torch.float32,
             trust_remote_code=False,

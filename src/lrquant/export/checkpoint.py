@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from lrquant.export.card import model_card
 from lrquant.export.manifest import SETTINGS, write_manifest
 from lrquant.export.model_config import write_model_config
 from lrquant.export.parts import Part, quantized_models
+from lrquant.export.protected import check_target
+from lrquant.export.publishing import published
 from lrquant.export.reading_back import read_back
 from lrquant.export.side_files import copy_side_files
-from lrquant.files import read_json, save_file
+from lrquant.files import save_file
 from lrquant.identity import describe_method, dtype_name
 from lrquant.model import Model
 from lrquant.results import MEASURES, seen_from
@@ -29,19 +30,6 @@ from lrquant.workbench import Workbench, learned_view
 from lrquant.workdir import RunFolder
 
 INDEX = "model.safetensors.index.json"
-
-
-def check_target(config: Config, target: Path) -> None:
-    """Refuse, before any hour is spent, what could not be written or would destroy other files."""
-    if target.resolve() == Path(config.output_dir).resolve():
-        raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
-    if target.exists() and not target.is_dir():
-        raise LRQuantError(f"--save_dir {target}: a file; use another folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / SETTINGS).is_file():
-        raise LRQuantError(
-            f"--save_dir {target}: holds files that are no checkpoint of lrquant and would be "
-            "deleted; use a new folder"
-        )
 
 
 def check_format(model: Model, config: Config, form: Format) -> None:
@@ -88,37 +76,29 @@ def checkpoint_dtype(model: Model, config: Config, form: Format) -> torch.dtype:
 def save_checkpoint(
     workbench: Workbench, config: Config, folder: RunFolder, target: Path, form: Format
 ) -> None:
-    """Write `target` as a Hugging Face checkpoint, one shard a block, and rename it when whole."""
+    """Publish `target` as a Hugging Face checkpoint, one shard a block, when it is whole."""
     model = workbench.model
     check_target(config, target)
     check_format(model, config, form)
-    target = target.resolve()
-    temporary = target.with_name(target.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        parts = _write_tensors(workbench, config, folder, temporary, form)
-        write_small_files(model, config, temporary, form, parts)
-        dtype = checkpoint_dtype(model, config, form)
-        read_back(workbench, _quantized(workbench, config, folder), temporary, form, dtype)
-        facts = _facts(model, config, folder, form)
-        (temporary / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
-        write_manifest(temporary, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
+        with published(target, config.overwrite) as place:
+            parts = _write_tensors(workbench, config, folder, place, form)
+            write_small_files(model, config, place, form, parts)
+            dtype = checkpoint_dtype(model, config, form)
+            read_back(workbench, _quantized(workbench, config, folder), place, form, dtype)
+            facts = _facts(model, config, folder, form)
+            (place / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
+            write_manifest(place, facts)
     except (OSError, SafetensorError) as error:
         raise LRQuantError(
             f"checkpoint {target}: cannot be written ({error}); free some space or use another "
             f"--save_dir; the run is whole: `lrquant export {folder.path} DIR`"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
-    path = Path(config.output_dir) / "results.json"
-    results = read_json(path) if path.is_file() else {}
+    results = RunFolder(Path(config.output_dir)).results()
     results = seen_from(results, folder.identity["precision"])
     return {
         "format": form.name,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
 from lrquant.export.side_files import is_read_by_others
-from lrquant.files import read_json
+from lrquant.files import read_json, sha256_of
 from lrquant.version import __version__
 
 MANIFEST = "lrquant.json"
 SETTINGS = "lrquant.yaml"
 VERSION = 1
-_CHUNK = 1 << 24
 
 
 def write_manifest(place: Path, facts: dict[str, Any]) -> None:
@@ -24,7 +22,7 @@ def write_manifest(place: Path, facts: dict[str, Any]) -> None:
     Those two name places and dates, may be edited, and are not read when the model is loaded.
     """
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(place.rglob("*"))
         for name in [path.relative_to(place).as_posix()]
         if path.is_file() and name not in (SETTINGS, MANIFEST, "README.md")
@@ -37,7 +35,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """A checkpoint's manifest; LRQuantError if it is of a newer version, or not one at all."""
     values = read_json(place / MANIFEST)
     version = values.get("version")
-    if not isinstance(version, int) or not isinstance(values.get("files"), dict):
+    if not isinstance(version, int) or not _is_list_of_files(values.get("files")):
         raise LRQuantError(f"{place / MANIFEST}: not a manifest; export the run again")
     if version > VERSION:
         raise LRQuantError(
@@ -57,7 +55,7 @@ def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
         elif path.stat().st_size != promised["bytes"]:
             size = path.stat().st_size
             problems.append(f"{name}: {size} bytes, {promised['bytes']} were written")
-        elif _sha256(path) != promised["sha256"]:
+        elif sha256_of(path) != promised["sha256"]:
             problems.append(f"{name}: changed since it was written (SHA-256 differs)")
     names = sorted(path.name for path in place.iterdir() if path.name not in manifest["files"])
     added = [name for name in names if is_read_by_others(name)]
@@ -74,9 +72,12 @@ def require_whole(place: Path) -> None:
         raise LRQuantError(f"checkpoint {place}: {problems[0]}{more}; export the run again")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _is_list_of_files(files: Any) -> bool:
+    """Whether it is hashes by relative paths inside the folder."""
+    return isinstance(files, dict) and all(
+        not {"", "..", "."} & set(name.split("/"))
+        and isinstance(promised, dict)
+        and isinstance(promised.get("bytes"), int)
+        and isinstance(promised.get("sha256"), str)
+        for name, promised in files.items()
+    )

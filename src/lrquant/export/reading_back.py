@@ -62,6 +62,9 @@ class DecodedSource(WeightSource):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name] if name in self._shapes else self._stored.shape(name)
 
+    def dtype(self, name: str) -> str:
+        return "float32" if name in self._shapes else self._stored.dtype(name)
+
     def tensor(self, name: str) -> Tensor:
         if name not in self._shapes:
             return self._stored.tensor(name)
@@ -199,7 +202,8 @@ def _compare_outputs(
     for index in _kinds(model):
         name = model.block_name(index)
         view = learned_view(bench, settings, learned, index)
-        expected = view.freeze().tensors(torch.float32)
+        frozen = view.freeze().tensors(torch.float32)
+        expected = {key: tensor.float() for key, tensor in frozen.items()}
         decoded = {key: tensor.to(device) for key, tensor in source.block(name).items()}
         runs = [(model, own, expected), (model, own, decoded), (written, other, decoded)]
         outputs = [_output(m, index, t, states, entry) for m, entry, t in runs]

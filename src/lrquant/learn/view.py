@@ -165,9 +165,35 @@ class BlockView:
             self.parameters |= clipping_parameters(linear, rows, groups, start, weight.device)
 
     def load(self, parameters: dict[str, Tensor]) -> None:
-        """Take parameters that were learned earlier."""
+        """Take parameters that were learned earlier; LRQuantError if they are not this block's."""
+        expected = self.parameter_shapes()
+        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        for name in sorted(expected.keys() | shapes.keys()):
+            if shapes.get(name) != expected.get(name):
+                raise LRQuantError(
+                    f"learned parameters: {name} is {_words(shapes.get(name))} where this block "
+                    f"needs it {_words(expected.get(name))}; they are of another run, learn again"
+                )
         device = self.stored[f"{self.linears[0]}.weight"].device
         self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is learned, by name."""
+        meta = torch.device("meta")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site in self.sites:
+            parts = ("scale", "shift") if site.name in self.shifted else ("scale",)
+            shapes |= {f"let.{site.name}.{part}": (site.size,) for part in parts}
+        tensors = shared_parameters(self.rotated_sites, meta)
+        for linear in self.linears:
+            rows, columns = self.stored[f"{linear}.weight"].shape
+            groups = columns // self.group_size(linear)
+            if self.rotated:
+                sharing, rank = self.method.rotation_sharing, self.method.rotate_rank
+                tensors |= rotation_parameters(linear, rows, columns, groups, sharing, rank, meta)
+            if self.clipped:
+                tensors |= clipping_parameters(linear, rows, groups, 0.0, meta)
+        return shapes | {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def keep_scales_positive_(self) -> None:
@@ -325,3 +351,7 @@ def _scaled(weight: Tensor, linear: str, factors: Factors, dtype: torch.dtype) -
     result = weight.float()
     result = result if row is None else result * row[:, None]
     return (result if column is None else result * column).to(dtype)
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {shape}"

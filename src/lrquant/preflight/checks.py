@@ -38,6 +38,7 @@ from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.runtime import check_shapes, chosen_format
 from lrquant.prompts import takes_pictures
+from lrquant.vocabulary import strange_tokenizer
 from lrquant.workbench import Workbench, make_workbench
 from lrquant.workdir import RunFolder
 
@@ -57,8 +58,9 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         model = model or load_model(config.model, optional_path(config.cache_dir))
         text = f"{model.architecture.name}, {len(model.blocks)} blocks"
         done.add("model", "ok", f"{text}, {model.parameters / 1e6:.1f} M parameters")
+        _check_kind(done, model)
     if model is None:
-        check_places(done, None)
+        check_places(done)
         done.add("all else", "not checked", "needs the model")
         return done
     with done.checking("weights"):
@@ -73,7 +75,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     finished = len(model.blocks) if measure_only else 0
     if not measure_only:
         finished = check_run_folder(done, model, workbench, calibration)
-    check_places(done, model)
+    check_places(done)
     if model.architecture.reads_pixels and calibration is None:
         done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and workbench is not None:
@@ -81,6 +83,16 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     else:
         done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return done
+
+
+def _check_kind(done: Preflight, model: Model) -> None:
+    """What is to be known of the weights and of the tokenizer."""
+    packed, strange = model.source.unpacked_from(), strange_tokenizer(model)
+    if packed:
+        text = f"unpacked from {packed}: full precision is that of these"
+        done.add("weights", "warning", text)
+    if strange is not None:
+        done.add("tokenizer", "warning", strange)
 
 
 def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> None:

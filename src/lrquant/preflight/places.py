@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
+from lrquant.claims import OWN
 from lrquant.data import Samples
-from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import check_target
+from lrquant.export.protected import check_target
+from lrquant.files import nearest_existing, require_writable
 from lrquant.identity import describe_run
 from lrquant.model import Model
 from lrquant.preflight.findings import Preflight
 from lrquant.workbench import Workbench
 from lrquant.workdir import RunFolder
 
-_OF_A_RUN = {"config.yaml", "run.json", "run.log", "blocks", "blocks.jsonl", "results.json"}
-_OF_A_RUN |= {"adapted"}
 _MEND = "free some space, or use another --output_dir or --save_dir"
 
 
@@ -41,13 +39,13 @@ def check_run_folder(
     return 0
 
 
-def check_places(done: Preflight, model: Model | None) -> None:
+def check_places(done: Preflight) -> None:
     """Whether the output places can be written, and hold nothing that a run would delete."""
     config = done.config
     output = Path(config.output_dir)
     with done.checking("output_dir"):
-        _require_writable(output, "--output_dir")
-        others = sorted({p.name for p in output.iterdir()} - _OF_A_RUN) if output.is_dir() else []
+        require_writable(output, "--output_dir")
+        others = sorted({p.name for p in output.iterdir()} - OWN) if output.is_dir() else []
         if others:
             named = ", ".join(others[:3]) + (", …" if others[3:] else "")
             done.add("output_dir", "warning", f"{output} holds other files, which stay: {named}")
@@ -55,31 +53,8 @@ def check_places(done: Preflight, model: Model | None) -> None:
             done.add("output_dir", "ok", f"{output} can be written")
     if config.save_dir is not None:
         with done.checking("save_dir"):
-            if model is not None:
-                check_target(config, Path(config.save_dir))
-            _require_writable(Path(config.save_dir).resolve().parent, "--save_dir")
+            check_target(config, Path(config.save_dir))
             done.add("save_dir", "ok", f"{config.save_dir} can be written")
-
-
-def _require_writable(path: Path, flag: str) -> None:
-    place = _existing(path)
-    if not place.is_dir():
-        raise LRQuantError(f"{flag} {path}: {place} is a file; use another folder")
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise LRQuantError(
-            f"{flag} {path}: {place} cannot be written ({error.strerror}); use another folder"
-        ) from error
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def check_disk(done: Preflight, streams: int) -> None:
@@ -90,7 +65,7 @@ def check_disk(done: Preflight, streams: int) -> None:
         needs[Path(config.save_dir)] = done.checkpoint.total
     by_device: dict[int, tuple[int, Path]] = {}
     for path, size in needs.items():
-        place = _existing(path)
+        place = nearest_existing(path)
         before, _ = by_device.get(place.stat().st_dev, (0, place))
         by_device[place.stat().st_dev] = before + size, place
     for size, place in by_device.values():

@@ -78,6 +78,9 @@ class _FirstBlock(WeightSource):
             return self._source.tensor(name)
         return torch.ones(()).expand(self.shape(name))
 
+    def dtype(self, name: str) -> str:
+        return self._source.dtype(name)
+
     def fingerprint(self) -> str:
         return self._source.fingerprint()
 

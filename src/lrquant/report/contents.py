@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.files import read_json
 from lrquant.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
 from lrquant.results import MEASURES, entries, seen_from
@@ -29,9 +28,7 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     parameters are quantiles (`QUANTILES`) over all values, nothing left out.
     """
     records = folder.records()
-    path = folder.path / "results.json"
-    results = read_json(path) if path.is_file() else {}
-    results = seen_from(results, folder.identity["precision"])
+    results = seen_from(folder.results(), folder.identity["precision"])
     blocks = [_block(folder, record) for record in records]
     kept = (*MEASURES, "others", "max_drop")
     contents = {

@@ -50,10 +50,8 @@ def _inspect_run(folder: RunFolder) -> str:
         scheme = Scheme(**tower["scheme"]).describe()
         lines += ["", f"vision tower: {len(records)} of {tower['blocks']} blocks; {scheme}", ""]
         lines.append(_losses(records))
-    results = folder.path / "results.json"
-    if results.is_file():
-        text = results_table(seen_from(read_json(results), identity["precision"]))
-        lines += ["", text] if text else []
+    text = results_table(seen_from(folder.results(), identity["precision"]))
+    lines += ["", text] if text else []
     return "\n".join(lines)
 
 

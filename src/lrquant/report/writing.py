@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from lrquant.files import write_whole
+from lrquant.errors import LRQuantError
+from lrquant.files import read_plain, write_whole
 from lrquant.report.contents import run_contents
 from lrquant.report.markdown import run_markdown
 from lrquant.workdir import RunFolder
+
+_MARK = b'<meta name="generator" content="lrquant">'  # as in templates/base.html
+_START = 1000  # bytes of a page that have it
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -29,13 +35,27 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> Path:
-    """Write one page with several runs side by side."""
+    """Write one page with several runs side by side; replaces nothing but such a page."""
     from lrquant.report.page import comparison_page
 
+    _require_own_page(output)
     folders = [RunFolder.open(path) for path in paths]
     runs = [run_contents(folder) for folder in folders]
     write_whole(output, comparison_page(runs, run_names(runs)))
     return output
+
+
+def _require_own_page(output: Path) -> None:
+    if not os.path.lexists(output):
+        return
+    start = b""
+    with suppress(OSError):
+        start = read_plain(output)[:_START]
+    if output.is_symlink() or _MARK not in start:
+        raise LRQuantError(
+            f"--output {output}: not a page that lrquant wrote, so it is not replaced; use another "
+            "name"
+        )
 
 
 def run_names(runs: Sequence[dict]) -> list[str]:

@@ -48,6 +48,9 @@ class SafetensorsSource(WeightSource):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._handles[name].shape(name)
 
+    def dtype(self, name: str) -> str:
+        return self._handles[name].dtype(name)
+
     def tensor(self, name: str) -> Tensor:
         return self._handles[name].tensor(name)
 
@@ -71,6 +74,9 @@ class TorchFileSource(WeightSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:
         for path, state in self._states.items():  # it is mapped: cut short, it kills the process

@@ -79,6 +79,9 @@ class GGUFSource(WeightSource):
         same = sorted(n for n in stored if n > 1) == sorted(n for n in expected if n > 1)
         return expected if same else stored
 
+    def dtype(self, name: str) -> str:
+        return "float32"
+
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
         require_unchanged(self._path, self._state)  # it is mapped: cut short, it kills the process

@@ -32,6 +32,9 @@ class ModuleSource(WeightSource):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
 

@@ -27,6 +27,9 @@ class WeightSource(Protocol):
         first, second = self.tensor(name), self.tensor(other)
         return first.dtype == second.dtype and torch.equal(first, second)
 
+    def dtype(self, name: str) -> str:
+        """In what `tensor` gives a tensor, as torch names it, without reading it."""
+
     def fingerprint(self) -> str:
         """SHA-256 that tells these weights from others; of files, only samples are read."""
 

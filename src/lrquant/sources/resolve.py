@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import validate_repo_id
 
 from lrquant.errors import LRQuantError
+from lrquant.sources.kinds import kind_without_config
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other software's copies of the same weights
@@ -41,6 +42,9 @@ def resolve_model(name: str, cache_dir: Path | None) -> ModelFiles:
     if (path / "config.json").is_file():
         return ModelFiles("local", path)
     found = sorted(file.name for file in path.glob("*.gguf"))
+    kind = kind_without_config(path)
+    if not found and kind is not None:
+        raise LRQuantError(f"model {name}: {kind}")
     if len(found) != 1:
         what = f"{len(found)} GGUF files" if found else "no GGUF file"
         advice = "give the path of one of them" if found else "give a Hugging Face model folder"
@@ -75,6 +79,9 @@ def _download(name: str, cache_dir: Path | None) -> Path:
             f"({type(error).__name__}); {advice}"
         ) from error
     if not (folder / "config.json").is_file():
+        kind = kind_without_config(folder)
+        if kind is not None:
+            raise LRQuantError(f"model {name}: {kind}")
         raise LRQuantError(
             f"model {name}: its hub repository holds no config.json; name the repository of the "
             "original model, or download one .gguf file and give its path"

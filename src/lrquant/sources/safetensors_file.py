@@ -45,6 +45,11 @@ class SafetensorsFile:
         """Shape of a tensor, without reading it."""
         return tuple(self._entries[name]["shape"])
 
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as torch names it, or as the file does where torch has none."""
+        stored = self._entries[name]["dtype"]
+        return str(_TYPES.get(stored, stored)).removeprefix("torch.")
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now."""
         entry = self._entries[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -14,8 +15,15 @@ from lrquant.errors import LRQuantError
 from lrquant.sources.checks import AGAIN, is_listed, unfinished_download
 from lrquant.sources.files import INDEX, SAFETENSORS, TORCH, SafetensorsSource, TorchFileSource
 from lrquant.sources.gguf_file import GGUFSource
+from lrquant.sources.kinds import kind_of_weights
 from lrquant.sources.protocol import WeightSource
 from lrquant.sources.resolve import ModelFiles
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+_PACKED = (
+    *(".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scales", ".qzeros"),
+    *(".SCB", ".absmax", ".quant_state.bitsandbytes__nf4", ".weight_q", ".weight_zero_point"),
+)
 
 
 def open_source(files: ModelFiles, skeleton: PreTrainedModel) -> WeightSource:
@@ -34,9 +42,14 @@ def open_source(files: ModelFiles, skeleton: PreTrainedModel) -> WeightSource:
     else:
         raise LRQuantError(
             f"{folder}: no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of shards"
-            f"{unfinished_download(folder)}; {AGAIN}"
+            f"{unfinished_download(folder)}; {_instead(folder)}"
         )
     return SkeletonSource(stored, skeleton)
+
+
+def _instead(folder: Path) -> str:
+    kind = kind_of_weights(folder)
+    return AGAIN if kind is None else f"it holds {kind}"
 
 
 class SkeletonSource(WeightSource):
@@ -49,7 +62,8 @@ class SkeletonSource(WeightSource):
     def __init__(self, stored: WeightSource, skeleton: PreTrainedModel) -> None:
         self.origin = stored.origin
         self._stored = stored
-        shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
+        wanted = skeleton.state_dict()
+        shapes = {name: tuple(t.shape) for name, t in wanted.items()}
         renamed = _renamed(stored.names(), skeleton)
         found = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
         self._found = {name: renamed[other] for name, other in found.items()}
@@ -62,13 +76,21 @@ class SkeletonSource(WeightSource):
                 if absent not in self._found and present in self._found:
                     self._found[absent] = self._found[present]
         self._check(shapes)
+        require_floating_weights(self, wanted)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         missing = [name for name in shapes if name not in self._found]
         if missing:
+            packed = [name for name in sorted(self._extra) if name.endswith(_PACKED)]
+            advice = f"the weights do not belong to config.json, or {AGAIN}"
+            if packed:
+                advice = (
+                    f"it holds {packed[0]}, so it is already quantised: start from the "
+                    "floating-point model"
+                )
             raise LRQuantError(
                 f"{self.origin}: {len(missing)} of the model's {len(shapes)} tensors are missing "
-                f"(first: {missing[0]}); the weights do not belong to config.json, or {AGAIN}"
+                f"(first: {missing[0]}); {advice}"
             )
         wrong = [name for name in shapes if self.shape(name) != shapes[name]]
         if wrong:
@@ -83,6 +105,9 @@ class SkeletonSource(WeightSource):
 
     def extra_names(self) -> frozenset[str]:
         return self._extra
+
+    def dtype(self, name: str) -> str:
+        return self._stored.dtype(self._stored_name(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored.shape(self._stored_name(name))
@@ -109,6 +134,24 @@ class SkeletonSource(WeightSource):
         if name in self._extra:
             return name
         raise LRQuantError(f"{self.origin}: holds no tensor {name!r}; see names()")
+
+
+def require_floating_weights(source: WeightSource, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse float8 and integers where a model computes with floating-point numbers.
+
+    Casting them would leave out the scales that belong to them.
+    """
+    odd = [
+        name
+        for name, tensor in wanted.items()
+        if tensor.is_floating_point() and source.dtype(name) not in FLOATING
+    ]
+    if odd:
+        raise LRQuantError(
+            f"{source.origin}: {len(odd)} of the model's {len(wanted)} tensors are stored as "
+            f"{source.dtype(odd[0])} (first: {odd[0]}), so they are already quantised; start from "
+            "the floating-point model"
+        )
 
 
 def _renamed(stored: Iterable[str], skeleton: PreTrainedModel) -> dict[str, str]:

@@ -1,0 +1,68 @@
+"""Places that a checkpoint must not hold or lie in: the run, the model, the data, homes, .git."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lrquant.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.export.publishing import require_replaceable
+from lrquant.files import require_writable
+
+_ONLY_HELD = ("the current directory", "a home folder")
+
+
+def check_target(config: Config, target: Path) -> None:
+    """Refuse, before any hour is spent, what could not be written or would destroy other files."""
+    place = target.resolve()
+    if place == Path(config.output_dir).resolve():
+        raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
+    for what, other in _places(config):
+        inside = what not in _ONLY_HELD and other.is_dir() and other in place.parents
+        if place == other or place in other.parents or inside:
+            said = "lies in" if inside and place != other else "is, or holds,"
+            raise LRQuantError(f"--save_dir {target}: {said} {what} ({other}); use another folder")
+    if (place / ".git").exists() or ".git" in place.parts:
+        raise LRQuantError(f"--save_dir {target}: is, or lies in, a repository; use a new folder")
+    require_replaceable(place, config.overwrite)
+    require_writable(place.parent, "--save_dir")
+
+
+def _places(config: Config) -> Iterator[tuple[str, Path]]:
+    """What must stay as it is, by what to call it; only what is there, links resolved."""
+    data = [config.calib_dataset, config.calib_images, config.classify, *config.ppl]
+    data += [*config.agreement, *config.vqa, config.act_scales, config.act_shifts]
+    data += _sets(config.data_dir)
+    named: list[tuple[str, str | None]] = [
+        ("the run folder", config.output_dir),
+        ("the run that is resumed", config.resume),
+        ("the model", config.model),
+        ("what is compared with", config.compare if isinstance(config.compare, str) else None),
+        *(("the data", path) for path in data),
+        ("the current directory", "."),
+    ]
+    for what, name in named:
+        path = Path(name).expanduser() if name else None
+        if path is not None and path.exists():
+            yield what, path.resolve()
+    yield from (("a home folder", home.resolve()) for home in _homes())
+
+
+def _sets(data_dir: str | None) -> list[str]:
+    """The sets in a data folder, beside which a checkpoint may well be written."""
+    folder = Path(data_dir).expanduser() if data_dir else None
+    if folder is None or not folder.is_dir():
+        return []
+    return [str(path) for path in folder.iterdir() if path.is_dir() and not _is_checkpoint(path)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").exists() or path.name.startswith(".")
+
+
+def _homes() -> Iterator[Path]:
+    try:
+        yield Path.home()
+    except RuntimeError:
+        return

@@ -1,0 +1,76 @@
+"""The file of a block: its tensors, what they belong to, and what came of learning them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lrquant.errors import LRQuantError
+
+_KEY = "lrquant"
+_LENGTH = 8  # bytes that say how long the header is
+_OF_THE_MACHINE = ("seconds", "peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """Numbers of one finished block, as in blocks.jsonl."""
+
+    block: int
+    initial_loss: float
+    final_loss: float
+    epoch_losses: list[float]
+    seconds: float
+    peak_memory_bytes: int
+    non_finite: list[str]
+    held_losses: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+
+    def as_line(self) -> str:
+        """One line of blocks.jsonl."""
+        return json.dumps(vars(self))
+
+    def repeatable(self) -> dict[str, Any]:
+        """What neither a clock nor the machine's state decides."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_THE_MACHINE}
+
+    @classmethod
+    def from_repeatable(cls, values: dict[str, Any]) -> BlockRecord:
+        """A record of which seconds and memory are not known: 0."""
+        return cls(**{**values, **dict.fromkeys(_OF_THE_MACHINE, 0)})
+
+
+@dataclass(frozen=True)
+class LearnedFile:
+    """`run` is a digest of what was learned, `name` the file's path in its run, `about` numbers.
+
+    Two runs that are equal write equal bytes.
+    """
+
+    run: str
+    name: str
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def content(self) -> bytes:
+        """The file, safetensors with the rest as its metadata."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
+        rest = {"run": self.run, "name": self.name, "about": self.about}
+        return safetensors.torch.save(tensors, {_KEY: json.dumps(rest)})
+
+    @classmethod
+    def read(cls, path: Path, content: bytes, mend: str) -> LearnedFile:
+        """The file that `content` of `path` is; LRQuantError with `mend` if it is none."""
+        try:
+            end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+            rest = json.loads(json.loads(content[_LENGTH:end])["__metadata__"][_KEY])
+            tensors = dict(sorted(safetensors.torch.load(content).items()))
+            return cls(rest["run"], rest["name"], rest["about"], tensors)
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise LRQuantError(f"{path}: not a file of a learned block; {mend}") from error
