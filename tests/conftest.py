@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import logging
 
 import pytest
 import torch
@@ -97,6 +98,16 @@ def own_log():
     """A command's log goes to the screen: no longer than its test."""
     logger = logging.getLogger("lrquant")
     handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """What a command does to the package's logger ends with the test that gave the command."""
+    logger = logging.getLogger("lrquant")
+    handlers, level = logger.handlers[:], logger.level
     yield
     logger.handlers = handlers
     logger.setLevel(level)

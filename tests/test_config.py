@@ -23,7 +23,8 @@ PUBLISHED = {
     **{"act_scales": None, "act_shifts": None, "resume": None, "save_dir": None},
 }
 
-OTHER = {  # a legal value that is not the default, by type or by name
+OTHER = {
+    "bos": "always",  # a legal value that is not the default, by type or by name
     **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
     **{"vision_scheme": "W8A8", "vqa": ("q.jsonl",)},
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},

@@ -1,9 +1,8 @@
 """The tokens that each window begins with: those that a model was trained to find there.
 
 A model whose every training sequence began with a beginning-of-sequence token (BOS) computes
-something else without it: Gemma's perplexity more than doubles.  The published perplexities of
-LLaMA, Mistral, OPT and Qwen are over windows cut out of one stream, of which the first alone begins
-with what the tokenizer adds; theirs stay so.
+something else without it.  Other families' published perplexities are over windows cut out of one
+stream, of which the first alone begins with what the tokenizer adds; theirs stay so.
 """
 
 from __future__ import annotations

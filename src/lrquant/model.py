@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -156,12 +157,8 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """How many parameters there are, those of a tied head once."""
-        return sum(
-            parameter.numel()
-            for name, parameter in self.skeleton.named_parameters()
-            if name not in self.tied_names
-        )
+        """How many parameters there are, tied ones once."""
+        return count_parameters(self.skeleton, self.tied_names)
 
     def fingerprint(self) -> dict[str, str | int]:
         """What tells this model from another one."""
@@ -170,6 +167,11 @@ class Model:
             "blocks": len(self.blocks),
             "weights": self.source.fingerprint(),
         }
+
+
+def count_parameters(module: nn.Module, tied: Collection[str]) -> int:
+    """Elements of all parameters but those named, which are other ones again."""
+    return sum(tensor.numel() for name, tensor in module.named_parameters() if name not in tied)
 
 
 def load_model(name: str, cache_dir: Path | None = None) -> Model:

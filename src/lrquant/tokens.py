@@ -8,6 +8,7 @@ neighbours is that of its own.  Other models are joined where a word begins.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,30 @@ RUN = 16  # tokens on each side of a joint that must be the same
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens of the text from `start` to `end`: ids, places in the whole text, and words."""
+    """Tokens of the text from `start` to `end`: ids, and what says where each stands."""
 
     start: int
     end: int
     ids: NDArray[Any]
-    starts: NDArray[Any]
-    words: NDArray[Any]
+    encoding: Any
+
+    def places(self, first: int, last: int) -> NDArray[Any]:
+        """Where tokens `first` to `last` begin in the whole text, -1 for one without characters."""
+        spans = (self.encoding.token_to_chars(index) for index in range(first, last))
+        return np.fromiter((-1 if s is None else self.start + s[0] for s in spans), np.int64)
+
+    def place(self, index: int) -> int:
+        """Where a token begins in the whole text."""
+        return int(self.places(index, index + 1)[0])
+
+    def index_at(self, place: int) -> int:
+        """The first token that begins at a place of the whole text or after it, by bisection."""
+        return bisect_left(range(len(self.ids)), place, key=self.place)
+
+    def begins_word(self, index: int) -> bool:
+        """Whether a token is the first of a word."""
+        words = [self.encoding.token_to_word(each) for each in (index - 1, index)]
+        return bool(words[0] != words[1])
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -70,41 +88,36 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> _Piece:
     end = min(end, len(text))
-    encoded = tokenizer(
-        text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    starts = np.fromiter((place for place, _ in encoded["offset_mapping"]), np.int64)
-    words = np.fromiter((-1 if word is None else word for word in encoded.word_ids(0)), np.int64)
-    return _Piece(start, end, np.array(encoded["input_ids"], np.int32), starts + start, words)
+    encoded = tokenizer(text[start:end], add_special_tokens=False, verbose=False)
+    return _Piece(start, end, np.array(encoded["input_ids"], np.int32), encoded[0])
 
 
 def _following(tokenizer: PreTrainedTokenizerBase, text: str, piece: _Piece) -> _Piece | None:
     """The piece after this one, from a token of it on; None where that would be no step ahead."""
-    index = int(np.searchsorted(piece.starts, piece.end - OVERLAP))
-    if index >= len(piece.starts) or piece.starts[index] <= piece.start:
+    index = piece.index_at(piece.end - OVERLAP)
+    if index >= len(piece.ids) or piece.place(index) <= piece.start:
         return None
-    start = int(piece.starts[index])
+    start = piece.place(index)
     return _encoded(tokenizer, text, start, start + PIECE)
 
 
 def _joint(left: _Piece, right: _Piece, anywhere: bool) -> tuple[int, int] | None:
     """Where both go on with the same token: its index in each, None if there is no such place."""
     margin = (left.end - right.start) // 4
-    lowest, highest = np.searchsorted(left.starts, [right.start + margin, left.end - margin])
-    for index in range(max(int(lowest), RUN), min(int(highest), len(left.ids) - RUN)):
-        other = int(np.searchsorted(right.starts, left.starts[index]))
-        if RUN <= other <= len(right.ids) - RUN and _same(left, right, index, other):
-            begins = left.words[index] != left.words[index - 1]
-            if anywhere or (begins and right.words[other] != right.words[other - 1]):
-                return index, other
+    lowest, highest = (left.index_at(p) for p in (right.start + margin, left.end - margin))
+    for index in range(max(lowest, RUN), min(highest, len(left.ids) - RUN)):
+        other = right.index_at(left.place(index))
+        inside = RUN <= other <= len(right.ids) - RUN
+        fits = anywhere or (inside and left.begins_word(index) and right.begins_word(other))
+        if inside and fits and _same(left, right, index, other):
+            return index, other
     return None
 
 
 def _same(left: _Piece, right: _Piece, index: int, other: int) -> bool:
     """Whether the tokens around two indices are the same, the first of their characters there."""
-    ours, theirs = slice(index - RUN, index + RUN), slice(other - RUN, other + RUN)
-    return bool(
-        left.starts[index - 1] < left.starts[index]
-        and np.array_equal(left.starts[ours], right.starts[theirs])
-        and np.array_equal(left.ids[ours], right.ids[theirs])
-    )
+    ours, theirs = (index - RUN, index + RUN), (other - RUN, other + RUN)
+    if not np.array_equal(left.ids[slice(*ours)], right.ids[slice(*theirs)]):
+        return False
+    places = left.places(*ours)
+    return bool(places[RUN - 1] < places[RUN]) and np.array_equal(places, right.places(*theirs))

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,15 @@ class Tally:
         if lost or wrong:
             print(f"{kind}: {name}: {lost or wrong}", file=sys.stderr)
 
+    @contextmanager
+    def told_at_the_end(self, started: float) -> Iterator[None]:
+        """Print the table whatever ends it."""
+        try:
+            yield
+        finally:
+            print(self.table())
+            print(f"\nlrquant {lrquant.__version__}, {time.monotonic() - started:.0f} s")
+
     def table(self) -> str:
         """Markdown, a row a kind."""
         rows = [f"| {k} | {self.cases[k]} | {self.lost[k]} | {self.wrong[k]} |" for k in KINDS]
@@ -74,8 +84,8 @@ class Story:
 class Bench:
     """The tiny model, the states that stories start from, and worlds made of them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, draw: random.Random, wanted: int) -> None:
+        self.root, self.draw, self.wanted = root, draw, wanted
         self.numbers = iter(range(10**9))
         _save_model(root / "model")
         self.text = root / "text.txt"
@@ -107,6 +117,10 @@ class Bench:
         for mine in MINE:
             if (place / mine).parent.is_dir():
                 (place / mine).write_text(f"mine: {mine}")
+
+    def drawn(self, stories: list[Story]) -> list[Story]:
+        """As many of them as are wanted."""
+        return self.draw.sample(stories, min(self.wanted, len(stories)))
 
     def world(self, start: str) -> Path:
         """A copy of a state."""
@@ -218,7 +232,7 @@ def kills_and_full_disks(
     bench: Bench, tally: Tally, sample: Callable[[Sequence], Sequence]
 ) -> None:
     """A kill before, and a disk that is full from, each change on."""
-    for story in bench.stories():
+    for story in bench.drawn(bench.stories()):
         count, expected = points(bench, story)
         for kind, fault in (("kills", "kill"), ("full disks", "full")):
             for at in sample(range(1, count + 1)):
@@ -308,7 +322,8 @@ def _cases(folder: Path) -> list[tuple[str, int]]:
 
 def races(bench: Bench, tally: Tally, sample: Callable[[Sequence], Sequence]) -> None:
     """The same command started while the first stands before each of its changes."""
-    for story in [story for story in bench.stories() if story.name in ("learn", "export")]:
+    raced = [story for story in bench.stories() if story.name in ("learn", "export")]
+    for story in bench.drawn(raced):
         count, expected = points(bench, story)
         for at in sample(range(1, count + 1)):
             world = bench.world(story.start)
@@ -332,6 +347,7 @@ def run() -> int:
     """Carry out all cases, or some of each kind; 1 if anything was lost or wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, drawn by a seed")
+    parser.add_argument("--stories", type=int, default=99, help="how many commands of a kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS)
     options = parser.parse_args()
@@ -343,13 +359,12 @@ def run() -> int:
 
     parts = {"kills": kills_and_full_disks, "damaged files": damaged_files, "races": races}
     tally, started = Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory() as root:
-        bench = Bench(Path(root).resolve())
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped before its end"))
+    with tally.told_at_the_end(started), tempfile.TemporaryDirectory() as root:
+        bench = Bench(Path(root).resolve(), draw, options.stories)
         for kind, part in parts.items():
             if options.only in (None, kind) or (kind == "kills" and options.only == "full disks"):
                 part(bench, tally, sample)
-    print(tally.table())
-    print(f"\nlrquant {lrquant.__version__}, {time.monotonic() - started:.0f} s")
     return int(bool(sum(tally.lost.values()) + sum(tally.wrong.values())))
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import lrquant
+from lrquant.beginnings import Beginning, beginning_by_itself
 from lrquant.cli import main, quantize_main
 from lrquant.conversations import read_conversations
 from lrquant.errors import LRQuantError
@@ -518,3 +519,17 @@ def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text, monke
     drawn = picture_samples(questions, model, done.config.nsamples, done.config.seed).feed.inputs
     tokens = sum(sample["input_ids"].shape[1] for sample in drawn)
     assert alone.stream_bytes == 2 * tokens * model.hidden_size * 4, "real lengths, not --seqlen"
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_conversations_with_pictures_begin_with_one_bos(llava_folder, questions, template):
+    """A template that writes BOS and a tokenizer that adds it do not make two of it."""
+    model = load_model(str(llava_folder))
+    tokenizer = beginning_by_itself(model.processor.tokenizer, Beginning((1,)))
+    model.processor.tokenizer = tokenizer
+    model.processor.chat_template = (
+        "{{ bos_token }}" + model.processor.chat_template if template else None
+    )
+    for sample in picture_samples(questions, model).feed.inputs:
+        ids = sample["input_ids"][0]
+        assert ids[0] == 1 and int((ids == 1).sum()) == 1

@@ -22,6 +22,7 @@ from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, prompt_inputs
 from lrquant.sources.checks import first_line
+from lrquant.vocabulary import require_known_tokens
 
 logger = logging.getLogger("lrquant")
 ANSWER_TOKENS = 16  # most tokens of a generated answer
@@ -51,6 +52,7 @@ class Questions:
                 )
         self.items: tuple[Conversation, ...] = items
         self.feed = Feed([prompt_inputs(reader, item) for item in items])
+        require_known_tokens(self.feed, str(path), reader)
         tokens = sum(sample["input_ids"].shape[1] for sample in self.feed.inputs)
         of = f"the first {len(items)} of {whole}" if len(items) < whole else f"{whole}"
         self.description = f"{path.name}, {of} questions, {tokens} tokens"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lrquant.config import Config
 from lrquant.export import Format, Loading, factor_refusal
+from lrquant.export.loading import AS_LEARNED
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
 from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
@@ -131,12 +132,15 @@ def _loading(scheme: Scheme, target: str) -> Loading:
         packed = in_vllm_cpu(dataclasses.replace(scheme, weight_bits=BITS))
         return dataclasses.replace(packed, notes=(_IN_BFLOAT16,))
     if target == "transformers":
-        return Loading(
-            notes=("transformers loads AWQ with gptqmodel installed, which computes in float16",)
-        )
+        notes = ("transformers loads AWQ with gptqmodel installed, which computes in float16",)
+        return Loading(notes=notes, computes=_BY_ROW if scheme.group_size is None else AS_LEARNED)
     return Loading("made for other runtimes; use --target vllm")
 
 
+_BY_ROW = (
+    "what was learned, but on CPUs nothing: there gptqmodel takes no scale of a row of over 256 "
+    "columns"
+)
 _IN_BFLOAT16 = (
     "AWQ's scales are float16: where vLLM computes in bfloat16 those of a model learned in another "
     "dtype are rounded to 8 bits"

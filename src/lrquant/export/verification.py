@@ -17,7 +17,7 @@ from lrquant.export import formats
 from lrquant.export.expected import bits_per_weight, expected_block
 from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
 from lrquant.export.parts import quantized_models
-from lrquant.model import Model, build_skeleton
+from lrquant.model import Model, build_skeleton, count_parameters
 from lrquant.reading import read_config
 from lrquant.sources import SafetensorsSource
 from lrquant.workbench import block_shapes
@@ -58,7 +58,8 @@ def verify(place: Path) -> Verified:
         f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
     ]
     used = _used_bits(model, config)
-    stored, elements = 0, model.parameters
+    tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+    stored, elements = 0, count_parameters(model.skeleton, tied)
     for name in sorted(names):
         tensor = source.tensor(name)
         stored += tensor.nbytes

@@ -16,8 +16,8 @@ _QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 _ORIGINAL = "give its folder in the form of transformers (config.json and *.safetensors)"
 _WITHOUT_CONFIG = (  # a file's pattern, what its folder is, and what to do
     ("run.json", "a run folder", "evaluate or export it, or give the model that it is of"),
-    ("params.json", "a model in the layout of Mistral or Meta (params.json)", _ORIGINAL),
-    ("consolidated*", "a model in the layout of Mistral or Meta (consolidated)", _ORIGINAL),
+    ("params.json", "a model in the layout of its makers (params.json)", _ORIGINAL),
+    ("consolidated*", "a model in the layout of its makers (consolidated)", _ORIGINAL),
     ("model_index.json", "a pipeline of diffusers, not a language model", "give a language model"),
     ("*.onnx", "an ONNX model", _ORIGINAL),
     ("*.nemo", "a NeMo model", _ORIGINAL),
@@ -27,7 +27,7 @@ _WITHOUT_CONFIG = (  # a file's pattern, what its folder is, and what to do
     ("snapshots", "a folder of the hub's cache", "give the hub name, or a folder in snapshots"),
 )
 _OTHER_WEIGHTS = (  # weights that stand beside a config.json and are not read
-    ("consolidated*", "weights in the layout of Mistral or Meta (consolidated)", _ORIGINAL),
+    ("consolidated*", "weights in the layout of its makers (consolidated)", _ORIGINAL),
     ("*.onnx", "ONNX weights", "get the safetensors of the same model"),
     ("onnx/*.onnx", "ONNX weights", "get the safetensors of the same model"),
     ("tf_model*.h5", "TensorFlow weights", "get the safetensors of the same model"),
