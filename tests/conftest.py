@@ -22,7 +22,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import logging
 
 import pytest
 import torch
@@ -91,16 +90,6 @@ TINY = {
     "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
     "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),
 }
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """A command's log goes to the screen: no longer than its test."""
-    logger = logging.getLogger("lrquant")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers = handlers
-    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
