@@ -93,16 +93,6 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def own_log():
-    """A command's log goes to the screen: no longer than its test."""
-    logger = logging.getLogger("lrquant")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers = handlers
-    logger.setLevel(level)
-
-
-@pytest.fixture(autouse=True)
 def own_logging():
     """What a command does to the package's logger ends with the test that gave the command."""
     logger = logging.getLogger("lrquant")

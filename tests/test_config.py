@@ -61,7 +61,7 @@ def test_every_setting_is_explained():
 def test_yaml_round_trip(config, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
-    assert Config.from_yaml(path) == dataclasses.replace(config, overwrite=False)  # said anew
+    assert Config.from_yaml(path) == dataclasses.replace(config, overwrite=False)
     assert list(yaml.safe_load(config.to_yaml())) == [e.name for e in dataclasses.fields(Config)]
 
 
