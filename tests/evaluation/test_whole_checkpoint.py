@@ -14,6 +14,7 @@ from lrquant import LRQuantError
 from lrquant.config import Config
 from lrquant.evaluation.checkpoint import load_checkpoint
 from lrquant.export.manifest import MANIFEST, SETTINGS
+from lrquant.export.publishing import HASHES
 
 FORMATS = {
     "compressed-tensors": ("W4A16g16", {}),
@@ -86,9 +87,15 @@ def test_a_file_that_readers_would_take_is_refused(checkpoint, name):
     refused(checkpoint, name, "not of this checkpoint")
 
 
+def test_an_edited_manifest_is_refused(checkpoint):
+    edit(checkpoint / MANIFEST, scheme="W2A16")
+    refused(checkpoint, "lrquant.json: changed since it was written")
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "LICENSE", ".gitattributes"])
 def test_a_file_that_nobody_reads_may_lie_beside(checkpoint, name):
     (checkpoint / name).write_text("mine")
+    (checkpoint / HASHES).unlink()  # by which an edited manifest is seen
     for path in checkpoint.parent.glob("tokenizer*.json"):
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         shutil.copy(path, checkpoint)
