@@ -342,8 +342,8 @@ def test_no_run_and_a_newer_run(command, succeed, refuse, tmp_path):
     assert no_run(tmp_path / "run")
     succeed(command())
     path = tmp_path / "run" / "run.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    newer = "format 3, this version reads format 2"
+    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
+    newer = "format 4, this version reads format 3"
     refuse(command("--resume"), tmp_path / "run", newer)
     refuse(["inspect", tmp_path / "run"], newer)
     refuse(["evaluate", tmp_path / "run"], newer)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrquant import chain
 from lrquant.claims import held
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
@@ -65,7 +66,7 @@ def refuse(function, *parts):
 def test_a_new_run(tmp_path):
     folder = a_run(tmp_path / "deep" / "run")
     assert folder.config == Config(model="m", output_dir=str(tmp_path / "deep" / "run"))
-    assert folder.identity == {"format": 2, **IDENTITY}
+    assert folder.identity == {"format": 3, **IDENTITY}
     assert (folder.finished_blocks(), folder.records()) == (0, [])
     assert RunFolder.open(folder.path).path == folder.path
 
@@ -96,6 +97,78 @@ def test_blocks_count_from_the_first_without_gaps(tmp_path):
     folder.block_path(1).unlink()
     assert folder.finished_blocks() == 1
     assert [entry.block for entry in folder.records()] == [0]
+
+
+def learned_anew(folder, block):
+    """Block `block` is moved away and comes out with other bytes, as on another machine."""
+    folder.block_path(block).rename(folder.path / "moved")
+    other = {**parameters(block), "lwc.q.upper": torch.full((2, 1), 0.1)}
+    folder.save_block(other, record(block, final_loss=0.4))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_learned_anew_leaves_no_older_one_after_it(tmp_path, block):
+    folder = a_run(tmp_path, blocks=3)
+    learned_anew(folder, block)
+    for each in (folder, RunFolder.open(tmp_path)):
+        assert each.finished_blocks() == block + 1
+        assert [entry.final_loss for entry in each.records()] == [*[0.5] * block, 0.4]
+    refuse(folder.require_finished, f"{block + 1} of 3 blocks are finished", "--resume")
+    for later in range(block + 1, 3):
+        folder.save_block(parameters(later), record(later))
+    folder.require_finished()
+
+
+def test_the_block_that_was_moved_away_may_come_back(tmp_path):
+    folder = a_run(tmp_path, blocks=3)
+    learned_anew(folder, 1)
+    (tmp_path / "moved").rename(folder.block_path(1))
+    assert folder.finished_blocks() == 3
+    assert [entry.final_loss for entry in folder.records()] == [0.5] * 3
+
+
+def test_the_same_bytes_again_keep_what_comes_after_them(tmp_path):
+    folder = a_run(tmp_path, blocks=3)
+    folder.block_path(1).unlink()
+    folder.save_block(parameters(1), record(1))
+    assert folder.finished_blocks() == 3
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_damaged_block_breaks_no_chain_and_is_refused(tmp_path, block):
+    folder = a_run(tmp_path, blocks=3)
+    content = bytearray(folder.block_path(block).read_bytes())
+    content[-1] ^= 1
+    folder.block_path(block).write_bytes(content)
+    assert RunFolder.open(tmp_path).finished_blocks() == 3
+    refuse(folder.require_finished, f"{block:04d}.safetensors: changed or damaged")
+
+
+def test_each_part_has_its_own_chain(tmp_path):
+    folder = a_run(tmp_path, blocks=2)
+    for block in range(2):
+        folder.tower.save_block(parameters(block + 7), record(block))
+    learned_anew(folder.tower, 0)
+    assert (folder.finished_blocks(), folder.tower.finished_blocks()) == (2, 1)
+
+
+def test_files_are_hashed_once(tmp_path, monkeypatch):
+    a_run(tmp_path, blocks=3)
+    folder, read = RunFolder.open(tmp_path), []
+    original = chain.read_plain
+    monkeypatch.setattr(chain, "read_plain", lambda path: read.append(path) or original(path))
+    assert [folder.finished_blocks() for _ in range(4)] == [3] * 4 and len(read) == 3
+
+
+def test_a_copy_takes_over_only_what_follows_its_own_blocks(tmp_path):
+    source, copy = a_run(tmp_path / "a", blocks=3), a_run(tmp_path / "b", blocks=2)
+    learned_anew(copy, 1)
+    own = copy.block_path(1).read_bytes()
+    again = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert again.finished_blocks() == 2 and again.block_path(1).read_bytes() == own
+    copy.block_path(1).unlink()
+    again = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert again.finished_blocks() == 3 and again.records() == source.records()
 
 
 def test_a_new_run_replaces_an_old_one(tmp_path):
@@ -299,14 +372,14 @@ def test_only_the_words_about_the_data_may_differ(tmp_path):
 
 def test_no_run_a_newer_run_and_a_damaged_run(tmp_path):
     refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
-    (tmp_path / "run.json").write_text('{"format": 1}')
-    refuse(lambda: RunFolder.open(tmp_path), "format 1", "reads format 2")
+    (tmp_path / "run.json").write_text('{"format": 2}')
+    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 3")
     for content in ("", "{", "[]", '"x"', "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
         refuse(lambda: RunFolder.open(tmp_path), "run.json")
     folder = a_run(tmp_path / "new")
-    folder.write_text("run.json", '{"format": 3}')
-    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 3", "reads format 2")
+    folder.write_text("run.json", '{"format": 4}')
+    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 4", "reads format 3")
 
 
 def test_damaged_blocks_and_records(tmp_path):

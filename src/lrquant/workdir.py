@@ -9,12 +9,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lrquant.chain import Chain
 from lrquant.claims import held, require_claimable
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
@@ -25,7 +27,8 @@ from lrquant.results import merge_results
 from lrquant.sameness import difference, digest
 
 __all__ = ["BlockRecord", "RunFolder"]
-FORMAT = 2
+logger = logging.getLogger("lrquant")
+FORMAT = 3
 _AGAIN = "go on with --resume and the run's own settings"
 _MEND = {
     "config.yaml": f"restore it, or delete it and {_AGAIN}",
@@ -41,8 +44,9 @@ class RunFolder:
 
     `diagnostics/`, where a report is asked for, has what a block looked like when it was learned.
 
-    A block is finished when its file exists: files are written under a temporary name, flushed,
-    listed in the folder's journal and renamed, so a kill at any point leaves whole files only.
+    A block is finished when its file exists and was learned after the block's before it as that is
+    now: files are written under a temporary name, flushed, listed in the folder's journal and
+    renamed, so a kill at any point leaves whole files only.
     What is read must be as it was written, and what was not written here is never replaced.
     `part` is a folder inside, whose files are those of one part of the model.
     """
@@ -51,6 +55,7 @@ class RunFolder:
         self.path = path / part
         self._part = part
         self.journal = Journal(path)
+        self._chain = Chain(self.journal, lambda index: self._inside(self._block_name(index)))
 
     @classmethod
     def create(cls, path: Path, config: Config, identity: dict[str, Any]) -> RunFolder:
@@ -219,18 +224,14 @@ class RunFolder:
             if self.journal.owns(name):
                 self.journal.remove(name)
 
-    @property
+    @cached_property
     def tower(self) -> RunFolder:
         """Where the vision tower's blocks are, in files of the same names."""
         return RunFolder(self.journal.folder, "tower")
 
     def finished_blocks(self) -> int:
-        """How many blocks, from the first on, are finished."""
-        listed = self.journal.listed()
-        count = 0
-        while self._inside(self._block_name(count)) in listed and self.block_path(count).is_file():
-            count += 1
-        return count
+        """How many blocks, from the first on, are finished: there, and one after the other."""
+        return self._chain.finished()
 
     def _all_finished_blocks(self) -> int:
         return self.finished_blocks() + self.tower.finished_blocks()
@@ -256,7 +257,8 @@ class RunFolder:
         the same bytes.
         """
         self._write_records([*self.records()[: record.block], record])
-        self._save(self._block_name(record.block), parameters, record.repeatable())
+        after = self._chain.hash_before(record.block)
+        self._save(self._block_name(record.block), parameters, record.repeatable(), after)
 
     def save_adapted(self, text: str, index: int, parameters: dict[str, Tensor]) -> None:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
@@ -283,9 +285,11 @@ class RunFolder:
             name = f"{self._adapted_folder(adapted)}/{index:04d}.safetensors"
         return self._load(name, _OF_A_BLOCK).tensors
 
-    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _save(
+        self, name: str, tensors: dict[str, Tensor], about: dict[str, Any], after: str = ""
+    ) -> None:
         name = self._inside(name)
-        content = LearnedFile(digest(self.identity), name, about, tensors).content()
+        content = LearnedFile(digest(self.identity), name, about, tensors, after).content()
         try:
             self.journal.write(name, content)
         except OSError as error:
@@ -311,21 +315,31 @@ class RunFolder:
         if (self.path / "blocks.jsonl").exists():
             lines = self._read("blocks.jsonl", _MEND["blocks.jsonl"]).decode().splitlines()
         kept = {record.block: record for record in (BlockRecord(**json.loads(x)) for x in lines)}
-        return [
-            kept[index] if index in kept else self._record_in(index)
-            for index in range(self.finished_blocks())
-        ]
+        return [self._record(index, kept.get(index)) for index in range(self.finished_blocks())]
 
-    def _record_in(self, index: int) -> BlockRecord:
-        """A block's record as its own file has it."""
+    def _record(self, index: int, line: BlockRecord | None) -> BlockRecord:
+        """A block's record: its line, if that is of the file that is there, or as the file says."""
+        if line is not None:
+            about = self._chain.about(index)
+            if about is None or json.dumps(about) == json.dumps(line.repeatable()):
+                return line
         return BlockRecord.from_repeatable(self._load(self._block_name(index), _OF_A_BLOCK).about)
 
     def _write_records(self, records: list[BlockRecord]) -> None:
         self.write_text("blocks.jsonl", "".join(record.as_line() + "\n" for record in records))
 
     def copy_blocks(self, other: RunFolder) -> None:
-        """Take over another run's finished blocks and their records, as far as this lacks them."""
+        """Take over another run's finished blocks and their records, as far as this lacks them.
+
+        Nothing is taken over after blocks that were learned here and came out otherwise.
+        """
         first, finished = self.finished_blocks(), other.finished_blocks()
+        if first < finished and self._chain.hash_before(first) != other._chain.hash_before(first):
+            logger.info(
+                "%s: its blocks from %d on do not follow those of %s, and are not taken over",
+                *(other.path, first, self.path),
+            )
+            finished = first
         if first < finished:
             self._write_records([*self.records(), *other.records()[first:]])
         for index in range(first, finished):
