@@ -603,6 +603,17 @@ def test_a_kill_after_a_block_was_learned_anew_leaves_no_mixed_run(
     assert (folder.path / "run.log").read_text().count(said) == 2
 
 
+def test_damaged_records_do_not_stop_a_run_that_goes_on(reference, learn, tmp_path):
+    shutil.copytree(reference.folder.path, tmp_path / "run")
+    (tmp_path / "run" / "blocks.jsonl").write_bytes(b'{"block": 0')
+    run = learn(tmp_path / "run", resume=str(tmp_path / "run"))
+    losses = [record.epoch_losses for record in reference.records]
+    assert [record.epoch_losses for record in run.records] == losses
+    assert all(record.seconds == 0 for record in run.records)
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count("blocks.jsonl: damaged; its records are taken from the blocks") == 1
+
+
 def test_a_damaged_block_stops_with_its_name(reference, learn, tmp_path):
     shutil.copytree(reference.folder.path, tmp_path / "run")
     (tmp_path / "run" / "blocks" / "0002.safetensors").unlink()

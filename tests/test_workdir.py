@@ -398,6 +398,49 @@ def test_damaged_blocks_and_records(tmp_path):
     assert [entry.final_loss for entry in folder.records()] == [0.5, 0.5, 0.5]
 
 
+DAMAGES = [b"", b"{", b"\xff", b"[" * 99_999, b'{"block": 0}\n', b"null\n"]
+
+
+@pytest.mark.parametrize("content", DAMAGES, ids=lambda content: repr(content[:9]))
+@pytest.mark.parametrize("listed", [False, True], ids=["changed", "written so"])
+def test_damaged_records_come_anew_from_the_blocks(tmp_path, caplog, content, listed):
+    folder = a_run(tmp_path, blocks=2)
+    for part in (folder, folder.tower):
+        for block in range(2):
+            part.save_block(parameters(block), record(block))
+        (part.path / "blocks.jsonl").write_bytes(content)
+        if listed:
+            part.journal.write(part._inside("blocks.jsonl"), content, damaged_too=True)
+    folder.mend_records()
+    unknown = {"seconds": 0, "peak_memory_bytes": 0}
+    rebuilt = [dataclasses.replace(record(block), **unknown) for block in (0, 1)]
+    assert folder.records() == folder.tower.records() == rebuilt
+    said = [entry.getMessage() for entry in caplog.records]
+    assert len(said) == 2 * bool(content or not listed)
+    assert all("blocks.jsonl: damaged; its records are taken from the blocks" in x for x in said)
+    folder.mend_records()
+    assert len(caplog.records) == len(said)
+
+
+def test_records_that_are_no_file_of_the_run_are_not_replaced(tmp_path):
+    folder = a_run(tmp_path / "run", blocks=1)
+    path = folder.path / "blocks.jsonl"
+    path.unlink()
+    (tmp_path / "mine").write_text("mine")
+    path.symlink_to(tmp_path / "mine")
+    folder.mend_records()
+    refuse(lambda: folder.write_text("blocks.jsonl", "", True), "changed or damaged")
+    assert path.is_symlink() and (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_copy_of_a_run_with_damaged_records(tmp_path):
+    source = a_run(tmp_path / "a", blocks=2)
+    (source.path / "blocks.jsonl").write_text("{")
+    copy = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert [entry.final_loss for entry in copy.records()] == [0.5, 0.5]
+    assert (source.path / "blocks.jsonl").read_text() == "{"
+
+
 def test_results_keep_what_was_not_measured_again(tmp_path):
     folder = a_run(tmp_path)
     first = {"scheme": "W4A4", "perplexity": {"a": {"quantized": 1.0}, "b": {"quantized": 2.0}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from lrquant.chain import Chain
 from lrquant.claims import held, require_claimable
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.files import LogFile, json_object, read_json
+from lrquant.files import LogFile, is_regular, json_object, read_json
 from lrquant.journal import JOURNAL, Journal
 from lrquant.learned import BlockRecord, LearnedFile
 from lrquant.results import merge_results
@@ -309,13 +310,49 @@ class RunFolder:
             raise LRQuantError(f"{path}: was written as {file.name}; {mend}")
         return file
 
-    def records(self) -> list[BlockRecord]:
-        """The records of the finished blocks, in order; from the blocks where lines are missing."""
-        lines: list[str] = []
-        if (self.path / "blocks.jsonl").exists():
-            lines = self._read("blocks.jsonl", _MEND["blocks.jsonl"]).decode().splitlines()
-        kept = {record.block: record for record in (BlockRecord(**json.loads(x)) for x in lines)}
+    def records(self, damaged_too: bool = False) -> list[BlockRecord]:
+        """The records of the finished blocks, in order; from the blocks where lines are missing.
+
+        With `damaged_too`, from the blocks alone where blocks.jsonl is damaged.
+        """
+        if damaged_too and self._lines_are_damaged():
+            return [self._record(index, None) for index in range(self.finished_blocks())]
+        kept = {record.block: record for record in self._lines()}
         return [self._record(index, kept.get(index)) for index in range(self.finished_blocks())]
+
+    def _lines(self) -> list[BlockRecord]:
+        """What blocks.jsonl says."""
+        path, mend = self.path / "blocks.jsonl", _MEND["blocks.jsonl"]
+        if not path.exists():
+            return []
+        try:
+            lines = self._read("blocks.jsonl", mend).splitlines()
+            return [BlockRecord(**json_object(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise LRQuantError(f"{path}: not the records of blocks; {mend}") from error
+
+    def _lines_are_damaged(self) -> bool:
+        """Whether blocks.jsonl is this run's and no longer what was written; the log says so."""
+        path = self.path / "blocks.jsonl"
+        if not is_regular(path) or self._inside(path.name) not in self.journal.listed():
+            return False
+        try:
+            self._lines()
+        except LRQuantError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            words = "%s: damaged; its records are taken from the blocks, without seconds and memory"
+            logger.warning(words, path)
+            return True
+        return False
+
+    def mend_records(self) -> None:
+        """Write a damaged blocks.jsonl anew from the blocks, as far as these are undamaged."""
+        for part in (self, self.tower):
+            if part._lines_are_damaged():
+                found = [part._chain.about(index) for index in range(part.finished_blocks())]
+                whole = itertools.takewhile(lambda about: about is not None, found)
+                part._write_records([BlockRecord.from_repeatable(x) for x in whole if x], True)
 
     def _record(self, index: int, line: BlockRecord | None) -> BlockRecord:
         """A block's record: its line, if that is of the file that is there, or as the file says."""
@@ -325,8 +362,9 @@ class RunFolder:
                 return line
         return BlockRecord.from_repeatable(self._load(self._block_name(index), _OF_A_BLOCK).about)
 
-    def _write_records(self, records: list[BlockRecord]) -> None:
-        self.write_text("blocks.jsonl", "".join(record.as_line() + "\n" for record in records))
+    def _write_records(self, records: list[BlockRecord], damaged_too: bool = False) -> None:
+        lines = "".join(record.as_line() + "\n" for record in records)
+        self.write_text("blocks.jsonl", lines, damaged_too)
 
     def copy_blocks(self, other: RunFolder) -> None:
         """Take over another run's finished blocks and their records, as far as this lacks them.
@@ -341,7 +379,7 @@ class RunFolder:
             )
             finished = first
         if first < finished:
-            self._write_records([*self.records(), *other.records()[first:]])
+            self._write_records([*self.records(), *other.records(damaged_too=True)[first:]])
         for index in range(first, finished):
             if other.diagnostics_path(index).is_file():
                 self._copy(other, self._diagnostics_name(index))
@@ -393,10 +431,10 @@ class RunFolder:
             logger.removeHandler(handler)
             handler.close()
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file so that it is whole or absent."""
+    def write_text(self, name: str, text: str, damaged_too: bool = False) -> None:
+        """Write a small file so that it is whole or absent; over a damaged one only if asked."""
         try:
-            self.journal.write(self._inside(name), text)
+            self.journal.write(self._inside(name), text, damaged_too)
         except OSError as error:
             raise self._unwritable(name, error) from error
 
