@@ -21,7 +21,7 @@ from lrquant.chain import Chain
 from lrquant.claims import held, require_claimable
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.files import LogFile, is_regular, json_object, read_json
+from lrquant.files import LogFile, as_bytes, is_regular, json_object, read_json
 from lrquant.journal import JOURNAL, Journal
 from lrquant.learned import BlockRecord, LearnedFile
 from lrquant.results import merge_results
@@ -200,10 +200,10 @@ class RunFolder:
         return self.path / self._block_name(index)
 
     def _adapted_folder(self, text: str) -> str:
-        """A text may be named by its path."""
-        plain = re.sub(r"[^\w.-]+", "_", text)
-        own = "" if plain == text else "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"adapted/{plain[:100]}{own}"
+        """A text may be named by its path, or as a folder is; no two share one folder."""
+        plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".")[:100]
+        own = "" if plain == text else "-" + hashlib.sha256(as_bytes(text)).hexdigest()[:8]
+        return f"adapted/{plain}{own}"
 
     def adapted_path(self, text: str, index: int) -> Path:
         """Where a block's parameters adapted to a text are, apart from the learned ones."""
