@@ -280,6 +280,30 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch
     assert capsys.readouterr().err == "" and logger.handlers == []
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_a_log_that_became_something_else_is_not_written(tmp_path, monkeypatch, caplog, kind):
+    """Between the check, which finds no link there, and the opening."""
+    folder, mine = a_run(tmp_path / "run"), tmp_path / "mine"
+    claim = Journal.claim_growing
+
+    def claimed(self, name):
+        path = claim(self, name)
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(mine)
+        return path
+
+    if kind == "link":
+        mine.write_text("mine")
+    monkeypatch.setattr(Journal, "claim_growing", claimed)
+    logger, earlier = logging.getLogger("lrquant"), MemoryHandler(9)
+    with folder.logging(logger, earlier):
+        logger.info("hello")
+    assert "run.log cannot be written" in caplog.text
+    assert mine.read_text() == "mine" if kind == "link" else not mine.exists()
+
+
 def test_the_log_gets_what_the_logger_says(tmp_path):
     folder = a_run(tmp_path)
     logger, earlier = logging.Logger("test", level=logging.INFO), MemoryHandler(9)
