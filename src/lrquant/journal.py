@@ -24,6 +24,7 @@ from lrquant.files import (
     sha256_of,
     write_whole,
 )
+from lrquant.mends import mend_of
 
 JOURNAL = "lrquant-files.jsonl"
 _ANY = "any"  # in place of a hash: a file that grows, such as a log
@@ -120,9 +121,9 @@ class Journal:
         line = {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
         write_whole(path, content, partial(self._append, line))
 
-    def read(self, name: str, mend: str) -> bytes:
-        """A file of the present era; LRQuantError with `mend` if it is not as it was written."""
-        path = self.folder / name
+    def read(self, name: str) -> bytes:
+        """A file of the present era; LRQuantError with what mends it if it is not as written."""
+        path, mend = self.folder / name, mend_of(name)
         try:
             content = read_plain(path)
         except FileNotFoundError as error:
@@ -154,8 +155,7 @@ class Journal:
             path = self.folder / name
             if os.path.lexists(path) and not self._owns(name, listed):
                 raise LRQuantError(
-                    f"{path}: changed or damaged since it was written; restore it, or move it away "
-                    "and what it held is learned or measured again"
+                    f"{path}: changed or damaged since it was written; {mend_of(name)}"
                     if name in listed
                     else f"{path}: not of a run, and would be replaced; move it away, or use "
                     "another folder"

@@ -24,20 +24,13 @@ from lrquant.errors import LRQuantError
 from lrquant.files import LogFile, as_bytes, is_regular, json_object, read_json
 from lrquant.journal import JOURNAL, Journal
 from lrquant.learned import BlockRecord, LearnedFile
+from lrquant.mends import AGAIN, mend_of
 from lrquant.results import merge_results
 from lrquant.sameness import difference, digest
 
 __all__ = ["BlockRecord", "RunFolder"]
 logger = logging.getLogger("lrquant")
 FORMAT = 3
-_AGAIN = "go on with --resume and the run's own settings"
-_MEND = {
-    "config.yaml": f"restore it, or delete it and {_AGAIN}",
-    "run.json": f"restore it, or delete it and {_AGAIN}",
-    "blocks.jsonl": "delete it: it is made anew from the blocks, without seconds and memory",
-    "results.json": "restore it, or delete it and measure again",
-}
-_OF_A_BLOCK = "restore it, or delete it and go on with --resume, which learns it again"
 
 
 class RunFolder:
@@ -99,7 +92,7 @@ class RunFolder:
         """An existing run."""
         folder = cls(path)
         if not (path / "run.json").is_file():
-            mend = f"; restore it, or {_AGAIN}" if folder._all_finished_blocks() else ""
+            mend = f"; restore it, or {AGAIN}" if folder._all_finished_blocks() else ""
             raise LRQuantError(f"run folder {path}: no run here (run.json is missing){mend}")
         folder.require_format()
         if folder.journal.holds is None:
@@ -111,8 +104,8 @@ class RunFolder:
             raise LRQuantError(
                 f"run folder {path}: no run here: a start was cut off; give that command again"
             )
-        folder._read("run.json", _MEND["run.json"])
-        folder._read("config.yaml", _MEND["config.yaml"])
+        folder._read("run.json")
+        folder._read("config.yaml")
         return folder
 
     def require_format(self) -> None:
@@ -155,7 +148,7 @@ class RunFolder:
         """Require that this is the run of `identity`; small files that are missing come anew."""
         if self._all_finished_blocks() and not (self.path / "run.json").exists():
             first = self if self.finished_blocks() else self.tower
-            first._load(first._block_name(0), _OF_A_BLOCK, digest(identity))
+            first._load(first._block_name(0), digest(identity))
             self._write_identity(identity)
         listed = "run.json" in self.journal.listed()
         if listed and not (self.path / "config.yaml").exists():
@@ -176,12 +169,12 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, Any]:
         """Model, scheme, method and data of the run."""
-        return json_object(self.journal.read("run.json", _MEND["run.json"]))
+        return json_object(self.journal.read("run.json"))
 
     @property
     def config(self) -> Config:
         """The resolved settings that the run was started with."""
-        self.journal.read("config.yaml", _MEND["config.yaml"])
+        self.journal.read("config.yaml")
         return Config.from_yaml(self.journal.folder / "config.yaml")
 
     def require_same(self, identity: dict[str, Any]) -> None:
@@ -249,7 +242,7 @@ class RunFolder:
             )
         for part in (self, self.tower):
             for index in range(part.finished_blocks()):
-                part._read(part._block_name(index), _OF_A_BLOCK)
+                part._read(part._block_name(index))
 
     def save_block(self, parameters: dict[str, Tensor], record: BlockRecord) -> None:
         """Finish a block: its line in blocks.jsonl, then its parameters.
@@ -275,8 +268,7 @@ class RunFolder:
         """A block's figures and tensors, None if they were not taken."""
         if not self.diagnostics_path(index).exists():
             return None
-        mend = "restore it, or delete it: the report then says that it is missing"
-        file = self._load(self._diagnostics_name(index), mend)
+        file = self._load(self._diagnostics_name(index))
         return file.about, file.tensors
 
     def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
@@ -284,7 +276,7 @@ class RunFolder:
         name = self._block_name(index)
         if adapted is not None:
             name = f"{self._adapted_folder(adapted)}/{index:04d}.safetensors"
-        return self._load(name, _OF_A_BLOCK).tensors
+        return self._load(name).tensors
 
     def _save(
         self, name: str, tensors: dict[str, Tensor], about: dict[str, Any], after: str = ""
@@ -299,11 +291,12 @@ class RunFolder:
                 "free some space and go on with --resume"
             ) from error
 
-    def _load(self, name: str, mend: str, run: str | None = None) -> LearnedFile:
+    def _load(self, name: str, run: str | None = None) -> LearnedFile:
         """A file of tensors, of the run whose digest is `run`, this one if none is given."""
         name = self._inside(name)
         path = self.journal.folder / name
-        file = LearnedFile.read(path, self.journal.read(name, mend), mend)
+        mend = mend_of(name)
+        file = LearnedFile.read(path, self.journal.read(name), mend)
         if file.run != (run or digest(self.identity)):
             raise LRQuantError(f"{path}: of a run with another model, scheme or data; {mend}")
         if file.name != name:
@@ -322,13 +315,14 @@ class RunFolder:
 
     def _lines(self) -> list[BlockRecord]:
         """What blocks.jsonl says."""
-        path, mend = self.path / "blocks.jsonl", _MEND["blocks.jsonl"]
+        path = self.path / "blocks.jsonl"
         if not path.exists():
             return []
         try:
-            lines = self._read("blocks.jsonl", mend).splitlines()
+            lines = self._read("blocks.jsonl").splitlines()
             return [BlockRecord(**json_object(line)) for line in lines]
         except (ValueError, TypeError) as error:
+            mend = mend_of(self._inside(path.name))
             raise LRQuantError(f"{path}: not the records of blocks; {mend}") from error
 
     def _lines_are_damaged(self) -> bool:
@@ -360,7 +354,7 @@ class RunFolder:
             about = self._chain.about(index)
             if about is None or json.dumps(about) == json.dumps(line.repeatable()):
                 return line
-        return BlockRecord.from_repeatable(self._load(self._block_name(index), _OF_A_BLOCK).about)
+        return BlockRecord.from_repeatable(self._load(self._block_name(index)).about)
 
     def _write_records(self, records: list[BlockRecord], damaged_too: bool = False) -> None:
         lines = "".join(record.as_line() + "\n" for record in records)
@@ -388,7 +382,7 @@ class RunFolder:
             self.tower.copy_blocks(other.tower)
 
     def _copy(self, other: RunFolder, name: str) -> None:
-        content = other._read(name, _OF_A_BLOCK)
+        content = other._read(name)
         try:
             self.journal.write(self._inside(name), content)
         except OSError as error:
@@ -401,7 +395,7 @@ class RunFolder:
         """What results.json holds, nothing if there is none."""
         if not (self.path / "results.json").exists():
             return {}
-        return json_object(self._read("results.json", _MEND["results.json"]))
+        return json_object(self._read("results.json"))
 
     def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write results.json, keeping of the old one what `results` did not measure."""
@@ -438,8 +432,8 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(name, error) from error
 
-    def _read(self, name: str, mend: str) -> bytes:
-        return self.journal.read(self._inside(name), mend)
+    def _read(self, name: str) -> bytes:
+        return self.journal.read(self._inside(name))
 
     def _inside(self, name: str) -> str:
         """The path of a file of this part in the whole folder."""
