@@ -93,10 +93,10 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def own_log():
-    """A command's log goes to the screen: no longer than its test."""
+def own_logging():
+    """What a command does to the package's logger ends with the test that gave the command."""
     logger = logging.getLogger("lrquant")
-    handlers, level = list(logger.handlers), logger.level
+    handlers, level = logger.handlers[:], logger.level
     yield
     logger.handlers = handlers
     logger.setLevel(level)

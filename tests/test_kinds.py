@@ -199,10 +199,11 @@ def test_a_gguf_says_what_it_is_unpacked_from(monkeypatch):
 
     class Tensor:
         def __init__(self, kind):
-            self.tensor_type = kind
+            self.tensor_type, self.n_bytes = kind, 9 if kind == kinds.Q8_0 else 5
 
-    source._stored = {"a": Tensor(kinds.F32), "b": Tensor(kinds.Q4_K), "c": Tensor(kinds.Q4_K)}
-    assert source.unpacked_from() == "Q4_K (2 tensors), F32 (1 tensors)"
+    kept = {"a": Tensor(kinds.F32), "b": Tensor(kinds.Q4_K), "c": Tensor(kinds.Q4_K)}
+    source._stored = {**kept, "d": Tensor(kinds.Q8_0)}
+    assert source.unpacked_from() == "Q4_K and Q8_0"
     source._stored = {"a": Tensor(kinds.F32), "b": Tensor(kinds.BF16)}
     assert source.unpacked_from() == ""
 

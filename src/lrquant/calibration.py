@@ -60,7 +60,7 @@ def _given_samples(given: Tensor | Feed) -> Samples:
         raise LRQuantError(
             f"samples of type {type(given).__name__}: expected token ids (samples, tokens), int64"
         )
-    if given.dim() != 2 or given.dtype != torch.int64 or not given.numel():
+    if given.dim() != 2 or given.dtype != torch.int64:
         raise LRQuantError(
             f"samples of shape {tuple(given.shape)} and {given.dtype}: expected token ids "
             "(samples, tokens), int64"

@@ -382,7 +382,7 @@ class Config:
 
 _MANY = 2**16
 _HEAVIEST = 1e6
-_FASTEST = 1e6
+_FASTEST = 1e30
 _STEEPEST = 80  # the sigmoid of a lower logit is nothing in float32
 _RANGES = {  # beyond these no machine ends a run, or no generator takes the number
     **{"epochs": (0, 10_000), "nsamples": (1, _MANY), "batch_size": (1, _MANY)},

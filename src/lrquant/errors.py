@@ -23,7 +23,7 @@ def visible(text: str) -> str:
     return text.translate(_INVISIBLE)
 
 
-UNREADABLE = (  # what torch's restricted unpickler raises on damaged files
+UNREADABLE = (  # what libraries raise on damaged files, torch's restricted unpickler first
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, pickle.UnpicklingError, struct.error, ArithmeticError, MemoryError),
 )

@@ -258,7 +258,7 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
     try:
         return read_processor(folder, loader)
     except LRQuantError as error:
-        logger.warning("%s", error)
+        logger.warning("no processor for pictures can be read: %s", error)
         return None
 
 

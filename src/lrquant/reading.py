@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,13 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.sources.checks import AGAIN, first_line, sound_file
 from lrquant.sources.gguf_header import require_sound_header
 
 FAILURES = (  # what transformers, the hub and what they call raise for files that are not right
-    *(OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError),
-    *(RuntimeError, AssertionError, StrictDataclassError, SafetensorError, UnpicklingError),
+    *(*UNREADABLE, ImportError, StrictDataclassError, SafetensorError, TemplateError),
 )
 _NAMING = (
     *("config.json", "tokenizer_config.json", "processor_config.json"),

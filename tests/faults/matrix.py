@@ -28,10 +28,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lrquant
+import lrquant.report.page  # children find imported what they need
 
 BLOCKS = 2
 QUICK = ["--nsamples", "2", "--seqlen", "16", "--epochs", "1", "--precision", "float32"]
-QUICK += ["--device", "cpu", "--scheme", "W4A16"]
+QUICK += ["--device", "cpu", "--scheme", "W4A16", "--no-report"]
 MINE = ("notes.txt", "saved.partial", "p.partial", "run/mine.txt", "run/blocks/mine.txt")
 VOLATILE = ("run.log", "results.json", "blocks.jsonl", "lrquant-files.jsonl")  # clocks
 VOLATILE += ("lrquant.yaml", "lrquant.sha256")  # whether it was resumed
@@ -102,7 +103,7 @@ class Bench:
         for name in MINE[:3]:
             (states / "empty" / name).write_text(f"mine: {name}")
         self._state("empty", "older", [[*learn, "--scheme", "W3A16", "--save_dir", "saved"]])
-        self._state("empty", "run", [[*learn, *self.ppl]])
+        self._state("empty", "run", [[*learn, *self.ppl, "--report"]])
         self._state("run", "exported", [["export", "run", "saved"]])
         self._state("run", "part", [])
         for path in (states / "part" / "run").glob("*/0001.safetensors"):
@@ -134,7 +135,7 @@ class Bench:
         learn += ["--limit", "2"]
         go_on, copy = [*learn, "--resume", "run"], [*self.learn, "--output_dir", "copy"]
         again = [*go_on, "--overwrite"]
-        evaluate = ["evaluate", "run", *self.ppl, "--agreement", str(self.text)]
+        evaluate = ["evaluate", "run", *self.ppl, "--agreement", str(self.text), "--no-report"]
         results = ["evaluate", str(self.root / "model"), *self.ppl, "--output_dir", "results"]
         over = ["export", "run", "saved", "--overwrite", "--format", "dequantized"]
         elsewhere = [*copy, "--resume", "run"]

@@ -470,6 +470,16 @@ def test_generation_is_as_the_model_says(llava_folder, tmp_path, questions):
     assert found.eos_token_id == [2, 77] and found.repetition_penalty == 1.5
 
 
+def test_a_way_of_generating_that_needs_code_of_the_hub_is_refused(
+    llava_folder, tmp_path, questions
+):
+    path = llava_folder / "generation_config.json"
+    path.write_text(json.dumps({"penalty_alpha": 0.6, "top_k": 4}))
+    settings = {"calib_images": str(questions), "calib_image_share": 1.0, "epochs": 0}
+    with pytest.raises(LRQuantError, match=r"--vqa: the model's generation_config.json asks for"):
+        learned(llava_folder, tmp_path, **settings, vqa=(str(questions),))
+
+
 def test_conversations_are_not_adapted_to(llava_folder, tmp_path, questions):
     settings = {"calib_images": str(questions), "ppl": (str(questions),), "tta": True}
     with pytest.raises(LRQuantError, match="adapts to text alone"):

@@ -21,6 +21,7 @@ from lrquant.evaluation.shares import counted, share
 from lrquant.feeds import Feed
 from lrquant.progress import Progress
 from lrquant.prompts import Reader, prompt_inputs
+from lrquant.sources.checks import first_line
 from lrquant.vocabulary import require_known_tokens
 
 logger = logging.getLogger("lrquant")
@@ -97,7 +98,13 @@ def answer_questions(
         for part in feed.slices(BATCH):
             inputs = {key: value.to(module.device) for key, value in feed.collate(part).items()}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-            output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            try:
+                output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            except ValueError as error:  # a way of generating that it names and nobody runs
+                raise LRQuantError(
+                    f"--vqa: the model's generation_config.json asks for what transformers does "
+                    f"not do ({first_line(error)}); take it out"
+                ) from error
             new = output[:, inputs["input_ids"].shape[1] :]
             words = tokenizer.batch_decode(new, skip_special_tokens=True)
             answers |= dict(zip(order[part], words, strict=True))

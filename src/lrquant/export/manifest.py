@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
+from lrquant.export.publishing import HASHES, read_hashes
 from lrquant.export.side_files import is_read_by_others
-from lrquant.files import read_json, sha256_of
+from lrquant.files import is_regular, read_json, sha256_of
 from lrquant.version import __version__
 
 MANIFEST = "lrquant.json"
@@ -46,8 +47,11 @@ def read_manifest(place: Path) -> dict[str, Any]:
 
 
 def changed_files(place: Path, manifest: dict[str, Any]) -> list[str]:
-    """What differs from the manifest, a sentence a file."""
+    """What differs from the manifest, and whether that is as it was written, a sentence a file."""
     problems = []
+    own = read_hashes(place).get(MANIFEST) if is_regular(place / HASHES) else None
+    if own is not None and sha256_of(place / MANIFEST) != own:
+        problems.append(f"{MANIFEST}: changed since it was written (SHA-256 differs)")
     for name, promised in manifest["files"].items():
         path = place / name
         if not path.is_file():

@@ -95,7 +95,7 @@ def _first_other(place: Path) -> str | None:
     """What in a folder is not as a checkpoint of this package was written, None if all is."""
     if not is_regular(place / HASHES):
         return f"holds files that are no checkpoint of lrquant with its {HASHES}"
-    hashes = _read_hashes(place)
+    hashes = read_hashes(place)
     for name, path in _files(place):
         if name not in hashes and name != HASHES:
             return f"{name} is not of the checkpoint there"
@@ -128,7 +128,8 @@ def _write_hashes(place: Path) -> None:
         flush(path)
 
 
-def _read_hashes(place: Path) -> dict[str, str]:
+def read_hashes(place: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files by relative path, as they were written."""
     text = read_plain(place / HASHES).decode("utf-8", "replace")
     pairs = [line.partition("  ") for line in text.splitlines()]
     return {name: value for value, _, name in pairs}
@@ -136,7 +137,7 @@ def _read_hashes(place: Path) -> dict[str, str]:
 
 def _remove_listed(place: Path) -> None:
     """Remove a checkpoint's own files, their list last; what else came into its folder stays."""
-    hashes = _read_hashes(place) if is_regular(place / HASHES) else {}
+    hashes = read_hashes(place) if is_regular(place / HASHES) else {}
     own = [path for name, path in _files(place) if name in hashes and is_regular(path)]
     for path in (*own, *([place / HASHES] if hashes else [])):
         path.unlink()

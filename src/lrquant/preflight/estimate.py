@@ -31,6 +31,7 @@ _INDEX = 36  # bytes that one tensor takes in the index of shards, beside its na
 _HASH = 170  # bytes of one shard's size and hash in lrquant.json
 _ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
 _RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
+_BELONGING = 440  # bytes in front of a block's file: of which run it is, and its losses
 _REPORT = 400_000  # bytes of a report, beside
 _REPORTED = 240_000  # what a block adds to it and to diagnostics/ (SmolLM2-135M: 238,000)
 
@@ -106,7 +107,8 @@ def learned_bytes(model: Model, config: Config) -> int:
     widths = {f"{name}.{linear}": _columns(plain, linear) for linear in model.linears}
     maxima = {linear: torch.ones(width) for linear, width in widths.items()}
     view.initialize(ChannelStatistics(maxima), name)
-    return _file_bytes(view.parameters.items())
+    size = _file_bytes(view.parameters.items())
+    return size + _BELONGING if size else 0
 
 
 def run_bytes(model: Model, config: Config) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.export.manifest import MANIFEST, read_manifest
-from lrquant.export.verification import verify
+from lrquant.export.verification import Verified, verify
 from lrquant.files import read_json
 from lrquant.report.tables import results_table, table
 from lrquant.results import seen_from
 from lrquant.scheme import Scheme
+from lrquant.sources.checks import first_line
 from lrquant.workdir import BlockRecord, RunFolder
 
 
@@ -74,7 +76,10 @@ def _losses(records: Sequence[BlockRecord]) -> str:
 def _inspect_checkpoint(path: Path) -> str:
     config = read_json(path / "config.json")
     weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
-    method = (config.get("quantization_config") or {}).get("quant_method", "none (dense weights)")
+    said = config.get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise LRQuantError(f"{path}/config.json: its quantization_config is no mapping; mend it")
+    method = said.get("quant_method", "none (dense weights)")
     size = sum(file.stat().st_size for file in weights)
     head = [
         f"checkpoint {path}: {config.get('model_type')}, {len(weights)} files, {_size(size)}",
@@ -89,9 +94,17 @@ def _inspect_checkpoint(path: Path) -> str:
             f"{path}: {len(found.problems)} things are wrong ({'; '.join(found.problems[:3])}{more}"
             "); export the run again"
         )
+    try:
+        return "\n".join([*head, *_of_manifest(facts, found)])
+    except UNREADABLE as error:
+        raise LRQuantError(
+            f"{path / MANIFEST}: not as it was written ({first_line(error)}); export the run again"
+        ) from error
+
+
+def _of_manifest(facts: dict[str, Any], found: Verified) -> list[str]:
     share = found.stored / found.as_bf16
     lines = [
-        *head,
         f"scheme: {facts['scheme']}",
         *([f"vision tower: {facts['tower']}"] if facts.get("tower") else []),
         f"learned as: {facts['method']}, from {facts['base_model']}",
@@ -104,7 +117,7 @@ def _inspect_checkpoint(path: Path) -> str:
         "tensors",
     ]
     text = results_table(facts["results"])
-    return "\n".join(lines + (["", text] if text else []))
+    return lines + (["", text] if text else [])
 
 
 def _pairs(values: dict[str, object]) -> str:
