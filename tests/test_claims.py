@@ -188,7 +188,7 @@ def test_a_journal_of_someone_else_or_with_paths_outside(tmp_path):
     journal = Journal(tmp_path / "run")
     assert journal.ever_listed() == {}
     journal.write("a", "b")
-    assert journal.read("a", "") == b"b" and journal.listed().keys() == {"a"}
+    assert journal.read("a") == b"b" and journal.listed().keys() == {"a"}
 
 
 def test_a_file_is_whole_readable_as_the_umask_says_and_leaves_no_other(tmp_path):

@@ -337,13 +337,36 @@ def test_another_run_is_refused(command, succeed, refuse, model_folder, make_mod
     assert learned_bytes(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_damaged_block_is_told_of_in_one_way(command, succeed, refuse, tmp_path, index):
+    succeed(command())
+    run = tmp_path / "run"
+    path = run / "blocks" / f"{index:04d}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = (
+        f"{path}: changed or damaged since it was written; restore it, or delete it and go on with "
+        "--resume, which learns it again"
+    )
+    export = ["export", run, tmp_path / "saved", "--format", "dequantized"]
+    for given in (
+        *(["evaluate", run], export, ["report", run]),
+        *(command("--resume"), command("--resume", run, "--output_dir", tmp_path / "other")),
+    ):
+        refuse(given, said)
+    assert not (tmp_path / "saved").exists()
+    path.unlink()
+    succeed(command("--resume"))
+    assert path.read_bytes() == content
+
+
 def test_no_run_and_a_newer_run(command, succeed, refuse, tmp_path):
     refuse(command("--resume"), tmp_path / "run", "no run here")
     assert no_run(tmp_path / "run")
     succeed(command())
     path = tmp_path / "run" / "run.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    newer = "format 3, this version reads format 2"
+    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
+    newer = "format 4, this version reads format 3"
     refuse(command("--resume"), tmp_path / "run", newer)
     refuse(["inspect", tmp_path / "run"], newer)
     refuse(["evaluate", tmp_path / "run"], newer)

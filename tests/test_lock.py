@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
 
 import pytest
 
+from lrquant.claims import held
 from lrquant.errors import LRQuantError
 from lrquant.lock import locked
 
@@ -69,6 +72,36 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     ):
         pass
     assert (tmp_path / "thesis").read_text() == "mine"
+
+
+def refusing(monkeypatch, number):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOTSUP", "ENOLCK", "ENOSYS"])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog, name):
+    number = getattr(errno, name)
+    refusing(monkeypatch, number)
+    (tmp_path / "run").mkdir()
+    other = tmp_path / "run" / f".lrquant-{'0a' * 16}.tmp"
+    other.write_text("what another process may be writing")
+    with held(tmp_path / "run"):
+        assert other.exists()
+    (said,) = [entry.getMessage() for entry in caplog.records]
+    assert f"run folder {tmp_path / 'run'}: not locked" in said and os.strerror(number) in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [other.name]
+
+
+def test_another_error_of_a_lock_is_refused(tmp_path, monkeypatch):
+    refusing(monkeypatch, errno.EIO)
+    with (
+        pytest.raises(LRQuantError, match="cannot be written"),
+        locked(tmp_path / "lock", "it", ""),
+    ):
+        pass
 
 
 def started(path, barrier, number, results):

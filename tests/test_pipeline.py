@@ -579,6 +579,41 @@ def test_going_on_with_something_else_is_refused(
     assert learned_bytes(path) == before
 
 
+def test_a_kill_after_a_block_was_learned_anew_leaves_no_mixed_run(
+    reference, learn, tmp_path, monkeypatch
+):
+    shutil.copytree(reference.folder.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.block_path(0).unlink()
+    save = RunFolder.save_block
+
+    def another_machine(self, parameters, record):
+        save(self, {name: value * 1.01 for name, value in parameters.items()}, record)
+        raise Killed
+
+    monkeypatch.setattr(RunFolder, "save_block", another_machine)
+    with pytest.raises(Killed):
+        learn(folder.path, resume=str(folder.path))
+    monkeypatch.undo()
+    assert folder.finished_blocks() == 1
+    learn(folder.path, resume=str(folder.path))
+    own, others = learned_bytes(folder.path), learned_bytes(reference.folder.path)
+    assert folder.finished_blocks() == BLOCKS and not own.items() & others.items()
+    said = f"{BLOCKS - 1} kept blocks from 1 on come after one that is missing or was learned anew"
+    assert (folder.path / "run.log").read_text().count(said) == 2
+
+
+def test_damaged_records_do_not_stop_a_run_that_goes_on(reference, learn, tmp_path):
+    shutil.copytree(reference.folder.path, tmp_path / "run")
+    (tmp_path / "run" / "blocks.jsonl").write_bytes(b'{"block": 0')
+    run = learn(tmp_path / "run", resume=str(tmp_path / "run"))
+    losses = [record.epoch_losses for record in reference.records]
+    assert [record.epoch_losses for record in run.records] == losses
+    assert all(record.seconds == 0 for record in run.records)
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count("blocks.jsonl: damaged; its records are taken from the blocks") == 1
+
+
 def test_a_damaged_block_stops_with_its_name(reference, learn, tmp_path):
     shutil.copytree(reference.folder.path, tmp_path / "run")
     (tmp_path / "run" / "blocks" / "0002.safetensors").unlink()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrquant import chain
 from lrquant.claims import held
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
@@ -65,7 +66,7 @@ def refuse(function, *parts):
 def test_a_new_run(tmp_path):
     folder = a_run(tmp_path / "deep" / "run")
     assert folder.config == Config(model="m", output_dir=str(tmp_path / "deep" / "run"))
-    assert folder.identity == {"format": 2, **IDENTITY}
+    assert folder.identity == {"format": 3, **IDENTITY}
     assert (folder.finished_blocks(), folder.records()) == (0, [])
     assert RunFolder.open(folder.path).path == folder.path
 
@@ -96,6 +97,78 @@ def test_blocks_count_from_the_first_without_gaps(tmp_path):
     folder.block_path(1).unlink()
     assert folder.finished_blocks() == 1
     assert [entry.block for entry in folder.records()] == [0]
+
+
+def learned_anew(folder, block):
+    """Block `block` is moved away and comes out with other bytes, as on another machine."""
+    folder.block_path(block).rename(folder.path / "moved")
+    other = {**parameters(block), "lwc.q.upper": torch.full((2, 1), 0.1)}
+    folder.save_block(other, record(block, final_loss=0.4))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_learned_anew_leaves_no_older_one_after_it(tmp_path, block):
+    folder = a_run(tmp_path, blocks=3)
+    learned_anew(folder, block)
+    for each in (folder, RunFolder.open(tmp_path)):
+        assert each.finished_blocks() == block + 1
+        assert [entry.final_loss for entry in each.records()] == [*[0.5] * block, 0.4]
+    refuse(folder.require_finished, f"{block + 1} of 3 blocks are finished", "--resume")
+    for later in range(block + 1, 3):
+        folder.save_block(parameters(later), record(later))
+    folder.require_finished()
+
+
+def test_the_block_that_was_moved_away_may_come_back(tmp_path):
+    folder = a_run(tmp_path, blocks=3)
+    learned_anew(folder, 1)
+    (tmp_path / "moved").rename(folder.block_path(1))
+    assert folder.finished_blocks() == 3
+    assert [entry.final_loss for entry in folder.records()] == [0.5] * 3
+
+
+def test_the_same_bytes_again_keep_what_comes_after_them(tmp_path):
+    folder = a_run(tmp_path, blocks=3)
+    folder.block_path(1).unlink()
+    folder.save_block(parameters(1), record(1))
+    assert folder.finished_blocks() == 3
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_damaged_block_breaks_no_chain_and_is_refused(tmp_path, block):
+    folder = a_run(tmp_path, blocks=3)
+    content = bytearray(folder.block_path(block).read_bytes())
+    content[-1] ^= 1
+    folder.block_path(block).write_bytes(content)
+    assert RunFolder.open(tmp_path).finished_blocks() == 3
+    refuse(folder.require_finished, f"{block:04d}.safetensors: changed or damaged")
+
+
+def test_each_part_has_its_own_chain(tmp_path):
+    folder = a_run(tmp_path, blocks=2)
+    for block in range(2):
+        folder.tower.save_block(parameters(block + 7), record(block))
+    learned_anew(folder.tower, 0)
+    assert (folder.finished_blocks(), folder.tower.finished_blocks()) == (2, 1)
+
+
+def test_files_are_hashed_once(tmp_path, monkeypatch):
+    a_run(tmp_path, blocks=3)
+    folder, read = RunFolder.open(tmp_path), []
+    original = chain.read_plain
+    monkeypatch.setattr(chain, "read_plain", lambda path: read.append(path) or original(path))
+    assert [folder.finished_blocks() for _ in range(4)] == [3] * 4 and len(read) == 3
+
+
+def test_a_copy_takes_over_only_what_follows_its_own_blocks(tmp_path):
+    source, copy = a_run(tmp_path / "a", blocks=3), a_run(tmp_path / "b", blocks=2)
+    learned_anew(copy, 1)
+    own = copy.block_path(1).read_bytes()
+    again = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert again.finished_blocks() == 2 and again.block_path(1).read_bytes() == own
+    copy.block_path(1).unlink()
+    again = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert again.finished_blocks() == 3 and again.records() == source.records()
 
 
 def test_a_new_run_replaces_an_old_one(tmp_path):
@@ -207,6 +280,30 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch
     assert capsys.readouterr().err == "" and logger.handlers == []
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_a_log_that_became_something_else_is_not_written(tmp_path, monkeypatch, caplog, kind):
+    """Between the check, which finds no link there, and the opening."""
+    folder, mine = a_run(tmp_path / "run"), tmp_path / "mine"
+    claim = Journal.claim_growing
+
+    def claimed(self, name):
+        path = claim(self, name)
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(mine)
+        return path
+
+    if kind == "link":
+        mine.write_text("mine")
+    monkeypatch.setattr(Journal, "claim_growing", claimed)
+    logger, earlier = logging.getLogger("lrquant"), MemoryHandler(9)
+    with folder.logging(logger, earlier):
+        logger.info("hello")
+    assert "run.log cannot be written" in caplog.text
+    assert mine.read_text() == "mine" if kind == "link" else not mine.exists()
+
+
 def test_the_log_gets_what_the_logger_says(tmp_path):
     folder = a_run(tmp_path)
     logger, earlier = logging.Logger("test", level=logging.INFO), MemoryHandler(9)
@@ -299,14 +396,14 @@ def test_only_the_words_about_the_data_may_differ(tmp_path):
 
 def test_no_run_a_newer_run_and_a_damaged_run(tmp_path):
     refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
-    (tmp_path / "run.json").write_text('{"format": 1}')
-    refuse(lambda: RunFolder.open(tmp_path), "format 1", "reads format 2")
+    (tmp_path / "run.json").write_text('{"format": 2}')
+    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 3")
     for content in ("", "{", "[]", '"x"', "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
         refuse(lambda: RunFolder.open(tmp_path), "run.json")
     folder = a_run(tmp_path / "new")
-    folder.write_text("run.json", '{"format": 3}')
-    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 3", "reads format 2")
+    folder.write_text("run.json", '{"format": 4}')
+    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 4", "reads format 3")
 
 
 def test_damaged_blocks_and_records(tmp_path):
@@ -323,6 +420,68 @@ def test_damaged_blocks_and_records(tmp_path):
     assert folder.records() == [dataclasses.replace(record(block), **unknown) for block in (0, 1)]
     folder.save_block(parameters(2), record(2))
     assert [entry.final_loss for entry in folder.records()] == [0.5, 0.5, 0.5]
+
+
+DAMAGES = [b"", b"{", b"\xff", b"[" * 99_999, b'{"block": 0}\n', b"null\n"]
+
+
+@pytest.mark.parametrize("content", DAMAGES, ids=lambda content: repr(content[:9]))
+@pytest.mark.parametrize("listed", [False, True], ids=["changed", "written so"])
+def test_damaged_records_come_anew_from_the_blocks(tmp_path, caplog, content, listed):
+    folder = a_run(tmp_path, blocks=2)
+    for part in (folder, folder.tower):
+        for block in range(2):
+            part.save_block(parameters(block), record(block))
+        (part.path / "blocks.jsonl").write_bytes(content)
+        if listed:
+            part.journal.write(part._inside("blocks.jsonl"), content, damaged_too=True)
+    folder.mend_records()
+    unknown = {"seconds": 0, "peak_memory_bytes": 0}
+    rebuilt = [dataclasses.replace(record(block), **unknown) for block in (0, 1)]
+    assert folder.records() == folder.tower.records() == rebuilt
+    said = [entry.getMessage() for entry in caplog.records]
+    assert len(said) == 2 * bool(content or not listed)
+    assert all("blocks.jsonl: damaged; its records are taken from the blocks" in x for x in said)
+    folder.mend_records()
+    assert len(caplog.records) == len(said)
+
+
+def test_records_that_are_no_file_of_the_run_are_not_replaced(tmp_path):
+    folder = a_run(tmp_path / "run", blocks=1)
+    path = folder.path / "blocks.jsonl"
+    path.unlink()
+    (tmp_path / "mine").write_text("mine")
+    path.symlink_to(tmp_path / "mine")
+    folder.mend_records()
+    refuse(lambda: folder.write_text("blocks.jsonl", "", True), "changed or damaged")
+    assert path.is_symlink() and (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_copy_of_a_run_with_damaged_records(tmp_path):
+    source = a_run(tmp_path / "a", blocks=2)
+    (source.path / "blocks.jsonl").write_text("{")
+    copy = RunFolder.start(tmp_path / "b", Config(), IDENTITY, tmp_path / "a")
+    assert [entry.final_loss for entry in copy.records()] == [0.5, 0.5]
+    assert (source.path / "blocks.jsonl").read_text() == "{"
+
+
+TEXTS = ["wikitext2", "..", ".", "...", "/", "../x", "..-x", "a/b", "a_b", "x" * 101, "x" * 102]
+
+
+def test_what_is_adapted_to_a_text_stays_where_such_is(tmp_path):
+    folder = a_run(tmp_path, blocks=1)
+    texts = [*TEXTS, "\u6587" * 100, "\u6587" * 101, "\udcff"]
+    for number, text in enumerate(texts):
+        folder.save_adapted(text, 0, {"x": torch.tensor(float(number))})
+    assert [folder.load_block(0, text)["x"].item() for text in texts] == list(range(len(texts)))
+    files = {
+        path.relative_to(tmp_path).parts for path in tmp_path.rglob("adapted/**/*.safetensors")
+    }
+    assert len(files) == len(texts) and all(len(parts) == 3 for parts in files)
+    assert folder.adapted_path("wikitext2", 0) == tmp_path / "adapted/wikitext2/0000.safetensors"
+    assert not (tmp_path / "0000.safetensors").exists()
+    folder.forget_adapted("..")
+    assert folder.adapted_path("wikitext2", 0).exists() and folder.finished_blocks() == 1
 
 
 def test_results_keep_what_was_not_measured_again(tmp_path):

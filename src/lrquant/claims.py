@@ -30,9 +30,12 @@ _MEND = "use another --output_dir"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a run's folder, made if need be, and remove what kills left half written."""
-    with locked(folder / FOLDER_LOCK, f"run folder {folder}", _MEND):
-        for pattern in (".", "tower", "tasks", *_OF_BLOCKS):
+    """Lock a run's folder, made if need be, and remove what kills left half written.
+
+    Where there are no locks nothing is removed: another process may be writing it.
+    """
+    with locked(folder / FOLDER_LOCK, f"run folder {folder}", _MEND) as alone:
+        for pattern in (".", "tower", "tasks", *_OF_BLOCKS) if alone else ():
             for place in folder.glob(pattern) if "*" in pattern else [folder / pattern]:
                 remove_temporaries(place)
         yield

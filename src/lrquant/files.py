@@ -13,8 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 from torch import Tensor
@@ -153,7 +154,19 @@ def nearest_existing(path: Path) -> Path:
 
 
 class LogFile(logging.FileHandler):
-    """A log whose disk may fill up: the run ends, or not, by what matters more than its log."""
+    """A log whose disk may fill up: the run ends, or not, by what matters more than its log.
+
+    A link in its place is not followed, and a pipe's reader not waited for: OSError.
+    """
+
+    def _open(self) -> TextIOWrapper:
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+        file = open(  # noqa: SIM115 the handler closes it
+            *(self.baseFilename, self.mode, -1, self.encoding, self.errors), opener=opener
+        )
+        return cast(TextIOWrapper, file)
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))

@@ -24,6 +24,7 @@ from lrquant.files import (
     sha256_of,
     write_whole,
 )
+from lrquant.mends import mend_of
 
 JOURNAL = "lrquant-files.jsonl"
 _ANY = "any"  # in place of a hash: a file that grows, such as a log
@@ -107,18 +108,22 @@ class Journal:
             self._append({"path": name, "sha256": _ANY})
         return self.folder / name
 
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file, whole or not at all; refuses to replace one that is not the folder's."""
+    def write(self, name: str, content: str | bytes, damaged_too: bool = False) -> None:
+        """Write a file, whole or not at all; refuses to replace one that is not the folder's.
+
+        With `damaged_too`, what was written here and changed since is replaced as well.
+        """
         content = as_bytes(content)
-        self.require_own([name])
+        if not (damaged_too and name in self.listed() and is_regular(self.folder / name)):
+            self.require_own([name])
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {"path": name, "sha256": hashlib.sha256(content).hexdigest()}
         write_whole(path, content, partial(self._append, line))
 
-    def read(self, name: str, mend: str) -> bytes:
-        """A file of the present era; LRQuantError with `mend` if it is not as it was written."""
-        path = self.folder / name
+    def read(self, name: str) -> bytes:
+        """A file of the present era; LRQuantError with what mends it if it is not as written."""
+        path, mend = self.folder / name, mend_of(name)
         try:
             content = read_plain(path)
         except FileNotFoundError as error:
@@ -150,8 +155,7 @@ class Journal:
             path = self.folder / name
             if os.path.lexists(path) and not self._owns(name, listed):
                 raise LRQuantError(
-                    f"{path}: changed or damaged since it was written; restore it, or move it away "
-                    "and what it held is learned or measured again"
+                    f"{path}: changed or damaged since it was written; {mend_of(name)}"
                     if name in listed
                     else f"{path}: not of a run, and would be replaced; move it away, or use "
                     "another folder"

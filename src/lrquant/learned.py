@@ -50,27 +50,38 @@ class BlockRecord:
 class LearnedFile:
     """`run` is a digest of what was learned, `name` the file's path in its run, `about` numbers.
 
-    Two runs that are equal write equal bytes.
+    `after` is the SHA-256 of the file of the block before; empty for the first block, and for what
+    is no block.  Two runs that are equal write equal bytes.
     """
 
     run: str
     name: str
     about: dict[str, Any]
     tensors: dict[str, Tensor]
+    after: str = ""
 
     def content(self) -> bytes:
         """The file, safetensors with the rest as its metadata."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
-        rest = {"run": self.run, "name": self.name, "about": self.about}
+        rest = {"run": self.run, "name": self.name, "after": self.after, "about": self.about}
         return safetensors.torch.save(tensors, {_KEY: json.dumps(rest)})
 
     @classmethod
     def read(cls, path: Path, content: bytes, mend: str) -> LearnedFile:
         """The file that `content` of `path` is; LRQuantError with `mend` if it is none."""
         try:
-            end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
-            rest = json.loads(json.loads(content[_LENGTH:end])["__metadata__"][_KEY])
+            rest = header_of(content)
             tensors = dict(sorted(safetensors.torch.load(content).items()))
-            return cls(rest["run"], rest["name"], rest["about"], tensors)
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        except (SafetensorError, ValueError) as error:
             raise LRQuantError(f"{path}: not a file of a learned block; {mend}") from error
+        return cls(rest["run"], rest["name"], rest["about"], tensors, rest["after"])
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    """What a file's header says beside its tensors; ValueError if it says nothing of the kind."""
+    try:
+        end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+        rest = json.loads(json.loads(content[_LENGTH:end])["__metadata__"][_KEY])
+        return {name: rest[name] for name in ("run", "name", "after", "about")}
+    except (LookupError, TypeError, RecursionError) as error:
+        raise ValueError("not the header of a block") from error

@@ -89,6 +89,13 @@ def learn_blocks(
         return
     if finished:
         logger.info("resuming after block %d of %d", finished, blocks)
+    later = [index for index in range(finished, blocks) if folder.block_path(index).is_file()]
+    if later:
+        logger.info(
+            "%d kept blocks from %d on come after one that is missing or was learned anew: they "
+            "are learned again",
+            *(len(later), later[0]),
+        )
     settings = fit_settings(config)
     entry = BlockInputs(workbench.model, feed, config.batch_size, workbench.device)
     full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shlex
 import socket
@@ -17,28 +19,35 @@ from pathlib import Path
 from lrquant.errors import LRQuantError
 from lrquant.files import json_object
 
+logger = logging.getLogger("lrquant")
 FOLDER_LOCK = ".lrquant.lock"
 _TRIES, _PAUSE = 5, 0.05
+_HAS_NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 
 @contextmanager
-def locked(path: Path, what: str, elsewhere: str) -> Iterator[None]:
+def locked(path: Path, what: str, elsewhere: str) -> Iterator[bool]:
     """Hold the lock file `path`, and make its folder; the kernel lets go of it at any end.
 
     `what` is held; where another process holds it, LRQuantError says who, and to wait or to go
     `elsewhere`.  The file, and folders that were made and stayed empty, are removed at the end.
+    Gives False, and the log says so, where the file system has no locks.
     """
     made: list[Path] = []
     try:
-        handle = _acquire(path, made)
+        acquired = _acquire(path, made)
     except OSError as error:
         raise LRQuantError(
             f"{what}: cannot be written ({error.strerror}: {error.filename or path}); {elsewhere}"
         ) from error
-    if handle is None:
+    if acquired is None:
         raise LRQuantError(f"{what}: held by {_holder(path)}; wait for it, or {elsewhere}")
+    handle, refusal = acquired
+    if refusal:
+        words = "%s: not locked, its file system has no locks (%s); let nothing else write there"
+        logger.warning(words, what, refusal)
     try:
-        yield
+        yield not refusal
     finally:
         with suppress(OSError):
             path.unlink()
@@ -61,8 +70,11 @@ def _make_folders(folder: Path) -> list[Path]:
     return absent
 
 
-def _acquire(path: Path, made: list[Path]) -> int | None:
-    """A handle that holds the lock, None if another process does; adds the folders it made."""
+def _acquire(path: Path, made: list[Path]) -> tuple[int, str] | None:
+    """A handle that holds the lock, None if another process does; adds the folders it made.
+
+    With it why it is open only, in words, where the file system has no locks.
+    """
     for _ in range(_TRIES):
         made += _make_folders(path.parent)
         try:
@@ -70,10 +82,10 @@ def _acquire(path: Path, made: list[Path]) -> int | None:
         except FileNotFoundError:
             continue  # a holder that is at its end has removed the folder, which was empty
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refusal = _lock(handle)
             if _is_at(handle, path):
                 _sign(handle)
-                return handle
+                return handle, refusal
         except BlockingIOError:
             time.sleep(_PAUSE)  # its holder may be at its end, or not have signed yet
         except OSError:
@@ -81,6 +93,17 @@ def _acquire(path: Path, made: list[Path]) -> int | None:
             raise
         os.close(handle)
     return None
+
+
+def _lock(handle: int) -> str:
+    """Lock a file; the system's words where its file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HAS_NO_LOCKS:
+            raise
+        return str(error.strerror)
+    return ""
 
 
 def _is_at(handle: int, path: Path) -> bool:

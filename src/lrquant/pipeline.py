@@ -147,6 +147,8 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
             require_claimable(output, "results")
         else:
             RunFolder(output).require_format()
+            if not measure_only and output.resolve() == Path(config.resume or "").resolve():
+                RunFolder(output).mend_records()
             require_claimable(output, "run")
     if config.save_dir is not None:
         locks.enter_context(target_lock(Path(config.save_dir)))

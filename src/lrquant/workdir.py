@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lrquant.chain import Chain
 from lrquant.claims import held, require_claimable
 from lrquant.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.files import LogFile, json_object, read_json
+from lrquant.files import LogFile, as_bytes, is_regular, json_object, read_json
 from lrquant.journal import JOURNAL, Journal
 from lrquant.learned import BlockRecord, LearnedFile
+from lrquant.mends import AGAIN, mend_of
 from lrquant.results import merge_results
 from lrquant.sameness import difference, digest
 
 __all__ = ["BlockRecord", "RunFolder"]
-FORMAT = 2
-_AGAIN = "go on with --resume and the run's own settings"
-_MEND = {
-    "config.yaml": f"restore it, or delete it and {_AGAIN}",
-    "run.json": f"restore it, or delete it and {_AGAIN}",
-    "blocks.jsonl": "delete it: it is made anew from the blocks, without seconds and memory",
-    "results.json": "restore it, or delete it and measure again",
-}
-_OF_A_BLOCK = "restore it, or delete it and go on with --resume, which learns it again"
+logger = logging.getLogger("lrquant")
+FORMAT = 3
 
 
 class RunFolder:
@@ -41,8 +38,9 @@ class RunFolder:
 
     `diagnostics/`, where a report is asked for, has what a block looked like when it was learned.
 
-    A block is finished when its file exists: files are written under a temporary name, flushed,
-    listed in the folder's journal and renamed, so a kill at any point leaves whole files only.
+    A block is finished when its file exists and was learned after the block's before it as that is
+    now: files are written under a temporary name, flushed, listed in the folder's journal and
+    renamed, so a kill at any point leaves whole files only.
     What is read must be as it was written, and what was not written here is never replaced.
     `part` is a folder inside, whose files are those of one part of the model.
     """
@@ -51,6 +49,7 @@ class RunFolder:
         self.path = path / part
         self._part = part
         self.journal = Journal(path)
+        self._chain = Chain(self.journal, lambda index: self._inside(self._block_name(index)))
 
     @classmethod
     def create(cls, path: Path, config: Config, identity: dict[str, Any]) -> RunFolder:
@@ -93,7 +92,7 @@ class RunFolder:
         """An existing run."""
         folder = cls(path)
         if not (path / "run.json").is_file():
-            mend = f"; restore it, or {_AGAIN}" if folder._all_finished_blocks() else ""
+            mend = f"; restore it, or {AGAIN}" if folder._all_finished_blocks() else ""
             raise LRQuantError(f"run folder {path}: no run here (run.json is missing){mend}")
         folder.require_format()
         if folder.journal.holds is None:
@@ -105,8 +104,8 @@ class RunFolder:
             raise LRQuantError(
                 f"run folder {path}: no run here: a start was cut off; give that command again"
             )
-        folder._read("run.json", _MEND["run.json"])
-        folder._read("config.yaml", _MEND["config.yaml"])
+        folder._read("run.json")
+        folder._read("config.yaml")
         return folder
 
     def require_format(self) -> None:
@@ -149,7 +148,7 @@ class RunFolder:
         """Require that this is the run of `identity`; small files that are missing come anew."""
         if self._all_finished_blocks() and not (self.path / "run.json").exists():
             first = self if self.finished_blocks() else self.tower
-            first._load(first._block_name(0), _OF_A_BLOCK, digest(identity))
+            first._load(first._block_name(0), digest(identity))
             self._write_identity(identity)
         listed = "run.json" in self.journal.listed()
         if listed and not (self.path / "config.yaml").exists():
@@ -170,12 +169,12 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, Any]:
         """Model, scheme, method and data of the run."""
-        return json_object(self.journal.read("run.json", _MEND["run.json"]))
+        return json_object(self.journal.read("run.json"))
 
     @property
     def config(self) -> Config:
         """The resolved settings that the run was started with."""
-        self.journal.read("config.yaml", _MEND["config.yaml"])
+        self.journal.read("config.yaml")
         return Config.from_yaml(self.journal.folder / "config.yaml")
 
     def require_same(self, identity: dict[str, Any]) -> None:
@@ -194,10 +193,10 @@ class RunFolder:
         return self.path / self._block_name(index)
 
     def _adapted_folder(self, text: str) -> str:
-        """A text may be named by its path."""
-        plain = re.sub(r"[^\w.-]+", "_", text)
-        own = "" if plain == text else "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"adapted/{plain[:100]}{own}"
+        """A text may be named by its path, or as a folder is; no two share one folder."""
+        plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".")[:100]
+        own = "" if plain == text else "-" + hashlib.sha256(as_bytes(text)).hexdigest()[:8]
+        return f"adapted/{plain}{own}"
 
     def adapted_path(self, text: str, index: int) -> Path:
         """Where a block's parameters adapted to a text are, apart from the learned ones."""
@@ -219,18 +218,14 @@ class RunFolder:
             if self.journal.owns(name):
                 self.journal.remove(name)
 
-    @property
+    @cached_property
     def tower(self) -> RunFolder:
         """Where the vision tower's blocks are, in files of the same names."""
         return RunFolder(self.journal.folder, "tower")
 
     def finished_blocks(self) -> int:
-        """How many blocks, from the first on, are finished."""
-        listed = self.journal.listed()
-        count = 0
-        while self._inside(self._block_name(count)) in listed and self.block_path(count).is_file():
-            count += 1
-        return count
+        """How many blocks, from the first on, are finished: there, and one after the other."""
+        return self._chain.finished()
 
     def _all_finished_blocks(self) -> int:
         return self.finished_blocks() + self.tower.finished_blocks()
@@ -247,7 +242,7 @@ class RunFolder:
             )
         for part in (self, self.tower):
             for index in range(part.finished_blocks()):
-                part._read(part._block_name(index), _OF_A_BLOCK)
+                part._read(part._block_name(index))
 
     def save_block(self, parameters: dict[str, Tensor], record: BlockRecord) -> None:
         """Finish a block: its line in blocks.jsonl, then its parameters.
@@ -256,7 +251,8 @@ class RunFolder:
         the same bytes.
         """
         self._write_records([*self.records()[: record.block], record])
-        self._save(self._block_name(record.block), parameters, record.repeatable())
+        after = self._chain.hash_before(record.block)
+        self._save(self._block_name(record.block), parameters, record.repeatable(), after)
 
     def save_adapted(self, text: str, index: int, parameters: dict[str, Tensor]) -> None:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
@@ -272,8 +268,7 @@ class RunFolder:
         """A block's figures and tensors, None if they were not taken."""
         if not self.diagnostics_path(index).exists():
             return None
-        mend = "restore it, or delete it: the report then says that it is missing"
-        file = self._load(self._diagnostics_name(index), mend)
+        file = self._load(self._diagnostics_name(index))
         return file.about, file.tensors
 
     def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
@@ -281,11 +276,13 @@ class RunFolder:
         name = self._block_name(index)
         if adapted is not None:
             name = f"{self._adapted_folder(adapted)}/{index:04d}.safetensors"
-        return self._load(name, _OF_A_BLOCK).tensors
+        return self._load(name).tensors
 
-    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _save(
+        self, name: str, tensors: dict[str, Tensor], about: dict[str, Any], after: str = ""
+    ) -> None:
         name = self._inside(name)
-        content = LearnedFile(digest(self.identity), name, about, tensors).content()
+        content = LearnedFile(digest(self.identity), name, about, tensors, after).content()
         try:
             self.journal.write(name, content)
         except OSError as error:
@@ -294,40 +291,89 @@ class RunFolder:
                 "free some space and go on with --resume"
             ) from error
 
-    def _load(self, name: str, mend: str, run: str | None = None) -> LearnedFile:
+    def _load(self, name: str, run: str | None = None) -> LearnedFile:
         """A file of tensors, of the run whose digest is `run`, this one if none is given."""
         name = self._inside(name)
         path = self.journal.folder / name
-        file = LearnedFile.read(path, self.journal.read(name, mend), mend)
+        mend = mend_of(name)
+        file = LearnedFile.read(path, self.journal.read(name), mend)
         if file.run != (run or digest(self.identity)):
             raise LRQuantError(f"{path}: of a run with another model, scheme or data; {mend}")
         if file.name != name:
             raise LRQuantError(f"{path}: was written as {file.name}; {mend}")
         return file
 
-    def records(self) -> list[BlockRecord]:
-        """The records of the finished blocks, in order; from the blocks where lines are missing."""
-        lines: list[str] = []
-        if (self.path / "blocks.jsonl").exists():
-            lines = self._read("blocks.jsonl", _MEND["blocks.jsonl"]).decode().splitlines()
-        kept = {record.block: record for record in (BlockRecord(**json.loads(x)) for x in lines)}
-        return [
-            kept[index] if index in kept else self._record_in(index)
-            for index in range(self.finished_blocks())
-        ]
+    def records(self, damaged_too: bool = False) -> list[BlockRecord]:
+        """The records of the finished blocks, in order; from the blocks where lines are missing.
 
-    def _record_in(self, index: int) -> BlockRecord:
-        """A block's record as its own file has it."""
-        return BlockRecord.from_repeatable(self._load(self._block_name(index), _OF_A_BLOCK).about)
+        With `damaged_too`, from the blocks alone where blocks.jsonl is damaged.
+        """
+        if damaged_too and self._lines_are_damaged():
+            return [self._record(index, None) for index in range(self.finished_blocks())]
+        kept = {record.block: record for record in self._lines()}
+        return [self._record(index, kept.get(index)) for index in range(self.finished_blocks())]
 
-    def _write_records(self, records: list[BlockRecord]) -> None:
-        self.write_text("blocks.jsonl", "".join(record.as_line() + "\n" for record in records))
+    def _lines(self) -> list[BlockRecord]:
+        """What blocks.jsonl says."""
+        path = self.path / "blocks.jsonl"
+        if not path.exists():
+            return []
+        try:
+            lines = self._read("blocks.jsonl").splitlines()
+            return [BlockRecord(**json_object(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            mend = mend_of(self._inside(path.name))
+            raise LRQuantError(f"{path}: not the records of blocks; {mend}") from error
+
+    def _lines_are_damaged(self) -> bool:
+        """Whether blocks.jsonl is this run's and no longer what was written; the log says so."""
+        path = self.path / "blocks.jsonl"
+        if not is_regular(path) or self._inside(path.name) not in self.journal.listed():
+            return False
+        try:
+            self._lines()
+        except LRQuantError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            words = "%s: damaged; its records are taken from the blocks, without seconds and memory"
+            logger.warning(words, path)
+            return True
+        return False
+
+    def mend_records(self) -> None:
+        """Write a damaged blocks.jsonl anew from the blocks, as far as these are undamaged."""
+        for part in (self, self.tower):
+            if part._lines_are_damaged():
+                found = [part._chain.about(index) for index in range(part.finished_blocks())]
+                whole = itertools.takewhile(lambda about: about is not None, found)
+                part._write_records([BlockRecord.from_repeatable(x) for x in whole if x], True)
+
+    def _record(self, index: int, line: BlockRecord | None) -> BlockRecord:
+        """A block's record: its line, if that is of the file that is there, or as the file says."""
+        if line is not None:
+            about = self._chain.about(index)
+            if about is None or json.dumps(about) == json.dumps(line.repeatable()):
+                return line
+        return BlockRecord.from_repeatable(self._load(self._block_name(index)).about)
+
+    def _write_records(self, records: list[BlockRecord], damaged_too: bool = False) -> None:
+        lines = "".join(record.as_line() + "\n" for record in records)
+        self.write_text("blocks.jsonl", lines, damaged_too)
 
     def copy_blocks(self, other: RunFolder) -> None:
-        """Take over another run's finished blocks and their records, as far as this lacks them."""
+        """Take over another run's finished blocks and their records, as far as this lacks them.
+
+        Nothing is taken over after blocks that were learned here and came out otherwise.
+        """
         first, finished = self.finished_blocks(), other.finished_blocks()
+        if first < finished and self._chain.hash_before(first) != other._chain.hash_before(first):
+            logger.info(
+                "%s: its blocks from %d on do not follow those of %s, and are not taken over",
+                *(other.path, first, self.path),
+            )
+            finished = first
         if first < finished:
-            self._write_records([*self.records(), *other.records()[first:]])
+            self._write_records([*self.records(), *other.records(damaged_too=True)[first:]])
         for index in range(first, finished):
             if other.diagnostics_path(index).is_file():
                 self._copy(other, self._diagnostics_name(index))
@@ -336,7 +382,7 @@ class RunFolder:
             self.tower.copy_blocks(other.tower)
 
     def _copy(self, other: RunFolder, name: str) -> None:
-        content = other._read(name, _OF_A_BLOCK)
+        content = other._read(name)
         try:
             self.journal.write(self._inside(name), content)
         except OSError as error:
@@ -349,7 +395,7 @@ class RunFolder:
         """What results.json holds, nothing if there is none."""
         if not (self.path / "results.json").exists():
             return {}
-        return json_object(self._read("results.json", _MEND["results.json"]))
+        return json_object(self._read("results.json"))
 
     def add_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write results.json, keeping of the old one what `results` did not measure."""
@@ -379,15 +425,15 @@ class RunFolder:
             logger.removeHandler(handler)
             handler.close()
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file so that it is whole or absent."""
+    def write_text(self, name: str, text: str, damaged_too: bool = False) -> None:
+        """Write a small file so that it is whole or absent; over a damaged one only if asked."""
         try:
-            self.journal.write(self._inside(name), text)
+            self.journal.write(self._inside(name), text, damaged_too)
         except OSError as error:
             raise self._unwritable(name, error) from error
 
-    def _read(self, name: str, mend: str) -> bytes:
-        return self.journal.read(self._inside(name), mend)
+    def _read(self, name: str) -> bytes:
+        return self.journal.read(self._inside(name))
 
     def _inside(self, name: str) -> str:
         """The path of a file of this part in the whole folder."""

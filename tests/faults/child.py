@@ -46,8 +46,8 @@ class Fault:
         def saving(tensors: dict, path: Path, metadata: dict | None = None) -> None:
             self.change(allocates=True)
             save(tensors, path, metadata)
-            if self._is_next():
-                os.truncate(path, Path(path).stat().st_size // 2)
+            if self._is_next() and self.kind in ("kill", "full"):
+                self._halve(path)
             self.change(allocates=True)
 
         os.write, os.fsync, safetensors.torch.save_file = writing, flushing, saving
@@ -60,6 +60,12 @@ class Fault:
                 self.change(allocates=bool(flags & os.O_CREAT))
         elif event in _CHANGES and (isinstance(arguments[0], int) or self._is_inside(arguments[0])):
             self.change(allocates=event == "os.mkdir")
+
+    def _halve(self, path: Path) -> None:
+        """Leave half of a file, which is itself no change that the command makes."""
+        at, self.at = self.at, sys.maxsize
+        os.truncate(path, Path(path).stat().st_size // 2)
+        self.at, self.count = at, self.count - 1
 
     def _is_inside(self, path: str | bytes | os.PathLike) -> bool:
         return os.path.abspath(os.fsdecode(path)).startswith(self.world)

@@ -46,7 +46,7 @@ def published(target: Path, overwrite: bool) -> Iterator[Path]:
         heal(target)
 
 
-def target_lock(target: Path) -> AbstractContextManager[None]:
+def target_lock(target: Path) -> AbstractContextManager[bool]:
     """Hold a checkpoint's place against other processes."""
     target = target.resolve()
     path = target.parent / f"{_prefix(target)[:-1]}.lock"

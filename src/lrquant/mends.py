@@ -1,0 +1,31 @@
+"""What mends a file of a run that is not as it was written, the same whoever finds it."""
+
+from __future__ import annotations
+
+import re
+
+AGAIN = "go on with --resume and the run's own settings"
+_MENDS = {
+    r"config\.yaml|run\.json": f"restore it, or delete it and {AGAIN}",
+    r"(tower/)?blocks\.jsonl": (
+        "delete it: it is made anew from the blocks, without seconds and memory"
+    ),
+    r"results\.json": "restore it, or delete it and measure again",
+    r"(tower/)?blocks/\d{4}\.safetensors": (
+        "restore it, or delete it and go on with --resume, which learns it again"
+    ),
+    r"(tower/)?adapted/[^/]+/\d{4}\.safetensors": (
+        "restore it, or delete it and measure with --tta again"
+    ),
+    r"(tower/)?diagnostics/\d{4}\.safetensors": (
+        "restore it, or delete it: the report then says that it is missing"
+    ),
+}
+
+
+def mend_of(name: str) -> str:
+    """What mends the file of this path in a run's folder."""
+    for pattern, mend in _MENDS.items():
+        if re.fullmatch(pattern, name):
+            return mend
+    return "restore it, or move it away and what it held is learned or measured again"
