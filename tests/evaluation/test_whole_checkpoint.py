@@ -90,6 +90,9 @@ def test_a_file_that_readers_would_take_is_refused(checkpoint, name):
 def test_an_edited_manifest_is_refused(checkpoint):
     edit(checkpoint / MANIFEST, scheme="W2A16")
     refused(checkpoint, "lrquant.json: changed since it was written")
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).mkdir()
+    refused(checkpoint, "lrquant.json")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "LICENSE", ".gitattributes"])

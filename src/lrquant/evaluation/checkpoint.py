@@ -128,7 +128,7 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     left over or of another shape, and what transformers would leave out without a word.
     """
     folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).exists():
         require_whole(folder)
     _refuse_ignored(name, folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -175,7 +175,7 @@ def _refuse_ignored(name: str, folder: Path) -> None:
 def _refuse_parts(name: str, folder: Path, report: dict[str, Any]) -> None:
     """Refuse a checkpoint of which transformers made up, left out or reshaped a tensor."""
     expected: set[str] = set()
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).exists():
         expected.update(read_manifest(folder).get("extra_tensors", []))
     problems = {
         "has no": sorted(report["missing_keys"]),
