@@ -33,10 +33,9 @@ def written_out(
     Without a chat template the messages of a conversation are joined by blank lines.  Raises
     LRQuantError for a conversation that the template refuses.
     """
-    if isinstance(documents, list) and not any(isinstance(each, tuple) for each in documents):
+    column = not isinstance(documents, list)  # on disk: text alone
+    if column or not any(isinstance(each, tuple) for each in documents):
         return None
-    if not isinstance(documents, list):
-        return None  # a column on disk: text alone
     if getattr(tokenizer, "chat_template", None) is None:
         texts = [each if isinstance(each, str) else _joined(each) for each in documents]
         return WrittenOut(texts, "no chat template: messages joined by blank lines", special=False)

@@ -179,16 +179,18 @@ class _TokenText:
         way = "" if chats is None else chats.way
         self.layout = "" if text.layout == TEXT else ", ".join(filter(None, (text.layout, way)))
         self.beginning, self._tokenizer = beginning, tokenizer
-        self._special = beginning.stream and not (chats is not None and chats.special)
-        self.joint = "" if chats is not None and chats.special else "\n\n"
+        plain = chats is None or not chats.special
+        before = put_before(tokenizer) if beginning.stream and plain else ()
+        self._before = torch.tensor(before, dtype=torch.int64)
+        self.joint = "\n\n" if plain else ""
         if text.layout:
             _log_documents(self.text, self.layout or TEXT)
 
     def ids(self, words: str) -> Tensor:
         """Ids (tokens,) int64; a stream of plain text has what the tokenizer puts before it."""
         ids = tokenise(self._tokenizer, words)
-        if self._special:
-            ids = torch.cat((torch.tensor(put_before(self._tokenizer), dtype=torch.int64), ids))
+        if len(self._before):
+            ids = torch.cat((self._before, ids))
         return ids[len(self.beginning.ids) :] if self.begins(ids) else ids
 
     def window(self, ids: Tensor, start: int, seqlen: int) -> Tensor:

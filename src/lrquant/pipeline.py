@@ -141,13 +141,14 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
     output = Path(config.output_dir)
     if not measure_only or measures_anything(config):
         locks.enter_context(held(output))
+        in_place = output.resolve() == Path(config.resume or "").resolve()
         if not measure_only and config.resume is None:
             RunFolder(output).require_replaceable(config)
-        elif measure_only and output.resolve() != Path(config.resume or "").resolve():
+        elif measure_only and not in_place:
             require_claimable(output, "results")
         else:
             RunFolder(output).require_format()
-            if not measure_only and output.resolve() == Path(config.resume or "").resolve():
+            if in_place and not measure_only:
                 RunFolder(output).mend_records()
             require_claimable(output, "run")
     if config.save_dir is not None:

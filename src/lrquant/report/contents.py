@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,18 +31,20 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     results = seen_from(folder.results(), folder.identity["precision"])
     blocks = [_block(folder, record) for record in records]
     kept = (*MEASURES, "others", "max_drop")
+    measured = {name: results[name] for name in kept if results.get(name)}
     contents = {
         "format": FORMAT,
         "written_by": f"lrquant {__version__}",
         "run": _run(folder, records, results),
-        "results": _in_words({name: results[name] for name in kept if results.get(name)}),
+        # as words, "inf" and "nan": nobody should miss them
+        "results": _without_non_finite(measured, str),
         "blocks": blocks,
         "tower_blocks": [_block(folder.tower, record) for record in folder.tower.records()],
         "worst_linears": _worst_linears(blocks),
         "worst_blocks": _worst_blocks(blocks),
     }
     contents["missing"] = _missing(contents)
-    return _finite(contents)
+    return _without_non_finite(contents, lambda _: None)
 
 
 def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any]) -> dict[str, Any]:
@@ -187,19 +189,10 @@ def _spans(numbers: Iterable[int]) -> str:
     return ("blocks " if len(words) > 1 or "-" in words[0] else "block ") + ", ".join(words)
 
 
-def _in_words(value: Any) -> Any:
-    """Measures that are not finite as words, "inf" and "nan": nobody should miss them."""
+def _without_non_finite(value: Any, instead: Callable[[float], str | None]) -> Any:
+    """The same JSON value with each number that JSON does not have replaced."""
     if isinstance(value, dict):
-        return {key: _in_words(inner) for key, inner in value.items()}
+        return {key: _without_non_finite(inner, instead) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_in_words(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finite(value: Any) -> Any:
-    """None in place of numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_without_non_finite(inner, instead) for inner in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
