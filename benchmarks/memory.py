@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from lrquant.config import Config
-from lrquant.identity import dtype_name
-from lrquant.model import choose_device, choose_precision, load_model
+from lrquant.config.config import Config
+from lrquant.learn.identity import dtype_name
+from lrquant.model.device import choose_device, choose_precision
+from lrquant.model.loading import load_model
 
 
 def main() -> None:

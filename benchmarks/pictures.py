@@ -20,10 +20,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lrquant.model import load_model
+from lrquant.measures.numbers import divergence, spread
+from lrquant.measures.tables import table
+from lrquant.model.loading import load_model
 from lrquant.pipeline import run
-from lrquant.report.numbers import divergence, spread
-from lrquant.report.tables import table
 
 PROTOCOL: dict[str, Any] = {"nsamples": 32, "seqlen": 64, "epochs": 5, "seed": 2, "batch_size": 4}
 PROTOCOL |= {"report": False}

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import psutil
 
-from lrquant.config import Config
-from lrquant.model import Model, load_model
+from lrquant.blocks.workbench import make_workbench
+from lrquant.config.config import Config
+from lrquant.measures.tables import table
+from lrquant.model.loading import load_model
+from lrquant.model.model import Model
 from lrquant.preflight import probe
 from lrquant.preflight.estimate import estimate_memory, learning_seconds, run_bytes
 from lrquant.preflight.load import language_load
-from lrquant.report.tables import table
-from lrquant.workbench import make_workbench
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 HEAD = [
     "run",

@@ -21,22 +21,24 @@ from typing import Any
 
 import torch
 
-from lrquant.blocks import Head, Variant
-from lrquant.config import Config
-from lrquant.data import Samples, perplexity_windows
-from lrquant.evaluation.measures import preparer
-from lrquant.evaluation.perplexity import score, send_through
-from lrquant.inputs import BlockInputs
-from lrquant.model import Model, load_model
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.runner import Variant
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.variants import preparer
+from lrquant.blocks.workbench import Workbench, make_workbench
+from lrquant.config.choices import KINDS
+from lrquant.config.config import Config
+from lrquant.config.presets import PRESETS
+from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.data.samples import Samples, perplexity_windows
+from lrquant.measures.numbers import divergence, number
+from lrquant.measures.perplexity import score, send_through
+from lrquant.measures.tables import table
+from lrquant.model.loading import load_model
+from lrquant.model.model import Model
 from lrquant.pipeline import run
-from lrquant.presets import PRESETS
-from lrquant.report.numbers import divergence, number
-from lrquant.report.tables import table
-from lrquant.scheme import FLOATING_POINT, Scheme
-from lrquant.sites import KINDS
-from lrquant.streams import Stream
-from lrquant.workbench import Workbench, make_workbench
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "epochs": 5, "seed": 2, "report": False}
 WINDOWS = 40

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrquant.architectures import architecture_of
-from lrquant.evaluation.measures import preparer
-from lrquant.materialize import materialize
-from lrquant.model import load_model
-from lrquant.report.tables import table
-from lrquant.workbench import make_workbench
-from lrquant.workdir import RunFolder
+from lrquant.blocks.materialize import materialize
+from lrquant.blocks.variants import preparer
+from lrquant.blocks.workbench import make_workbench
+from lrquant.measures.tables import table
+from lrquant.model.loading import load_model
+from lrquant.runs.folder import RunFolder
 
 MOVED = 1e-7  # about the rounding of one float32 sum, relative
 

@@ -19,15 +19,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
-from lrquant.inputs import BlockInputs
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.view import Method
+from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.config.scheme import Scheme
+from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizer
 from lrquant.learn.objective import Objective
-from lrquant.learn.view import Method
-from lrquant.model import choose_device, choose_precision, from_module
-from lrquant.report.tables import table
-from lrquant.scheme import Scheme
-from lrquant.stats import ChannelStatistics
-from lrquant.workbench import Workbench, advance_full_precision
+from lrquant.measures.tables import table
+from lrquant.model.device import choose_device, choose_precision
+from lrquant.model.loading import from_module
 
 
 def main() -> None:

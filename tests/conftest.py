@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from lrquant import quantize
-from lrquant.model import from_module
-from lrquant.sites import UNTOUCHED, Fold, Site
-from lrquant.workbench import Workbench
+from lrquant.architectures.sites import UNTOUCHED, Fold, Site
+from lrquant.blocks.workbench import Workbench
+from lrquant.model.loading import from_module
 
 
 def pytest_addoption(parser):
@@ -292,3 +292,17 @@ def _assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.fixture(scope="session")
 def assert_alike():
     return _assert_alike
+
+
+@pytest.fixture(scope="session")
+def text():
+    return " ".join(f"{number * number} is the square of {number}." for number in range(40))
+
+
+@pytest.fixture
+def data_dir(tmp_path, text):
+    folder = tmp_path / "data"
+    (folder / "wikitext2").mkdir(parents=True)
+    for split in ("validation", "test"):
+        (folder / "wikitext2" / f"{split}.txt").write_text(text)
+    return str(folder)

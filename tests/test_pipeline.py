@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import lrquant
-from lrquant import Config, LRQuantError, learning, pipeline
+from lrquant import Config, LRQuantError, pipeline
+from lrquant.learn import model as learning
 from lrquant.pipeline import collect_statistics, evaluate, quantize
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 BLOCKS = 3
 TOKENS = 16
@@ -492,7 +493,7 @@ STOPS_AFTER_A_BLOCK = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM
 from lrquant import quantize
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 save = RunFolder.save_block
 def saving(self, parameters, record):

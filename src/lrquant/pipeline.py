@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
@@ -15,51 +14,54 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrquant.calibration import calibration_of, given_statistics
-from lrquant.claims import held, require_claimable
-from lrquant.config import Config, optional_path, typed_settings
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.materialize import materialize
+from lrquant.blocks.variants import preparer
+from lrquant.blocks.workbench import Workbench, advance_full_precision, make_workbench
+from lrquant.config.config import Config, optional_path, typed_settings
+from lrquant.config.scheme import FLOAT_BITS, FLOATING_POINT
+from lrquant.data.calibration import calibration_of
+from lrquant.data.feeds import Feed
+from lrquant.data.prompts import Reader
+from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.comparison import TaskBoard
-from lrquant.evaluation.measures import evaluate_run, prepare_evaluation, preparer
-from lrquant.evaluation.reference import reference_name
-from lrquant.evaluation.subject import (
+from lrquant.export.checkpoint import check_format, checkpoint_dtype, save_checkpoint
+from lrquant.export.choice import choose_format
+from lrquant.export.format import Format
+from lrquant.export.kernels import check_kernels
+from lrquant.export.protected import check_target
+from lrquant.export.targets import verdicts
+from lrquant.files.publishing import heal, target_lock
+from lrquant.ingredients.statistics import ChannelStatistics, given_statistics
+from lrquant.learn.checks import check_groups, check_rank
+from lrquant.learn.identity import describe_method, describe_run, dtype_name, environment
+from lrquant.learn.model import learn_model
+from lrquant.measures.comparison import TaskBoard
+from lrquant.measures.reference import reference_name
+from lrquant.measures.run import evaluate_run, prepare_evaluation
+from lrquant.measures.subject import (
     Subject,
     check_comparison,
     measure_subject,
     open_reference,
     open_subject,
 )
-from lrquant.evaluation.zero_shot import load_tasks
-from lrquant.export import Format, choose_format
-from lrquant.export.checkpoint import check_format, checkpoint_dtype, save_checkpoint
-from lrquant.export.kernels import check_kernels
-from lrquant.export.protected import check_target
-from lrquant.export.publishing import heal, target_lock
-from lrquant.export.targets import verdicts
-from lrquant.feeds import Feed
-from lrquant.identity import describe_method, describe_run, dtype_name, environment
-from lrquant.inputs import BlockInputs
-from lrquant.learning import learn_model
-from lrquant.materialize import materialize
-from lrquant.model import Model, from_module, load_model
-from lrquant.outer import require_finite
-from lrquant.presets import with_preset
-from lrquant.progress import Progress
-from lrquant.prompts import Reader
+from lrquant.measures.zero_shot import load_tasks
+from lrquant.model.loading import from_module, load_model
+from lrquant.model.model import Model
+from lrquant.model.outer import require_finite
 from lrquant.report.writing import write_report
-from lrquant.results import beside, conditions, of_base
-from lrquant.scheme import FLOAT_BITS, FLOATING_POINT, Scheme
-from lrquant.settings import require_one_scheme
-from lrquant.stats import ChannelStatistics
-from lrquant.tensorboard import with_tensorboard
-from lrquant.vocabulary import strange_tokenizer
-from lrquant.workbench import (
-    Workbench,
-    advance_full_precision,
-    block_shapes,
-    make_workbench,
+from lrquant.runs.claims import held, require_claimable
+from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.progress import Progress
+from lrquant.runs.resolution import (
+    NO_MEASURES,
+    asks_for_measures,
+    measures_anything,
+    resolve_settings,
 )
-from lrquant.workdir import BlockRecord, RunFolder
+from lrquant.runs.results import beside, conditions, of_base
+from lrquant.runs.tensorboard import with_tensorboard
 
 logger = logging.getLogger("lrquant")
 _KEPT_LINES = 10_000
@@ -157,11 +159,6 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
         check_target(config, Path(config.save_dir))
 
 
-def measures_anything(config: Config) -> bool:
-    """Whether the settings ask for any measure."""
-    return bool(config.perplexity_sets or config.tasks or config.vqa or config.classify)
-
-
 def _run(
     config: Config,
     measure_only: bool,
@@ -255,16 +252,6 @@ def _learn(
     return folder
 
 
-def resolve_settings(settings: dict[str, Any]) -> tuple[Config, bool]:
-    """The run that `settings` ask for, and whether a finished one is only measured."""
-    settings = typed_settings(settings, "settings")
-    require_one_scheme(settings)
-    measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
-    if measure_only:
-        settings = _settings_of_finished_run(settings)
-    return Config(**with_preset(settings)).resolved(), measure_only
-
-
 def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
     """Channel statistics of every block's linears on the calibration text, in full precision."""
     progress = progress or Progress()
@@ -295,7 +282,7 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         raise LRQuantError(f"target {target!r}: give a run folder, a checkpoint or a model")
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
-    if not _asks_for_measures(settings):
+    if not asks_for_measures(settings):
         settings["ppl"] = ("wikitext2",)
     if settings.get("tta"):
         raise LRQuantError(f"--tta {target}: needs a run folder; this is a model or checkpoint")
@@ -376,7 +363,7 @@ def _source(reader: Reader) -> dict[str, str]:
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
     given = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
-    return run({**given, **_NO_MEASURES}, progress=progress)
+    return run({**given, **NO_MEASURES}, progress=progress)
 
 
 @contextmanager
@@ -391,54 +378,3 @@ def _kept_log() -> Iterator[MemoryHandler]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def check_groups(model: Model, scheme: Scheme) -> None:
-    """Refuse a group size that does not divide before any weight is read."""
-    view = block_shapes(model, scheme)
-    for linear in model.linears:
-        view.group_size(linear)
-
-
-def check_rank(model: Model, config: Config) -> None:
-    """Refuse a rank above which a factor of rows and columns can't be more than it is."""
-    if not config.rotation:
-        return
-    shapes = model.blocks[0].state_dict()
-    sides = {linear: min(shapes[f"{linear}.weight"].shape) for linear in model.linears}
-    smallest = min(sides, key=sides.__getitem__)
-    if config.rotate_rank > sides[smallest]:
-        raise LRQuantError(
-            f"--rotate_rank {config.rotate_rank}: {smallest} has {sides[smallest]} rows or "
-            "columns; use that or less"
-        )
-
-
-def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:
-    """The run's own settings, with what was given of how to measure."""
-    own = RunFolder.open(Path(given["resume"])).config
-    chosen = {name: given[name] for name in _MEASURE_SETTINGS if given.get(name) is not None}
-    places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
-    places |= {"log_dir": None, "overwrite": False}
-    places |= {"target": None} if given.get("format") else {}
-    replaced = _NO_MEASURES if _asks_for_measures(given) else {}
-    return dataclasses.asdict(own) | replaced | places | chosen
-
-
-def _asks_for_measures(settings: dict[str, Any]) -> bool:
-    names = ("eval_ppl", "ppl", "agreement", "tasks", "vqa", "classify")
-    return any(settings.get(name) for name in names)
-
-
-_NO_MEASURES: dict[str, Any] = {
-    **{"eval_ppl": False, "ppl": (), "agreement": (), "compare": False, "tasks": ""},
-    **{"limit": -1, "tta": False, "max_drop": None, "vqa": (), "classify": None},
-}
-_MEASURE_SETTINGS = (
-    *("eval_ppl", "ppl", "agreement", "compare", "max_drop", "tasks", "num_fewshot"),
-    *("limit", "task_batch_size", "vqa", "classify"),
-    *("tta", "tta_blocks", "tta_epochs", "tta_let_lr", "output_dir", "save_dir", "format"),
-    *("report", "log_dir", "overwrite"),
-    *("target", "save_dtype", "text_column", "bos"),
-    *("device", "precision", "offload", "data_dir", "cache_dir", "seqlen", "model"),
-)

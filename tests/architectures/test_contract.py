@@ -14,20 +14,15 @@ from torch import nn
 from transformers import AutoConfig, GPT2Config, PretrainedConfig
 
 import lrquant
-from lrquant.architectures import (
-    Architecture,
-    architecture_of,
-    architectures,
-    decoder,
-    towers,
-)
+from lrquant.architectures import Architecture, architecture_of, architectures, decoder, towers
+from lrquant.architectures.sites import Fold, Site, norm_site, query_key_site, up_down_site
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.view import Method
+from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.config.choices import KINDS
+from lrquant.config.scheme import FLOATING_POINT
 from lrquant.errors import LRQuantError
-from lrquant.inputs import BlockInputs
-from lrquant.learn.view import Method
-from lrquant.model import from_module
-from lrquant.scheme import FLOATING_POINT
-from lrquant.sites import KINDS, Fold, Site, norm_site, query_key_site, up_down_site
-from lrquant.workbench import Workbench, advance_full_precision
+from lrquant.model.loading import from_module
 
 TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
@@ -123,7 +118,7 @@ def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
     model = make_model("llama")
     for linears in (("self_attn.q_proj",), (*architectures()["llama"].linears(None), "mlp.extra")):
         odd = Architecture("odd", ("llama",), "model.layers", lambda c, x=linears: x, sites_of)
-        monkeypatch.setattr("lrquant.model.architecture_of", lambda config, odd=odd: odd)
+        monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config, odd=odd: odd)
         with pytest.raises(LRQuantError, match="the declaration does not fit this model"):
             from_module(model)
 

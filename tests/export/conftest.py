@@ -11,8 +11,8 @@ import json
 import pytest
 from safetensors import safe_open
 
+from lrquant.blocks.workbench import learned_view
 from lrquant.export.checkpoint import INDEX
-from lrquant.workbench import learned_view
 
 
 def _tensors_of(folder):

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrquant import LRQuantError, quantize
-from lrquant.config import Config
-from lrquant.export import checkpoint, choose_format
+from lrquant.config.config import Config
+from lrquant.export import checkpoint
 from lrquant.export.checkpoint import INDEX, check_format, save_checkpoint
-from lrquant.export.manifest import SETTINGS
-from lrquant.model import from_module, load_model
+from lrquant.export.choice import choose_format
+from lrquant.files.manifest import SETTINGS
+from lrquant.model.loading import from_module, load_model
 from lrquant.pipeline import export
 
 

@@ -11,10 +11,10 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from lrquant import LRQuantError, quantize
+from lrquant.blocks.workbench import learned_view
 from lrquant.export.checkpoint import INDEX
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.linear import IntegerLinear
-from lrquant.workbench import learned_view
 
 RUNS = [
     ("llama", "W4A4", {}),

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from lrquant import LRQuantError, quantize
-from lrquant.export import checkpoint, formats
+from lrquant.export import checkpoint
 from lrquant.export.checkpoint import save_checkpoint
+from lrquant.export.choice import formats
 
 CASES = {
     "packed": ("llama-tied", "W4A16g16", {}),

@@ -7,12 +7,12 @@ import logging
 import pytest
 
 from lrquant import quantize
-from lrquant.config import TARGETS, Config
-from lrquant.export import formats
+from lrquant.config.config import TARGETS, Config
+from lrquant.config.scheme import Scheme
+from lrquant.export.choice import formats
 from lrquant.export.loading import AS_LEARNED, Loading, merged
 from lrquant.export.targets import loading_of, verdicts
 from lrquant.pipeline import export
-from lrquant.scheme import Scheme
 
 W4A8 = {"scheme": "W4A8-sym-qkv16", "activation_symmetric": True}
 

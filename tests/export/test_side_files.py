@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lrquant import quantize
 from lrquant.cli import main
-from lrquant.export.manifest import MANIFEST
 from lrquant.export.model_config import write_model_config
 from lrquant.export.side_files import copy_side_files
-from lrquant.model import from_module, load_model
+from lrquant.files.manifest import MANIFEST
+from lrquant.model.loading import from_module, load_model
 
 PLACE = "/home/somebody/cache"
 

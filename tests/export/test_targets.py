@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from lrquant import LRQuantError, export, quantize
-from lrquant.config import TARGETS, Config
-from lrquant.export import Format, choose_format, formats
-from lrquant.scheme import Scheme
+from lrquant import LRQuantError, quantize
+from lrquant.config.config import TARGETS, Config
+from lrquant.config.scheme import Scheme
+from lrquant.export.choice import choose_format, formats
+from lrquant.export.format import Format
 
 
 def config_of(scheme, target, **settings):
@@ -101,7 +102,7 @@ def test_the_native_format_is_chosen_for_its_runtime(scheme):
 
 def test_a_target_that_no_format_serves(monkeypatch):
     known = {name: form for name, form in formats().items() if name != "lrquant"}
-    monkeypatch.setattr(export, "formats", lambda: known)
+    monkeypatch.setattr("lrquant.export.choice.formats", lambda: known)
     with pytest.raises(LRQuantError, match=r"--target native: no format here .*; use another"):
         choose_format(config_of("W4A4", "native"))
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from lrquant import quantize
 from lrquant.cli import main
 from lrquant.export.checkpoint import INDEX
-from lrquant.export.manifest import MANIFEST, write_manifest
 from lrquant.export.verification import verify
+from lrquant.files.manifest import MANIFEST, write_manifest
 from lrquant.report.inspection import inspect_folder
 
 SHARD = "model-0001.safetensors"

@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 
 from lrquant import Config, LRQuantError, quantize
 from lrquant.cli import main
-from lrquant.config import typed_settings
-from lrquant.evaluation.checkpoint import load_checkpoint
-from lrquant.model import load_model
-from lrquant.pipeline import resolve_settings
+from lrquant.config.config import typed_settings
+from lrquant.config.settings import read_yaml
+from lrquant.data.texts import load_text
+from lrquant.measures.checkpoint import load_checkpoint
+from lrquant.model.loading import load_model
 from lrquant.report.inspection import inspect_folder
 from lrquant.report.writing import write_report
-from lrquant.settings import read_yaml
-from lrquant.texts import load_text
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.resolution import resolve_settings
 
 EXAMPLES = int(os.environ.get("LRQUANT_FUZZ", "15"))
 

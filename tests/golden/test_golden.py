@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from lrquant import quantize
-from lrquant.export import formats
+from lrquant.data.feeds import Feed
 from lrquant.export.checkpoint import save_checkpoint
-from lrquant.feeds import Feed
+from lrquant.export.choice import formats
 
 PINS = Path(__file__).parent / "pins"
 LOSSES = "losses.json"

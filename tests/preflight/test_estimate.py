@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lrquant import quantize
-from lrquant.config import Config
-from lrquant.data import Samples
-from lrquant.export import formats
+from lrquant.config.config import Config
+from lrquant.data.samples import Samples
 from lrquant.export.checkpoint import INDEX
-from lrquant.model import from_module, load_model
+from lrquant.export.choice import formats
+from lrquant.model.loading import from_module, load_model
 from lrquant.preflight.estimate import (
     checkpoint_size,
     estimate_memory,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lrquant import LRQuantError
-from lrquant.config import Config
+from lrquant.config.config import Config
 from lrquant.preflight import probe
 from lrquant.preflight.load import language_load
 from lrquant.preflight.probe import LONGEST, REPEATS, probe_block

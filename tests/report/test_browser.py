@@ -14,7 +14,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from lrquant.report.writing import write_comparison, write_report
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 PROGRAMS = ("chromium", "chromedriver")
 WIDTHS = (390, 1400)

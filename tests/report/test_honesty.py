@@ -11,18 +11,18 @@ import types
 import pytest
 import torch
 
-from lrquant.config import Config
-from lrquant.export import choose_format
+from lrquant.blocks.workbench import peak_memory
+from lrquant.config.config import Config
 from lrquant.export.card import model_card
+from lrquant.export.choice import choose_format
+from lrquant.measures.tables import results_table
 from lrquant.report.comparison_charts import comparison_pictures
 from lrquant.report.contents import run_contents
 from lrquant.report.page import comparison_page
 from lrquant.report.result_sections import result_tables
 from lrquant.report.sections import facts, worst_sentence
-from lrquant.report.tables import results_table
 from lrquant.report.writing import write_report
-from lrquant.workbench import peak_memory
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_where_and_with_how_many_threads(contents):
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_in_bytes_everywhere(platform, unit, monkeypatch):
-    monkeypatch.setattr("lrquant.workbench.sys", types.SimpleNamespace(platform=platform))
+    monkeypatch.setattr("lrquant.blocks.workbench.sys", types.SimpleNamespace(platform=platform))
     usage = types.SimpleNamespace(ru_maxrss=7)
     monkeypatch.setattr(resource, "getrusage", lambda who: usage)
     assert peak_memory(torch.device("cpu")) == 7 * unit

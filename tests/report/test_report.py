@@ -14,16 +14,16 @@ import torch
 
 from lrquant import pipeline
 from lrquant.cli import main
-from lrquant.config import Config
+from lrquant.config.config import Config
+from lrquant.config.presets import with_preset
 from lrquant.errors import LRQuantError
+from lrquant.measures.numbers import number, percent
 from lrquant.pipeline import evaluate
-from lrquant.presets import with_preset
 from lrquant.report.contents import QUANTILES, quantiles, run_contents
-from lrquant.report.numbers import number, percent
 from lrquant.report.repeat import repeating_command
 from lrquant.report.result_sections import result_tables
 from lrquant.report.writing import run_names, write_comparison, write_report
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 EVIL = '<img src=x onerror="alert(1)">&amp; |$a_b$*'
 FILES = ("report.html", "report.md", "report.json")
@@ -384,7 +384,7 @@ def test_the_command_resolves_to_the_same_run(settings, monkeypatch):
     config = Config(**with_preset({"model": "m", **settings})).resolved()
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda given, **rest: seen.append(given))
-    monkeypatch.setattr("lrquant.cli._print_results", lambda results: None)
+    monkeypatch.setattr("lrquant.cli.commands._print_results", lambda results: None)
     command = shlex.split(repeating_command(config))
     assert command[0] == "lrquant"
     with pytest.raises(AttributeError):  # there is no run to speak of

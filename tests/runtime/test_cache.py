@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrquant import LRQuantError, QuantizedCache
-from lrquant.attention import attention_name, mark_quantized
+from lrquant.blocks.attention import attention_name, mark_quantized
+from lrquant.config.scheme import Scheme
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.cache import _Layer
-from lrquant.scheme import Scheme
 
 
 @pytest.fixture

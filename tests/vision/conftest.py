@@ -36,7 +36,7 @@ from transformers import (
     ViTConfig,
 )
 
-from lrquant.feeds import Feed
+from lrquant.data.feeds import Feed
 
 IMAGE = 260  # the token that stands for pictures
 TEXT = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

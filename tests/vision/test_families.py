@@ -9,20 +9,22 @@ from transformers import AutoModelForImageTextToText, MllamaConfig
 
 import lrquant
 from lrquant.architectures import architecture_of, architectures, towers
-from lrquant.blocks import Head
-from lrquant.config import Config
-from lrquant.data import Samples
+from lrquant.architectures.sites import Fold
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.variants import preparer
+from lrquant.blocks.view import Method
+from lrquant.blocks.workbench import Workbench
+from lrquant.config.choices import KINDS
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOATING_POINT
+from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.measures import preparer
-from lrquant.evaluation.perplexity import send_through
-from lrquant.inputs import BlockInputs
-from lrquant.learn.view import Method
-from lrquant.model import Model, from_module
+from lrquant.measures.perplexity import send_through
+from lrquant.model.loading import from_module
+from lrquant.model.model import Model
 from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.probe import probe_block
-from lrquant.scheme import FLOATING_POINT
-from lrquant.sites import KINDS, Fold
-from lrquant.workbench import Workbench
 
 CPU = torch.device("cpu")
 EQUAL, CLEAR = 1e-9, 1e-6  # relative changes of the logits in float64

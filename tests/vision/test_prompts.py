@@ -17,17 +17,17 @@ from transformers import (
 )
 
 import lrquant
-from lrquant.beginnings import Beginning, beginning_by_itself
 from lrquant.cli import main, quantize_main
-from lrquant.conversations import read_conversations
+from lrquant.data.beginnings import Beginning, beginning_by_itself
+from lrquant.data.conversations import read_conversations
+from lrquant.data.prompts import picture_samples
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.vqa import answer_kind, exact_match, normalized, vqa_accuracy
-from lrquant.model import load_model
+from lrquant.measures.vqa import answer_kind, exact_match, normalized, vqa_accuracy
+from lrquant.model.loading import load_model
 from lrquant.preflight import checks
 from lrquant.preflight.checks import preflight
 from lrquant.preflight.probe import BlockCosts
-from lrquant.prompts import picture_samples
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 SETTINGS = {"nsamples": 4, "seqlen": 24, "epochs": 1, "report": False, "precision": "float32"}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +10,9 @@ from typing import Any, NoReturn
 
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lrquant.architectures.sites import Site
+from lrquant.config.declarations import declarations
 from lrquant.errors import LRQuantError
-from lrquant.sites import Site
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Architecture:
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Every family in this folder, by the model types it serves."""
-    return {kind: found for found in _declared("ARCHITECTURE") for kind in found.model_types}
+    """Every family by the model types it serves: in this folder, and of other packages."""
+    return {kind: each for each in _declared("ARCHITECTURE") for kind in each.model_types}
 
 
 @cache
@@ -61,15 +60,12 @@ def language_parts() -> dict[str, Architecture]:
 @cache
 def towers() -> dict[str, Architecture]:
     """Every vision tower in this folder, by model type; `blocks` is relative to the tower."""
-    return {kind: found for found in _declared("TOWER") for kind in found.model_types}
+    return {kind: each for each in _declared("TOWER") for kind in each.model_types}
 
 
-def _declared(what: str) -> list[Architecture]:
-    modules = [
-        importlib.import_module(f"{__name__}.{module_info.name}")
-        for module_info in pkgutil.iter_modules(__path__)
-    ]
-    return [getattr(module, what) for module in modules if hasattr(module, what)]
+def _declared(attribute: str) -> list[Architecture]:
+    group = "towers" if attribute == "TOWER" else "architectures"
+    return declarations(group, __name__, attribute, Architecture)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrquant.sites import Site, norm_site, query_key_site, value_output_site
+from lrquant.architectures.sites import Site, norm_site, query_key_site, value_output_site
 
 
 @dataclass(frozen=True)

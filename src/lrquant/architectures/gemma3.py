@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture, decoder
-from lrquant.sites import Site
+from lrquant.architectures.sites import Site
 
 
 def _sites(config: PretrainedConfig) -> tuple[Site, ...]:

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture
 from lrquant.architectures.encoder import Names
-from lrquant.sites import Site
+from lrquant.architectures.sites import Site
 
 _NAMES = Names(
     attention_norm="layernorm_before",

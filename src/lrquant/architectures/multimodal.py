@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from lrquant.architectures import Architecture, language_parts
-from lrquant.sites import Site
+from lrquant.architectures.sites import Site
 
 
 def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str) -> Architecture:

@@ -10,7 +10,13 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture
-from lrquant.sites import Site, norm_site, query_key_site, up_down_site, value_output_site
+from lrquant.architectures.sites import (
+    Site,
+    norm_site,
+    query_key_site,
+    up_down_site,
+    value_output_site,
+)
 
 _ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 

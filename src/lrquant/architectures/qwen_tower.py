@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture
 from lrquant.architectures.encoder import Names
-from lrquant.sites import Site, up_down_site
+from lrquant.architectures.sites import Site, up_down_site
 
 _GATED = "qwen2_5_vl_vision"
 _MLP = {

@@ -16,13 +16,13 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
-from lrquant.config import Config
-from lrquant.export import Format, Loading, factor_refusal
-from lrquant.export.loading import AS_LEARNED
+from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.export.format import Format, factor_refusal
+from lrquant.export.loading import AS_LEARNED, Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
-from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
-from lrquant.scheme import FLOAT_BITS, Scheme
 
 BITS = 4
 GROUP_SIZES = (32, 64, 128)

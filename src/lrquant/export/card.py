@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lrquant.config import TARGETS, Config
-from lrquant.export import Format
+from lrquant.config.config import TARGETS, Config
+from lrquant.export.format import Format
 from lrquant.export.targets import loading_of
-from lrquant.report.tables import SPREAD_NOTE, results_table
-from lrquant.results import MEASURES, entries
+from lrquant.measures.tables import SPREAD_NOTE, results_table
+from lrquant.runs.results import MEASURES, entries
 
 _LOADING = {
     "vllm": "vLLM:\n\n```\nSERVE\n```",

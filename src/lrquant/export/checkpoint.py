@@ -11,23 +11,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lrquant.config import Config
+from lrquant.blocks.workbench import Workbench, learned_view
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.export import Format
 from lrquant.export.card import model_card
-from lrquant.export.manifest import SETTINGS, write_manifest
+from lrquant.export.format import Format
 from lrquant.export.model_config import write_model_config
 from lrquant.export.parts import Part, quantized_models
 from lrquant.export.protected import check_target
-from lrquant.export.publishing import published
 from lrquant.export.reading_back import read_back
 from lrquant.export.side_files import copy_side_files
-from lrquant.files import save_file
-from lrquant.identity import describe_method, dtype_name
-from lrquant.model import Model
-from lrquant.results import MEASURES, seen_from
-from lrquant.workbench import Workbench, learned_view
-from lrquant.workdir import RunFolder
+from lrquant.files.manifest import SETTINGS, write_manifest
+from lrquant.files.publishing import published
+from lrquant.files.whole import save_file
+from lrquant.learn.identity import describe_method, dtype_name
+from lrquant.model.model import Model
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.results import MEASURES, seen_from
 
 INDEX = "model.safetensors.index.json"
 

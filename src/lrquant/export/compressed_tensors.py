@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -21,14 +20,16 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from lrquant.config import Config
+from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
-from lrquant.export import Format, Loading, factor_refusal
+from lrquant.export.format import Format, factor_refusal
+from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import in_transformers, in_vllm, in_vllm_cpu
-from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
 from lrquant.numerics.integer import centred
-from lrquant.scheme import FLOAT_BITS, Scheme
+from lrquant.numerics.packing import packed_weight
 
 _SCALE = ".weight_scale"
 
@@ -174,17 +175,6 @@ def packed_linear(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> d
         return packed | {"weight": codes}
     zero_points = None if linear.symmetric else centred(linear.zero_point, linear.bits, False)
     return packed | packed_weight(codes, zero_points, linear.bits)
-
-
-def packed_weight(codes: Tensor, zero_points: Tensor | None, bits: int) -> dict[str, Tensor]:
-    """Signed codes (out, in) and zero points (out, groups), int8, in 32-bit words."""
-    packed = {
-        "weight_packed": pack_to_int32(codes, bits),
-        "weight_shape": torch.tensor(codes.shape),
-    }
-    if zero_points is not None:
-        packed["weight_zero_point"] = pack_to_int32(zero_points, bits, packed_dim=0)
-    return packed
 
 
 def _decode(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrquant.export import Format, Loading
-from lrquant.learn.frozen import FrozenBlock
-from lrquant.scheme import FLOAT_BITS, Scheme
+from lrquant.blocks.frozen import FrozenBlock
+from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.export.format import Format
+from lrquant.export.loading import Loading
 
 
 def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrquant.config import Config
-from lrquant.export import Format
-from lrquant.learn.frozen import FrozenBlock, QuantizedLinear
-from lrquant.learn.view import BlockView
-from lrquant.scheme import FLOAT_BITS
+from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
+from lrquant.blocks.view import BlockView
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOAT_BITS
+from lrquant.export.format import Format
 
 
 def expected_block(

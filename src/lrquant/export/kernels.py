@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lrquant.config import Config
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.export import Format
+from lrquant.export.format import Format
 from lrquant.export.parts import quantized_models
-from lrquant.model import Model
+from lrquant.model.model import Model
 
 
 def check_kernels(model: Model, config: Config, form: Format) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lrquant.export.side_files import without_local_keys
-from lrquant.files import read_json
-from lrquant.identity import dtype_name
-from lrquant.model import Model
+from lrquant.files.whole import read_json
+from lrquant.learn.identity import dtype_name
+from lrquant.model.model import Model
 
 _DTYPES = ("dtype", "torch_dtype")  # transformers 5 and 4
 _LOCAL = "_attn_implementation"

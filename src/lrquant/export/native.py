@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
-from lrquant.config import Config
-from lrquant.export import Format, Loading
+from lrquant.blocks.frozen import FrozenBlock
+from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.config.config import Config
+from lrquant.config.scheme import Scheme
 from lrquant.export.compressed_tensors import packed_linear
+from lrquant.export.format import Format
+from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
-from lrquant.learn.frozen import FrozenBlock
 from lrquant.runtime.linear import IntegerLinear
-from lrquant.scheme import Scheme
+from lrquant.runtime.loading import NAME, VERSION
 
-NAME = "lrquant"
-VERSION = 1
 _PACKED = ".weight_packed"
 
 

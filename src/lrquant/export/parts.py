@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lrquant.config import Config
-from lrquant.model import Model
-from lrquant.scheme import Scheme
+from lrquant.config.config import Config
+from lrquant.config.scheme import Scheme
+from lrquant.model.model import Model
 
 
 @dataclass(frozen=True)

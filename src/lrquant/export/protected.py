@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrquant.config import Config
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.export.publishing import require_replaceable
-from lrquant.files import require_writable
+from lrquant.files.publishing import require_replaceable
+from lrquant.files.whole import require_writable
 
 _ONLY_HELD = ("the current directory", "a home folder")
 

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner, Head
-from lrquant.config import Config
+from lrquant.blocks.frozen import FrozenBlock
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.workbench import Workbench, learned_view
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOATING_POINT
 from lrquant.errors import LRQuantError
-from lrquant.export import Format
-from lrquant.files import read_json
-from lrquant.inputs import BlockInputs
-from lrquant.learn.frozen import FrozenBlock
-from lrquant.model import Model, build_skeleton
-from lrquant.reading import read_config
-from lrquant.scheme import FLOATING_POINT
-from lrquant.sources import SafetensorsSource, SkeletonSource, WeightSource
-from lrquant.sources.checks import first_line
-from lrquant.streams import Stream
-from lrquant.workbench import Workbench, learned_view
-from lrquant.workdir import RunFolder
+from lrquant.export.format import Format
+from lrquant.files.whole import read_json
+from lrquant.model.model import Model
+from lrquant.model.reading import read_config
+from lrquant.model.skeleton import build_skeleton
+from lrquant.model.sources import SafetensorsSource, SkeletonSource, WeightSource
+from lrquant.model.sources.checks import first_line
+from lrquant.runs.folder import RunFolder
 
 _PIECE = 1 << 24  # elements compared at once
 _UNDERFLOW = 2.0**-20  # below it a half-precision scale of up to 15 steps loses bits

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.export.loading import Loading
-from lrquant.scheme import FLOAT_BITS, Scheme
 
 SMALLEST_GROUP = 32
 _GROUPS = (None, 32, 64, 128)  # of Marlin, vLLM's kernel for most CUDA devices (source)

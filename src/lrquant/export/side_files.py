@@ -8,24 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lrquant.errors import LRQuantError
-from lrquant.files import read_json
-from lrquant.model import Model
+from lrquant.files.manifest import COPIED, matches
+from lrquant.files.whole import read_json
+from lrquant.model.model import Model
 
 logger = logging.getLogger("lrquant")
-COPIED = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json"),
-    *("merges.txt", "vocab.txt", "*.tiktoken", "*.spm", "tokenizer*.model*", "tekken.json"),
-    *("spiece.model", "sentencepiece*.model", "normalizer.json", "bpe.codes", "*.bpe"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("*preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
-    "generation_config.json",
-)
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _REFUSED = (".py", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".msgpack")
 _WRITTEN = ("config.json", "README.md", "*.safetensors*", "*.bin*", ".*")  # anew, or never
@@ -46,15 +38,9 @@ def copy_side_files(model: Model, place: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         _copy(model.folder / name, target)
     _spell_out_pictures(place)
-    left = [n for n in sorted(_names(model.folder)) if n not in names and not _matches(n, _WRITTEN)]
+    left = [n for n in sorted(_names(model.folder)) if n not in names and not matches(n, _WRITTEN)]
     if left:
         logger.info("left out of the checkpoint: %s", ", ".join(left))
-
-
-def is_read_by_others(name: str) -> bool:
-    """Whether a reader of a checkpoint would look at a file of this name."""
-    weights = name.endswith((".safetensors", ".bin", ".index.json", ".py"))
-    return weights or name == "adapter_config.json" or _matches(name, COPIED)
 
 
 def _side_files(model: Model, folder: Path) -> list[str]:
@@ -66,7 +52,7 @@ def _side_files(model: Model, folder: Path) -> list[str]:
         if isinstance(name, str) and Path(name).name == name
     ]
     wanted = (*COPIED, *_LICENCES, *declared)
-    return [n for n in _names(folder) if _matches(n, wanted) and not n.endswith(_REFUSED)]
+    return [n for n in _names(folder) if matches(n, wanted) and not n.endswith(_REFUSED)]
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -75,12 +61,6 @@ def _names(folder: Path) -> Iterator[str]:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
                 yield path.relative_to(folder).as_posix()
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(
-        fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
-    )
 
 
 def _copy(source: Path, target: Path) -> None:

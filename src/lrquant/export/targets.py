@@ -6,16 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
 
-from lrquant.config import TARGETS, Config
+from lrquant.config.config import TARGETS, Config
+from lrquant.config.scheme import FLOAT_BITS
 from lrquant.errors import LRQuantError
+from lrquant.export.format import Format
 from lrquant.export.loading import Loading, merged
 from lrquant.export.parts import Part
-from lrquant.scheme import FLOAT_BITS
-
-if TYPE_CHECKING:
-    from lrquant.export import Format
 
 _BITS = (*range(2, 9), FLOAT_BITS)
 _GROUPS = (None, 32, 64, 128)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
-from lrquant.config import Config
+from lrquant.blocks.workbench import block_shapes
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.export import formats
+from lrquant.export.choice import formats
 from lrquant.export.expected import bits_per_weight, expected_block
-from lrquant.export.manifest import SETTINGS, changed_files, read_manifest
 from lrquant.export.parts import quantized_models
-from lrquant.model import Model, build_skeleton, count_parameters
-from lrquant.reading import read_config
-from lrquant.sources import SafetensorsSource
-from lrquant.workbench import block_shapes
+from lrquant.files.manifest import SETTINGS, changed_files, read_manifest
+from lrquant.model.model import Model, count_parameters
+from lrquant.model.reading import read_config
+from lrquant.model.skeleton import build_skeleton
+from lrquant.model.sources import SafetensorsSource
 
 _BF16 = 2
 

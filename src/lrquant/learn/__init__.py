@@ -1,1 +1,1 @@
-"""Everything with trainable parameters, and the block view that composes it."""
+"""Learning: the steps of a block, the blocks of a model, what came of it."""

@@ -9,21 +9,26 @@ from typing import Any
 import psutil
 import torch
 
-from lrquant.calibration import calibration_of, given_statistics
-from lrquant.config import Config, optional_path
-from lrquant.data import Samples
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.workbench import Workbench, make_workbench
+from lrquant.config.config import Config, optional_path
+from lrquant.data.calibration import calibration_of
+from lrquant.data.prompts import takes_pictures
+from lrquant.data.samples import Samples
+from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
-from lrquant.evaluation.adaptation import check_adaptation
-from lrquant.evaluation.measures import prepare_evaluation
-from lrquant.evaluation.subject import check_comparison
-from lrquant.evaluation.zero_shot import load_tasks
 from lrquant.export.checkpoint import checkpoint_dtype
-from lrquant.identity import dtype_name
-from lrquant.inputs import BlockInputs
-from lrquant.learning import require_pictures
-from lrquant.model import Model, load_model
-from lrquant.outer import require_finite
-from lrquant.pipeline import check_groups, check_rank, resolve_settings
+from lrquant.ingredients.statistics import given_statistics
+from lrquant.learn.adaptation import check_adaptation
+from lrquant.learn.checks import check_groups, check_rank
+from lrquant.learn.identity import dtype_name
+from lrquant.learn.model import require_pictures
+from lrquant.measures.run import prepare_evaluation
+from lrquant.measures.subject import check_comparison
+from lrquant.measures.zero_shot import load_tasks
+from lrquant.model.loading import load_model
+from lrquant.model.model import Model
+from lrquant.model.outer import require_finite
 from lrquant.preflight.estimate import (
     Seconds,
     estimate_memory,
@@ -37,10 +42,8 @@ from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.runtime import check_shapes, chosen_format
-from lrquant.prompts import takes_pictures
-from lrquant.vocabulary import strange_tokenizer
-from lrquant.workbench import Workbench, make_workbench
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.resolution import resolve_settings
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
 

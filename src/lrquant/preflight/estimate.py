@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrquant.config import Config
-from lrquant.data import Samples
-from lrquant.evaluation.perplexity import HEAD_TOKENS
-from lrquant.export import Format
+from lrquant.blocks.view import BlockView
+from lrquant.blocks.workbench import block_shapes, method_of
+from lrquant.config.config import Config
+from lrquant.data.samples import Samples
 from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small_files
 from lrquant.export.expected import bits_per_weight, expected_block
+from lrquant.export.format import Format
 from lrquant.export.parts import Part, quantized_models
-from lrquant.learn.view import BlockView
-from lrquant.model import Model
+from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.measures.perplexity import HEAD_TOKENS
+from lrquant.model.model import Model
 from lrquant.preflight.load import Load
 from lrquant.preflight.probe import BlockCosts
-from lrquant.stats import ChannelStatistics
-from lrquant.workbench import block_shapes, method_of
 
 _LENGTH = 8  # bytes in front of a safetensors header
 _INDEX = 36  # bytes that one tensor takes in the index of shards, beside its name

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lrquant.config import Config
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.preflight.estimate import CheckpointSize, Memory, Seconds
 from lrquant.preflight.probe import BlockCosts

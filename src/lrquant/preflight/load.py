@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lrquant.config import Config
-from lrquant.data import Samples
-from lrquant.feeds import Feed
-from lrquant.inputs import BlockInputs
-from lrquant.workbench import Workbench
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.workbench import Workbench
+from lrquant.config.config import Config
+from lrquant.data.feeds import Feed
+from lrquant.data.samples import Samples
 
 
 @dataclass(frozen=True)

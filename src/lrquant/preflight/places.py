@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lrquant.claims import OWN
-from lrquant.data import Samples
+from lrquant.blocks.workbench import Workbench
+from lrquant.data.samples import Samples
 from lrquant.export.protected import check_target
-from lrquant.files import nearest_existing, require_writable
-from lrquant.identity import describe_run
-from lrquant.model import Model
+from lrquant.files.whole import nearest_existing, require_writable
+from lrquant.learn.identity import describe_run
+from lrquant.model.model import Model
 from lrquant.preflight.findings import Preflight
-from lrquant.workbench import Workbench
-from lrquant.workdir import RunFolder
+from lrquant.runs.claims import OWN
+from lrquant.runs.folder import RunFolder
 
 _MEND = "free some space, or use another --output_dir or --save_dir"
 

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.blocks import BlockRunner
-from lrquant.config import Config
-from lrquant.errors import LRQuantError
-from lrquant.fit import BlockData, FitSettings, learning_step, make_optimizer
-from lrquant.identity import fit_settings
-from lrquant.inputs import BlockInputs
-from lrquant.learn.objective import Objective
-from lrquant.learn.view import BlockView
-from lrquant.preflight.load import Load
-from lrquant.sources import WeightSource
-from lrquant.stats import ChannelStatistics
-from lrquant.streams import Stream
-from lrquant.workbench import (
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.runner import BlockRunner
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.view import BlockView
+from lrquant.blocks.workbench import (
     WeightedObserver,
     Workbench,
     advance_full_precision,
     method_of,
     peak_memory,
 )
+from lrquant.config.config import Config
+from lrquant.errors import LRQuantError
+from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.learn.identity import fit_settings
+from lrquant.learn.objective import Objective
+from lrquant.model.sources import WeightSource
+from lrquant.preflight.load import Load
 
 REPEATS = 3
 LONGEST = 6.0  # seconds spent on repeating one measurement

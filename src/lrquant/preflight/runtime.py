@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from lrquant.export import Format, choose_format
+from lrquant.blocks.workbench import block_shapes
+from lrquant.config.scheme import FLOAT_BITS
 from lrquant.export.checkpoint import check_format
+from lrquant.export.choice import choose_format
+from lrquant.export.format import Format
 from lrquant.export.kernels import check_kernels, fused_linears
 from lrquant.export.targets import loading_of, verdicts
-from lrquant.model import Model
+from lrquant.model.model import Model
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.preflight.findings import Preflight
-from lrquant.scheme import FLOAT_BITS
-from lrquant.workbench import block_shapes
 
 
 def chosen_format(done: Preflight) -> Format | None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.identity import describe_method, method_name
+from lrquant.config.scheme import Scheme
+from lrquant.learn.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
-from lrquant.results import MEASURES, entries, seen_from
-from lrquant.scheme import Scheme
+from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.results import MEASURES, entries, seen_from
 from lrquant.version import __version__
-from lrquant.workdir import BlockRecord, RunFolder
 
 FORMAT = 1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lrquant.config.scheme import Scheme
 from lrquant.errors import UNREADABLE, LRQuantError
-from lrquant.export.manifest import MANIFEST, read_manifest
 from lrquant.export.verification import Verified, verify
-from lrquant.files import read_json
-from lrquant.report.tables import results_table, table
-from lrquant.results import seen_from
-from lrquant.scheme import Scheme
-from lrquant.sources.checks import first_line
-from lrquant.workdir import BlockRecord, RunFolder
+from lrquant.files.manifest import MANIFEST, read_manifest
+from lrquant.files.whole import read_json
+from lrquant.measures.tables import results_table, table
+from lrquant.model.sources.checks import first_line
+from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.results import seen_from
 
 
 def inspect_folder(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lrquant.measures.tables import table
 from lrquant.report.result_sections import adaptation_table, result_tables
 from lrquant.report.sections import (
     Table,
@@ -14,7 +15,6 @@ from lrquant.report.sections import (
     worst_sentence,
     worst_table,
 )
-from lrquant.report.tables import table
 
 
 def run_markdown(contents: dict[str, Any]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.filesize import decimal
 
+from lrquant.measures.numbers import divergence, duration, number, share
+from lrquant.measures.tables import named
 from lrquant.report import charts, comparison_charts, tensor_charts
-from lrquant.report.numbers import divergence, duration, number, share
 from lrquant.report.result_sections import adaptation_table, labels, result_tables
 from lrquant.report.sections import (
     Table,
@@ -21,8 +22,7 @@ from lrquant.report.sections import (
     worst_sentence,
     worst_table,
 )
-from lrquant.report.tables import named
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 _TILES = 2  # texts whose perplexities stand at the top
 

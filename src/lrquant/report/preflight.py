@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lrquant.identity import describe_method
+from lrquant.learn.identity import describe_method
 from lrquant.preflight.findings import Preflight
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from lrquant.config import Config
+from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 
 _NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out

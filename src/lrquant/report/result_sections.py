@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lrquant.report.numbers import divergence, number, share
-from lrquant.report.sections import Table
-from lrquant.report.tables import (
+from lrquant.measures.numbers import divergence, number, share
+from lrquant.measures.tables import (
     AGREEMENT,
     COLUMNS,
     SPREAD_NOTE,
@@ -18,6 +17,7 @@ from lrquant.report.tables import (
     task_rows,
     verdict,
 )
+from lrquant.report.sections import Table
 
 ADAPTED_NOTE = (
     "Test-time adaptation learned the last blocks again on the text that it is scored on (never "

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from lrquant.report.numbers import decibels, duration, number, percent, share
+from lrquant.measures.numbers import decibels, duration, number, percent, share
 
 
 @dataclass(frozen=True)

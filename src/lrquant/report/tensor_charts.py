@@ -8,11 +8,11 @@ import numpy
 import torch
 from matplotlib.colors import LogNorm
 
-from lrquant.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
+from lrquant.learn.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
+from lrquant.measures.numbers import number, percent
 from lrquant.report.charts import diagnosed, short
-from lrquant.report.numbers import number, percent
 from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 _ACTIVATION_PICTURES = 6
 _SMALLEST = 1e-6  # of the largest magnitude; smaller ones look alike

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
-from lrquant.files import read_plain, write_whole
+from lrquant.files.whole import read_plain, write_whole
 from lrquant.report.contents import run_contents
 from lrquant.report.markdown import run_markdown
-from lrquant.workdir import RunFolder
+from lrquant.runs.folder import RunFolder
 
 _MARK = b'<meta name="generator" content="lrquant">'  # as in templates/base.html
 _START = 1000  # bytes of a page that have it

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from lrquant.attention import mark_quantized
+from lrquant.blocks.attention import mark_quantized
+from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.integer import quantize_tokens
-from lrquant.scheme import FLOAT_BITS, Scheme
 
 _SCALE_BYTES = 4
 

@@ -7,9 +7,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lrquant.export.compressed_tensors import packed_weight
+from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.numerics.integer import affine_product, quantize_tokens
-from lrquant.scheme import FLOAT_BITS, Scheme
+from lrquant.numerics.packing import packed_weight
 
 
 class IntegerLinear(nn.Module):

@@ -15,12 +15,14 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrquant.attention import attention_name
+from lrquant.blocks.attention import attention_name
+from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
-from lrquant.export.native import NAME, VERSION
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.linear import IntegerLinear
-from lrquant.scheme import FLOAT_BITS, Scheme
+
+NAME = "lrquant"
+VERSION = 1
 
 
 @register_quantization_config(NAME)

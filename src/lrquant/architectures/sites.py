@@ -1,0 +1,120 @@
+"""Places where a scale and a shift can move from a producer into its consumers.
+
+A site owns one learnable vector s.  Each of its folds says which module carries a power of s, along
+which axis, and which element of s belongs to each channel: enough to scale the weights, to check in
+float64 that the model's function is unchanged, and to reduce statistics to the length of s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lrquant.config.choices import Kind
+
+UNTOUCHED = -1
+
+
+@dataclass(frozen=True)
+class Fold:
+    """`module`'s channels along `axis` are multiplied by ``s[index] ** power``.
+
+    "rows": output channels of a linear and its bias; "columns": input channels of a linear;
+    "norm": the elementwise weight and bias of a norm, whose stored weight is what it multiplies
+    with less `offset` (some store weight - 1).  A channel with index `UNTOUCHED` stays as it is.
+    """
+
+    module: str
+    axis: Literal["rows", "columns", "norm"]
+    power: Literal[-1, 1]
+    index: tuple[int, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One learnable scale vector of `size` elements and where it goes.
+
+    `measured` is the linear whose input statistics initialise it (None: it starts at 1);
+    `shiftable` says that subtracting a shift from the producer's bias and adding ``W shift`` to the
+    consumers' keeps the function, whatever module holds the bias.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    folds: tuple[Fold, ...]
+    measured: str | None
+    shiftable: bool
+
+    @property
+    def producer(self) -> Fold:
+        """The fold that divides by s (for q and k: the query side)."""
+        return self.folds[0]
+
+    @property
+    def consumers(self) -> tuple[Fold, ...]:
+        """The folds that multiply by s."""
+        return self.folds[1:]
+
+
+def norm_site(norm: str, consumers: tuple[str, ...], hidden_size: int, offset: float = 0.0) -> Site:
+    """Norm -> every linear that reads its output; all of them must be named."""
+    identity = tuple(range(hidden_size))
+    folds = [Fold(norm, "norm", -1, identity, offset)]
+    folds += [Fold(consumer, "columns", 1, identity) for consumer in consumers]
+    return Site(norm, "norm", hidden_size, tuple(folds), consumers[0], shiftable=True)
+
+
+def value_output_site(
+    value: str, output: str, heads: int, kv_heads: int, head_dim: int, rows: int = 0
+) -> Site:
+    """v_proj -> o_proj: one scale per (kv head, channel), repeated over its group's query heads.
+
+    `rows` of `value` come before those of the values, as in a fused projection.
+    """
+    size = kv_heads * head_dim
+    repeats = heads // kv_heads
+    columns = tuple(
+        (head // repeats) * head_dim + channel
+        for head in range(heads)
+        for channel in range(head_dim)
+    )
+    folds = (
+        Fold(value, "rows", -1, (UNTOUCHED,) * rows + tuple(range(size))),
+        Fold(output, "columns", 1, columns),
+    )
+    return Site(output, "value_output", size, folds, output, shiftable=True)
+
+
+def query_key_site(
+    query: str, key: str, heads: int, kv_heads: int, head_dim: int, rotary: str | None
+) -> Site:
+    """q / t and k * t, t per kv head and, under RoPE, per pair of channels rotated together.
+
+    `rotary`: None without RoPE, "half" where channels i and i + head_dim/2 turn together,
+    "interleaved" where neighbours do.  `query` and `key` may be one linear, which then holds the
+    rows of the queries, the keys and the values in this order.
+    """
+    half = head_dim // 2
+    pair = {
+        None: tuple(range(head_dim)),
+        "half": tuple(channel % half for channel in range(head_dim)),
+        "interleaved": tuple(channel // 2 for channel in range(head_dim)),
+    }[rotary]
+    width = max(pair) + 1
+    repeats = heads // kv_heads
+    of_query = tuple((head // repeats) * width + p for head in range(heads) for p in pair)
+    of_key = tuple(head * width + p for head in range(kv_heads) for p in pair)
+    if query == key:
+        queries, keys = (UNTOUCHED,) * len(of_query), (UNTOUCHED,) * len(of_key)
+        of_query, of_key = of_query + keys + keys, queries + of_key + keys
+    folds = (Fold(query, "rows", -1, of_query), Fold(key, "rows", 1, of_key))
+    return Site(f"{query}:{key}", "query_key", kv_heads * width, folds, None, shiftable=False)
+
+
+def up_down_site(up: str, down: str, width: int) -> Site:
+    """up_proj -> down_proj of a gated MLP, or fc1 -> fc2 with ReLU between them."""
+    identity = tuple(range(width))
+    folds = (Fold(up, "rows", -1, identity), Fold(down, "columns", 1, identity))
+    return Site(down, "up_down", width, folds, down, shiftable=False)

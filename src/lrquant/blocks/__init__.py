@@ -1,0 +1,1 @@
+"""One block: what enters it, its weights under what is learned, its run."""

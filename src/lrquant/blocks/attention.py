@@ -1,0 +1,61 @@
+"""Scaled dot-product attention on quantised Q, K and V, under a name that transformers knows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.numerics.affine import fake_quantize_tokens
+
+_QUANTIZED = "_lrquant_quantized"
+
+
+def mark_quantized(states: Tensor) -> Tensor:
+    """Say of states that they lie on their grid: attention takes them as they are."""
+    setattr(states, _QUANTIZED, True)
+    return states
+
+
+def attention_name(scheme: Scheme, dtype: torch.dtype | None = None) -> str:
+    """Register (once) and name the attention that quantises Q, K and V as `scheme` says.
+
+    Its products run in `dtype`, or in that of the queries.
+    """
+    bits, symmetric = scheme.attention_bits, scheme.activation_symmetric
+    kind = "own" if dtype is None else str(dtype).removeprefix("torch.")
+    name = f"lrquant_{bits}{'s' if symmetric else 'a'}_{kind}"
+    AttentionInterface.register(name, partial(_attention, bits, symmetric, dtype))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _attention(
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention on quantised Q, K, V (batch, heads, tokens, head_dim)."""
+    dtype = dtype or query.dtype
+    if bits == FLOAT_BITS:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    else:
+        query, key, value = (
+            states.to(dtype)
+            if getattr(states, _QUANTIZED, False)
+            else fake_quantize_tokens(states, bits, symmetric, dtype)
+            for states in (query, key, value)
+        )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

@@ -1,0 +1,65 @@
+"""All that comes after the last block: final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.blocks.stubs import stubs
+from lrquant.model.model import Model
+
+
+class Head:
+    """Everything after the last block: final norm and head, on hidden states."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._device = model, device
+        self._tensors = model.outer_tensors(device, dtype, head=True)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary), or (batch, classes) of a classifier.
+
+        Of final hidden states (batch, tokens, hidden).
+        """
+        model = self._model
+        visits = [lambda hidden, arguments: hidden_states] * len(model.blocks)
+        handles = cast_outer_linears(model.skeleton, model.block_lists)
+        try:
+            with torch.no_grad(), stubs(model.blocks, visits):
+                return functional_call(
+                    model.skeleton,
+                    self._tensors,
+                    (),
+                    self._inputs(hidden_states),
+                    tie_weights=False,
+                ).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _inputs(self, hidden_states: Tensor) -> dict[str, Any]:
+        """Inputs whose only use is that the model has some."""
+        if self._model.architecture.reads_pixels:
+            config = self._model.config
+            shape = len(hidden_states), config.num_channels, config.image_size, config.image_size
+            return {"pixel_values": torch.zeros(shape, device=self._device)}
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.long, device=self._device)
+        return {"input_ids": ids, "use_cache": False}
+
+
+def cast_outer_linears(module: nn.Module, block_lists: Sequence[str]) -> list[Any]:
+    """Hook every linear outside the blocks to cast its input to its weight's dtype."""
+    inside = tuple(path + "." for path in block_lists)
+
+    def cast(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0].to(linear.weight.dtype),)
+
+    return [
+        linear.register_forward_pre_hook(cast)
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear) and not name.startswith(inside)
+    ]

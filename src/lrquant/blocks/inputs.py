@@ -1,0 +1,201 @@
+"""What a model hands to its blocks: first hidden states, arguments, what it adds between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.blocks.runner import Prepare
+from lrquant.blocks.streams import Stream, batches_of
+from lrquant.blocks.stubs import stubs
+from lrquant.data.feeds import Feed, Inputs, has_pictures
+from lrquant.errors import LRQuantError
+from lrquant.model.model import Model
+
+
+class _Recorded(Exception):
+    """Ends a forward whose block inputs have all been seen."""
+
+
+class BlockInputs:
+    """What the model hands to its blocks: the first hidden states and every block's arguments.
+
+    `feed` are the model's own inputs, or token ids (samples, tokens).  Arguments are kept per batch
+    and per block, and shared by batches for which they are equal.
+    """
+
+    def __init__(
+        self, model: Model, feed: Feed | Tensor, batch_size: int, device: torch.device
+    ) -> None:
+        if isinstance(feed, Tensor):
+            feed = Feed.of_tokens(feed)
+        self.feed = feed if batch_size == 1 else feed.grouped()
+        self._arguments: list[list[dict[str, Any]]] = []
+        self._model, self._device = model, device
+        samples = self.feed.slices(batch_size)
+        if model.architecture.reads_pixels:
+            shapes = self._first_shapes(samples)
+        else:
+            _check_length(model, max(sample["input_ids"].shape[1] for sample in feed.inputs))
+            shapes = [
+                (part.stop - part.start, self.feed.inputs[part.start]["input_ids"].shape[1])
+                for part in samples
+            ]
+        self.batches = batches_of(samples, shapes)
+        self.shape = (self.batches[-1].rows.stop, model.hidden_size)
+
+    def embed(self, stream: Stream, tower: Prepare | None = None) -> None:
+        """Fill `stream` with the first block's inputs and record the arguments of all blocks.
+
+        The vision tower in front of the blocks, if there is one, runs as `tower` prepares it.
+        """
+        pictures = any(map(has_pictures, self.feed.inputs))
+        model = self._model
+        device = self._device if pictures else torch.device("cpu")
+        self._arguments = []
+        stream.added = {}
+        with ExitStack() as stack:
+            tensors = model.outer_tensors(device, torch.float32, head=False)
+            if pictures:
+                tensors |= _buffers(model.skeleton.base_model, device)
+            if pictures and model.tower is not None:
+                if tower is None:
+                    raise LRQuantError("pictures: the vision tower is not prepared")
+                tensors |= _entered_tower(model, tower, stack)
+            for batch in self.batches:
+                seen = self._seen(tensors, self.feed.collate(batch.samples), device)
+                stream.write(batch, seen[0][0])
+                for block, (added, _) in enumerate(seen[1:], 1):
+                    if added.any():
+                        stream.added[batch.rows.start, block] = added.flatten(0, -2).to(
+                            stream.states.dtype
+                        )
+                self._keep([_to_device(arguments, self._device) for _, arguments in seen])
+
+    def _seen(
+        self, tensors: dict[str, Tensor], inputs: Inputs, device: torch.device
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What each block is called with when every block before it returns zeros."""
+        blocks = self._model.blocks
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            seen.append((hidden, arguments))
+            if len(seen) == len(blocks):
+                raise _Recorded
+            return torch.zeros_like(hidden)
+
+        self._forward(tensors, inputs, device, [visit] * len(blocks))
+        return seen
+
+    def _first_shapes(self, samples: Sequence[slice]) -> list[tuple[int, ...]]:
+        """Leading shapes of the first block's hidden states, a batch each."""
+        found: list[tuple[int, ...]] = []
+
+        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            found.append(tuple(hidden.shape[:-1]))
+            raise _Recorded
+
+        cpu = torch.device("cpu")
+        tensors = self._model.outer_tensors(cpu, torch.float32, head=False)
+        for part in samples:
+            self._forward(tensors, self.feed.collate(part), cpu, [visit])
+        return found
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        tensors: dict[str, Tensor],
+        inputs: Inputs,
+        device: torch.device,
+        visits: Sequence[Callable],
+    ) -> None:
+        model = self._model
+        arguments: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
+        if "input_ids" in arguments:
+            arguments["use_cache"] = False
+        with stubs(model.blocks, visits):
+            try:
+                functional_call(
+                    model.skeleton.base_model, tensors, (), arguments, tie_weights=False
+                )
+            except _Recorded:
+                return
+        raise LRQuantError(
+            f"model family {model.architecture.name!r}: a forward over the samples ended before "
+            f"every block of {model.architecture.blocks} had run; its pictures are missing, or the "
+            "declaration does not fit this model"
+        )
+
+    def _keep(self, arguments: list[dict[str, Any]]) -> None:
+        if self._arguments and _equal(self._arguments[-1], arguments):
+            arguments = self._arguments[-1]
+        self._arguments.append(arguments)
+
+    def arguments(self, batch: int, block: int) -> dict[str, Any]:
+        """Keyword arguments of one block for one batch."""
+        return self._arguments[batch][block]
+
+    def weights(self, batch: int) -> Tensor | None:
+        """How much each token of a batch counts, (samples, tokens) float32; None: all alike."""
+        if self._model.architecture.reads_pixels:
+            return None
+        found = self.feed.batch_weights(self.batches[batch].samples)
+        return None if found is None else found.to(self._device)
+
+
+def _check_length(model: Model, tokens: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise LRQuantError(
+            f"samples of {tokens} tokens: the model has {positions} positions; use --seqlen "
+            f"{positions} or less, or smaller pictures"
+        )
+
+
+def _buffers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Computed buffers of a module on a device."""
+    return {n: b.to(device) for n, b in module.named_buffers() if not b.is_meta}
+
+
+def _entered_tower(model: Model, prepare: Prepare, stack: ExitStack) -> dict[str, Tensor]:
+    """The tower's tensors, named relative to the base model; its hooks are on until `stack` ends.
+
+    The whole tower is in memory.
+    """
+    tower = model.tower
+    assert tower is not None
+    base = model.skeleton.base_model_prefix + "."
+    tensors: dict[str, Tensor] = {}
+    for index in range(len(tower.blocks)):
+        prepared = prepare(index)
+        prefix = tower.block_name(index).removeprefix(base) + "."
+        own = prepared.runner.bind(prepared.tensors)
+        tensors |= {prefix + name: tensor for name, tensor in own.items()}
+        stack.enter_context(prepared.runner)
+    return tensors
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to_device(part, device) for part in value)
+    if isinstance(value, dict):
+        return {key: _to_device(part, device) for key, part in value.items()}
+    return value
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return type(left) is type(right) and torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return left == right

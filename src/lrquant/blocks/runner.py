@@ -1,0 +1,144 @@
+"""One block under hooks, a whole model's head, and a block that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PretrainedConfig
+
+from lrquant.blocks.attention import attention_name
+from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.numerics.affine import fake_quantize_tokens
+
+SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
+INPUT_FACTOR_SUFFIX = ".input_factor"  # and these multiply the input of a linear
+Observer = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """A block ready to run: its runner (not yet entered) and the tensors it computes with."""
+
+    runner: BlockRunner
+    tensors: dict[str, Tensor]
+
+
+Prepare = Callable[[int], PreparedBlock]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model as it is to compute: how block i is made ready, and block i of the vision tower."""
+
+    blocks: Prepare
+    tower: Prepare | None = None
+
+    def __call__(self, index: int) -> PreparedBlock:
+        """Block `index` of the language part."""
+        return self.blocks(index)
+
+
+class BlockRunner:
+    """One block's forward with given tensors; a context manager that holds the hooks.
+
+    The residual stream and the norms are float32; what a linear or the attention reads is first
+    quantised as `scheme` says, then cast to `dtype`, in which matrix products run.  Consumers of
+    one tensor share its quantised form.  `shifted` names norms without a bias whose output takes a
+    shift; a linear that has an input factor reads its input times that; `observer` is told (linear,
+    unquantised input (batch, tokens, in)).
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Sequence[str],
+        scheme: Scheme,
+        dtype: torch.dtype,
+        shifted: Sequence[str] = (),
+        observer: Observer | None = None,
+    ) -> None:
+        self.block, self.linears, self.shifted = block, linears, shifted
+        self.config = _attention_config(block)
+        self.scheme, self.dtype, self.observer = scheme, dtype, observer
+        self._handles: list[Any] = []
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._leading = torch.Size((0, 0))
+        self._extras: dict[str, Tensor] = {}
+
+    def __enter__(self) -> BlockRunner:
+        for name in self.linears:
+            linear = self.block.get_submodule(name)
+            self._handles.append(linear.register_forward_pre_hook(partial(self._before, name)))
+        for name in self.shifted:
+            norm = self.block.get_submodule(name)
+            self._handles.append(norm.register_forward_hook(partial(self._after_norm, name)))
+        self._handles.append(self.block.register_forward_hook(self._after_block))
+        self._attention_before = self.config._attn_implementation
+        self.config._attn_implementation = attention_name(self.scheme, self.dtype)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.config._attn_implementation = self._attention_before
+
+    def __call__(
+        self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters.
+
+        Hidden states of packed pictures are (patches, hidden).
+        """
+        self._leading = hidden_states.shape[:-1]
+        output = functional_call(self.block, self.bind(tensors), (hidden_states,), arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def bind(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep what the hooks apply among `tensors`; the rest are the block's parameters."""
+        suffixes = SHIFT_SUFFIX, INPUT_FACTOR_SUFFIX
+        self._extras = {name: t for name, t in tensors.items() if name.endswith(suffixes)}
+        return {name: t for name, t in tensors.items() if name not in self._extras}
+
+    def on(self, block: nn.Module) -> BlockRunner:
+        """The same hooks for another block of the same shape."""
+        return BlockRunner(block, self.linears, self.scheme, self.dtype, self.shifted)
+
+    def _before(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (values,) = inputs
+        if self.observer is not None:
+            flattened = values.dim() == 2 and len(values) == self._leading.numel()
+            self.observer(name, values.unflatten(0, self._leading) if flattened else values)
+        factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
+        if factor is not None:
+            return (self._quantized(values * factor),)
+        if self._last is None or self._last[0] is not values:
+            self._last = values, self._quantized(values)
+        return (self._last[1],)
+
+    def _quantized(self, values: Tensor) -> Tensor:
+        """What a linear multiplies, in the products' dtype."""
+        scheme = self.scheme
+        if scheme.activation_bits == FLOAT_BITS:
+            return values.to(self.dtype)
+        return fake_quantize_tokens(
+            values, scheme.activation_bits, scheme.activation_symmetric, self.dtype
+        )
+
+    def _after_norm(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output + self._extras[name + SHIFT_SUFFIX]
+
+    def _after_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._last = None
+
+
+def _attention_config(block: nn.Module) -> PretrainedConfig:
+    """The configuration from which a block's attention takes its implementation."""
+    found = [getattr(module, "config", None) for module in block.modules()]
+    return next(config for config in found if isinstance(config, PretrainedConfig))

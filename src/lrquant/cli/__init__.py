@@ -1,0 +1,5 @@
+"""The command line."""
+
+from lrquant.cli.commands import main, quantize_main, statistics_main
+
+__all__ = ["main", "quantize_main", "statistics_main"]

@@ -1,0 +1,1 @@
+"""What a user may say: every setting, schemes, presets."""

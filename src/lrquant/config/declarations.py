@@ -1,0 +1,46 @@
+"""Declarations: found by looking into a folder of this package, and in others' by entry points."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from lrquant.errors import LRQuantError
+
+T = TypeVar("T")
+
+
+def declarations(group: str, folder: str, attribute: str, kind: type[T]) -> list[T]:
+    """Every `attribute` of that kind: of the modules in `folder`, then of other packages.
+
+    `folder` is the name of a package here ("lrquant.export").  Another package declares its own
+    under the entry point group `lrquant.<group>`, as `name = "module:OBJECT"`.  Raises LRQuantError
+    for an entry point that cannot be loaded, or that is something else.
+    """
+    path = importlib.import_module(folder).__path__
+    modules = [
+        importlib.import_module(f"{folder}.{each.name}") for each in pkgutil.iter_modules(path)
+    ]
+    own = [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
+    return [*own, *_of_others(f"lrquant.{group}", kind)]
+
+
+def _of_others(group: str, kind: type[T]) -> list[T]:
+    declared: list[T] = []
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        try:
+            value = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise LRQuantError(
+                f"entry point {entry.name!r} of {group}: {entry.value} cannot be loaded ({error}); "
+                "mend or uninstall the package that declares it"
+            ) from error
+        if not isinstance(value, kind):
+            raise LRQuantError(
+                f"entry point {entry.name!r} of {group}: {entry.value} is a "
+                f"{type(value).__name__}, not a {kind.__name__}"
+            )
+        declared.append(value)
+    return declared

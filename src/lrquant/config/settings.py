@@ -1,0 +1,170 @@
+"""Settings by name, before they are a Config: out of YAML or a command line, one for another."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+import unicodedata
+from datetime import date
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrquant.config.presets import PRESETS
+from lrquant.config.scheme import Scheme
+from lrquant.errors import LRQuantError
+
+_PARTS = ("rotation", "two_branch", "dynamic_weights")
+_SPELLED_OUT = {
+    **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
+    **{"symmetric": "symmetric", "qkv_bits": "qkv_bits"},
+}
+
+
+def spelled_out(scheme: Scheme) -> dict[str, Any]:
+    """The settings that say what a scheme's name says."""
+    return {name: getattr(scheme, attribute) for name, attribute in _SPELLED_OUT.items()}
+
+
+def require_one_scheme(settings: dict[str, Any]) -> None:
+    """Refuse bits, group size or symmetry that contradict the scheme given beside them."""
+    if not settings.get("scheme"):
+        return
+    scheme = Scheme.parse(settings["scheme"])
+    for name, attribute in _SPELLED_OUT.items():
+        named, given = getattr(scheme, attribute), settings.get(name)
+        if named not in (None, False) and given not in (None, named):
+            raise LRQuantError(
+                f"scheme {scheme.name} and {name} {given} disagree; give one of them"
+            )
+
+
+def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with those of `by` in their place; a scheme and its bits replace each other.
+
+    A preset in `by` replaces every value that it names, `lr_plus` its three parts.
+    """
+    replaced = set(PRESETS["paper"]) if "preset" in by else set()
+    replaced |= set(_PARTS) if "lr_plus" in by else set()
+    settings = {name: value for name, value in settings.items() if name not in replaced}
+    if by.get("scheme"):
+        settings = {name: value for name, value in settings.items() if name not in _SPELLED_OUT}
+    elif settings.get("scheme") and by.keys() & _SPELLED_OUT.keys():
+        scheme = Scheme.parse(settings["scheme"])
+        bits = spelled_out(scheme)
+        bits = {name: value for name, value in bits.items() if value not in (None, False)}
+        settings = {**settings, **bits, "scheme": None}
+    return {**settings, **by}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, which can make a few lines endless, and without a key given twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="an alias (*name): write it out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.MarkedYAMLError(problem=f"{twice} twice", problem_mark=node.start_mark)
+        return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    if path.exists() and not path.is_file():
+        raise LRQuantError(f"config {path}: not a file; give a YAML file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise LRQuantError(f"config {path}: cannot be read ({_reason(error)})") from error
+    if not isinstance(values, dict):
+        raise LRQuantError(f"config {path}: expected `setting: value` lines")
+    return values
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).splitlines()[0]
+
+
+def refuse_empty(values: dict[str, Any], defaults: dict[str, Any], origin: str = "") -> None:
+    """Refuse an empty text, which would mean a default or the present folder, by its name."""
+    for name, value in values.items():
+        if isinstance(value, str) and not value.strip() and defaults.get(name) != "":
+            where = f"{origin}: {name}" if origin else name
+            raise LRQuantError(f"{where} {value!r}: empty; give a value, or leave it out")
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, from YAML or a command line's text."""
+    if kind == bool | str:
+        kind = bool if isinstance(value, bool) else str
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        return _list(value, where)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise LRQuantError(f"{where}: expected true or false, got {shown(value)}")
+    if kind is str:
+        return _text(value, where)
+    wrong = LRQuantError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
+    if not isinstance(value, str | Real) or isinstance(value, bool):
+        raise wrong
+    try:
+        converted = kind(value)
+    except (ValueError, OverflowError) as error:
+        raise wrong from error
+    if kind is int and isinstance(value, float) and converted != value:
+        raise wrong
+    return converted
+
+
+def _list(value: Any, where: str) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise LRQuantError(f"{where}: expected a list, got {shown(value)}")
+    named = tuple(part for part in (_text(part, where).strip() for part in parts) if part)
+    if parts and not named:
+        raise LRQuantError(f"{where} {shown(value)}: names nothing; leave it out for none")
+    return named
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | os.PathLike | Real | date):
+        raise LRQuantError(f"{where}: expected text, got {shown(value)}")
+    text = str(value)
+    odd = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs")), None)
+    if odd is not None:
+        raise LRQuantError(
+            f"{where}: {shown(text)} holds {odd!r}, which is no character of a text in UTF-8; "
+            "rename what it names"
+        )
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value for an error's line."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a whole number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+_SHOWN = 100
+_KINDS = {int: "a whole number", float: "a number"}

@@ -1,0 +1,1 @@
+"""Texts, conversations and pictures, and the samples that they become."""

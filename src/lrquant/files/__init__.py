@@ -1,0 +1,1 @@
+"""Files that are whole or absent, whoever writes beside us: locks, hashes, publishing."""

@@ -1,0 +1,151 @@
+"""Per-channel statistics of linear inputs: the largest magnitude and the running midpoint."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrquant.config.config import Config, optional_path
+from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.files.whole import read_plain, write_whole
+
+SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
+
+
+@dataclass
+class ChannelStatistics:
+    """Statistics by linear name, each (in,), float32 on the CPU.
+
+    maxima: largest |x_j| over all tokens.  midpoints: ``0.99 m + 0.01 (max_j + min_j) / 2`` over
+    the samples in order, the first sample's midpoint as the start.  means and squares:
+    of x_j and x_j**2, of each sample, summed over the samples; they stay in memory, the published
+    files do not have them.
+    """
+
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    midpoints: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Take in the input (samples, tokens, in) or (tokens, in) of one linear.
+
+        Means count tokens as their `weights` (samples, tokens) say; one of weight 0 is not seen.
+        """
+        values = values.detach()
+        samples = values if values.dim() == 3 else values[None]
+        shares = [None] * len(samples) if weights is None else weights
+        for sample, share in zip(samples.float(), shares, strict=True):
+            if share is not None:
+                sample, share = sample[share > 0], share[share > 0]
+            low, high = sample.amin(0).cpu(), sample.amax(0).cpu()
+            maximum, midpoint = torch.maximum(high, -low), (low + high) / 2
+            if name in self.maxima:
+                maximum = torch.maximum(self.maxima[name], maximum)
+                midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
+            self.maxima[name], self.midpoints[name] = maximum, midpoint
+            for sums, values in ((self.means, sample), (self.squares, sample.square())):
+                mean = values.mean(0) if share is None else share @ values / share.sum()
+                mean = mean.cpu()
+                sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
+            self.samples[name] = self.samples.get(name, 0) + 1
+
+    def importance(self, name: str, like: Tensor, shift: Tensor | None) -> Tensor:
+        """Mean squared inputs of a linear (in,), `shift` taken off them, on the device of `like`.
+
+        Ones for a linear that was not seen; their mean is 1 in any case.
+        """
+        if name not in self.squares:
+            return torch.ones(like.shape[1], device=like.device)
+        count = self.samples[name]
+        mean, square = (sums[name].to(like.device) / count for sums in (self.means, self.squares))
+        if shift is not None:
+            square = (square - 2 * shift * mean + shift.square()).clamp(min=0)
+        return square / square.mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def save(self, scales: Path, shifts: Path) -> None:
+        """Write the two files that the published tool reads: name -> tensor."""
+        for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
+            content = io.BytesIO()
+            torch.save(values, content)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, content.getvalue())
+            except OSError as error:
+                reason = str(error).splitlines()[0]
+                raise LRQuantError(
+                    f"statistics {path}: cannot be written ({reason}); free some space or use "
+                    "another folder"
+                ) from error
+
+
+def require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse, before anything is gathered, to replace files without `overwrite`, or other files."""
+    for path in paths:
+        if not os.path.lexists(path):
+            continue
+        if not overwrite:
+            raise LRQuantError(
+                f"statistics {path}: already there; replace it with --overwrite, or use another "
+                "folder"
+            )
+        _load(path)
+
+
+def load_statistics(scales: Path, shifts: Path | None) -> ChannelStatistics:
+    """Read files of this or the published tool; never unpickles anything but tensors."""
+    midpoints = {} if shifts is None else _load(shifts)
+    return ChannelStatistics(_load(scales), midpoints)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        content = io.BytesIO(read_plain(path))
+    except FileNotFoundError as error:
+        raise LRQuantError(
+            f"statistics {path}: no such file; make it with `lrquant stats`, or leave the option "
+            "out and statistics are gathered on the way"
+        ) from error
+    except OSError as error:
+        raise LRQuantError(f"statistics {path}: cannot be read ({error.strerror})") from error
+    try:
+        values = torch.load(content, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise LRQuantError(
+            f"statistics {path}: corrupt or not a statistics file; make it again with "
+            "`lrquant stats`"
+        ) from error
+    well_formed = isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim() == 1
+        for name, tensor in values.items()
+    )
+    if not well_formed:
+        raise LRQuantError(
+            f"statistics {path}: expected a mapping from linear names to one value a channel"
+        )
+    for name, tensor in values.items():
+        if not torch.isfinite(tensor).all():
+            raise LRQuantError(f"statistics {path}: {name} holds a value that is not finite")
+    return {name: tensor.float() for name, tensor in values.items()}
+
+
+logger = logging.getLogger("lrquant")
+
+
+def given_statistics(config: Config) -> ChannelStatistics | None:
+    """The statistics files that the settings name, or None."""
+    if config.act_scales is None:
+        return None
+    statistics = load_statistics(Path(config.act_scales), optional_path(config.act_shifts))
+    if not config.let:
+        return None
+    logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
+    return statistics

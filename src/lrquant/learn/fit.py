@@ -1,0 +1,283 @@
+"""Learning one block: the steps, the choice of its best parameters, the return from NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.runner import BlockRunner
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.view import BlockView
+from lrquant.errors import LRQuantError
+from lrquant.learn.objective import Objective, loss_terms
+
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a block is learned; learning rates are AdamW's, constant."""
+
+    epochs: int
+    let_lr: float
+    lwc_lr: float
+    weight_decay: float
+    loss: str
+    rotation_lr: float = 1e-2
+    two_branch: bool = False
+    dynamic_weights: bool = False
+    ema_init: str = "first"
+    keep_best: bool = False
+
+
+@dataclass
+class FitReport:
+    """What learning a block did.
+
+    Losses are of `objective.measure`: `initial_loss` over the whole calibration set,
+    `epoch_losses` the mean of an epoch's steps, `held_losses` over the whole set after an epoch
+    with parameters held still (only with `keep_best`); `best_epoch` (0: the start) was kept.
+    """
+
+    objective: Objective
+    initial_loss: float
+    epoch_losses: list[float] = field(default_factory=list)
+    held_losses: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
+    non_finite: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """The samples as one block sees them: quantised inputs, each branch's targets, arguments."""
+
+    index: int
+    entry: BlockInputs
+    inputs: Stream
+    targets: tuple[Stream, ...]
+
+    def batch_terms(
+        self, runner: BlockRunner, tensors: dict[str, Tensor], batch: int, kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Block output of one batch and its loss terms."""
+        part = self.entry.batches[batch]
+        arguments = self.entry.arguments(batch, self.index)
+        output = runner(tensors, self.inputs.read(part, self.index), arguments)
+        targets = [stream.read(part) for stream in self.targets]
+        return output, loss_terms(output, targets, kind, self.entry.weights(batch))
+
+    @torch.no_grad()
+    def terms(
+        self, runner: BlockRunner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
+    ) -> Tensor:
+        """Mean loss terms over the whole set with tensors held still, (terms,) float32.
+
+        With `advance` the outputs take the inputs' place: the stream moves on.
+        """
+        parts, counts = [], []
+        for number, batch in enumerate(self.entry.batches):
+            output, terms = self.batch_terms(runner, tensors, number, kind)
+            counts.append(self.count(number))
+            parts.append(terms.double() * counts[-1])
+            if advance:
+                self.inputs.write(batch, output)
+        return (torch.stack(parts).sum(0) / sum(counts)).float()
+
+    def count(self, batch: int) -> float:
+        """Tokens of a batch, each as often as its weight says."""
+        weights = self.entry.weights(batch)
+        tokens = math.prod(self.entry.batches[batch].shape)
+        return float(tokens if weights is None else weights.double().sum())
+
+
+def fit_block(
+    view: BlockView,
+    runner: BlockRunner,
+    data: BlockData,
+    settings: FitSettings,
+    progress: Progress = lambda step, loss: None,
+) -> FitReport:
+    """Learn the view's parameters in place.
+
+    With `keep_best` the parameters of the epoch after which the loss over the whole set was lowest
+    are kept.  A non-finite loss ends the block at its best parameters so far (without `keep_best`,
+    those whose epoch had the lowest mean loss); if a weight or the start itself is non-finite, an
+    error names the first that is.
+    """
+    _check_stored(view, data.index)
+    with torch.no_grad():
+        tensors = view.tensors()
+    initial = data.terms(runner, tensors, settings.loss)
+    objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
+    report = FitReport(objective, objective.measure(initial))
+    if not math.isfinite(report.initial_loss):
+        raise LRQuantError(_first_non_finite(runner, tensors, data))
+    if settings.epochs and view.parameters:
+        _Learning(view, runner, data, settings, report, progress).run()
+    return report
+
+
+def advance_quantized(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> Tensor:
+    """Move the quantised stream through the frozen block; its mean loss terms."""
+    with torch.no_grad():
+        tensors = view.freeze().tensors(view.dtype)
+    return data.terms(runner, tensors, kind, advance=True)
+
+
+class _Learning:
+    """The epochs of one block."""
+
+    def __init__(
+        self,
+        view: BlockView,
+        runner: BlockRunner,
+        data: BlockData,
+        settings: FitSettings,
+        report: FitReport,
+        progress: Progress,
+    ) -> None:
+        self.view, self.runner, self.data = view, runner, data
+        self.settings, self.report, self.progress = settings, report, progress
+        self.start = self.best = _copy(view.parameters)
+
+    def run(self) -> None:
+        """Learn; the view ends with parameters that need no gradient."""
+        report, settings = self.report, self.settings
+        optimizer = make_optimizer(self.view.parameters, settings)
+        best_loss, best_epoch = report.initial_loss, 0
+        for epoch in range(1, settings.epochs + 1):
+            mean = self._epoch(optimizer, epoch)
+            if mean is None:
+                self._go_back(f"epoch {epoch}")
+                break
+            report.epoch_losses.append(mean)
+            held = mean
+            if settings.keep_best:
+                held = self._held_loss()
+                if not math.isfinite(held):
+                    self._go_back(f"epoch {epoch}, after its last step")
+                    break
+                report.held_losses.append(held)
+            if held <= best_loss:
+                self.best, best_loss, best_epoch = _copy(self.view.parameters), held, epoch
+        else:
+            if settings.keep_best:
+                self.view.parameters = self.best
+            elif not math.isfinite(self._first_loss()):
+                self._go_back(f"epoch {settings.epochs}, after its last step")
+        report.best_epoch = best_epoch if settings.keep_best else None
+        self.view.parameters = _copy(self.view.parameters)
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> float | None:
+        """One pass over the samples; the mean loss, or None as soon as something is not finite."""
+        steps = len(self.data.entry.batches)
+        total = 0.0
+        for batch in range(steps):
+            value = learning_step(
+                self.view,
+                self.runner,
+                self.data,
+                batch,
+                optimizer,
+                self.report.objective,
+                self.settings.loss,
+            )
+            if not math.isfinite(value):
+                return None
+            total += value
+            self.progress((epoch - 1) * steps + batch + 1, value)
+        if not all(torch.isfinite(parameter).all() for parameter in self.view.parameters.values()):
+            return None
+        return total / steps
+
+    @torch.no_grad()
+    def _held_loss(self) -> float:
+        terms = self.data.terms(self.runner, self.view.tensors(), self.settings.loss)
+        return self.report.objective.measure(terms)
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        """Loss of the first batch: what the last step, which no other step follows, has led to."""
+        tensors = self.view.tensors()
+        _, terms = self.data.batch_terms(self.runner, tensors, 0, self.settings.loss)
+        return self.report.objective.measure(terms)
+
+    def _go_back(self, event: str) -> None:
+        """Take the best parameters, or the start if they, a step after their loss, are worse."""
+        self.report.non_finite.append(f"{event}: back to the best parameters so far")
+        self.view.parameters = self.best
+        if not self._held_loss() <= self.report.initial_loss:
+            self.view.parameters = self.start
+
+
+def learning_step(
+    view: BlockView,
+    runner: BlockRunner,
+    data: BlockData,
+    batch: int,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    kind: str,
+) -> float:
+    """One step on one batch; the objective's measure before it."""
+    _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
+    optimizer.zero_grad(set_to_none=True)
+    objective.loss(terms).backward()
+    optimizer.step()
+    view.keep_scales_positive_()
+    return objective.measure(terms)
+
+
+def make_optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
+    """AdamW over the parameters, which become leaves, each kind at its own learning rate."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rates = {"let": settings.let_lr, "lwc": settings.lwc_lr, "rotation": settings.rotation_lr}
+    groups = [
+        {"params": [p for name, p in parameters.items() if name.startswith(kind + ".")], "lr": rate}
+        for kind, rate in rates.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
+def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _check_stored(view: BlockView, index: int) -> None:
+    """Refuse damaged weights by name: torch's attention on a CPU turns NaN queries into zeros."""
+    for name, tensor in view.stored.items():
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+            raise LRQuantError(
+                f"block {index}: {name} holds a value that is not finite; the model's weights are "
+                "damaged, download them again"
+            )
+
+
+def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData) -> str:
+    """Name the first linear whose input is not finite, or say that the output is not."""
+    seen: list[str] = []
+
+    def observe(name: str, values: Tensor) -> None:
+        if not torch.isfinite(values).all():
+            seen.append(name)
+
+    before, runner.observer = runner.observer, observe
+    with torch.no_grad():
+        for number, batch in enumerate(data.entry.batches):
+            arguments = data.entry.arguments(number, data.index)
+            runner(tensors, data.inputs.read(batch, data.index), arguments)
+            if seen:
+                break
+    runner.observer = before
+    where = f"the input of {seen[0]}" if seen else "the block's output"
+    return (
+        f"block {data.index}: {where} is not finite before any learning; check the model's "
+        "weights, or use --precision float32"
+    )

@@ -1,0 +1,139 @@
+"""What a run is, in words for people and in values that decide whether it may be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from lrquant.blocks.workbench import Workbench, method_of, peak_memory
+from lrquant.config.config import Config
+from lrquant.data.samples import Samples
+from lrquant.learn.fit import FitSettings
+from lrquant.model.model import Model
+from lrquant.version import __version__
+
+
+def describe_method(config: Config) -> str:
+    """One line for people: what is learned, how long."""
+    parts = []
+    if config.lwc:
+        parts.append(f"weight clipping (lr {config.lwc_lr:g})")
+    if config.let:
+        sites = ", ".join(config.let_sites)
+        parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
+    if config.rotation:
+        rank = f"rank {config.rotate_rank}, {_ROTATIONS[config.rotation_sharing or 'site']}"
+        parts.append(f"rotation vectors of {rank} (lr {config.rotation_lr:g})")
+    if not parts:
+        return "round to nearest: nothing is learned"
+    branches = ", two branches" if config.two_branch else ""
+    weights = f", dynamic weights from {config.ema_init}" if config.dynamic_weights else ""
+    kept = ", best epoch kept" if config.keep_best else ""
+    return (
+        f"{method_name(config)}: {' and '.join(parts)}; loss {config.loss}{branches}{weights}; "
+        f"{config.epochs} epoch{'' if config.epochs == 1 else 's'}{kept}"
+    )
+
+
+def method_name(config: Config) -> str:
+    """LRQuant+ with any of its three parts, else LRQuant."""
+    plus = config.rotation or config.two_branch or config.dynamic_weights
+    return "LRQuant+" if plus else "LRQuant"
+
+
+_ROTATIONS = {
+    "site": "input side shared at norms",
+    "linear": "input side for each linear",
+    "none": "output side alone",
+    "weight": "dense on the weight",
+}
+
+
+def describe_run(
+    config: Config, model: Model, workbench: Workbench, calibration: Samples
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed, and `calibration` in words."""
+    settings = dataclasses.asdict(fit_settings(config))
+    statistics = [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in (config.act_scales, config.act_shifts)
+        if path is not None and config.let
+    ]
+    tower = {}
+    if config.vision_quantization is not None and model.tower is not None:
+        scheme = dataclasses.asdict(config.vision_quantization)
+        tower = {"tower": {"blocks": len(model.tower.blocks), "scheme": scheme}}
+    return {
+        "model": model.fingerprint(),
+        **tower,
+        "scheme": dataclasses.asdict(config.quantization),
+        "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
+        "learning": {**settings, "batch_size": config.batch_size},
+        "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
+        "statistics": statistics,
+        "precision": dtype_name(workbench.dtype),
+        "calibration": calibration.description,
+    }
+
+
+class Place(Protocol):
+    """Where and in what a model computes."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def environment(config: Config, place: Place) -> dict[str, Any]:
+    """What a reader needs to repeat the numbers.
+
+    On a CPU also the threads and instructions that torch uses: sums are split by them.
+    """
+    on_cpu = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "model": config.model,
+        "scheme": config.scheme,
+        "method": describe_method(config),
+        "method_name": method_name(config),
+        "seed": config.seed,
+        "device": str(place.device),
+        "precision": dtype_name(place.dtype),
+        **(on_cpu if place.device.type == "cpu" else {}),
+        "versions": {
+            "lrquant": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "peak_memory_bytes": peak_memory(place.device),
+    }
+
+
+def fit_settings(config: Config) -> FitSettings:
+    """How blocks are learned."""
+    return FitSettings(
+        epochs=config.epochs,
+        let_lr=config.let_lr,
+        lwc_lr=config.lwc_lr,
+        weight_decay=config.wd,
+        loss=config.loss,
+        rotation_lr=config.rotation_lr,
+        two_branch=bool(config.two_branch),
+        dynamic_weights=bool(config.dynamic_weights),
+        ema_init=config.ema_init,
+        keep_best=config.keep_best,
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 rather than torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

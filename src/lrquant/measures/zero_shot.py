@@ -1,0 +1,180 @@
+"""Zero-shot tasks through lm-evaluation-harness (the extra `lrquant[eval]`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lrquant.config.config import Config
+from lrquant.data.beginnings import beginning_by_itself, beginning_of
+from lrquant.data.prompts import Reader, require_processor
+from lrquant.errors import LRQuantError
+from lrquant.measures.shares import counted
+from lrquant.measures.task_list import Tasks
+
+logger = logging.getLogger("lrquant")
+NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
+CPU_BATCH = 8  # a larger one gains nothing there, and trying costs five forwards
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One model's scores: the harness's whole output, and each item's value of each metric."""
+
+    output: dict[str, Any]
+    items: dict[str, dict[str, list[Any]]]
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Metrics by task and group, as the harness names them ("acc,none")."""
+        return self.output["results"]
+
+    def items_of(self, tasks: Sequence[str]) -> dict[str, Any] | None:
+        """How many items of these tasks were scored, of how many; None if it is not told."""
+        counts = [self.output.get("n-samples", {}).get(task) for task in tasks]
+        known = [count for count in counts if count is not None]
+        if len(known) < len(tasks):
+            return None
+        return counted(
+            sum(count["effective"] for count in known),
+            sum(count["original"] for count in known),
+            "items",
+        )
+
+    def to_json(self) -> str:
+        """The harness's own JSON."""
+        from lm_eval.utils import handle_non_serializable
+
+        return json.dumps(self.output, indent=1, default=handle_non_serializable) + "\n"
+
+
+def load_tasks(config: Config) -> Tasks | None:
+    """The tasks that the settings name with their sets, or None; what can't be had is refused."""
+    if not config.tasks:
+        return None
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LRQuantError(
+            f"--tasks {config.tasks}: {' and '.join(missing)} of lm-evaluation-harness not "
+            "installed; pip install 'lrquant[eval]'"
+        )
+    from lrquant.measures.harness_tasks import build_tasks
+
+    with quiet_harness():
+        tasks = build_tasks(task_names(config.tasks), config)
+    for name, text in tasks.sets.items():
+        if name not in tasks.parents:
+            logger.info("task %s: %s", name, text)
+    return tasks
+
+
+def score_tasks(
+    tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config
+) -> TaskScores:
+    """What the harness finds for a model in memory."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if reader.tokenizer is None:
+        raise LRQuantError("no tokenizer: zero-shot tasks need one")
+    with quiet_harness(), no_commit_of_this_folder():
+        output = simple_evaluate(
+            _wrapped(tasks, module, reader, config),
+            tasks=list(tasks.loaded),
+            num_fewshot=config.num_fewshot,
+            limit=None if config.limit < 0 else config.limit,
+            task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
+        )
+    samples = output.pop("samples")
+    return TaskScores(output, {task: _items(found) for task, found in samples.items()})
+
+
+def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config) -> Any:
+    """The model as the harness runs it: with its processor where tasks show pictures."""
+    import torch
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+
+    if not tasks.with_pictures:
+        size = config.task_batch_size
+        assert reader.tokenizer is not None
+        model_type = reader.architecture.part(reader.skeleton.config).model_type
+        beginning = beginning_of(reader.tokenizer, model_type, config.bos)
+        return HFLM(
+            pretrained=module,
+            tokenizer=beginning_by_itself(reader.tokenizer, beginning),
+            add_bos_token=bool(beginning.ids) if beginning.text else None,
+            batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
+            softmax_dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    others = sorted(tasks.sets.keys() - tasks.with_pictures)
+    if others:
+        raise LRQuantError(
+            f"--tasks: {', '.join(sorted(tasks.with_pictures))} show pictures and "
+            f"{', '.join(others)} do not; the harness runs them apart, so give them in two commands"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        require_processor(reader).save_pretrained(folder)
+        module.name_or_path = folder  # where the harness looks for a model's processor
+        return HFMultimodalLM(
+            pretrained=module, batch_size=1, convert_img_format=True, trust_remote_code=False
+        )
+
+
+def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Values of each "metric,filter" in the order of the items."""
+    values: dict[str, list[Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
+    return values
+
+
+def task_names(tasks: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Its errors alone, and its progress bars and notes only on a terminal."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if not sys.stderr.isatty():
+                nowhere = io.StringIO()
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+    finally:
+        harness.setLevel(level)
+
+
+@contextlib.contextmanager
+def no_commit_of_this_folder() -> Iterator[None]:
+    """Keep the harness from asking git about the folder that the user is in.
+
+    Its answer says nothing of the scores, and in most folders is git's complaint, on the screen.
+    """
+    from lm_eval import evaluator
+
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked

@@ -1,0 +1,132 @@
+"""A model by its path or hub name, out of a GGUF file, or from memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lrquant.architectures import Architecture, architecture_of, find_tower
+from lrquant.errors import LRQuantError
+from lrquant.model.model import Model
+from lrquant.model.reading import read_config, read_generation, read_processor, read_tokenizer
+from lrquant.model.skeleton import build_skeleton
+from lrquant.model.sources import ModuleSource, open_source, resolve_model
+from lrquant.model.sources.kinds import (
+    quantized_by,
+    require_floating_point,
+    require_tokenizer_files,
+)
+from lrquant.model.sources.skeleton import require_floating_weights
+
+logger = logging.getLogger("lrquant")
+
+
+def load_model(name: str, cache_dir: Path | None = None) -> Model:
+    """A local folder, hub name or GGUF file as a `Model`; everything is checked, little is read."""
+    if not name:
+        raise LRQuantError("no model given: use --model with a local path, hub name or GGUF file")
+    files = resolve_model(name, cache_dir)
+    if files.gguf_file is None:
+        require_floating_point(name, files.folder)
+    config = read_config(files.folder, files.gguf_file)
+    architecture = architecture_of(config)
+    tokenizer = None
+    if not architecture.reads_pixels:
+        if files.gguf_file is None:
+            require_tokenizer_files(name, files.folder)
+        tokenizer = read_tokenizer(files.folder, files.gguf_file)
+    skeleton = build_skeleton(config, architecture)
+    source = open_source(files, skeleton)
+    if source.unpacked_from():
+        logger.warning(
+            "model %s: its weights are unpacked from %s; full precision is that of these here",
+            *(name, source.unpacked_from()),
+        )
+    _check_linears(skeleton, architecture)
+    return Model(
+        name,
+        skeleton,
+        tokenizer,
+        source,
+        architecture,
+        None if files.gguf_file else files.folder,
+        load_processor(files.folder, architecture),
+        None if files.gguf_file else read_generation(files.folder),
+    )
+
+
+def from_module(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
+) -> Model:
+    """An in-memory transformers model; its weights are read and never changed."""
+    architecture = architecture_of(module.config)
+    _require_plain(module)
+    skeleton = build_skeleton(module.config, architecture)
+    name = module.config.name_or_path or type(module).__name__
+    _check_linears(skeleton, architecture)
+    if tokenizer is None:
+        tokenizer = getattr(processor, "tokenizer", None)
+    generation = getattr(module, "generation_config", None)
+    source = ModuleSource(module)
+    _require_own_weights(source, skeleton)
+    return Model(name, skeleton, tokenizer, source, architecture, None, processor, generation)
+
+
+def _require_plain(module: PreTrainedModel) -> None:
+    """Refuse a module that is quantised."""
+    where = quantized_by(module.config.to_dict())
+    if where is not None:
+        raise LRQuantError(
+            f"{type(module).__name__} in memory: already quantised ({where}); start from the "
+            "floating-point model"
+        )
+
+
+def _require_own_weights(source: ModuleSource, skeleton: PreTrainedModel) -> None:
+    """Refuse a module whose linears are wrapped or replaced: by adapters, for example."""
+    wanted = skeleton.state_dict()
+    missing = sorted(wanted.keys() - source.names())
+    adapters = [name for name in sorted(source.names()) if ".lora_" in name]
+    if missing or adapters:
+        raise LRQuantError(
+            f"{source.origin}: {(adapters or ['lacks ' + missing[0]])[0]}: its linears were "
+            "replaced or have adapters; merge them first (peft: merge_and_unload)"
+        )
+    require_floating_weights(source, wanted)
+
+
+def load_processor(folder: Path, architecture: Architecture) -> Any:
+    """What makes pictures into a model's inputs, or None where there is none to be had."""
+    if architecture.tower is None and not architecture.reads_pixels:
+        return None
+    loader = AutoImageProcessor if architecture.reads_pixels else AutoProcessor
+    try:
+        return read_processor(folder, loader)
+    except LRQuantError as error:
+        logger.warning("no processor for pictures can be read: %s", error)
+        return None
+
+
+def _check_linears(skeleton: PreTrainedModel, architecture: Architecture) -> None:
+    tower = find_tower(architecture, skeleton.config)
+    for part in (architecture,) if tower is None else (architecture, tower):
+        block = skeleton.get_submodule(f"{part.blocks}.0")
+        present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        declared = set(part.linears(part.part(skeleton.config)))
+        if present != declared:
+            odd = ", ".join(sorted(present ^ declared))
+            raise LRQuantError(
+                f"model family {part.name!r}: the block's linears and the declared ones "
+                f"differ ({odd}); the declaration does not fit this model"
+            )

@@ -1,0 +1,156 @@
+"""Loading a model: skeleton, weights as they are needed, tokenizer, device, precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
+from lrquant.architectures.sites import Site
+from lrquant.model.sources import WeightSource
+
+logger = logging.getLogger("lrquant")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of which no weight is in memory until it is asked for.
+
+    `skeleton` has its parameters on the meta device and real non-persistent buffers; `processor`
+    makes a multimodal model's inputs, or an image classifier's.  `blocks` are those of the language
+    part; of `tower`, the same model seen from its vision tower, they are the tower's.  `generation`
+    is how the model generates where it says so apart from its configuration.
+    """
+
+    name: str
+    skeleton: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: WeightSource
+    architecture: Architecture
+    folder: Path | None = None
+    processor: Any = None
+    generation: GenerationConfig | None = None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the part that the blocks are of."""
+        return self.architecture.part(self.skeleton.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the hidden states between blocks."""
+        embedded = getattr(
+            self.config, "embed_dim", None
+        )  # where hidden_size is that of the output
+        return embedded or self.config.hidden_size
+
+    @property
+    def tower(self) -> Model | None:
+        """The same model seen from its vision tower, if it has one that is declared."""
+        tower = find_tower(self.architecture, self.skeleton.config)
+        return None if tower is None else dataclasses.replace(self, architecture=tower)
+
+    def require_tower(self) -> Model:
+        """The same model seen from its vision tower; refuses a model without one."""
+        tower = self.tower
+        if tower is None:
+            refuse_tower(self.architecture, self.skeleton.config)
+        return tower
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks of the skeleton."""
+        found = self.skeleton.get_submodule(self.architecture.blocks)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the quantised linears, relative to a block."""
+        return self.architecture.linears(self.config)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of a block."""
+        return self.architecture.sites(self.config)
+
+    def block_name(self, index: int) -> str:
+        """Full path of a block, as tensors and statistics files name it."""
+        return f"{self.architecture.blocks}.{index}"
+
+    def block_tensors(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """One block's tensors in their stored dtype, named relative to the block."""
+        prefix = self.block_name(index) + "."
+        names = self.blocks[index].state_dict().keys()
+        return {name: self.source.tensor(prefix + name).to(device) for name in names}
+
+    def outer_tensors(
+        self, device: torch.device, dtype: torch.dtype, *, head: bool
+    ) -> dict[str, Tensor]:
+        """All tensors outside the blocks: linears in `dtype`, the rest float32.
+
+        Without the head if `head` is False; then named relative to the base model.
+        """
+        base = self.skeleton.base_model_prefix + "."
+        names = [name for name in self.outer_names() if head or name.startswith(base)]
+        tensors = {}
+        for name in names:
+            owner = self.skeleton.get_submodule(name.rpartition(".")[0])
+            kind = dtype if isinstance(owner, nn.Linear) else torch.float32
+            tensor = self.source.tensor(name)
+            tensors[name] = tensor.to(device, kind if tensor.is_floating_point() else None)
+        return tensors if head else {name.removeprefix(base): t for name, t in tensors.items()}
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the blocks of the language part and of the tower."""
+        lists = tuple(path + "." for path in self.block_lists)
+        return [name for name in self.skeleton.state_dict() if not name.startswith(lists)]
+
+    @property
+    def block_lists(self) -> tuple[str, ...]:
+        """Paths of the block lists: the language part's, and the tower's if it is declared."""
+        whole = architecture_of(self.skeleton.config)
+        tower = find_tower(whole, self.skeleton.config)
+        return (whole.blocks,) if tower is None else (whole.blocks, tower.blocks)
+
+    @cached_property
+    def tied_names(self) -> frozenset[str]:
+        """Tensors that are another one of the model: the language head, where it is the embedding.
+
+        The configuration may say so of tensors that differ: then they are not tied, as transformers
+        5 loads them.
+        """
+        pairs = self.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        return frozenset(name for name, other in pairs.items() if self.source.alike(name, other))
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are, tied ones once."""
+        return count_parameters(self.skeleton, self.tied_names)
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What tells this model from another one."""
+        return {
+            "model_type": self.skeleton.config.model_type,
+            "blocks": len(self.blocks),
+            "weights": self.source.fingerprint(),
+        }
+
+
+def count_parameters(module: nn.Module, tied: Collection[str]) -> int:
+    """Elements of all parameters but those named, which are other ones again."""
+    return sum(tensor.numel() for name, tensor in module.named_parameters() if name not in tied)

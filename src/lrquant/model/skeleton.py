@@ -1,0 +1,81 @@
+"""A model without its weights: parameters on the meta device, computed buffers real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from lrquant.architectures import Architecture
+from lrquant.config.settings import shown
+from lrquant.errors import LRQuantError
+from lrquant.model.reading import reading
+
+
+def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, computed buffers real."""
+    _require_depth(config)
+    with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
+        skeleton = architecture.auto_class.from_config(
+            config, attn_implementation="sdpa", trust_remote_code=False
+        )
+    _require_blocks(skeleton, architecture)
+    with reading(f"a {config.model_type!r}", Path("config.json")):
+        _compute_buffers(skeleton, skeleton)
+    if architecture.tower is not None:
+        # Now: in a first forward with stand-ins for blocks, the blocks would never get them.
+        maybe_install_capturing_hooks(skeleton)
+    return skeleton.eval().requires_grad_(False)
+
+
+def _require_depth(config: PretrainedConfig) -> None:
+    """Refuse a depth that no model has, which would take for ever to lay out."""
+    values = config.to_dict()
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in _DEPTHS & part.keys():
+            depth = part[name]
+            if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
+                raise LRQuantError(
+                    f"config.json: {name} {shown(depth)}: a model has from 1 to {_DEEPEST}; "
+                    "get the file again"
+                )
+
+
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
+
+
+_DEEPEST = 4096
+
+
+_LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
+
+
+def _require_blocks(skeleton: PreTrainedModel, architecture: Architecture) -> None:
+    """Refuse a model without blocks, or with computed buffers that no memory would hold."""
+    try:
+        blocks = len(getattr(skeleton.get_submodule(architecture.blocks), "_modules", ()))
+    except AttributeError:
+        blocks = 0
+    saved = skeleton.state_dict().keys()
+    sizes = [b.numel() for name, b in skeleton.named_buffers() if name not in saved]
+    if not blocks or sum(sizes) > _LARGEST_BUFFERS:
+        what = f"computed buffers of {sum(sizes)} values" if blocks else "no blocks"
+        raise LRQuantError(
+            f"config.json: a {skeleton.config.model_type!r} with {what}; get the file again"
+        )
+
+
+def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
+    """Buffers that no checkpoint holds, by the model of which the module is part."""
+    if module._non_persistent_buffers_set:
+        module.to_empty(device="cpu", recurse=False)
+        owner._init_weights(module)
+    for child in module.children():
+        _compute_buffers(child, child if isinstance(child, PreTrainedModel) else owner)

@@ -1,0 +1,189 @@
+"""Stored weights under the names of the model they are for: complete, and of its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lrquant.errors import LRQuantError
+from lrquant.model.sources.checks import AGAIN, is_listed, unfinished_download
+from lrquant.model.sources.files import (
+    INDEX,
+    SAFETENSORS,
+    TORCH,
+    SafetensorsSource,
+    TorchFileSource,
+)
+from lrquant.model.sources.gguf_file import GGUFSource
+from lrquant.model.sources.kinds import kind_of_weights
+from lrquant.model.sources.protocol import WeightSource
+from lrquant.model.sources.resolve import ModelFiles
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+_PACKED = (
+    *(".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".scales", ".qzeros"),
+    *(".SCB", ".absmax", ".quant_state.bitsandbytes__nf4", ".weight_q", ".weight_zero_point"),
+)
+
+
+def open_source(files: ModelFiles, skeleton: PreTrainedModel) -> WeightSource:
+    """The weights under the skeleton's names, complete and of its shapes.
+
+    `skeleton` is the model with its parameters on the meta device.
+    """
+    folder = files.folder
+    stored: WeightSource
+    if files.gguf_file is not None:
+        stored = GGUFSource(folder / files.gguf_file, skeleton)
+    elif is_listed(folder / SAFETENSORS) or is_listed(folder / f"{SAFETENSORS}{INDEX}"):
+        stored = SafetensorsSource(folder)
+    elif is_listed(folder / TORCH) or is_listed(folder / f"{TORCH}{INDEX}"):
+        stored = TorchFileSource(folder)
+    else:
+        raise LRQuantError(
+            f"{folder}: no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of shards"
+            f"{unfinished_download(folder)}; {_instead(folder)}"
+        )
+    return SkeletonSource(stored, skeleton)
+
+
+def _instead(folder: Path) -> str:
+    kind = kind_of_weights(folder)
+    return AGAIN if kind is None else f"it holds {kind}"
+
+
+class SkeletonSource(WeightSource):
+    """Stored weights under a skeleton's names, with or without the base model's prefix in the file.
+
+    A tied weight that is not stored comes from its partner.  Raises LRQuantError if a parameter or
+    persistent buffer is missing or has another shape.
+    """
+
+    def __init__(self, stored: WeightSource, skeleton: PreTrainedModel) -> None:
+        self.origin = stored.origin
+        self._stored = stored
+        wanted = skeleton.state_dict()
+        shapes = {name: tuple(t.shape) for name, t in wanted.items()}
+        renamed = _renamed(stored.names(), skeleton)
+        found = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
+        self._found = {name: renamed[other] for name, other in found.items()}
+        self._extra = stored.names() - frozenset(self._found.values())
+        # One object for tied weights: two copies of an unpacked embedding would cost gigabytes.
+        self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        tied: Mapping[str, str] = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
+        for pair in tied.items():
+            for absent, present in (pair, pair[::-1]):
+                if absent not in self._found and present in self._found:
+                    self._found[absent] = self._found[present]
+        self._check(shapes)
+        require_floating_weights(self, wanted)
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        missing = [name for name in shapes if name not in self._found]
+        if missing:
+            packed = [name for name in sorted(self._extra) if name.endswith(_PACKED)]
+            advice = f"the weights do not belong to config.json, or {AGAIN}"
+            if packed:
+                advice = (
+                    f"it holds {packed[0]}, so it is already quantised: start from the "
+                    "floating-point model"
+                )
+            raise LRQuantError(
+                f"{self.origin}: {len(missing)} of the model's {len(shapes)} tensors are missing "
+                f"(first: {missing[0]}); {advice}"
+            )
+        wrong = [name for name in shapes if self.shape(name) != shapes[name]]
+        if wrong:
+            raise LRQuantError(
+                f"{self.origin}: {len(wrong)} of the model's {len(shapes)} tensors have a wrong "
+                f"shape (first: {wrong[0]} is {list(self.shape(wrong[0]))}, config.json says "
+                f"{list(shapes[wrong[0]])}); the weights do not belong to config.json"
+            )
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._found)
+
+    def extra_names(self) -> frozenset[str]:
+        return self._extra
+
+    def dtype(self, name: str) -> str:
+        return self._stored.dtype(self._stored_name(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored.shape(self._stored_name(name))
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self._stored_name(name)
+        tensor = self._shared.get(stored)
+        if tensor is None:
+            tensor = self._shared[stored] = self._stored.tensor(stored)
+        return tensor
+
+    def unpacked_from(self) -> str:
+        return self._stored.unpacked_from()
+
+    def alike(self, name: str, other: str) -> bool:
+        return self._stored_name(name) == self._stored_name(other) or super().alike(name, other)
+
+    def fingerprint(self) -> str:
+        return self._stored.fingerprint()
+
+    def _stored_name(self, name: str) -> str:
+        if name in self._found:
+            return self._found[name]
+        if name in self._extra:
+            return name
+        raise LRQuantError(f"{self.origin}: holds no tensor {name!r}; see names()")
+
+
+def require_floating_weights(source: WeightSource, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse float8 and integers where a model computes with floating-point numbers.
+
+    Casting them would leave out the scales that belong to them.
+    """
+    odd = [
+        name
+        for name, tensor in wanted.items()
+        if tensor.is_floating_point() and source.dtype(name) not in FLOATING
+    ]
+    if odd:
+        raise LRQuantError(
+            f"{source.origin}: {len(odd)} of the model's {len(wanted)} tensors are stored as "
+            f"{source.dtype(odd[0])} (first: {odd[0]}), so they are already quantised; start from "
+            "the floating-point model"
+        )
+
+
+def _renamed(stored: Iterable[str], skeleton: PreTrainedModel) -> dict[str, str]:
+    """Stored names by the names that transformers gives them on loading.
+
+    Models whose modules were renamed since their weights were published have a table of it there.
+    A tensor that it would take apart or join with others keeps its name.
+    """
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    names = {}
+    for name in stored:
+        renamed, converter = rename_source_key(name, renamings, converters)
+        names[name if converter is not None else renamed] = name
+    return names
+
+
+def _match_names(stored: Iterable[str], wanted: Iterable[str], prefix: str) -> dict[str, str]:
+    """Stored name of each wanted one: the same, or with the prefix taken off or put on."""
+    stored, wanted = frozenset(stored), dict.fromkeys(wanted)
+    found = {}
+    for name in wanted:
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if name in stored:
+            found[name] = name
+        elif other in stored and other not in wanted:
+            found[name] = other
+    return found

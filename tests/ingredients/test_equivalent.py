@@ -1,0 +1,130 @@
+"""Learnable equivalent transformation: the published start and how sites compose."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lrquant.architectures.sites import norm_site, query_key_site, up_down_site, value_output_site
+from lrquant.errors import LRQuantError
+from lrquant.ingredients.equivalent import equivalent_parameters, fold_factors, logarithmic_scale
+from lrquant.ingredients.statistics import ChannelStatistics
+
+CPU = torch.device("cpu")
+NORM = norm_site("norm", ("q", "k", "v"), 4)
+VALUE_OUTPUT = value_output_site("v", "o", heads=4, kv_heads=2, head_dim=2)
+QUERY_KEY = query_key_site("q", "k", 4, 2, 2, rotary="half")
+UP_DOWN = up_down_site("up", "down", 3)
+
+
+@pytest.fixture
+def statistics():
+    return ChannelStatistics(
+        maxima={
+            "block.q": torch.tensor([0.5, 1.0, 100.0, 0.0]),
+            "block.o": torch.tensor([1.0, 2, 5, 1, 3, 3, 1, 9]),
+            "block.down": torch.tensor([1.0, 2, 3]),
+        },
+        midpoints={
+            "block.q": torch.tensor([0.1, -0.2, 3.0, 0.0]),
+            "block.o": torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]),
+        },
+    )
+
+
+@pytest.mark.parametrize("a", [1e-3, 0.5, 1.0, 2.0, 117.0, 6e4])
+def test_logarithmic_scale(a):
+    found = float(logarithmic_scale(torch.tensor([a])))
+    assert found == pytest.approx(a / math.log2(2 + a), rel=1e-6)
+
+
+def test_logarithmic_scale_of_a_silent_channel_is_positive():
+    found = logarithmic_scale(torch.tensor([0.0, 1e-9, 1e-5]))
+    assert torch.equal(found, torch.full((3,), 1e-5))
+
+
+def test_start_of_scales(statistics):
+    sites = (NORM, VALUE_OUTPUT, QUERY_KEY, UP_DOWN)
+    found = equivalent_parameters(sites, frozenset(), statistics, "block", CPU)
+    assert found.keys() == {f"let.{site.name}.scale" for site in sites}
+    maxima = statistics.maxima
+    assert torch.equal(found["let.norm.scale"], logarithmic_scale(maxima["block.q"]))
+    assert torch.equal(found["let.down.scale"], logarithmic_scale(maxima["block.down"]))
+    # o_proj reads 4 heads of 2 channels; heads 0, 1 and heads 2, 3 share a value head.
+    of_value = torch.tensor([5.0, 2.0, 3.0, 9.0])
+    assert torch.equal(found["let.o.scale"], logarithmic_scale(of_value))
+    assert torch.equal(found["let.q:k.scale"], torch.ones(2))
+    assert all(values.dtype == torch.float32 for values in found.values())
+
+
+def test_start_of_shifts(statistics):
+    found = equivalent_parameters(
+        (NORM, VALUE_OUTPUT), frozenset({"norm", "o"}), statistics, "block", CPU
+    )
+    assert torch.equal(found["let.norm.shift"], statistics.midpoints["block.q"])
+    assert torch.equal(found["let.o.shift"], torch.tensor([2.0, 3.0, 6.0, 7.0]))
+
+
+def test_shifts_start_at_zero_without_midpoints(statistics):
+    statistics.midpoints.clear()
+    found = equivalent_parameters((NORM,), frozenset({"norm"}), statistics, "block", CPU)
+    assert torch.equal(found["let.norm.shift"], torch.zeros(4))
+
+
+def test_statistics_of_another_model_are_refused(statistics):
+    with pytest.raises(LRQuantError, match=r"no entry for other\.q"):
+        equivalent_parameters((NORM,), frozenset(), statistics, "other", CPU)
+    statistics.maxima["block.q"] = torch.ones(5)
+    with pytest.raises(LRQuantError, match=r"block\.q has 5 channels, this model has 4"):
+        equivalent_parameters((NORM,), frozenset(), statistics, "block", CPU)
+
+
+def test_midpoints_of_another_model_are_refused(statistics):
+    statistics.midpoints["block.q"] = torch.ones(5)
+    with pytest.raises(LRQuantError, match=r"block\.q has 5 channels, this model has 4"):
+        equivalent_parameters((NORM,), frozenset({"norm"}), statistics, "block", CPU)
+
+
+def test_factors_of_all_sites_compose():
+    s, t = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 5])
+    u, w = torch.tensor([0.5, 1, 2, 3]), torch.tensor([3.0, 4, 5])
+    delta, epsilon = torch.tensor([1.0, -1, 2, 0]), torch.tensor([7.0, 8, 9, 10])
+    factors = fold_factors(
+        (NORM, VALUE_OUTPUT, QUERY_KEY, UP_DOWN),
+        {
+            "let.norm.scale": s,
+            "let.norm.shift": delta,
+            "let.o.scale": u,
+            "let.o.shift": epsilon,
+            "let.q:k.scale": t,
+            "let.down.scale": w,
+        },
+    )
+    repeated = torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])
+    expected = {
+        "norms": {"norm": 1 / s},
+        "rows": {
+            "q": 1 / t[[0, 0, 0, 0, 1, 1, 1, 1]],
+            "k": t[[0, 0, 1, 1]],
+            "v": 1 / u,
+            "up": 1 / w,
+        },
+        "columns": {"q": s, "k": s, "v": s, "o": u[repeated], "down": w},
+        "subtract": {"norm": delta, "v": epsilon},
+        "add": {"q": delta, "k": delta, "v": delta, "o": epsilon[repeated]},
+    }
+    for table, values in expected.items():
+        found = getattr(factors, table)
+        assert found.keys() == values.keys()
+        for module, value in values.items():
+            assert torch.equal(found[module], value), (table, module)
+
+
+def test_two_sites_on_one_axis_multiply():
+    other = up_down_site("k", "unused", 4)
+    key = query_key_site("q", "k", 4, 2, 2, rotary=None)
+    t, w = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 4, 8, 16])
+    factors = fold_factors((key, other), {"let.q:k.scale": t, "let.unused.scale": w})
+    assert torch.equal(factors.rows["k"], t * (1 / w))

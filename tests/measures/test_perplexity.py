@@ -1,0 +1,201 @@
+"""Perplexity: that of transformers and plain cross-entropy, at any window, limit and variant."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from lrquant import LRQuantError, evaluate, quantize
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.materialize import materialize
+from lrquant.blocks.variants import preparer
+from lrquant.blocks.view import Method
+from lrquant.config.config import Config
+from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.data.samples import Samples
+from lrquant.measures import perplexity
+from lrquant.measures import run as measures
+from lrquant.measures.run import measure as measure_set
+from lrquant.measures.run import prepare_evaluation
+from lrquant.model.loading import from_module
+from lrquant.runs.progress import Progress
+
+TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(40))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("wikitext2", "ptb"):
+        (folder / name).mkdir(parents=True)
+        for split in ("validation", "test"):
+            (folder / name / f"{split}.txt").write_text(f"{name} {split}. {TEXT}")
+    return folder
+
+
+@torch.no_grad()
+def straightforward(model, windows):
+    """exp of the mean over all predicted tokens, one window at a time, in float64."""
+    losses = []
+    for window in windows:
+        logits = model(window[None]).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    return math.exp(torch.cat(losses).mean())
+
+
+def windows_of(text, tokenizer, size, limit=-1):
+    ids = torch.tensor(tokenizer(text).input_ids)
+    windows = ids[: len(ids) // size * size].view(-1, size)
+    return windows[:limit] if limit > 0 else windows
+
+
+def measure(bench, windows, scheme=FLOATING_POINT):
+    samples = Samples(windows, "text", "test", "here", "", "a text")
+    variants = {"it": preparer(bench, scheme)}
+    return measure_set(bench, samples, variants, Progress())["perplexity"]["text"]["it"]
+
+
+@pytest.mark.parametrize(("size", "limit"), [(2, 30), (7, -1), (32, 1), (32, 1000), (64, 5)])
+def test_full_precision_equals_transformers(
+    model_folder, make_model, tiny_tokenizer, data_dir, size, limit
+):
+    settings = {"data_dir": str(data_dir), "seqlen": size, "limit": limit, "precision": "float32"}
+    results = evaluate(str(model_folder("llama")), ppl=("wikitext2",), **settings)
+    scores = results["perplexity"]["wikitext2"]
+    windows = windows_of(f"wikitext2 test. {TEXT}", tiny_tokenizer, size, limit)
+    expected = straightforward(make_model("llama"), windows)
+    assert scores["full_precision"] == pytest.approx(expected, rel=1e-5)
+    assert f"{len(windows)} x {size} = {windows.numel()} tokens" in scores["text"]
+
+
+def test_every_family(variant, make_model, make_bench, token_ids):
+    model, windows = make_model(variant), token_ids(5, 24)
+    assert measure(make_bench(model), windows) == pytest.approx(
+        straightforward(model, windows), rel=1e-5
+    )
+
+
+def test_another_text_or_limit_is_seen(make_model, make_bench, token_ids):
+    """Negative control: the tolerance tells a token, a window and a shift by one apart."""
+    model, windows = make_model("llama"), token_ids(5, 24)
+    measured = measure(make_bench(model), windows)
+    other = windows.clone()
+    other[4, 20] = 3 + (other[4, 20] - 2) % 250
+    for wrong in (other, windows[:4], windows[:, :-1], windows.roll(1, 1)):
+        assert abs(straightforward(model, wrong) / measured - 1) > 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 23, 24])
+def test_logits_in_parts_are_the_same(make_model, make_bench, token_ids, monkeypatch, tokens):
+    model, windows = make_model("llama-tied"), token_ids(3, 24)
+    monkeypatch.setattr(perplexity, "HEAD_TOKENS", tokens)
+    assert measure(make_bench(model), windows) == pytest.approx(
+        straightforward(model, windows), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 50, 10_000])
+def test_windows_in_batches_are_the_same(make_model, make_bench, token_ids, monkeypatch, tokens):
+    model, windows = make_model("opt"), token_ids(5, 24)
+    monkeypatch.setattr(measures, "EVALUATION_TOKENS", tokens)
+    assert measure(make_bench(model), windows) == pytest.approx(
+        straightforward(model, windows), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W3A16g16", "W16A8", "W4A8-qkv16"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_quantised_equals_the_materialised_model(make_model, make_bench, token_ids, family, scheme):
+    bench, windows = make_bench(make_model(family)), token_ids(3, 24)
+    parsed = Scheme.parse(scheme)
+    learned = materialize(bench, preparer(bench, parsed))
+    measured = measure(bench, windows, parsed)
+    assert measured == pytest.approx(straightforward(learned, windows), rel=1e-5)
+    assert measured != pytest.approx(measure(bench, windows), rel=1e-4)
+
+
+def test_learned_equals_the_materialised_model(make_model, tiny_tokenizer, data_dir, tmp_path):
+    run = quantize(
+        make_model("llama"),
+        "W4A4",
+        tokenizer=tiny_tokenizer,
+        output_dir=str(tmp_path / "run"),
+        data_dir=str(data_dir),
+        ppl=("wikitext2", "ptb"),
+        compare=True,
+        **{"nsamples": 2, "seqlen": 24, "epochs": 3, "precision": "float32"},
+    )
+    text = windows_of(f"wikitext2 test. {TEXT}", tiny_tokenizer, 24)
+    scores = run.results["perplexity"]["wikitext2"]
+    assert scores["quantized"] == pytest.approx(straightforward(run.load_model(), text), rel=1e-5)
+    expected = straightforward(make_model("llama"), text)
+    assert scores["full_precision"] == pytest.approx(expected, rel=1e-5)
+    plain = materialize(run.workbench, preparer(run.workbench, Scheme(4, 4)))
+    assert scores["round_to_nearest"] == pytest.approx(straightforward(plain, text), rel=1e-5)
+    assert list(run.results["perplexity"]) == ["wikitext2", "ptb"]
+
+
+def test_bfloat16_agrees_with_float32(make_model, make_bench, token_ids):
+    windows = token_ids(5, 24)
+    scores = [
+        measure(make_bench(make_model("llama"), dtype), windows)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert scores[0] != scores[1] and scores[1] == pytest.approx(scores[0], rel=2e-2)
+
+
+def test_a_hopeless_model_has_infinite_perplexity(make_model, make_bench, token_ids):
+    model = make_model("llama")
+    model.lm_head.weight *= 1e6
+    assert measure(make_bench(model), token_ids(2, 24)) == math.inf
+
+
+def test_progress_is_told_each_block(make_model, make_bench, token_ids):
+    bench, told = make_bench(make_model("llama")), []
+    entry = BlockInputs(bench.model, token_ids(2, 8), 1, bench.device)
+    (stream,) = bench.streams(entry, 1)
+    prepare = preparer(bench, FLOATING_POINT)
+    perplexity.send_through(bench.model, prepare, stream, entry, told.append)
+    assert told == [0, 1]
+    assert prepare(0).runner.scheme == FLOATING_POINT
+    assert bench.view(0, bench.stored(0), FLOATING_POINT, Method()).parameters == {}
+
+
+def test_published_sets_that_cannot_be_had_are_left_out_and_named(
+    make_model, tiny_tokenizer, data_dir, caplog, monkeypatch
+):
+    read = measures.perplexity_windows
+
+    def offline(name, *rest):
+        if name.startswith("c4"):
+            raise LRQuantError(f"{name}: not here")
+        return read(name, *rest)
+
+    monkeypatch.setattr(measures, "perplexity_windows", offline)
+    caplog.set_level(logging.WARNING, "lrquant")
+    model = from_module(make_model("llama"), tiny_tokenizer)
+    config = Config(eval_ppl=True, seqlen=24, data_dir=str(data_dir))
+    assert list(prepare_evaluation(config, model).texts) == ["wikitext2", "ptb", "ptb-new"]
+    assert [message.split(" is left out")[0] for message in caplog.messages] == [
+        *("perplexity on c4", "perplexity on c4-new")
+    ]
+
+
+def test_sets_asked_for_by_name_must_be_there(make_model, tiny_tokenizer, data_dir, monkeypatch):
+    model = from_module(make_model("llama"), tiny_tokenizer)
+    settings = {"seqlen": 24, "data_dir": str(data_dir)}
+    with pytest.raises(LRQuantError, match="unknown data set 'nonsense'"):
+        prepare_evaluation(Config(ppl=("wikitext2", "nonsense"), **settings), model)
+    with pytest.raises(LRQuantError, match="fewer than one window of seqlen 100000"):
+        prepare_evaluation(Config(ppl=("wikitext2",), **settings | {"seqlen": 100000}), model)
+
+    def nothing(name, *rest):
+        raise LRQuantError(f"{name}: not here")
+
+    monkeypatch.setattr(measures, "perplexity_windows", nothing)
+    with pytest.raises(LRQuantError, match="wikitext2: not here"):
+        prepare_evaluation(Config(eval_ppl=True, **settings), model)
+    assert prepare_evaluation(Config(**settings), model).texts == {}
