@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lrquant.config.presets import PRESETS
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -29,7 +30,6 @@ from lrquant.blocks.variants import preparer
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.config import Config
-from lrquant.config.presets import PRESETS
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.data.samples import Samples, perplexity_windows
 from lrquant.measures.numbers import divergence, number

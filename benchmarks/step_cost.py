@@ -23,7 +23,7 @@ from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.view import Method
 from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.config.scheme import Scheme
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizer
 from lrquant.learn.objective import Objective
 from lrquant.measures.tables import table

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.workbench import Workbench, advance_full_precision, make_workbench
 from lrquant.config.config import Config, optional_path, typed_settings
-from lrquant.config.scheme import FLOAT_BITS, FLOATING_POINT
+from lrquant.config.scheme import FLOAT_BITS
+from lrquant.config.schemes import Schemes
 from lrquant.data.calibration import calibration_of
 from lrquant.data.feeds import Feed
 from lrquant.data.prompts import Reader
@@ -32,8 +34,8 @@ from lrquant.export.kernels import check_kernels
 from lrquant.export.protected import check_target
 from lrquant.export.targets import verdicts
 from lrquant.files.publishing import heal, target_lock
-from lrquant.ingredients.statistics import ChannelStatistics, given_statistics
-from lrquant.learn.checks import check_groups, check_rank
+from lrquant.ingredients.base.statistics import ChannelStatistics, given_statistics
+from lrquant.learn.checks import check_grids, check_ingredients, check_patterns, parts_of
 from lrquant.learn.identity import describe_method, describe_run, dtype_name, environment
 from lrquant.learn.model import learn_model
 from lrquant.measures.comparison import TaskBoard
@@ -50,6 +52,7 @@ from lrquant.measures.zero_shot import load_tasks
 from lrquant.model.loading import from_module, load_model
 from lrquant.model.model import Model
 from lrquant.model.outer import require_finite
+from lrquant.numerics.losses import terms_of
 from lrquant.report.writing import write_report
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import BlockRecord, RunFolder
@@ -86,8 +89,7 @@ class Run:
 
         Weights are dense and activations are quantised by hooks: for evaluation, not for serving.
         """
-        bench, config = self.workbench, self.config
-        return materialize(bench, preparer(bench, config.quantization, config, self.folder))
+        return materialize(self.workbench, as_learned(self.workbench, self.folder))
 
 
 def quantize(
@@ -168,30 +170,34 @@ def _run(
     earlier: MemoryHandler,
 ) -> Run:
     progress = with_tensorboard(progress, config.log_dir)
-    logger.info("scheme %s", config.quantization.describe())
+    plan = Plan.of(config)
+    logger.info("scheme %s", plan.schemes.describe())
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(config))
     check_comparison(config)
+    terms_of(config.loss)
     form = None
     if config.save_dir is not None or (config.target and not measure_only):
-        form = choose_format(config)
-        _tell_runtimes(form, config)
+        form = choose_format(plan, config.format, config.target)
+        _tell_runtimes(form, plan.schemes, config.target)
     tasks = load_tasks(config)
     model = model or load_model(config.model, optional_path(config.cache_dir))
     strange = strange_tokenizer(model)
     if strange is not None:
         logger.warning("%s", strange)
-    check_groups(model, config.quantization)
-    check_rank(model, config)
-    if config.vision_quantization is not None:
-        check_groups(model.require_tower(), config.vision_quantization)
+    check_patterns(model, plan)
+    for part, own in parts_of(model, plan):
+        check_grids(part, own)
+        check_ingredients(part, own)
+    dtype = None
     if form is not None:
-        check_format(model, config, form)
+        dtype = checkpoint_dtype(model, plan, form)
+        check_format(model, plan, form, dtype)
         if config.target is not None:
-            check_kernels(model, config, form)
-    require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
-    workbench = make_workbench(model, config)
+            check_kernels(model, plan, form, config.target)
+    require_finite(model, dtype)
+    workbench = make_workbench(model, config, plan)
     logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
     evaluation = prepare_evaluation(config, model)
 
@@ -227,10 +233,10 @@ def _run(
     return Run(folder, config, workbench, _answer(results, config))
 
 
-def _tell_runtimes(form: Format, config: Config) -> None:
+def _tell_runtimes(form: Format, schemes: Schemes, target: str | None) -> None:
     """Say what the target, or each runtime that loads the format, will compute."""
-    for as_learned, text in verdicts(form, config):
-        logger.log(logging.INFO if as_learned else logging.WARNING, "%s: %s", form.name, text)
+    for exact, text in verdicts(form, schemes, target):
+        logger.log(logging.INFO if exact else logging.WARNING, "%s: %s", form.name, text)
 
 
 def _learn(
@@ -261,7 +267,7 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     logger.info("calibration %s", calibration.description)
     entry = BlockInputs(model, calibration.feed, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)
-    entry.embed(stream, preparer(workbench, FLOATING_POINT).tower)
+    entry.embed(stream, full_precision(workbench).tower)
     statistics = ChannelStatistics()
     with progress.measuring("statistics", len(model.blocks)) as told:
         for index in range(len(model.blocks)):

@@ -24,7 +24,7 @@ from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.measures.perplexity import score, send_through
 
 CPU = torch.device("cpu")

@@ -7,16 +7,16 @@ import itertools
 
 import pytest
 import torch
+from lrquant.numerics.affine import code_range
 
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.blocks.view import BlockView, Method
 from lrquant.config.choices import KINDS
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.model.loading import from_module
 from lrquant.numerics import affine
-from lrquant.numerics.affine import code_range
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])

@@ -8,9 +8,9 @@ import typing
 
 import pytest
 import yaml
+from lrquant.config.presets import PRESETS, with_preset
 
 from lrquant.config.config import Config, typed_settings
-from lrquant.config.presets import PRESETS, with_preset
 from lrquant.config.scheme import Scheme
 from lrquant.config.settings import convert, overridden, require_one_scheme
 from lrquant.errors import LRQuantError

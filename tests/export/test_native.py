@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from lrquant.numerics.affine import fake_quantize_tokens
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from lrquant import LRQuantError, quantize
 from lrquant.blocks.workbench import learned_view
 from lrquant.export.checkpoint import INDEX
-from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.linear import IntegerLinear
 
 RUNS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lrquant.numerics.affine import fake_quantize_weight
 
 from lrquant.ingredients.clipping import (
     PUBLISHED_LOGIT,
@@ -13,7 +14,6 @@ from lrquant.ingredients.clipping import (
     searched_logits,
 )
 from lrquant.numerics import affine
-from lrquant.numerics.affine import fake_quantize_weight
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 
 from lrquant.architectures.sites import norm_site, query_key_site, up_down_site, value_output_site
 from lrquant.errors import LRQuantError
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.equivalent import equivalent_parameters, fold_factors, logarithmic_scale
-from lrquant.ingredients.statistics import ChannelStatistics
 
 CPU = torch.device("cpu")
 NORM = norm_site("norm", ("q", "k", "v"), 4)

@@ -10,8 +10,8 @@ from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX
 from lrquant.blocks.view import BlockView, Method
 from lrquant.config.choices import SHARINGS
 from lrquant.config.scheme import Scheme
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.factors import rotation_parameters
-from lrquant.ingredients.statistics import ChannelStatistics
 from lrquant.model.loading import from_module
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.workbench import advance_full_precision
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics, load_statistics
+from lrquant.ingredients.base.statistics import ChannelStatistics, load_statistics
 
 
 def observed(values: torch.Tensor, step: int) -> ChannelStatistics:

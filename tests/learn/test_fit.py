@@ -13,7 +13,7 @@ from lrquant.blocks.view import SMALLEST_LEARNED_SCALE, Method
 from lrquant.blocks.workbench import advance_full_precision
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn import fit
 from lrquant.learn.fit import BlockData, FitSettings, fit_block
 from lrquant.learn.objective import Objective

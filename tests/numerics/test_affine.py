@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from lrquant.numerics import affine
 from lrquant.numerics.affine import (
     SMALLEST_SCALE,
     affine_grid,
@@ -17,6 +15,8 @@ from lrquant.numerics.affine import (
     group_extremes,
     quantize_weight,
 )
+
+from lrquant.numerics import affine
 
 SYMMETRY = pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 BITS = pytest.mark.parametrize("bits", range(2, 9))

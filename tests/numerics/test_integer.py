@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from lrquant.numerics import integer
 from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.numerics.integer import affine_product, centred, integer_product, quantize_tokens
+
+from lrquant.numerics import integer
 
 
 def random_codes(*shape, low=-128, high=127, seed=0):

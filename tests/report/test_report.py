@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lrquant.config.presets import with_preset
 
 from lrquant import pipeline
 from lrquant.cli import main
 from lrquant.config.config import Config
-from lrquant.config.presets import with_preset
 from lrquant.errors import LRQuantError
 from lrquant.measures.numbers import number, percent
 from lrquant.pipeline import evaluate

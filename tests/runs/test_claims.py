@@ -10,7 +10,7 @@ import torch
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import read_plain, write_whole
-from lrquant.ingredients.statistics import ChannelStatistics, require_replaceable
+from lrquant.ingredients.base.statistics import ChannelStatistics, require_replaceable
 from lrquant.runs.block_file import BlockRecord, LearnedFile
 from lrquant.runs.claims import require_claimable
 from lrquant.runs.folder import RunFolder

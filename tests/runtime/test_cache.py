@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lrquant.numerics.affine import fake_quantize_tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrquant import LRQuantError, QuantizedCache
 from lrquant.blocks.attention import attention_name, mark_quantized
 from lrquant.config.scheme import Scheme
-from lrquant.numerics.affine import fake_quantize_tokens
 from lrquant.runtime.cache import _Layer
 
 

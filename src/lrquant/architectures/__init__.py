@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 from lrquant.config.declarations import declarations
 from lrquant.errors import LRQuantError
@@ -17,11 +18,12 @@ from lrquant.errors import LRQuantError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is special to a family: where its blocks are, their linears and their sites.
+    """A family: where its blocks are, their matrices and their sites.
 
-    `blocks` is the path of the block list in the model that `auto_class` makes; `linears` and
-    `sites` name modules relative to one block and read `part` of the model's configuration, which
-    is that of the blocks.  `refusal` returns why a configuration is not supported, or None.
+    `blocks` is the path of the block list in the model that `auto_class` makes.  `matrices`,
+    `sites` and `kept` name what is in one block, relative to it, by the block's index and `part` of
+    the model's configuration, that of the blocks; every parameter of two or more axes is a matrix,
+    or `kept` in floating point.  `refusal` returns why a configuration is not supported, or None.
 
     `language_types` are the model types of language parts of multimodal models that this family
     serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
@@ -33,8 +35,9 @@ class Architecture:
     name: str
     model_types: tuple[str, ...]
     blocks: str
-    linears: Callable[[PretrainedConfig], tuple[str, ...]]
-    sites: Callable[[PretrainedConfig], tuple[Site, ...]]
+    matrices: Callable[[PretrainedConfig, int], tuple[Matrix, ...]]
+    sites: Callable[[PretrainedConfig, int], tuple[Site, ...]]
+    kept: Callable[[PretrainedConfig, int], tuple[str, ...]] = lambda config, block: ()
     refusal: Callable[[PretrainedConfig], str | None] = lambda config: None
     part: Callable[[PretrainedConfig], PretrainedConfig] = lambda config: config
     auto_class: Any = AutoModelForCausalLM

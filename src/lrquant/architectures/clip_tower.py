@@ -18,7 +18,7 @@ _NAMES = Names(
 )
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     return _NAMES.sites(config.hidden_size, config.num_attention_heads)
 
 
@@ -26,7 +26,7 @@ TOWER = Architecture(
     name="clip_tower",
     model_types=("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision"),
     blocks="encoder.layers",
-    linears=lambda config: _NAMES.linears,
+    matrices=lambda config, block: _NAMES.matrices,
     sites=_sites,
     reads_pixels=True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from lrquant.architectures.matrix import Matrix, linears
 from lrquant.architectures.sites import (
     Site,
     norm_site,
@@ -17,22 +18,25 @@ MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
 
 
-def linears(config: PretrainedConfig) -> tuple[str, ...]:
+def matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     """The seven linears of a block."""
-    return LINEARS
+    return linears(*LINEARS)
 
 
-def sites(config: PretrainedConfig, norm_offset: float = 0.0) -> tuple[Site, ...]:
+def sites(config: PretrainedConfig, block: int, norm_offset: float = 0.0) -> tuple[Site, ...]:
     """All sites; for families without norms on q and k."""
     heads, kv_heads, head_dim = head_shape(config)
     query_key = query_key_site(
         "self_attn.q_proj", "self_attn.k_proj", heads, kv_heads, head_dim, rotary="half"
     )
-    return (*sites_without_query_key(config, norm_offset=norm_offset), query_key)
+    return (*sites_without_query_key(config, block, norm_offset=norm_offset), query_key)
 
 
 def sites_without_query_key(
-    config: PretrainedConfig, mlp_norm: str = "post_attention_layernorm", norm_offset: float = 0.0
+    config: PretrainedConfig,
+    block: int,
+    mlp_norm: str = "post_attention_layernorm",
+    norm_offset: float = 0.0,
 ) -> tuple[Site, ...]:
     """The sites that remain where q and k are normalised after projection.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lrquant.architectures.matrix import Matrix, linears
 from lrquant.architectures.sites import Site, norm_site, query_key_site, value_output_site
 
 
@@ -19,9 +20,9 @@ class Names:
     mlp_output: str
 
     @property
-    def linears(self) -> tuple[str, ...]:
+    def matrices(self) -> tuple[Matrix, ...]:
         """Every linear of a block."""
-        return (*self.qkv, self.output, *self.mlp_inputs, self.mlp_output)
+        return linears(*self.qkv, self.output, *self.mlp_inputs, self.mlp_output)
 
     def sites(self, hidden_size: int, heads: int, rotary: str | None = None) -> tuple[Site, ...]:
         """Norm, value-output and query-key sites; GELU stands between the linears of the MLP."""

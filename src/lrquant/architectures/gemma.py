@@ -6,7 +6,7 @@ ARCHITECTURE = Architecture(
     name="gemma",
     model_types=("gemma",),
     blocks="model.layers",
-    linears=decoder.linears,
-    sites=lambda config: decoder.sites(config, norm_offset=1.0),
+    matrices=decoder.matrices,
+    sites=lambda config, block: decoder.sites(config, block, norm_offset=1.0),
     windows_begin="bos",
 )

@@ -12,9 +12,9 @@ from lrquant.architectures import Architecture, decoder
 from lrquant.architectures.sites import Site
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     return decoder.sites_without_query_key(
-        config, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0
+        config, block, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0
     )
 
 
@@ -22,7 +22,7 @@ ARCHITECTURE = Architecture(
     name="gemma3",
     model_types=("gemma3_text",),
     blocks="model.layers",
-    linears=decoder.linears,
+    matrices=decoder.matrices,
     sites=_sites,
     windows_begin="bos",
 )

@@ -18,7 +18,7 @@ _NAMES = Names(
 )
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     sites = _NAMES.sites(config.hidden_size, config.num_attention_heads)
     return tuple(site for site in sites if site.kind != "query_key" or not config.use_qk_norm)
 
@@ -27,7 +27,7 @@ TOWER = Architecture(
     name="internvl_tower",
     model_types=("internvl_vision",),
     blocks="encoder.layer",
-    linears=lambda config: _NAMES.linears,
+    matrices=lambda config, block: _NAMES.matrices,
     sites=_sites,
     reads_pixels=True,
 )

@@ -6,7 +6,7 @@ ARCHITECTURE = Architecture(
     name="llama",
     model_types=("llama",),
     blocks="model.layers",
-    linears=decoder.linears,
+    matrices=decoder.matrices,
     sites=decoder.sites,
     windows_begin="stream",
 )

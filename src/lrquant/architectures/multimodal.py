@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from lrquant.architectures import Architecture, language_parts
+from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 
 
@@ -17,8 +18,9 @@ def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str)
         name=name,
         model_types=model_types,
         blocks=blocks,
-        linears=_linears,
+        matrices=_matrices,
         sites=_sites,
+        kept=_kept,
         refusal=_refusal,
         part=lambda config: config.get_text_config(),
         auto_class=AutoModelForImageTextToText,
@@ -26,12 +28,16 @@ def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str)
     )
 
 
-def _linears(text: PretrainedConfig) -> tuple[str, ...]:
-    return language_parts()[text.model_type].linears(text)
+def _matrices(text: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
+    return language_parts()[text.model_type].matrices(text, block)
 
 
-def _sites(text: PretrainedConfig) -> tuple[Site, ...]:
-    return language_parts()[text.model_type].sites(text)
+def _sites(text: PretrainedConfig, block: int) -> tuple[Site, ...]:
+    return language_parts()[text.model_type].sites(text, block)
+
+
+def _kept(text: PretrainedConfig, block: int) -> tuple[str, ...]:
+    return language_parts()[text.model_type].kept(text, block)
 
 
 def _refusal(config: PretrainedConfig) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture
+from lrquant.architectures.matrix import Matrix, linears
 from lrquant.architectures.sites import (
     Site,
     norm_site,
@@ -21,11 +22,11 @@ from lrquant.architectures.sites import (
 _ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def _linears(config: PretrainedConfig) -> tuple[str, ...]:
-    return (*_ATTENTION_INPUTS, "self_attn.out_proj", "fc1", "fc2")
+def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
+    return linears(*_ATTENTION_INPUTS, "self_attn.out_proj", "fc1", "fc2")
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     heads = config.num_attention_heads
     head_dim = config.hidden_size // heads
     q, k, v = _ATTENTION_INPUTS
@@ -45,7 +46,7 @@ ARCHITECTURE = Architecture(
     name="opt",
     model_types=("opt",),
     blocks="model.decoder.layers",
-    linears=_linears,
+    matrices=_matrices,
     sites=_sites,
     windows_begin="stream",
 )

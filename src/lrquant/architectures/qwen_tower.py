@@ -24,7 +24,7 @@ def _names(config: PretrainedConfig) -> Names:
     return Names("norm1", ("attn.qkv",), "attn.proj", "norm2", mlp_inputs, mlp_output)
 
 
-def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     hidden_size = getattr(config, "embed_dim", None) or config.hidden_size
     sites = _names(config).sites(hidden_size, config.num_heads, rotary="half")
     if config.model_type != _GATED:
@@ -36,7 +36,7 @@ TOWER = Architecture(
     name="qwen_tower",
     model_types=tuple(_MLP),
     blocks="blocks",
-    linears=lambda config: _names(config).linears,
+    matrices=lambda config, block: _names(config).matrices,
     sites=_sites,
     reads_pixels=True,
 )

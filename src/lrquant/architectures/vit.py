@@ -6,6 +6,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from lrquant.architectures import Architecture
 from lrquant.architectures.encoder import Names
+from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 
 NAMES = Names(
@@ -18,12 +19,12 @@ NAMES = Names(
 )
 
 
-def linears(config: PretrainedConfig) -> tuple[str, ...]:
+def matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     """The six linears of a block."""
-    return NAMES.linears
+    return NAMES.matrices
 
 
-def sites(config: PretrainedConfig) -> tuple[Site, ...]:
+def sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     """All sites."""
     return NAMES.sites(config.hidden_size, config.num_attention_heads)
 
@@ -32,7 +33,7 @@ ARCHITECTURE = Architecture(
     name="vit",
     model_types=("vit",),
     blocks="vit.layers",
-    linears=linears,
+    matrices=matrices,
     sites=sites,
     auto_class=AutoModelForImageClassification,
     reads_pixels=True,

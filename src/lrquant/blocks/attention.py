@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lrquant.config.scheme import FLOAT_BITS, Scheme
-from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.tokens import fake_quantize_tokens
 
 _QUANTIZED = "_lrquant_quantized"
 
@@ -23,22 +23,21 @@ def mark_quantized(states: Tensor) -> Tensor:
     return states
 
 
-def attention_name(scheme: Scheme, dtype: torch.dtype | None = None) -> str:
-    """Register (once) and name the attention that quantises Q, K and V as `scheme` says.
+def attention_name(grid: Grid | None, dtype: torch.dtype | None = None) -> str:
+    """Register (once) and name the attention that puts Q, K and V on a grid, or none.
 
     Its products run in `dtype`, or in that of the queries.
     """
-    bits, symmetric = scheme.attention_bits, scheme.activation_symmetric
     kind = "own" if dtype is None else str(dtype).removeprefix("torch.")
-    name = f"lrquant_{bits}{'s' if symmetric else 'a'}_{kind}"
-    AttentionInterface.register(name, partial(_attention, bits, symmetric, dtype))
+    on = "float" if grid is None else f"{grid.kind}{grid.bits}{'s' if grid.symmetric else 'a'}"
+    name = f"lrquant_{on}_{kind}"
+    AttentionInterface.register(name, partial(_attention, grid, dtype))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
 
 
 def _attention(
-    bits: int,
-    symmetric: bool,
+    grid: Grid | None,
     dtype: torch.dtype | None,
     module: nn.Module,
     query: Tensor,
@@ -49,13 +48,13 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention on quantised Q, K, V (batch, heads, tokens, head_dim)."""
     dtype = dtype or query.dtype
-    if bits == FLOAT_BITS:
+    if grid is None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     else:
         query, key, value = (
             states.to(dtype)
             if getattr(states, _QUANTIZED, False)
-            else fake_quantize_tokens(states, bits, symmetric, dtype)
+            else fake_quantize_tokens(states, grid, dtype)
             for states in (query, key, value)
         )
     return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

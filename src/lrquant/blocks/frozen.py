@@ -1,64 +1,139 @@
-"""A finished block and its quantised linears: all that an exporter sees."""
+"""A finished block and its quantised matrices: all that an exporter sees."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lrquant.architectures.matrix import Matrix
+from lrquant.blocks.assembly import assembled, assembled_biases
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX
-from lrquant.numerics.affine import dequantize_weight
+from lrquant.config.scheme import Scheme
+from lrquant.errors import LRQuantError
+from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.weights import Quantized, dequantize_weight
+
+FloatingMatrix = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
 
 @dataclass(frozen=True)
-class QuantizedLinear:
-    """One frozen linear: all that an exporter sees.
+class QuantizedMatrix:
+    """One frozen matrix: all that an exporter sees.
 
-    codes (out, in) uint8, or int8 on a symmetric grid; scale and zero_point (out, groups) float32;
-    bias (out,) float32 or None.  ``weight = scale * (codes - zero_point)``, times ``r1 r2`` where
-    there is a `factor` (r1 (out, k), r2 (k, in)), which no integer format holds.  A linear with an
-    `input_factor` (in,) multiplies its input by it before the activation quantizer.
+    codes (out, in) in the grid's `stored_dtype`; scale and zero_point (out, groups) float32; bias
+    (out,) float32 or None.  The weight is what the `grid` makes of them, ``scale * (codes -
+    zero_point)`` of integers, times ``r1 r2`` where there is a `factor` (r1 (out, k), r2 (k, in)),
+    which no integer format holds.  With an `input_factor` (in,) the input is multiplied by it
+    before the activation quantizer.  `scheme` says the rest, such as the bits of activations.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor | None
-    bits: int
-    group_size: int
-    symmetric: bool
+    grid: Grid
+    scheme: Scheme
     factor: tuple[Tensor, Tensor] | None = None
     input_factor: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
-        weight = dequantize_weight(self.codes, self.scale, self.zero_point)
+        quantized = Quantized(self.codes, self.scale, self.zero_point)
+        weight = dequantize_weight(quantized, self.grid)
         return (weight if self.factor is None else weight * torch.mm(*self.factor)).to(dtype)
 
 
 @dataclass(frozen=True)
 class FrozenBlock:
-    """A finished block: quantised linears, and every other tensor with its factors folded in."""
+    """A finished block: quantised matrices, where they lie, and all else, factors folded in.
 
-    linears: dict[str, QuantizedLinear]
+    `layout` has every matrix of the block that is quantised, and those that are parts of the same
+    parameters and are not: these are `parts`, weight and bias.
+    """
+
+    matrices: dict[str, QuantizedMatrix]
     others: dict[str, Tensor]
+    layout: Mapping[str, Matrix]
+    parts: dict[str, FloatingMatrix] = field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block computes with: weights in `dtype`, the rest float32."""
         tensors = dict(self.others)
-        for name, linear in self.linears.items():
-            tensors[f"{name}.weight"] = linear.dequantize(dtype)
-            if linear.bias is not None:
-                tensors[f"{name}.bias"] = linear.bias.to(dtype)
-            if linear.input_factor is not None:
-                tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
+        weights = {name: self._weight(name, dtype) for name in self.layout}
+        tensors |= assembled(self.layout, weights)
+        biases = {
+            name: matrix.bias.to(dtype)
+            for name, matrix in self.matrices.items()
+            if matrix.bias is not None
+        }
+        biases |= {n: bias.to(dtype) for n, (_, bias) in self.parts.items() if bias is not None}
+        tensors |= assembled_biases(self.layout, biases)
+        for name, matrix in self.matrices.items():
+            if matrix.input_factor is not None:
+                tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
         return tensors
 
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name in self.matrices:
+            return self.matrices[name].dequantize(dtype)
+        return self.parts[name][0].to(dtype)
+
     def dense(self) -> dict[str, Tensor]:
-        """Float32 tensors of a plain block, the linears' input factors multiplied into weights."""
+        """Float32 tensors of a plain block, input factors multiplied into weights."""
         tensors = self.tensors(torch.float32)
-        for name, linear in self.linears.items():
-            if linear.input_factor is not None:
+        for name, matrix in self.matrices.items():
+            if matrix.input_factor is not None:
                 tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)
         return tensors
+
+    def joined(self) -> FrozenBlock:
+        """The same with the parts of a linear as one matrix, for formats that know linears alone.
+
+        LRQuantError for parts on several grids, and for parameters that are no linear's.
+        """
+        by_parameter: dict[str, list[str]] = {}
+        for name, matrix in self.layout.items():
+            by_parameter.setdefault(matrix.parameter, []).append(name)
+        matrices: dict[str, QuantizedMatrix] = {}
+        layout: dict[str, Matrix] = {}
+        for parameter, names in by_parameter.items():
+            first = self.layout[names[0]]
+            if first.whole:
+                matrices[names[0]], layout[names[0]] = self.matrices[names[0]], first
+                continue
+            module = parameter.removesuffix(".weight")
+            if first.expert is not None or first.transposed or module == parameter:
+                raise LRQuantError(
+                    f"{parameter}: holds several matrices in one tensor, which this format does "
+                    "not; use --format dequantized"
+                )
+            names.sort(key=lambda name: self.layout[name].rows or (0, 0))
+            matrices[module] = _one(module, [self.matrices.get(name) for name in names])
+            layout[module] = replace(first, name=module, rows=None)
+        return FrozenBlock(matrices, self.others, layout)
+
+
+def _one(module: str, parts: list[QuantizedMatrix | None]) -> QuantizedMatrix:
+    """Rows of one linear, one after the other."""
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts) or any(part.scheme != whole[0].scheme for part in whole):
+        raise LRQuantError(
+            f"{module}: its parts have several schemes, which this format does not hold; give "
+            "them one, or use --format dequantized"
+        )
+    biases = [part.bias for part in whole]
+    factors = [part.factor for part in whole]
+    if any(factor is not None for factor in factors):
+        raise LRQuantError(
+            f"{module}: a dense factor on a part of a linear; use --format dequantized"
+        )
+    return replace(
+        whole[0],
+        codes=torch.cat([part.codes for part in whole]),
+        scale=torch.cat([part.scale for part in whole]),
+        zero_point=torch.cat([part.zero_point for part in whole]),
+        bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
+    )

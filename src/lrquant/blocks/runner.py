@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from lrquant.blocks.attention import attention_name
-from lrquant.config.scheme import FLOAT_BITS, Scheme
-from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.tokens import fake_quantize_tokens
 
 SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
 INPUT_FACTOR_SUFFIX = ".input_factor"  # and these multiply the input of a linear
@@ -47,40 +47,40 @@ class Variant:
 class BlockRunner:
     """One block's forward with given tensors; a context manager that holds the hooks.
 
-    The residual stream and the norms are float32; what a linear or the attention reads is first
-    quantised as `scheme` says, then cast to `dtype`, in which matrix products run.  Consumers of
-    one tensor share its quantised form.  `shifted` names norms without a bias whose output takes a
-    shift; a linear that has an input factor reads its input times that; `observer` is told (linear,
-    unquantised input (batch, tokens, in)).
+    The residual stream and the norms are float32; what the modules named by `inputs` read is put on
+    their grid, Q, K and V on that of `attention`, then cast to `dtype`, in which products run.
+    Consumers of one tensor share its quantised form.  `shifted` names norms without a bias whose
+    output takes a shift; a linear that has an input factor reads its input times that; `observer`
+    is told (module, unquantised input (batch, tokens, in)).
     """
 
     def __init__(
         self,
         block: nn.Module,
-        linears: Sequence[str],
-        scheme: Scheme,
+        inputs: Mapping[str, Grid | None],
+        attention: Grid | None,
         dtype: torch.dtype,
         shifted: Sequence[str] = (),
         observer: Observer | None = None,
     ) -> None:
-        self.block, self.linears, self.shifted = block, linears, shifted
+        self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.config = _attention_config(block)
-        self.scheme, self.dtype, self.observer = scheme, dtype, observer
+        self.dtype, self.observer = dtype, observer
         self._handles: list[Any] = []
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Grid | None, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> BlockRunner:
-        for name in self.linears:
-            linear = self.block.get_submodule(name)
-            self._handles.append(linear.register_forward_pre_hook(partial(self._before, name)))
+        for name in self.inputs:
+            reader = self.block.get_submodule(name)
+            self._handles.append(reader.register_forward_pre_hook(partial(self._before, name)))
         for name in self.shifted:
             norm = self.block.get_submodule(name)
             self._handles.append(norm.register_forward_hook(partial(self._after_norm, name)))
         self._handles.append(self.block.register_forward_hook(self._after_block))
         self._attention_before = self.config._attn_implementation
-        self.config._attn_implementation = attention_name(self.scheme, self.dtype)
+        self.config._attn_implementation = attention_name(self.attention, self.dtype)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -108,28 +108,28 @@ class BlockRunner:
 
     def on(self, block: nn.Module) -> BlockRunner:
         """The same hooks for another block of the same shape."""
-        return BlockRunner(block, self.linears, self.scheme, self.dtype, self.shifted)
+        return BlockRunner(block, self.inputs, self.attention, self.dtype, self.shifted)
 
-    def _before(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        (values,) = inputs
+    def _before(
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        values, *rest = inputs
         if self.observer is not None:
             flattened = values.dim() == 2 and len(values) == self._leading.numel()
             self.observer(name, values.unflatten(0, self._leading) if flattened else values)
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
+        grid = self.inputs[name]
         if factor is not None:
-            return (self._quantized(values * factor),)
-        if self._last is None or self._last[0] is not values:
-            self._last = values, self._quantized(values)
-        return (self._last[1],)
+            return (self._quantized(values * factor, grid), *rest)
+        if self._last is None or self._last[0] is not values or self._last[1] != grid:
+            self._last = values, grid, self._quantized(values, grid)
+        return (self._last[2], *rest)
 
-    def _quantized(self, values: Tensor) -> Tensor:
-        """What a linear multiplies, in the products' dtype."""
-        scheme = self.scheme
-        if scheme.activation_bits == FLOAT_BITS:
+    def _quantized(self, values: Tensor, grid: Grid | None) -> Tensor:
+        """What products take, in their dtype."""
+        if grid is None:
             return values.to(self.dtype)
-        return fake_quantize_tokens(
-            values, scheme.activation_bits, scheme.activation_symmetric, self.dtype
-        )
+        return fake_quantize_tokens(values, grid, self.dtype)
 
     def _after_norm(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output + self._extras[name + SHIFT_SUFFIX]

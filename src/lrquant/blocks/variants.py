@@ -1,61 +1,55 @@
-"""A model as it is to compute: in full precision, rounded to nearest, or as a run learned it."""
+"""A model as it is to compute: under its plan with nothing learned, or as a run learned it."""
 
 from __future__ import annotations
 
 import torch
 
 from lrquant.blocks.runner import Prepare, PreparedBlock, Variant
-from lrquant.blocks.view import BlockView, Method
+from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, learned_view
-from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.runs.folder import RunFolder
 
 
-def preparer(
-    workbench: Workbench,
-    scheme: Scheme,
-    config: Config | None = None,
-    folder: RunFolder | None = None,
-    adapted: str | None = None,
-    vision: Scheme | None = None,
-) -> Variant:
-    """How blocks are made ready: under `scheme` alone, or as a run learned them.
-
-    `adapted` names the text to which the last blocks' parameters were adapted.  The tower's blocks
-    are in floating point, or under `vision` alone where no run is given.
-    """
-    if config is not None and folder is not None:
-        blocks = _as_learned(workbench, config, folder, adapted)
-    else:
-        blocks = _under(workbench, scheme)
+def unlearned(workbench: Workbench) -> Variant:
+    """Every block, of the vision tower too, under the bench's plan with nothing learned."""
     tower = workbench.tower
-    if tower is None:
-        return Variant(blocks)
-    if config is not None and folder is not None and config.vision_scheme is not None:
-        return Variant(blocks, _as_learned(tower, config.for_tower(), folder.tower))
-    return Variant(blocks, _under(tower, vision or FLOATING_POINT))
+    return Variant(_rounded(workbench.nearest), None if tower is None else _rounded(tower.nearest))
 
 
-def _under(workbench: Workbench, scheme: Scheme) -> Prepare:
-    """Blocks under a scheme with nothing learned."""
+def full_precision(workbench: Workbench) -> Variant:
+    """Every block as it is stored."""
+    return unlearned(workbench.full_precision)
 
+
+def as_learned(
+    workbench: Workbench, folder: RunFolder, adapted: str | None = None, last: int = 0
+) -> Variant:
+    """Every block as a run learned it, the `last` ones as they were `adapted` to the text so named.
+
+    A vision tower that the plan does not quantise stays in floating point.
+    """
+    blocks = _learned(workbench, folder, adapted, last)
+    tower = workbench.tower
+    if tower is None or workbench.plan.schemes.tower is None:
+        return Variant(blocks, unlearned(workbench).tower)
+    return Variant(blocks, _learned(tower, folder.tower))
+
+
+def _rounded(workbench: Workbench) -> Prepare:
     def prepare(index: int) -> PreparedBlock:
-        view = workbench.view(index, workbench.stored(index), scheme, Method())
-        return _ready(workbench, index, view)
+        return _ready(workbench, index, workbench.view(index, workbench.stored(index)))
 
     return prepare
 
 
-def _as_learned(
-    workbench: Workbench, config: Config, folder: RunFolder, adapted: str | None = None
+def _learned(
+    workbench: Workbench, folder: RunFolder, adapted: str | None = None, last: int = 0
 ) -> Prepare:
-    """Blocks with a run's parameters, the last ones with those adapted to a text."""
     blocks = len(workbench.model.blocks)
 
     def prepare(index: int) -> PreparedBlock:
-        here = adapted if adapted and is_adapted(config, index, blocks) else None
-        return _ready(workbench, index, learned_view(workbench, config, folder, index, here))
+        here = adapted if adapted and index >= blocks - last else None
+        return _ready(workbench, index, learned_view(workbench, folder, index, here))
 
     return prepare
 
@@ -63,8 +57,3 @@ def _as_learned(
 @torch.no_grad()
 def _ready(workbench: Workbench, index: int, view: BlockView) -> PreparedBlock:
     return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))
-
-
-def is_adapted(config: Config, index: int, blocks: int) -> bool:
-    """Whether test-time adaptation learns block `index` of `blocks` again."""
-    return index >= blocks - config.tta_blocks

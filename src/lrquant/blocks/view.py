@@ -1,50 +1,29 @@
-"""A block as it would be under sites, scheme and parameters: one weight function for all uses."""
+"""A block as it would be under its plan and parameters: one weight function for all uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lrquant.architectures.sites import Site
-from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
+from lrquant.blocks.assembly import assembled, assembled_biases
+from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
+from lrquant.blocks.plan import BlockPlan
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
-from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.clipping import clipping_parameters, clipping_strengths, searched_logits
-from lrquant.ingredients.equivalent import Factors, equivalent_parameters, fold_factors
-from lrquant.ingredients.factors import (
-    input_name,
-    rotation_parameters,
-    scale_gain,
-    scale_norms,
-    shared_parameters,
-    weight_factor,
+from lrquant.ingredients.base.block import MatrixShape, Start
+from lrquant.ingredients.base.folding import Factors
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.ingredient import Ingredient, Parameters
+from lrquant.numerics.recipe import Recipe
+from lrquant.numerics.weights import (
+    Extremes,
+    fake_quantize_weight,
+    group_extremes,
+    quantize_weight,
 )
-from lrquant.ingredients.statistics import ChannelStatistics
-from lrquant.numerics.affine import Extremes, fake_quantize_weight, group_extremes, quantize_weight
-
-SMALLEST_LEARNED_SCALE = 1e-2
-_Quantizer = tuple[
-    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, bool
-]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is learned in a block: which transformations, at which sites, with which shifts."""
-
-    lwc: bool = False
-    let: bool = False
-    let_sites: tuple[str, ...] = ("norm", "value_output", "up_down")
-    let_shift: str = "auto"
-    rotation: bool = False
-    rotate_rank: int = 1
-    rotation_sharing: str = "site"
-    lwc_init: float | None = None
-    save_dtype: str | None = None
 
 
 class BlockView:
@@ -56,110 +35,53 @@ class BlockView:
     def __init__(
         self,
         stored: dict[str, Tensor],
-        linears: Sequence[str],
-        sites: Sequence[Site],
-        scheme: Scheme,
-        method: Method,
+        plan: BlockPlan,
+        ingredients: Sequence[Ingredient],
         dtype: torch.dtype,
+        scale_dtype: torch.dtype | None = None,
     ) -> None:
-        self.stored, self.linears, self.scheme, self.dtype = stored, linears, scheme, dtype
-        chosen = sites if method.let else ()
-        self.sites = tuple(site for site in chosen if site.kind in method.let_sites)
-        self.method = method
-        self.clipped = method.lwc and scheme.weight_bits != FLOAT_BITS
-        self.rotated = method.rotation and scheme.weight_bits != FLOAT_BITS
-        self._own_inputs = self.rotated and method.rotation_sharing == "linear"
-        share = self.rotated and method.rotation_sharing == "site"
-        self.rotated_sites = tuple(site for site in sites if share and site.kind == "norm")
-        self._offsets = {f.module: f.offset for site in sites for f in site.folds if f.offset}
-        self.shifted = frozenset(
-            site.name for site in self.sites if self._takes_shift(site, method.let_shift)
-        )
-        self.parameters: dict[str, Tensor] = {}
-        self._extremes = self._fixed_extremes()
-        self._plain = {
-            name: tensor.float()
-            for name, tensor in stored.items()
-            if name.rpartition(".")[0] not in linears
-        }
+        self.stored, self.plan, self.dtype = stored, plan, dtype
+        self.ingredients = tuple(ingredients)
+        self.matrices = plan.matrices
+        self.shapes = plan.shapes(stored, scale_dtype)
+        self.parameters: Parameters = {}
+        self._offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
+        held = {m.parameter for m in self.matrices.values()}
+        held |= {str(m.bias) for m in self.matrices.values()}
+        self._plain = {name: t.float() for name, t in stored.items() if name not in held}
 
-    def _fixed_extremes(self) -> dict[str, Extremes]:
-        """Ranges of the weights that no site scales: the same at every step."""
-        scaled = {fold.module for site in self.sites for fold in site.folds}
-        return {
-            linear: group_extremes(self.stored[f"{linear}.weight"], self.group_size(linear))
-            for linear in self.linears
-            if linear not in scaled and self.scheme.weight_bits != FLOAT_BITS
-        }
+    def weight(self, matrix: str) -> Tensor:
+        """The stored weight (out, in) of a matrix."""
+        declared = self.matrices[matrix]
+        return declared.of(self.stored[declared.parameter])
 
-    def _takes_shift(self, site: Site, rule: str) -> bool:
-        if rule == "never" or not site.shiftable:
-            return False
-        modules = [fold.module for fold in site.folds]
-        return rule == "always" or all(f"{module}.bias" in self.stored for module in modules)
-
-    @property
-    def shifted_norms(self) -> tuple[str, ...]:
-        """Norms without a bias whose output the runner has to shift."""
-        return tuple(
-            site.producer.module
-            for site in self.sites
-            if site.kind == "norm"
-            and site.name in self.shifted
-            and f"{site.producer.module}.bias" not in self.stored
-        )
-
-    def group_size(self, linear: str) -> int:
-        """Input columns that share a scale; must divide the linear's input width."""
-        columns = self.stored[f"{linear}.weight"].shape[1]
-        size = self.scheme.group_size or columns
-        if columns % size:
-            fitting = [n for n in range(16, columns + 1) if columns % n == 0]
-            raise LRQuantError(
-                f"group size {size} does not divide the {columns} input columns of {linear}; "
-                f"sizes that do: {', '.join(map(str, fitting))}"
-            )
-        return size
-
-    def initialize(self, statistics: ChannelStatistics, block_name: str) -> None:
-        """Set the parameters to their published start."""
-        device = self.stored[f"{self.linears[0]}.weight"].device
-        self.parameters = equivalent_parameters(
-            self.sites, self.shifted, statistics, block_name, device
-        )
-        if self.rotated:
-            self.parameters |= shared_parameters(self.rotated_sites, device)
-        for linear in self.linears:
-            rows, columns = self.stored[f"{linear}.weight"].shape
-            groups = columns // self.group_size(linear)
-            if self.rotated:
-                sharing, rank = self.method.rotation_sharing, self.method.rotate_rank
-                self.parameters |= rotation_parameters(
-                    linear, rows, columns, groups, sharing, rank, device
-                )
-        if self.clipped:
-            self._initialize_clipping(statistics, block_name)
-
-    def _initialize_clipping(self, statistics: ChannelStatistics, block_name: str) -> None:
-        """Start the clipping at the method's logit, or where a search finds the least error."""
+    @cached_property
+    @torch.no_grad()
+    def _extremes(self) -> dict[str, Extremes]:
+        """Ranges of the weights that no ingredient folds anything into: the same at every step."""
         factors = self._factors()
-        for linear in self.linears:
-            weight, size = self.stored[f"{linear}.weight"], self.group_size(linear)
-            rows, groups = weight.shape[0], weight.shape[1] // size
-            start: float | Tensor | None = self.method.lwc_init
-            if start is None:
-                row, column = factors.rows.get(linear), factors.columns.get(linear)
-                shift = factors.add.get(linear)
-                importance = statistics.importance(f"{block_name}.{linear}", weight, shift)
-                if column is not None:
-                    importance = importance / column.square()
-                start = searched_logits(
-                    *(weight, row, column, importance),
-                    *(self.scheme.weight_bits, size, self.scheme.symmetric),
-                )
-            self.parameters |= clipping_parameters(linear, rows, groups, start, weight.device)
+        return {
+            name: group_extremes(self.weight(name), shape.grid)
+            for name, shape in self.shapes.quantized.items()
+            if name not in factors.rows and name not in factors.columns and shape.grid is not None
+        }
 
-    def load(self, parameters: dict[str, Tensor]) -> None:
+    def initialize(self, statistics: ChannelStatistics) -> None:
+        """Set the parameters to their start, those that need to know what is folded last."""
+        self.parameters = {}
+        for after in (False, True):
+            factors = self._factors() if after else Factors()
+            start = Start(self.plan.name, statistics, self.weight, factors)
+            for ingredient in self.ingredients:
+                if ingredient.after_folds == after:
+                    self.parameters |= ingredient.start(self.shapes, start)
+        self._forget_ranges()
+
+    def _forget_ranges(self) -> None:
+        """Which weights are folded into depends on which parameters there are."""
+        self.__dict__.pop("_extremes", None)
+
+    def load(self, parameters: Parameters) -> None:
         """Take parameters that were learned earlier; LRQuantError if they are not this block's."""
         expected = self.parameter_shapes()
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -169,143 +91,134 @@ class BlockView:
                     f"learned parameters: {name} is {_words(shapes.get(name))} where this block "
                     f"needs it {_words(expected.get(name))}; they are of another run, learn again"
                 )
-        device = self.stored[f"{self.linears[0]}.weight"].device
+        device = self.shapes.device
         self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self._forget_ranges()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is learned, by name."""
-        meta = torch.device("meta")
         shapes: dict[str, tuple[int, ...]] = {}
-        for site in self.sites:
-            parts = ("scale", "shift") if site.name in self.shifted else ("scale",)
-            shapes |= {f"let.{site.name}.{part}": (site.size,) for part in parts}
-        tensors = shared_parameters(self.rotated_sites, meta)
-        for linear in self.linears:
-            rows, columns = self.stored[f"{linear}.weight"].shape
-            groups = columns // self.group_size(linear)
-            if self.rotated:
-                sharing, rank = self.method.rotation_sharing, self.method.rotate_rank
-                tensors |= rotation_parameters(linear, rows, columns, groups, sharing, rank, meta)
-            if self.clipped:
-                tensors |= clipping_parameters(linear, rows, groups, 0.0, meta)
-        return shapes | {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for ingredient in self.ingredients:
+            shapes |= ingredient.shapes(self.shapes)
+        return shapes
 
     @torch.no_grad()
-    def keep_scales_positive_(self) -> None:
-        """Scales and foldable factors stay >= 1e-2 (published code: scales, |s| >= 1e-2)."""
-        dense = self.method.rotation_sharing == "weight"
-        for name, parameter in self.parameters.items():
-            scale = name.startswith("let.") and name.endswith(".scale")
-            if scale or (name.startswith("rotation.") and not dense):
-                parameter.clamp_(min=SMALLEST_LEARNED_SCALE)
+    def constrain_(self) -> None:
+        """Bring the parameters back to where they may be, after a step."""
+        for ingredient in self.ingredients:
+            ingredient.constrain_(ingredient.own(self.parameters))
+
+    @property
+    def shifted_norms(self) -> tuple[str, ...]:
+        """Norms without a bias whose output the runner has to shift."""
+        norms = (site.producer.module for site in self.plan.sites if site.kind == "norm")
+        shifted = self._factors().subtract if self.parameters else self._shifted()
+        return tuple(n for n in norms if n in shifted and f"{n}.bias" not in self.stored)
+
+    def _shifted(self) -> frozenset[str]:
+        """Producers of the sites that will have a shift, before there are parameters."""
+        names = self.parameter_shapes()
+        sites = (s for s in self.plan.sites if any(n.endswith(f".{s.name}.shift") for n in names))
+        return frozenset(site.producer.module for site in sites)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
         factors = self._factors()
         tensors = self._others(factors)
-        for linear in self.linears:
-            if self.scheme.weight_bits == FLOAT_BITS:
-                weight = self.stored[f"{linear}.weight"]
-                tensors[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
-            else:
-                tensors[f"{linear}.weight"] = self._fake_quantized(linear, factors)
-            bias = self._bias(linear, factors)
+        weights, biases = {}, {}
+        for name, shape in self.shapes.matrices.items():
+            weights[name] = self._computed(name, shape, factors)
+            bias = self._bias(name, factors)
             if bias is not None:
-                tensors[f"{linear}.bias"] = bias.to(self.dtype)
-            if self._own_inputs:
-                factor = self.parameters[input_name(linear)]
-                tensors[linear + INPUT_FACTOR_SUFFIX] = factor
-        return tensors
+                biases[name] = bias.to(self.dtype)
+            factor = self._input_factor(name)
+            if factor is not None:
+                tensors[name + INPUT_FACTOR_SUFFIX] = factor
+        tensors |= assembled(self.matrices, weights)
+        return tensors | assembled_biases(self.matrices, biases)
 
     @torch.no_grad()
     def freeze(self) -> FrozenBlock:
         """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""
-        parameters = {name: tensor.detach() for name, tensor in self.parameters.items()}
         factors = self._factors()
         others = self._others(factors)
-        linears = {}
-        for linear in self.linears:
-            bias = self._bias(linear, factors)
-            if self.scheme.weight_bits == FLOAT_BITS:
-                weight = self.stored[f"{linear}.weight"]
-                others[f"{linear}.weight"] = _scaled(weight, linear, factors, self.dtype)
-                if bias is not None:
-                    others[f"{linear}.bias"] = bias.to(self.dtype)
+        matrices: dict[str, QuantizedMatrix] = {}
+        floating: dict[str, FloatingMatrix] = {}
+        for name, shape in self.shapes.matrices.items():
+            bias = self._bias(name, factors)
+            if shape.grid is None:
+                weight = self._computed(name, shape, factors)
+                floating[name] = weight, None if bias is None else bias.to(self.dtype)
                 continue
+            recipe = self._recipe(name, factors).detached()
             codes, scale, zero_point = quantize_weight(
-                *self._quantizer(linear, factors),
-                extremes=self._extremes.get(linear),
-                gain=scale_gain(parameters, linear),
-                scale_dtype=self._scale_dtype(linear),
+                self.weight(name), recipe, shape.grid, self._extremes.get(name)
             )
-            linears[linear] = QuantizedLinear(
-                codes.to(torch.int8 if self.scheme.symmetric else torch.uint8),
+            factor = self._input_factor(name)
+            matrices[name] = QuantizedMatrix(
+                codes.to(shape.grid.stored_dtype),
                 scale,
                 zero_point,
-                bias,
-                self.scheme.weight_bits,
-                self.group_size(linear),
-                self.scheme.symmetric,
-                weight_factor(parameters, linear),
-                parameters.get(input_name(linear)) if self._own_inputs else None,
+                None if bias is None else bias.detach(),
+                shape.grid,
+                self.plan.schemes[name],
+                recipe.dense,
+                None if factor is None else factor.detach(),
             )
-        return FrozenBlock(linears, others)
+        shared = {self.matrices[name].parameter for name in matrices}
+        layout = {n: m for n, m in self.matrices.items() if m.parameter in shared}
+        alone = {name: pair for name, pair in floating.items() if name not in layout}
+        others |= assembled(self.matrices, {name: weight for name, (weight, _) in alone.items()})
+        biases = {name: bias for name, (_, bias) in alone.items() if bias is not None}
+        others |= assembled_biases(self.matrices, biases)
+        parts = {name: pair for name, pair in floating.items() if name in layout}
+        return FrozenBlock(matrices, others, layout, parts)
 
     def in_stored_units(
-        self, linear: str, inputs: Tensor, outputs: Tensor
+        self, matrix: str, inputs: Tensor, outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What a linear reads and gives under the parameters, (tokens, in) and (tokens, out), with
+        """What a matrix reads and gives under the parameters, (tokens, in) and (tokens, out), with
         the scales and shifts undone: ``outputs`` is then about ``inputs @ W.T + b``, all stored.
         """
         factors = self._factors()
-        for site in self.rotated_sites:
-            if linear in (fold.module for fold in site.consumers):
-                inputs = inputs / self.parameters[input_name(site.name)]
-        if linear in factors.columns:
-            inputs = inputs * factors.columns[linear]
-        if linear in factors.add:
-            inputs = inputs + factors.add[linear]
-        if linear in factors.rows:
-            outputs = outputs / factors.rows[linear]
-        if linear in factors.subtract:
-            outputs = outputs + factors.subtract[linear]
+        if matrix in factors.carried:
+            inputs = inputs / factors.carried[matrix]
+        if matrix in factors.columns:
+            inputs = inputs * factors.columns[matrix]
+        if matrix in factors.add:
+            inputs = inputs + factors.add[matrix]
+        if matrix in factors.rows:
+            outputs = outputs / factors.rows[matrix]
+        if matrix in factors.subtract:
+            outputs = outputs + factors.subtract[matrix]
         return inputs, outputs
 
     def _factors(self) -> Factors:
-        factors = fold_factors(self.sites, self.parameters)
-        scale_norms(factors, self.parameters, self.rotated_sites)
+        factors = Factors()
+        for ingredient in self.ingredients:
+            if ingredient.own(self.parameters):
+                ingredient.fold(self.shapes, self.parameters, factors)
         return factors
 
-    def _scale_dtype(self, linear: str) -> torch.dtype:
-        """Scales are rounded as the checkpoint will store them."""
-        named = self.method.save_dtype
-        dtype = getattr(torch, named) if named else self.stored[f"{linear}.weight"].dtype
-        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    def _recipe(self, matrix: str, factors: Factors) -> Recipe:
+        recipe = Recipe(rows=factors.rows.get(matrix), columns=factors.columns.get(matrix))
+        for ingredient in self.ingredients:
+            share = ingredient.recipe(matrix, self.parameters)
+            recipe = recipe if share is None else recipe & share
+        return recipe
 
-    def _quantizer(self, linear: str, factors: Factors) -> _Quantizer:
-        """What decides a linear's codes: the first arguments of both weight functions."""
-        upper, lower = clipping_strengths(self.parameters, linear)
-        return (
-            self.stored[f"{linear}.weight"],
-            factors.rows.get(linear),
-            factors.columns.get(linear),
-            upper,
-            lower,
-            self.scheme.weight_bits,
-            self.group_size(linear),
-            self.scheme.symmetric,
-        )
+    def _input_factor(self, matrix: str) -> Tensor | None:
+        factors = [each.input_factor(matrix, self.parameters) for each in self.ingredients]
+        return next((factor for factor in factors if factor is not None), None)
 
-    def _fake_quantized(self, linear: str, factors: Factors) -> Tensor:
-        factor = weight_factor(self.parameters, linear)
-        weight = fake_quantize_weight(
-            *self._quantizer(linear, factors),
-            dtype=self.dtype if factor is None else torch.float32,
-            extremes=self._extremes.get(linear),
-            gain=scale_gain(self.parameters, linear),
-            scale_dtype=self._scale_dtype(linear),
-        )
-        return weight if factor is None else (weight * torch.mm(*factor)).to(self.dtype)
+    def _computed(self, matrix: str, shape: MatrixShape, factors: Factors) -> Tensor:
+        """A weight (out, in) as products take it, with its factors and through its grid."""
+        weight = self.weight(matrix)
+        if shape.grid is None:
+            return _scaled(weight, matrix, factors, self.dtype)
+        recipe = self._recipe(matrix, factors)
+        extremes = self._extremes.get(matrix)
+        return fake_quantize_weight(weight, recipe, shape.grid, self.dtype, extremes)
 
     def _others(self, factors: Factors) -> dict[str, Tensor]:
         tensors = dict(self._plain)
@@ -321,26 +234,30 @@ class BlockView:
                 tensors[f"{norm}.bias"] = (bias if shift is None else bias - shift) * factor
             elif shift is not None:
                 tensors[norm + SHIFT_SUFFIX] = -shift * factor
+        for module in (factors.rows | factors.columns).keys() - self.matrices.keys():
+            weight = tensors[f"{module}.weight"]
+            tensors[f"{module}.weight"] = _scaled(weight, module, factors, torch.float32)
         return tensors
 
-    def _bias(self, linear: str, factors: Factors) -> Tensor | None:
-        """The linear's bias, float32, with shifts moved in or out and its rows scaled."""
-        bias = self.stored.get(f"{linear}.bias")
-        result = None if bias is None else bias.float()
-        if linear in factors.add:
-            entering = torch.mv(self.stored[f"{linear}.weight"].float(), factors.add[linear])
+    def _bias(self, matrix: str, factors: Factors) -> Tensor | None:
+        """The bias, float32, with shifts moved in or out and its rows scaled."""
+        declared = self.matrices[matrix]
+        bias = None if declared.bias is None else self.stored.get(declared.bias)
+        result = None if bias is None else declared.of_bias(bias).float()
+        if matrix in factors.add:
+            entering = torch.mv(self.weight(matrix).float(), factors.add[matrix])
             result = entering if result is None else result + entering
-        if linear in factors.subtract:
-            leaving = factors.subtract[linear]
+        if matrix in factors.subtract:
+            leaving = factors.subtract[matrix]
             result = -leaving if result is None else result - leaving
-        if result is not None and linear in factors.rows:
-            result = result * factors.rows[linear]
+        if result is not None and matrix in factors.rows:
+            result = result * factors.rows[matrix]
         return result
 
 
-def _scaled(weight: Tensor, linear: str, factors: Factors, dtype: torch.dtype) -> Tensor:
+def _scaled(weight: Tensor, name: str, factors: Factors, dtype: torch.dtype) -> Tensor:
     """A weight that stays in floating point, with its factors folded in."""
-    row, column = factors.rows.get(linear), factors.columns.get(linear)
+    row, column = factors.rows.get(name), factors.columns.get(name)
     if row is None and column is None:
         return weight.to(dtype)
     result = weight.float()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import FULL_PRECISION, Plan, plan_block
 from lrquant.blocks.runner import BlockRunner, Observer
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.view import BlockView, Method
+from lrquant.blocks.view import BlockView
 from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.model.device import choose_device, choose_precision
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
@@ -28,37 +27,50 @@ WeightedObserver = Callable[[str, Tensor, Tensor | None], None]
 
 @dataclass(frozen=True)
 class Workbench:
-    """A model on a device: how its blocks are viewed, run and streamed."""
+    """A part of a model on a device: how its blocks are viewed, run and streamed.
+
+    `plan` says on which grids its matrices lie and what is learned of them.
+    """
 
     model: Model
     device: torch.device
     dtype: torch.dtype
     offload: str
     scratch: Path | None = None
+    plan: Plan = FULL_PRECISION
 
     @property
     def tower(self) -> Workbench | None:
         """The same for the model's vision tower."""
         tower = self.model.tower
-        return None if tower is None else dataclasses.replace(self, model=tower)
+        return None if tower is None else replace(self, model=tower, plan=self.plan.tower)
+
+    @property
+    def full_precision(self) -> Workbench:
+        """The same with nothing quantised."""
+        return replace(self, plan=FULL_PRECISION)
+
+    @property
+    def nearest(self) -> Workbench:
+        """The same with nothing learned: weights are rounded to nearest."""
+        return replace(self, plan=self.plan.unlearned)
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """Block `index`'s own tensors, read now, on the device."""
         return self.model.block_tensors(index, self.device)
 
-    def view(
-        self, index: int, stored: dict[str, Tensor], scheme: Scheme, method: Method
-    ) -> BlockView:
-        """Block `index`, whose tensors are `stored`, under a scheme and a method."""
-        model = self.model
-        return BlockView(stored, model.linears, model.sites, scheme, method, self.dtype)
+    def view(self, index: int, stored: dict[str, Tensor]) -> BlockView:
+        """Block `index`, whose tensors are `stored`, under the plan."""
+        plan = plan_block(self.model, index, self.plan.schemes)
+        ingredients, scale_dtype = self.plan.ingredients, self.plan.scale_dtype
+        return BlockView(stored, plan, ingredients, self.dtype, scale_dtype)
 
     def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
         """What runs block `index` with a view's tensors."""
         return BlockRunner(
             self.model.blocks[index],
-            self.model.linears,
-            view.scheme,
+            view.plan.inputs,
+            view.plan.attention,
             self.dtype,
             view.shifted_norms,
             observer,
@@ -80,33 +92,19 @@ class Workbench:
         return "host" if needed < 0.7 * psutil.virtual_memory().available else "disk"
 
 
-def make_workbench(model: Model, config: Config) -> Workbench:
-    """Device, precision and room for hidden states as the settings say."""
+def make_workbench(model: Model, config: Config, plan: Plan | None = None) -> Workbench:
+    """Device, precision, room for hidden states and, unless it is given, the plan of settings."""
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
     scratch = Path(config.output_dir)
-    return Workbench(model, device, dtype, config.offload, scratch)
+    return Workbench(model, device, dtype, config.offload, scratch, plan or Plan.of(config))
 
 
-def method_of(config: Config) -> Method:
-    """What the settings ask to learn."""
-    return Method(
-        lwc=bool(config.lwc),
-        let=bool(config.let),
-        let_sites=config.let_sites,
-        let_shift=config.let_shift,
-        rotation=bool(config.rotation),
-        rotate_rank=config.rotate_rank,
-        rotation_sharing=config.rotation_sharing or "site",
-        lwc_init=config.lwc_init,
-        save_dtype=config.save_dtype,
-    )
-
-
-def block_shapes(model: Model, scheme: Scheme) -> BlockView:
-    """Block 0 under a scheme with nothing learned, on the meta device: shapes without weights."""
-    stored = {name: tensor.data for name, tensor in model.blocks[0].state_dict().items()}
-    return BlockView(stored, model.linears, model.sites, scheme, Method(), torch.float32)
+def shape_view(model: Model, index: int, plan: Plan) -> BlockView:
+    """Block `index` under a plan on the meta device: shapes without weights."""
+    stored = {name: tensor.data for name, tensor in model.blocks[index].state_dict().items()}
+    block = plan_block(model, index, plan.schemes)
+    return BlockView(stored, block, plan.ingredients, torch.float32, plan.scale_dtype)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -121,11 +119,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def learned_view(
-    workbench: Workbench, config: Config, folder: RunFolder, index: int, adapted: str | None = None
+    workbench: Workbench, folder: RunFolder, index: int, adapted: str | None = None
 ) -> BlockView:
     """Block `index` with the parameters that a run learned, or `adapted` to the text so named."""
-    stored = workbench.stored(index)
-    view = workbench.view(index, stored, config.quantization, method_of(config))
+    view = workbench.view(index, workbench.stored(index))
     view.load(folder.load_block(index, adapted))
     return view
 
@@ -144,7 +141,7 @@ def advance_full_precision(
 
     `observer` is told of each linear its full name, its inputs, and its tokens' weights.
     """
-    view = workbench.view(index, stored, FLOATING_POINT, Method())
+    view = workbench.full_precision.view(index, stored)
     tensors = view.tensors()
     prefix = workbench.model.block_name(index) + "."
     with workbench.runner(index, view) as runner:

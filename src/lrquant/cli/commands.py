@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.cli.screen import Screen, complain
-from lrquant.config.config import Config, typed_settings
-from lrquant.config.settings import convert, overridden, read_yaml
+from lrquant.config.config import Config, overridden, typed_settings
+from lrquant.config.settings import convert, read_yaml
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
 
@@ -168,6 +168,10 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         elif bool in (kind, *typing.get_args(kind)):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, dest=name, action=action, default=None, help=text)
+        elif name == "scheme_for":
+            parser.add_argument(
+                flag, dest=name, action="append", metavar="PATTERN=SCHEME", help=text
+            )
         elif name == "resume":
             parser.add_argument(
                 flag, dest=name, nargs="?", const=_RESUME_IN_PLACE, metavar="RUN", help=text
@@ -244,7 +248,7 @@ def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _stats(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.cli.bars import BarProgress
-    from lrquant.ingredients.statistics import require_replaceable
+    from lrquant.ingredients.base.statistics import require_replaceable
     from lrquant.pipeline import collect_statistics
 
     config = Config(**_settings(options, (*_STATISTICS_SETTINGS, "overwrite")))

@@ -24,10 +24,12 @@ def declarations(group: str, folder: str, attribute: str, kind: type[T]) -> list
         importlib.import_module(f"{folder}.{each.name}") for each in pkgutil.iter_modules(path)
     ]
     own = [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
-    return [*own, *_of_others(f"lrquant.{group}", kind)]
+    return [*own, *declarations_of_others(group, kind)]
 
 
-def _of_others(group: str, kind: type[T]) -> list[T]:
+def declarations_of_others(group: str, kind: type[T]) -> list[T]:
+    """Those of other packages alone: under the entry point group `lrquant.<group>`."""
+    group = f"lrquant.{group}"
     declared: list[T] = []
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         try:

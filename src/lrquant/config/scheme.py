@@ -1,7 +1,8 @@
-"""What "W4A4" or "W3A16g64" means: bits, groups and symmetry of weights and activations."""
+"""A scheme, as "W4A4" or "W3A16g64": bits, groups and symmetry of weights and activations."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from lrquant.errors import LRQuantError
 
 FLOAT_BITS = 16
 _NAME = re.compile(
-    r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-qkv([0-9]{1,9}))?",
+    r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-qkv([0-9]{1,9}))?"
+    r"(?:-(?!sym|asym|qkv)([a-z][a-z0-9]*))?",
     re.IGNORECASE,
 )
 
@@ -20,7 +22,8 @@ class Scheme:
 
     Weights: static, per output row (`group_size` None) or per `group_size` input columns.
     Activations: dynamic, per token.  Q, K (after the rotary embedding) and V: dynamic, per token
-    and head, at `activation_bits` unless `qkv_bits` says otherwise.
+    and head, at `activation_bits` unless `qkv_bits` says otherwise.  `weight_grid` is the kind of
+    grid that weights lie on: integers, or what another package declares.
     """
 
     weight_bits: int = 4
@@ -29,6 +32,7 @@ class Scheme:
     symmetric: bool = False
     activation_symmetric: bool = False
     qkv_bits: int | None = None
+    weight_grid: str = "int"
 
     def __post_init__(self) -> None:
         for what, bits in (
@@ -59,6 +63,7 @@ class Scheme:
             group_size=int(match[3]) if match[3] else None,
             symmetric=match[4] is not None,
             qkv_bits=int(match[6]) if match[6] else None,
+            weight_grid=match[7].lower() if match[7] else "int",
         )
 
     @property
@@ -72,7 +77,13 @@ class Scheme:
         group = f"g{self.group_size}" if self.group_size else ""
         symmetry = "-sym" if self.symmetric else ""
         attention = f"-qkv{self.qkv_bits}" if self.attention_bits != self.activation_bits else ""
-        return f"W{self.weight_bits}A{self.activation_bits}{group}{symmetry}{attention}"
+        grid = f"-{self.weight_grid}" if self.weight_grid != "int" else ""
+        return f"W{self.weight_bits}A{self.activation_bits}{group}{symmetry}{attention}{grid}"
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether weights do not stay in floating point."""
+        return self.weight_bits != FLOAT_BITS
 
     @property
     def weight_only(self) -> bool:
@@ -84,6 +95,11 @@ class Scheme:
         """Whether nothing at all is quantised."""
         return self.weight_only and self.weight_bits == FLOAT_BITS
 
+    def to_dict(self) -> dict[str, int | bool | str | None]:
+        """Its fields, but for the kind of grid where that is integers, which older readers lack."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if (k, v) != ("weight_grid", "int")}
+
     def describe(self) -> str:
         """One line for people: what is quantised, and how."""
 
@@ -91,6 +107,7 @@ class Scheme:
             return "floating point" if bits == FLOAT_BITS else f"{bits} bits, {how}"
 
         kind = "symmetric" if self.symmetric else "asymmetric"
+        kind = kind if self.weight_grid == "int" else f"{self.weight_grid} grid, {kind}"
         per = f"groups of {self.group_size}" if self.group_size else "per output channel"
         activation_kind = "symmetric" if self.activation_symmetric else "asymmetric"
         return (

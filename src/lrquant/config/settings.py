@@ -6,6 +6,7 @@ import os
 import types
 import typing
 import unicodedata
+from dataclasses import field
 from datetime import date
 from numbers import Real
 from pathlib import Path
@@ -13,20 +14,37 @@ from typing import Any
 
 import yaml
 
-from lrquant.config.presets import PRESETS
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 
-_PARTS = ("rotation", "two_branch", "dynamic_weights")
-_SPELLED_OUT = {
+SPELLED_OUT = {
     **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
-    **{"symmetric": "symmetric", "qkv_bits": "qkv_bits"},
+    **{"symmetric": "symmetric", "qkv_bits": "qkv_bits", "weight_grid": "weight_grid"},
 }
+
+
+def setting(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    *,
+    limits: tuple[float, float] | None = None,
+    paper: Any = None,
+    part_of: str = "",
+) -> Any:
+    """A dataclass field that a user may set; `text` is its help.
+
+    `choices` are the values, or the members of a list, that it may have, `limits` the smallest and
+    the largest number; `paper` is its value in the papers, where that is another one, and `part_of`
+    the setting that stands for it and others.
+    """
+    told = {"help": text, "choices": choices, "limits": limits, "paper": paper}
+    return field(default=default, metadata={**told, "part_of": part_of})
 
 
 def spelled_out(scheme: Scheme) -> dict[str, Any]:
     """The settings that say what a scheme's name says."""
-    return {name: getattr(scheme, attribute) for name, attribute in _SPELLED_OUT.items()}
+    return {name: getattr(scheme, attribute) for name, attribute in SPELLED_OUT.items()}
 
 
 def require_one_scheme(settings: dict[str, Any]) -> None:
@@ -34,30 +52,12 @@ def require_one_scheme(settings: dict[str, Any]) -> None:
     if not settings.get("scheme"):
         return
     scheme = Scheme.parse(settings["scheme"])
-    for name, attribute in _SPELLED_OUT.items():
+    for name, attribute in SPELLED_OUT.items():
         named, given = getattr(scheme, attribute), settings.get(name)
         if named not in (None, False) and given not in (None, named):
             raise LRQuantError(
                 f"scheme {scheme.name} and {name} {given} disagree; give one of them"
             )
-
-
-def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with those of `by` in their place; a scheme and its bits replace each other.
-
-    A preset in `by` replaces every value that it names, `lr_plus` its three parts.
-    """
-    replaced = set(PRESETS["paper"]) if "preset" in by else set()
-    replaced |= set(_PARTS) if "lr_plus" in by else set()
-    settings = {name: value for name, value in settings.items() if name not in replaced}
-    if by.get("scheme"):
-        settings = {name: value for name, value in settings.items() if name not in _SPELLED_OUT}
-    elif settings.get("scheme") and by.keys() & _SPELLED_OUT.keys():
-        scheme = Scheme.parse(settings["scheme"])
-        bits = spelled_out(scheme)
-        bits = {name: value for name, value in bits.items() if value not in (None, False)}
-        settings = {**settings, **bits, "scheme": None}
-    return {**settings, **by}
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -137,6 +137,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 def _list(value: Any, where: str) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, dict):
+        parts = [f"{key}={each}" for key, each in parts.items()]
     if not isinstance(parts, list | tuple):
         raise LRQuantError(f"{where}: expected a list, got {shown(value)}")
     named = tuple(part for part in (_text(part, where).strip() for part in parts) if part)

@@ -16,10 +16,10 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
-from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
-from lrquant.config.config import Config
+from lrquant.blocks.frozen import FrozenBlock, QuantizedMatrix
 from lrquant.config.scheme import FLOAT_BITS, Scheme
-from lrquant.export.format import Format, factor_refusal
+from lrquant.config.schemes import Schemes
+from lrquant.export.format import Format
 from lrquant.export.loading import AS_LEARNED, Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
@@ -30,9 +30,9 @@ IN_A_WORD = 32 // BITS
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4 bits of a word hold
 
 
-def _refusal(config: Config) -> str | None:
-    """Why the format can't hold a run, with the nearest that it can."""
-    scheme = config.quantization
+def _refusal(schemes: Schemes) -> str | None:
+    """Why the format can't hold a model, with the nearest that it can."""
+    scheme = schemes.default
     size = scheme.group_size
     nearest = min(GROUP_SIZES, key=lambda known: abs(math.log2(known / size))) if size else None
     wanted = Scheme(BITS, FLOAT_BITS, nearest, scheme.symmetric)
@@ -41,12 +41,18 @@ def _refusal(config: Config) -> str | None:
             f"{scheme.describe()}: the nearest that it holds is --scheme {wanted.name}, to be "
             "asked for before learning"
         )
-    if config.vision_scheme is not None and config.vision_quantization != scheme:
+    if schemes.tower is not None and schemes.tower != scheme:
         return (
-            f"--vision-scheme {config.vision_scheme}: it holds one scheme for the whole model; "
+            f"--vision-scheme {schemes.tower.name}: it holds one scheme for the whole model; "
             f"leave the tower in floating point, or give it {scheme.name} too"
         )
-    return factor_refusal(config)
+    odd = [p for p, other in schemes.patterns if other != scheme and not other.floating_point]
+    if odd:
+        return (
+            f"--scheme-for {odd[0]}: it holds one scheme for the whole model, and matrices that "
+            "are left alone; use --format compressed-tensors"
+        )
+    return None
 
 
 def _shape_refusal(rows: int, columns: int) -> str | None:
@@ -68,20 +74,26 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str,
         "group_size": scheme.group_size or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": outside,
+        "modules_to_not_convert": [*outside, *_alone(parts)],
     }
 
 
-def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def _alone(parts: Sequence[Part]) -> list[str]:
+    """Linears inside the blocks that stay as they are."""
+    pairs = [pair for part in parts for pair in part.linears.items()]
+    return [name for name, scheme in pairs if scheme.floating_point]
+
+
+def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
-    for name, linear in frozen.linears.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(linear, dtype).items()}
+    for name, matrix in frozen.joined().matrices.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(matrix, dtype).items()}
     return tensors
 
 
-def _packed(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def _packed(linear: QuantizedMatrix, dtype: torch.dtype) -> dict[str, Tensor]:
     """One linear under the format's names, all with the inputs first: (in or groups, out)."""
-    offset = 1 << (BITS - 1) if linear.symmetric else 0
+    offset = 1 << (BITS - 1) if linear.grid.symmetric else 0
     packed = {
         "qweight": _words(linear.codes.to(torch.int16) + offset),
         "qzeros": _words(linear.zero_point.to(torch.int16) + offset),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lrquant.config.config import TARGETS, Config
+from lrquant.config.config import Config
+from lrquant.config.core import TARGETS
 from lrquant.export.format import Format
 from lrquant.export.targets import loading_of
 from lrquant.measures.tables import SPREAD_NOTE, results_table
@@ -94,7 +95,7 @@ def _loading(config: Config, form: Format, auto_class: str) -> list[str]:
     """How each runtime that takes it loads it, what it then computes, and what it has to say."""
     ways = []
     for target in TARGETS:
-        loading = loading_of(form, config, target)
+        loading = loading_of(form, config.schemes, target)
         if loading.refusal is None:
             serve = loading.serve or "vllm serve FOLDER"
             way = _LOADING[target].replace("CLASS", auto_class).replace("SERVE", serve)

@@ -11,19 +11,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lrquant.blocks.workbench import Workbench, learned_view
+from lrquant.blocks.plan import BlockPlan, Plan
+from lrquant.blocks.workbench import Workbench, learned_view, shape_view
 from lrquant.config.config import Config
+from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.export.card import model_card
+from lrquant.export.expected import require_packable
 from lrquant.export.format import Format
 from lrquant.export.model_config import write_model_config
-from lrquant.export.parts import Part, quantized_models
+from lrquant.export.parts import Part
 from lrquant.export.protected import check_target
 from lrquant.export.reading_back import read_back
 from lrquant.export.side_files import copy_side_files
 from lrquant.files.manifest import SETTINGS, write_manifest
 from lrquant.files.publishing import published
 from lrquant.files.whole import save_file
+from lrquant.learn.checks import parts_of
 from lrquant.learn.identity import describe_method, dtype_name
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
@@ -32,33 +36,20 @@ from lrquant.runs.results import MEASURES, seen_from
 INDEX = "model.safetensors.index.json"
 
 
-def check_format(model: Model, config: Config, form: Format) -> None:
-    """Refuse a model with a linear whose shape, or a shift, that the format cannot hold."""
-    for part, settings in quantized_models(model, config):
-        parameters = dict(part.blocks[0].named_parameters())
-        for linear in part.linears:
-            rows, columns = parameters[f"{linear}.weight"].shape
-            reason = form.shape_refusal(rows, columns)
-            if reason is not None:
-                raise LRQuantError(f"--format {form.name}: {linear}: {reason}")
-        if settings.let and settings.let_shift == "always" and not form.shifts:
-            _refuse_missing_biases(part, settings, form)
-
-
-def _refuse_missing_biases(model: Model, config: Config, form: Format) -> None:
-    present = {name for name, _ in model.blocks[0].named_parameters()}
-    modules = {
-        fold.module
-        for site in model.sites
-        if site.shiftable and site.kind in config.let_sites
-        for fold in site.folds
-    }
-    missing = sorted(module for module in modules if f"{module}.bias" not in present)
-    if missing:
-        raise LRQuantError(
-            f"--let_shift always with {form.name}: shifts need biases that this architecture lacks "
-            f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
-        )
+def check_format(model: Model, plan: Plan, form: Format, dtype: torch.dtype) -> None:
+    """Refuse a shape, or something learned, that the format can't hold."""
+    for part, own in parts_of(model, plan):
+        for index in range(len(part.blocks)):
+            view = shape_view(part, index, own)
+            for name, shape in view.shapes.quantized.items():
+                reason = form.shape_refusal(shape.rows, shape.columns)
+                if reason is not None:
+                    raise LRQuantError(f"--format {form.name}: {name}: {reason}")
+            needed = [each.needs(view.shapes).items() for each in own.ingredients]
+            for what, why in (pair for needs in needed for pair in needs):
+                if what not in form.holds:
+                    raise LRQuantError(f"--format {form.name}: {why}")
+            require_packable(view, form, dtype)
 
 
 def model_dtype(model: Model) -> torch.dtype:
@@ -66,10 +57,9 @@ def model_dtype(model: Model) -> torch.dtype:
     return model.source.tensor(next(iter(model.skeleton.state_dict()))).dtype
 
 
-def checkpoint_dtype(model: Model, config: Config, form: Format) -> torch.dtype:
+def checkpoint_dtype(model: Model, plan: Plan, form: Format) -> torch.dtype:
     """That of a checkpoint's floating-point tensors: what is asked for, or the model's own."""
-    asked = config.save_dtype
-    return form.dtype(getattr(torch, asked) if asked else model_dtype(model))
+    return form.dtype(plan.scale_dtype or model_dtype(model))
 
 
 @torch.no_grad()
@@ -77,16 +67,17 @@ def save_checkpoint(
     workbench: Workbench, config: Config, folder: RunFolder, target: Path, form: Format
 ) -> None:
     """Publish `target` as a Hugging Face checkpoint, one shard a block, when it is whole."""
-    model = workbench.model
+    model, plan = workbench.model, workbench.plan
     check_target(config, target)
-    check_format(model, config, form)
+    dtype = checkpoint_dtype(model, plan, form)
+    check_format(model, plan, form, dtype)
     try:
         with published(target, config.overwrite) as place:
-            parts = _write_tensors(workbench, config, folder, place, form)
-            write_small_files(model, config, place, form, parts)
-            dtype = checkpoint_dtype(model, config, form)
-            read_back(workbench, _quantized(workbench, config, folder), place, form, dtype)
-            facts = _facts(model, config, folder, form)
+            parts = _write_tensors(workbench, folder, place, form)
+            write_small_files(model, plan, place, form, parts)
+            (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")
+            read_back(_quantized(workbench, folder), place, form, dtype)
+            facts = _facts(workbench, config, folder, form)
             (place / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
             write_manifest(place, facts)
     except (OSError, SafetensorError) as error:
@@ -96,14 +87,15 @@ def save_checkpoint(
         ) from error
 
 
-def _facts(model: Model, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
+def _facts(workbench: Workbench, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
+    model, schemes = workbench.model, workbench.plan.schemes
     results = RunFolder(Path(config.output_dir)).results()
     results = seen_from(results, folder.identity["precision"])
     return {
         "format": form.name,
-        "scheme": config.quantization.describe(),
-        "tower": config.vision_quantization.describe() if config.vision_quantization else "",
+        "scheme": schemes.describe(),
+        "tower": schemes.tower.describe() if schemes.tower else "",
         "auto_class": model.architecture.auto_class.__name__,
         "base_model": config.net_name,
         "method": describe_method(config),
@@ -121,16 +113,16 @@ _RESULTS = (
 
 
 def _write_tensors(
-    workbench: Workbench, config: Config, folder: RunFolder, place: Path, form: Format
+    workbench: Workbench, folder: RunFolder, place: Path, form: Format
 ) -> list[Part]:
     """Write all shards and their index; returns the quantised parts."""
     model = workbench.model
-    dtype = checkpoint_dtype(model, config, form)
+    dtype = checkpoint_dtype(model, workbench.plan, form)
     outer = model.outer_tensors(torch.device("cpu"), torch.float32, head=True)
     outer = {name: tensor for name, tensor in outer.items() if name not in model.tied_names}
     extra = model.source.extra_names()
     tower = workbench.tower
-    if tower is not None and config.vision_scheme is None:
+    if tower is not None and workbench.plan.schemes.tower is None:
         outer |= _stored_blocks(tower)
     weight_map: dict[str, str] = {}
     size = 0
@@ -146,29 +138,39 @@ def _write_tensors(
     cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in outer.items()}
     write("model-outer.safetensors", cast | {n: model.source.tensor(n) for n in extra})
     parts = []
-    for bench, settings, learned in _quantized(workbench, config, folder):
+    for bench, learned in _quantized(workbench, folder):
         file = "model" if bench is workbench else "model-tower"
+        names: list[str] = []
+        linears: dict[str, Scheme] = {}
         for index in range(len(bench.model.blocks)):
-            frozen = learned_view(bench, settings, learned, index).freeze()
+            view = learned_view(bench, learned, index)
             prefix = bench.model.block_name(index) + "."
-            tensors = form.tensors(frozen, settings.quantization, dtype)
+            tensors = form.tensors(view.freeze(), dtype)
             write(f"{file}-{index:04d}.safetensors", {prefix + n: t for n, t in tensors.items()})
-        blocks = bench.model.architecture.blocks
-        parts.append(Part(blocks, settings.quantization, sorted(tensors)))
+            names += [prefix + name for name in sorted(tensors)]
+            linears |= linear_schemes(view.plan)
+        parts.append(Part(bench.model.architecture.blocks, bench.plan.schemes, linears, names))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
     return parts
 
 
-def _quantized(
-    workbench: Workbench, config: Config, folder: RunFolder
-) -> list[tuple[Workbench, Config, RunFolder]]:
+def _quantized(workbench: Workbench, folder: RunFolder) -> list[tuple[Workbench, RunFolder]]:
     """The language part, and a vision tower that has a scheme, with what was learned of each."""
     tower = workbench.tower
-    parts = [(workbench, config, folder)]
-    if tower is not None and config.vision_scheme is not None:
-        parts.append((tower, config.for_tower(), folder.tower))
+    parts = [(workbench, folder)]
+    if tower is not None and workbench.plan.schemes.tower is not None:
+        parts.append((tower, folder.tower))
     return parts
+
+
+def linear_schemes(plan: BlockPlan) -> dict[str, Scheme]:
+    """The scheme of each linear of a block by its full name; parts of one have the same."""
+    return {
+        f"{plan.name}.{matrix.parameter.removesuffix('.weight')}": plan.schemes[name]
+        for name, matrix in plan.matrices.items()
+        if matrix.expert is None and matrix.parameter.endswith(".weight")
+    }
 
 
 def _stored_blocks(workbench: Workbench) -> dict[str, Tensor]:
@@ -191,9 +193,9 @@ def _refuse_overflow(tensors: dict[str, Tensor], form: Format) -> None:
 
 
 def write_small_files(
-    model: Model, config: Config, place: Path, form: Format, parts: Sequence[Part]
+    model: Model, plan: Plan, place: Path, form: Format, parts: Sequence[Part]
 ) -> None:
-    """Write all of a checkpoint but its tensors and index."""
+    """Write configuration, tokenizer and what else travels along with tensors."""
     inside = tuple(part.blocks + "." for part in parts)
     outside = [
         name
@@ -202,6 +204,5 @@ def write_small_files(
     ]
     extra = {name.rpartition(".")[0] for name in model.source.extra_names()}
     quantization = form.quantization_config(parts, [*outside, *sorted(extra - {""})])
-    write_model_config(model, checkpoint_dtype(model, config, form), quantization, place)
+    write_model_config(model, checkpoint_dtype(model, plan, form), quantization, place)
     copy_side_files(model, place)
-    (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from lrquant.config.config import Config
+from lrquant.blocks.plan import Plan
 from lrquant.config.declarations import declarations
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
-from lrquant.export.targets import chosen_for_target, loading_refusal, mended, tower_refusal
+from lrquant.export.targets import chosen_for_target, loading_refusal, mended, refusal_of
 
 DEFAULT = "compressed-tensors"
 
@@ -19,24 +19,24 @@ def formats() -> dict[str, Format]:
     return {form.name: form for form in declarations("formats", "lrquant.export", "FORMAT", Format)}
 
 
-def choose_format(config: Config) -> Format:
-    """The format that the settings name, or the first that holds what they learn.
+def choose_format(plan: Plan, name: str | None, target: str | None) -> Format:
+    """The format of this name, or the first that holds what is planned.
 
     With a `target` that is one which the target loads, `DEFAULT` before others; without, `DEFAULT`.
     """
     known = formats()
-    if config.target is not None and config.format is None:
-        return chosen_for_target(config, known, DEFAULT)
-    name = config.format or DEFAULT
+    if target is not None and name is None:
+        return chosen_for_target(plan, target, known, DEFAULT)
+    other = "" if name else "; or --format dequantized"
+    name = name or DEFAULT
     if name not in known:
         raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
-    reason = known[name].refusal(config) or tower_refusal(known[name], config)
+    reason = refusal_of(known[name], plan)
     if reason is not None:
-        other = "" if config.format else "; or --format dequantized"
         raise LRQuantError(f"--format {name}: {reason}{other}")
-    if config.target is not None:
-        reason = loading_refusal(known[name], config)
+    if target is not None:
+        reason = loading_refusal(known[name], plan.schemes, target)
         if reason is not None:
-            mend = mended(config, [known[name]]) or "leave --format or --target out"
-            raise LRQuantError(f"--format {name} with --target {config.target}: {reason}; {mend}")
+            mend = mended(plan, target, [known[name]]) or "leave --format or --target out"
+            raise LRQuantError(f"--format {name} with --target {target}: {reason}; {mend}")
     return known[name]

@@ -20,45 +20,63 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
-from lrquant.config.config import Config
+from lrquant.blocks.frozen import FrozenBlock, QuantizedMatrix
 from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
-from lrquant.export.format import Format, factor_refusal
+from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import in_transformers, in_vllm, in_vllm_cpu
-from lrquant.numerics.integer import centred
+from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.packing import packed_weight
+from lrquant.numerics.products import centred
 
 _SCALE = ".weight_scale"
 
 
-def _refusal(config: Config) -> str | None:
-    """Why the format can't hold a run, with the nearest that it can."""
-    scheme = config.quantization
-    if scheme.weight_bits == FLOAT_BITS:
+def _refusal(schemes: Schemes) -> str | None:
+    """Why the format can't hold a model, with the nearest that it can."""
+    quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
+    if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
         return "weights of 16 bits are not packed; use --format dequantized"
-    reason = factor_refusal(config) or _two_schemes(config)
-    if reason is not None:
-        return reason
-    wanted = _nearest(scheme)
-    if wanted != scheme:
-        symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
-        return (
-            f"{scheme.describe()}: the nearest that it holds is --scheme {wanted.name}{symmetric}, "
-            "to be asked for before learning"
-        )
-    return None
+    for scheme in quantized:
+        wanted = _nearest(scheme)
+        if wanted != scheme:
+            symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
+            of_tower = scheme == schemes.tower != schemes.default
+            flag = "--vision-scheme" if of_tower else "--scheme"
+            start = f"--vision-scheme {scheme.name}: " if of_tower else ""
+            return (
+                f"{start}{scheme.describe()}: the nearest that it holds is {flag} {wanted.name}"
+                f"{symmetric}, to be asked for before learning"
+            )
+    return _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
 
 
-def _two_schemes(config: Config) -> str | None:
-    """What transformers 5.23 loads of two schemes: symmetric weights, and a tower of bytes.
+def _mixed_refusal(schemes: Schemes, quantized: Sequence[Scheme]) -> str | None:
+    """What transformers 5.23 loads of several schemes: weights without zero points.
 
-    It decodes weights with zero points by one scheme for the whole model, and prepares some towers
-    through weights that packed linears do not have.
+    It decodes weights with zero points by one scheme for the whole model.
     """
-    language, tower = config.quantization, config.vision_quantization
+    several = {scheme for _, scheme in schemes.patterns if not scheme.floating_point}
+    several |= {schemes.default} if not schemes.default.floating_point else set()
+    odd = [s for s in quantized if s.activation_bits == FLOAT_BITS and not s.symmetric]
+    if len(several) < 2 or not odd:
+        return None
+    return (
+        f"{odd[0].name} beside other schemes: transformers decodes weights with zero points by one "
+        f"scheme for the whole model; use symmetric weights, such as {odd[0].name}-sym, in all of "
+        "them, or --format lrquant"
+    )
+
+
+def _tower_refusal(schemes: Schemes) -> str | None:
+    """What transformers 5.23 loads beside a tower: symmetric weights, and a tower of bytes.
+
+    It prepares some towers through weights that packed linears do not have.
+    """
+    language, tower = schemes.default, schemes.tower
     if tower is None:
         return None
     if tower == language:
@@ -84,7 +102,10 @@ def _nearest(scheme: Scheme) -> Scheme:
         return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS)
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
-    return Scheme(weights, bits, None if weights == 8 else scheme.group_size, True, True, 16)
+    group_size = None if weights == 8 else scheme.group_size
+    return replace(
+        Scheme(weights, bits, group_size, True, True, 16), weight_grid=scheme.weight_grid
+    )
 
 
 def _loading(scheme: Scheme, target: str) -> Loading:
@@ -101,22 +122,29 @@ def _layout(scheme: Scheme) -> str:
 
 
 def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
-    """One group of linears a part; names are more exact than the class, so they come first."""
-    alike = all(part.scheme == parts[0].scheme for part in parts)
-    groups = {
-        f"group_{number}": _group(part.scheme, _targets(part, number))
-        for number, part in enumerate(parts[:1] if alike else parts)
-    }
-    layouts = {_layout(part.scheme) for part in parts}
+    """One group of linears a scheme; names are more exact than the class, so they come first."""
+    first = parts[0].scheme
+    alike = all(part.scheme == first and not part.mixed for part in parts)
+    groups = [_group(first, ["Linear"])]
+    alone: list[str] = []
+    for number, part in enumerate(parts):
+        for scheme, names in part.groups.items():
+            if scheme.floating_point:
+                alone += names
+            elif number and not part.mixed and not alike:
+                groups.append(_group(scheme, [_blocks_pattern(part)]))
+            elif scheme != first:
+                groups.append(_group(scheme, names))
+    layouts = {group.format for group in groups}
     whole = QuantizationConfig(
-        config_groups=groups,
-        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        ignore=outside,
+        config_groups={f"group_{number}": group for number, group in enumerate(groups)},
+        format=str(groups[0].format) if len(layouts) == 1 else "mixed-precision",
+        ignore=[*outside, *alone],
         quantization_status="compressed",
     )
     values = _without_nothing(whole.model_dump(mode="json"))
-    packed = parts[0].scheme.activation_bits == FLOAT_BITS
-    if packed and (not parts[0].scheme.symmetric or (alike and len(parts) > 1)):
+    packed = first.activation_bits == FLOAT_BITS
+    if packed and (not first.symmetric or (alike and len(parts) > 1)):
         # Unless it decodes while loading, transformers makes room for zero points that are not
         # packed (compressed-tensors 0.20 leaves them out of what it packs on the meta device) and
         # refuses ours for their shape, and initialises some towers through weights that packed
@@ -125,12 +153,10 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str,
     return values
 
 
-def _targets(part: Part, number: int) -> list[str]:
-    """Every linear for the language part; of others, those in their blocks."""
-    if number == 0:
-        return ["Linear"]
+def _blocks_pattern(part: Part) -> str:
+    """Every linear of a tower's blocks, whatever a version of transformers calls the tower."""
     tower, blocks = part.blocks.removeprefix("model.").split(".", 1)
-    return [f"re:.*{re.escape(tower)}\\..*{re.escape(blocks)}\\.[0-9]+\\..*"]
+    return f"re:.*{re.escape(tower)}\\..*{re.escape(blocks)}\\.[0-9]+\\..*"
 
 
 def _group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
@@ -157,24 +183,34 @@ def _without_nothing(value: Any) -> Any:
     return value
 
 
-def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
-    for name, linear in frozen.linears.items():
-        parts = packed_linear(linear, _layout(scheme), dtype)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    for name, matrix in frozen.joined().matrices.items():
+        packed = packed_matrix(matrix, _layout(matrix.scheme), dtype)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
     return tensors
 
 
-def packed_linear(linear: QuantizedLinear, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_matrix(matrix: QuantizedMatrix, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """One linear under the library's names; its codes are signed: code and zero - 2^(b-1)."""
-    codes = centred(linear.codes.to(torch.int16), linear.bits, linear.symmetric)
-    packed = {"weight_scale": linear.scale.to(dtype)}
-    if linear.bias is not None:
-        packed["bias"] = linear.bias.to(dtype)
+    grid = integer_grid(matrix)
+    codes = centred(matrix.codes.to(torch.int16), grid)
+    packed = {"weight_scale": matrix.scale.to(dtype)}
+    if matrix.bias is not None:
+        packed["bias"] = matrix.bias.to(dtype)
     if layout == "int-quantized":
         return packed | {"weight": codes}
-    zero_points = None if linear.symmetric else centred(linear.zero_point, linear.bits, False)
-    return packed | packed_weight(codes, zero_points, linear.bits)
+    zero_points = None if grid.symmetric else centred(matrix.zero_point, grid)
+    return packed | packed_weight(codes, zero_points, grid.bits)
+
+
+def integer_grid(matrix: QuantizedMatrix) -> IntegerGrid:
+    """The grid of a matrix of integers; LRQuantError for another kind."""
+    if not isinstance(matrix.grid, IntegerGrid):
+        raise LRQuantError(
+            f"grid {matrix.grid.kind!r}: holds no integers; use --format dequantized"
+        )
+    return matrix.grid
 
 
 def _decode(
@@ -197,11 +233,17 @@ def _decode(
 def _group_of(linear: str, read: QuantizationConfig) -> QuantizationScheme:
     """The group that a linear of this full name is of: a name goes before the class."""
     groups = [group for group in read.config_groups.values() if not isinstance(group, list)]
-    named = [g for g in groups if any(re.match(t.removeprefix("re:"), linear) for t in g.targets)]
+    named = [g for g in groups if any(_names(target, linear) for target in g.targets)]
     whole = [g for g in groups if "Linear" in g.targets]
     if not (named or whole):
         raise LRQuantError(f"{linear}: in no group of the quantization_config; export it again")
     return (named or whole)[0]
+
+
+def _names(target: str, linear: str) -> bool:
+    """Whether a target is this linear's name, or a pattern that it fits."""
+    pattern = target.removeprefix("re:")
+    return target == linear or (pattern != target and re.match(pattern, linear) is not None)
 
 
 FORMAT = Format(

@@ -15,7 +15,7 @@ from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 
 
-def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in frozen.dense().items()}
 
 
@@ -32,8 +32,10 @@ def _loading(scheme: Scheme, target: str) -> Loading:
 
 FORMAT = Format(
     name="dequantized",
-    refusal=lambda config: None,
+    refusal=lambda schemes: None,
     tensors=_tensors,
     quantization_config=lambda parts, outside: None,
     loading=_loading,
+    holds=frozenset({"shift", "input factor", "dense factor"}),
+    grids=frozenset(),
 )

@@ -5,57 +5,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrquant.blocks.frozen import FrozenBlock, QuantizedLinear
+from lrquant.blocks.frozen import FrozenBlock, QuantizedMatrix
 from lrquant.blocks.view import BlockView
-from lrquant.config.config import Config
-from lrquant.config.scheme import FLOAT_BITS
+from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
 
 
-def expected_block(
-    view: BlockView, config: Config, form: Format, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def expected_block(view: BlockView, form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
     """A block's tensors by name, relative to the block, on the meta device.
 
-    `view` gives the shapes; linears are packed one at a time.  Raises LRQuantError where the
+    `view` gives the shapes; parameters are packed one at a time.  Raises LRQuantError where the
     format refuses a shape.
     """
-    quantized = view.linears if config.wbits != FLOAT_BITS else ()
-    others = {n: t for n, t in view.stored.items() if n.rpartition(".")[0] not in quantized}
-    tensors = form.tensors(FrozenBlock({}, others), config.quantization, dtype)
-    for linear in quantized:
-        frozen = FrozenBlock({linear: _zeros(view, linear, config)}, {})
-        packed = form.tensors(frozen, config.quantization, dtype)
-        tensors |= {name: part.to("meta") for name, part in packed.items()}
+    by_parameter: dict[str, list[str]] = {}
+    for name, matrix in view.matrices.items():
+        by_parameter.setdefault(matrix.parameter, []).append(name)
+    quantized = view.shapes.quantized
+    packed = {p: names for p, names in by_parameter.items() if any(n in quantized for n in names)}
+    biases = {view.matrices[n].bias for names in packed.values() for n in names}
+    others = {n: t for n, t in view.stored.items() if n not in packed and n not in biases}
+    tensors = form.tensors(FrozenBlock({}, others, {}), dtype)
+    for names in packed.values():
+        frozen = FrozenBlock(
+            {name: _zeros(view, name) for name in names if name in quantized},
+            {},
+            {name: view.matrices[name] for name in names},
+            {n: (_weight(view, n), _bias(view, n)) for n in names if n not in quantized},
+        )
+        tensors |= {name: part.to("meta") for name, part in form.tensors(frozen, dtype).items()}
     return tensors
 
 
-def bits_per_weight(tensors: dict[str, Tensor], view: BlockView) -> float:
-    """Bits of all that the linears' weights take, scales, zero points and shapes counted."""
+def bits_of_weights(tensors: dict[str, Tensor], view: BlockView) -> tuple[int, int]:
+    """Bits that all of the matrices' weights take, scales, zero points and shapes counted, and how
+    many weights these are."""
+    modules = {m.parameter.removesuffix(".weight") for m in view.matrices.values()}
     parts = [
         tensor.nbytes
         for name, tensor in tensors.items()
-        if name.rpartition(".")[0] in view.linears and not name.endswith(".bias")
+        if (name in modules or name.rpartition(".")[0] in modules) and not name.endswith(".bias")
     ]
-    weights = sum(view.stored[f"{linear}.weight"].numel() for linear in view.linears)
-    return 8 * sum(parts) / weights
+    return 8 * sum(parts), sum(view.weight(name).numel() for name in view.matrices)
 
 
-def _zeros(view: BlockView, linear: str, config: Config) -> QuantizedLinear:
-    """A linear of a block's shapes whose codes are 0."""
-    weight, bias = view.stored[f"{linear}.weight"], view.stored.get(f"{linear}.bias")
-    scheme, size = config.quantization, view.group_size(linear)
-    rows, columns = weight.shape
-    rank = config.rotate_rank if config.rotation_sharing == "weight" else 0
-    own_input = config.rotation and config.rotation_sharing == "linear"
-    return QuantizedLinear(
-        codes=torch.zeros((rows, columns), dtype=torch.int8 if scheme.symmetric else torch.uint8),
-        scale=torch.ones((rows, columns // size)),
-        zero_point=torch.zeros((rows, columns // size)),
-        bias=None if bias is None else torch.zeros(rows),
-        bits=scheme.weight_bits,
-        group_size=size,
-        symmetric=scheme.symmetric,
-        factor=(torch.ones((rows, rank)), torch.ones((rank, columns))) if rank else None,
-        input_factor=torch.ones(columns) if own_input else None,
+def require_packable(view: BlockView, form: Format, dtype: torch.dtype) -> None:
+    """Refuse a block with several matrices in one tensor, if the format cannot hold that."""
+    if any(not matrix.whole for matrix in view.matrices.values()):
+        expected_block(view, form, dtype)
+
+
+def _weight(view: BlockView, matrix: str) -> Tensor:
+    return torch.zeros(view.weight(matrix).shape)
+
+
+def _bias(view: BlockView, matrix: str) -> Tensor | None:
+    present = str(view.matrices[matrix].bias) in view.stored
+    return torch.zeros(view.shapes.matrices[matrix].rows) if present else None
+
+
+def _zeros(view: BlockView, matrix: str) -> QuantizedMatrix:
+    """A matrix of a block's shapes whose codes are 0."""
+    shape = view.shapes.matrices[matrix]
+    grid, size = shape.grid, (shape.rows, shape.columns)
+    if grid is None:
+        raise LRQuantError(f"{matrix}: stays in floating point, so it has no codes")
+    held = {kind for each in view.ingredients for kind in each.needs(view.shapes)}
+    dense = torch.ones((shape.rows, 1)), torch.ones((1, shape.columns))
+    return QuantizedMatrix(
+        codes=torch.zeros(size, dtype=grid.stored_dtype),
+        scale=torch.ones((shape.rows, shape.groups)),
+        zero_point=torch.zeros((shape.rows, shape.groups)),
+        bias=_bias(view, matrix),
+        grid=grid,
+        scheme=view.plan.schemes[matrix],
+        factor=dense if "dense factor" in held else None,
+        input_factor=torch.ones(shape.columns) if "input factor" in held else None,
     )

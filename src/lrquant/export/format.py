@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.frozen import FrozenBlock
-from lrquant.config.config import Config
 from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 
@@ -22,8 +22,9 @@ Decode = Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]
 class Format:
     """What is special to a format: what it holds, and how a block's tensors are named and packed.
 
-    `refusal` returns why a run cannot be written so and what would do, or None.  `tensors` gives a
-    block's tensors, named relative to the block, floating-point ones in the checkpoint's dtype.
+    `refusal` returns why a model of such schemes cannot be written so and what would do, or None.
+    `tensors` gives a block's tensors, named relative to the block, floating-point ones in the
+    checkpoint's dtype.
     `quantization_config` is what config.json says of it, or None for dense weights; it is given the
     quantised parts of the model, the language part first, and the names of the linears outside
     them, which stay as they are.
@@ -32,13 +33,13 @@ class Format:
     `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
     it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
-    or None; `dtype` is the checkpoint's for a model's; `shifts` says whether modules may have
-    biases and shifts that the architecture lacks.
+    or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
+    it has a place for, and `grids` the kinds of grids.
     """
 
     name: str
-    refusal: Callable[[Config], str | None]
-    tensors: Callable[[FrozenBlock, Scheme, torch.dtype], dict[str, Tensor]]
+    refusal: Callable[[Schemes], str | None]
+    tensors: Callable[[FrozenBlock, torch.dtype], dict[str, Tensor]]
     quantization_config: Callable[[Sequence[Part], list[str]], dict[str, Any] | None]
     loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
         "this format does not say which runtimes load it"
@@ -46,14 +47,11 @@ class Format:
     decode: Decode = lambda tensors, block, quantization: dict(tensors)
     shape_refusal: Callable[[int, int], str | None] = lambda rows, columns: None
     dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
-    shifts: bool = False
+    holds: frozenset[str] = frozenset()
+    grids: frozenset[str] = frozenset({"int"})
 
-
-def factor_refusal(config: Config) -> str | None:
-    """Why a format whose linears are codes, scales and biases alone can't hold a run, or None."""
-    if config.rotation and config.rotation_sharing in ("weight", "linear"):
-        return (
-            f"--rotation_sharing {config.rotation_sharing} leaves a factor to run time; learn with "
-            "--rotation_sharing site"
-        )
-    return None
+    def grid_refusal(self, schemes: Schemes) -> str | None:
+        """Why it cannot hold the kind of a grid, or None."""
+        odd = [s.weight_grid for s in schemes.every if s.quantizes_weights]
+        odd = [kind for kind in odd if self.grids and kind not in self.grids]
+        return f"it holds no {odd[0]!r} grids; use --format dequantized" if odd else None

@@ -1,48 +1,78 @@
-"""The sizes of linears, fused as runtimes fuse them, that a target's kernels ask for."""
+"""What a target's kernels ask of linears, fused as runtimes fuse them: sizes, and one scheme."""
 
 from __future__ import annotations
 
-from lrquant.config.config import Config
+from lrquant.blocks.plan import Plan, plan_block
+from lrquant.blocks.workbench import shape_view
+from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
-from lrquant.export.parts import quantized_models
+from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model
 
+FUSING = ("vllm", "vllm-cpu")  # runtimes that make one product of linears that read one norm
 
-def check_kernels(model: Model, config: Config, form: Format) -> int:
+
+def check_kernels(model: Model, plan: Plan, form: Format, target: str) -> int:
     """What divides in and out of all linears, 1 if nothing must; refuses what it does not divide.
 
-    Linears that read one norm are one product in a runtime: their rows count together.
+    Linears that read one norm are one product in a runtime: their rows count together, and they
+    must have one scheme.
     """
     asked = 1
-    for part, settings in quantized_models(model, config):
-        multiple = form.loading(settings.quantization, config.target or "").multiple
-        asked = max(asked, multiple)
-        weights = {name: _weight(part, name) for name in part.linears}
-        odd = [
-            f"{' + '.join(names)} ({columns} to {rows})"
-            for names in fused_linears(part)
-            for rows in [sum(weights[name][0] for name in names)]
-            for columns in [weights[names[0]][1]]
-            if rows % multiple or columns % multiple
+    for part, own in parts_of(model, plan):
+        multiples = [
+            form.loading(s, target).multiple for s in own.schemes.every if s.quantizes_weights
         ]
-        if odd:
-            raise LRQuantError(
-                f"--target {config.target}: needs in and out of every linear divisible by "
-                f"{multiple}: not so in {', '.join(odd)}; use another target"
-            )
+        multiple = max(multiples, default=1)
+        asked = max(asked, multiple)
+        for index in range(len(part.blocks)):
+            if target in FUSING:
+                _require_one_scheme(part, index, own, target)
+            _require_multiple(part, index, own, multiple, target)
     return asked
 
 
-def fused_linears(model: Model) -> list[tuple[str, ...]]:
-    """Names of all linears of a block, those together that read one norm."""
-    fused = [
-        tuple(fold.module for fold in site.consumers) for site in model.sites if site.kind == "norm"
+def _require_multiple(model: Model, index: int, plan: Plan, multiple: int, target: str) -> None:
+    shapes = shape_view(model, index, plan).shapes.matrices
+    odd = [
+        f"{' + '.join(names)} ({columns} to {rows})"
+        for names in fused_matrices(model, index)
+        for rows in [sum(shapes[name].rows for name in names)]
+        for columns in [shapes[names[0]].columns]
+        if rows % multiple or columns % multiple
     ]
-    inside = {name for names in fused for name in names}
-    return [*fused, *((name,) for name in model.linears if name not in inside)]
+    if odd:
+        raise LRQuantError(
+            f"--target {target}: needs in and out of every linear divisible by {multiple}: not so "
+            f"in {', '.join(odd)}; use another target"
+        )
 
 
-def _weight(model: Model, linear: str) -> tuple[int, int]:
-    rows, columns = model.blocks[0].get_submodule(linear).get_parameter("weight").shape
-    return rows, columns
+def _require_one_scheme(model: Model, index: int, plan: Plan, target: str) -> None:
+    schemes = plan_block(model, index, plan.schemes).schemes
+    for names in fused_matrices(model, index):
+        several = {schemes[name] for name in names}
+        if len(several) > 1:
+            best = max(several, key=_precision).name
+            flags = " ".join(f"--scheme-for '{name}={best}'" for name in names)
+            raise LRQuantError(
+                f"--target {target}: {', '.join(names)} of block {index} are one product there and "
+                f"take one scheme; the nearest that it holds is {flags}"
+            )
+
+
+def _precision(scheme: Scheme) -> tuple[int, int, bool]:
+    return scheme.weight_bits, scheme.activation_bits, not scheme.symmetric
+
+
+def fused_matrices(model: Model, index: int) -> list[tuple[str, ...]]:
+    """Names of all matrices of a block, those together that read one norm."""
+    names = [matrix.name for matrix in model.matrices(index)]
+    fused = [
+        tuple(fold.module for fold in site.consumers if fold.module in names)
+        for site in model.sites(index)
+        if site.kind == "norm"
+    ]
+    inside = {name for group in fused for name in group}
+    return [*fused, *((name,) for name in names if name not in inside)]

@@ -6,7 +6,6 @@ linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,38 +14,27 @@ from torch import Tensor
 
 from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
-from lrquant.config.config import Config
 from lrquant.config.scheme import Scheme
-from lrquant.export.compressed_tensors import packed_linear
+from lrquant.export.compressed_tensors import packed_matrix
 from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.runtime.linear import IntegerLinear
-from lrquant.runtime.loading import NAME, VERSION
+from lrquant.runtime.loading import NAME, VERSION, NativeConfig
 
 _PACKED = ".weight_packed"
 
 
-def _refusal(config: Config) -> str | None:
-    """Only the dense factor, which no integer product can carry, is left out."""
-    if config.rotation and config.rotation_sharing == "weight":
-        return (
-            "--rotation_sharing weight multiplies the decoded weight, which no integer product "
-            "can carry; learn with --rotation_sharing site or linear"
-        )
-    return None
-
-
-def _tensors(frozen: FrozenBlock, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {
         name: tensor.float() if name.endswith(SHIFT_SUFFIX) else tensor.to(dtype)
         for name, tensor in frozen.others.items()
     }
-    for name, linear in frozen.linears.items():
-        parts = packed_linear(linear, "pack-quantized", dtype)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        if linear.input_factor is not None:
-            tensors[name + INPUT_FACTOR_SUFFIX] = linear.input_factor
+    for name, matrix in frozen.joined().matrices.items():
+        packed = packed_matrix(matrix, "pack-quantized", dtype)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+        if matrix.input_factor is not None:
+            tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
     return tensors
 
 
@@ -54,14 +42,13 @@ def _decode(
     tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
 ) -> dict[str, Tensor]:
     """By the runtime's own linear."""
-    tower = quantization.get("tower")
-    part = tower if tower and block.startswith(tower["blocks"] + ".") else quantization
-    scheme = Scheme(**part["scheme"])
+    config = NativeConfig(**quantization)
     dense = dict(tensors)
     for linear in [n.removesuffix(_PACKED) for n in tensors if n.endswith(_PACKED)]:
         packed = [n for n in dense if n.startswith(f"{linear}.weight")]
         parts = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
         rows, columns = parts["weight_shape"].tolist()
+        scheme = config.part_of(f"{block}.{linear}").scheme
         module = IntegerLinear(columns, rows, scheme, bias=False, input_factor=False)
         module.load_state_dict(parts)
         module.unpack()
@@ -71,22 +58,38 @@ def _decode(
 
 def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
     language, *towers = map(_part_config, parts)
-    values = {"quant_method": NAME, "format_version": VERSION, **language, "ignore": outside}
+    groups = [group for part in parts for group in list(part.groups.items())[1:]]
+    others = [{"scheme": s.to_dict(), "modules": n} for s, n in groups if not s.floating_point]
+    alone = [name for scheme, names in groups if scheme.floating_point for name in names]
+    values = {"quant_method": NAME, "format_version": VERSION, **language}
+    values["ignore"] = [*outside, *alone]
+    if others:
+        values["others"] = others
     if towers:
         values["tower"] = {"blocks": parts[1].blocks, **towers[0]}
     return values
 
 
 def _part_config(part: Part) -> dict[str, Any]:
-    def modules(suffix: str) -> list[str]:
-        return [name.removesuffix(suffix) for name in part.names if name.endswith(suffix)]
-
     return {
-        "scheme": dataclasses.asdict(part.scheme),
-        "biases": modules(".bias"),
-        "shifts": modules(SHIFT_SUFFIX),
-        "input_factors": modules(INPUT_FACTOR_SUFFIX),
+        "scheme": part.scheme.to_dict(),
+        "biases": _modules(part, ".bias"),
+        "shifts": _modules(part, SHIFT_SUFFIX),
+        "input_factors": _modules(part, INPUT_FACTOR_SUFFIX),
     }
+
+
+def _modules(part: Part, suffix: str) -> list[str]:
+    """Modules with such a tensor: as named in a block where all blocks have it, else in full."""
+    full = [name.removesuffix(suffix) for name in part.names if name.endswith(suffix)]
+    start = len(part.blocks) + 1
+    by_block: dict[str, list[str]] = {}
+    for name in full:
+        index, _, module = name[start:].partition(".")
+        by_block.setdefault(index, []).append(module)
+    blocks = {name[start:].partition(".")[0] for name in part.names}
+    alike = len(by_block) == len(blocks) and len({tuple(m) for m in by_block.values()}) == 1
+    return next(iter(by_block.values())) if alike else full
 
 
 def _loading(scheme: Scheme, target: str) -> Loading:
@@ -97,10 +100,10 @@ def _loading(scheme: Scheme, target: str) -> Loading:
 
 FORMAT = Format(
     name=NAME,
-    refusal=_refusal,
+    refusal=lambda schemes: None,
     tensors=_tensors,
     decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
-    shifts=True,
+    holds=frozenset({"shift", "input factor"}),
 )

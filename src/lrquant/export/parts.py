@@ -1,27 +1,44 @@
-"""The quantised parts of a model: the language part, and a vision tower."""
+"""The quantised parts of a checkpoint: the language part, and a vision tower."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from lrquant.config.config import Config
 from lrquant.config.scheme import Scheme
-from lrquant.model.model import Model
+from lrquant.config.schemes import Schemes
 
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks of one scheme: the path of their list, and the names of a block's tensors."""
+    """Blocks under some schemes: the path of their list, and what is in them by full names.
+
+    `linears` has the scheme of each module whose weight is on a grid, or that reads quantised
+    activations; `names` are all tensors.
+    """
 
     blocks: str
-    scheme: Scheme
+    schemes: Schemes
+    linears: Mapping[str, Scheme] = field(default_factory=dict)
     names: Sequence[str] = ()
 
+    @property
+    def scheme(self) -> Scheme:
+        """That of most of its linears."""
+        counts = Counter(scheme for scheme in self.linears.values() if not scheme.floating_point)
+        return counts.most_common(1)[0][0] if counts else self.schemes.default
 
-def quantized_models(model: Model, config: Config) -> list[tuple[Model, Config]]:
-    """The model seen from each part that has a scheme, and the settings of that part."""
-    found = [(model, config)]
-    if config.vision_scheme is not None and model.tower is not None:
-        found.append((model.tower, config.for_tower()))
-    return found
+    @property
+    def groups(self) -> dict[Scheme, list[str]]:
+        """Full names of the linears of each scheme, that of most of them first."""
+        first = self.scheme
+        groups: dict[Scheme, list[str]] = {first: []}
+        for name, scheme in self.linears.items():
+            groups.setdefault(scheme, []).append(name)
+        return groups
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its linears have several schemes."""
+        return len(self.groups) > 1

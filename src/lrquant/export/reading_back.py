@@ -17,8 +17,6 @@ from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.workbench import Workbench, learned_view
-from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
 from lrquant.files.whole import read_json
@@ -104,8 +102,7 @@ class DecodedSource(WeightSource):
 
 @torch.no_grad()
 def read_back(
-    workbench: Workbench,
-    quantized: list[tuple[Workbench, Config, RunFolder]],
+    quantized: list[tuple[Workbench, RunFolder]],
     place: Path,
     form: Format,
     dtype: torch.dtype,
@@ -116,17 +113,18 @@ def read_back(
     run learned.  Then what config.json makes of them: the embedding of some tokens, the outputs of
     one block of each kind, and the head's.
     """
+    workbench = quantized[0][0]
     model = workbench.model
     names = [
         bench.model.block_name(index)
-        for bench, _, _ in quantized
+        for bench, _ in quantized
         for index in range(len(bench.model.blocks))
     ]
     written, source = _open(place, form, names)
     _compare_outside(model, written, tuple(name + "." for name in names), dtype, place)
-    for bench, settings, learned in quantized:
+    for bench, learned in quantized:
         for index in range(len(bench.model.blocks)):
-            frozen = learned_view(bench, settings, learned, index).freeze()
+            frozen = learned_view(bench, learned, index).freeze()
             name = bench.model.block_name(index)
             _compare_block(name, source.block(name), frozen, dtype, place)
     if not model.architecture.reads_pixels:
@@ -188,14 +186,14 @@ def _require_rounded(
 
 
 def _compare_outputs(
-    language: tuple[Workbench, Config, RunFolder],
+    language: tuple[Workbench, RunFolder],
     written: Model,
     source: DecodedSource,
     dtype: torch.dtype,
     place: Path,
 ) -> None:
     """Embedding of some tokens, and one block of each kind, of both models."""
-    bench, settings, learned = language
+    bench, learned = language
     model, device = bench.model, bench.device
     limit = getattr(model.config, "max_position_embeddings", None) or _TOKENS
     ids = torch.arange(min(_TOKENS, limit))[None] % model.config.vocab_size
@@ -203,7 +201,7 @@ def _compare_outputs(
     _require_alike("the embedding", embedded, states, dtype, place)
     for index in _kinds(model):
         name = model.block_name(index)
-        view = learned_view(bench, settings, learned, index)
+        view = learned_view(bench, learned, index)
         frozen = view.freeze().tensors(torch.float32)
         expected = {key: tensor.float() for key, tensor in frozen.items()}
         decoded = {key: tensor.to(device) for key, tensor in source.block(name).items()}
@@ -232,7 +230,8 @@ def _output(
     model: Model, index: int, tensors: dict[str, Tensor], states: Tensor, entry: BlockInputs
 ) -> Tensor:
     shifted = [n.removesuffix(SHIFT_SUFFIX) for n in tensors if n.endswith(SHIFT_SUFFIX)]
-    runner = BlockRunner(model.blocks[index], model.linears, FLOATING_POINT, torch.float32, shifted)
+    readers = dict.fromkeys(m.reads for m in model.matrices(index) if m.reads is not None)
+    runner = BlockRunner(model.blocks[index], readers, None, torch.float32, shifted)
     with runner:
         return runner(tensors, states, entry.arguments(0, index))
 

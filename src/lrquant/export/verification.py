@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks.workbench import block_shapes
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.view import BlockView
+from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.export.choice import formats
-from lrquant.export.expected import bits_per_weight, expected_block
-from lrquant.export.parts import quantized_models
+from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.files.manifest import SETTINGS, changed_files, read_manifest
+from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model, count_parameters
 from lrquant.model.reading import read_config
 from lrquant.model.skeleton import build_skeleton
@@ -84,30 +86,42 @@ def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor
         raise LRQuantError(f"{model.name}: written as {name!r}, which this lrquant does not know")
     form, dtype = formats()[name], _dtype(model)
     expected: dict[str, Tensor] = {}
-    bits = []
-    parts = quantized_models(model, config)
-    for part, settings in parts:
-        view = block_shapes(part, settings.quantization)
+    plan = Plan.of(config)
+    parts = parts_of(model, plan)
+    bits = weights = 0
+    for part, own in parts:
         added = _added(part)
-        for module in added.get("biases", []):
-            rows = view.stored[f"{module}.weight"].shape[:1]
-            view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
-        for norm in added.get("shifts", []):
-            view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
-        block = expected_block(view, settings, form, dtype)
-        bits.append(bits_per_weight(block, view))
-        expected |= {
-            f"{part.block_name(index)}.{key}": tensor
-            for index in range(len(part.blocks))
-            for key, tensor in block.items()
-        }
+        for index in range(len(part.blocks)):
+            view = shape_view(part, index, own)
+            _add_extras(view, part.block_name(index), added)
+            block = expected_block(view, form, dtype)
+            if part is model:
+                block_bits, block_weights = bits_of_weights(block, view)
+                bits, weights = bits + block_bits, weights + block_weights
+            expected |= {f"{part.block_name(index)}.{key}": t for key, t in block.items()}
     inside = tuple(part.architecture.blocks + "." for part, _ in parts)
     tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for outer, tensor in model.skeleton.state_dict().items():
         if not outer.startswith(inside) and outer not in tied:
             kept = dtype if tensor.is_floating_point() else tensor.dtype
             expected[outer] = torch.empty(tensor.shape, dtype=kept, device="meta")
-    return expected, bits[0]
+    return expected, bits / weights
+
+
+def _add_extras(view: BlockView, block: str, added: dict[str, Any]) -> None:
+    """Give a block's shapes the biases and shifts that the native format added to it."""
+    for module in _of_block(added.get("biases", []), block):
+        rows = view.stored[f"{module}.weight"].shape[:1]
+        view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
+    for norm in _of_block(added.get("shifts", []), block):
+        view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
+
+
+def _of_block(modules: list[str], block: str) -> list[str]:
+    """Names relative to a block, of those that are in it or in every block."""
+    own = f"{block}."
+    inside = [name.removeprefix(own) for name in modules if name.startswith(own)]
+    return inside + [name for name in modules if not name.startswith(block.rpartition(".")[0])]
 
 
 def _added(part: Model) -> dict[str, Any]:
@@ -120,13 +134,16 @@ def _added(part: Model) -> dict[str, Any]:
 
 def _used_bits(model: Model, config: Config) -> dict[str, int]:
     """How many bits of a row's last word hold codes, by name; 0 if all do."""
-    return {
-        f"{part.block_name(index)}.{linear}.weight_packed": columns * settings.wbits % 32
-        for part, settings in quantized_models(model, config)
-        for linear in part.linears
-        for columns in [part.blocks[0].get_submodule(linear).get_parameter("weight").shape[1]]
-        for index in range(len(part.blocks))
-    }
+    used = {}
+    for part, own in parts_of(model, Plan.of(config)):
+        for index in range(len(part.blocks)):
+            view = shape_view(part, index, own)
+            for name, shape in view.shapes.quantized.items():
+                assert shape.grid is not None
+                module = view.matrices[name].parameter.removesuffix(".weight")
+                full = f"{part.block_name(index)}.{module}.weight_packed"
+                used[full] = shape.columns * shape.grid.bits % 32
+    return used
 
 
 def _tensor_problems(name: str, tensor: Tensor, expected: Tensor, used: int) -> Iterator[str]:

@@ -2,81 +2,106 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lrquant.numerics.affine import (
-    dequantize_weight,
-    effective_weight,
-    group_extremes,
-    quantize_weight,
-    row_chunks,
-)
+from lrquant.config.core import FASTEST
+from lrquant.config.schemes import Schemes
+from lrquant.config.settings import setting
+from lrquant.ingredients.ingredient import Ingredient
 
-PUBLISHED_LOGIT = 4.0  # sigmoid(4) = 0.982
-SEARCHED_STRENGTHS = tuple(step / 20 for step in range(19, 7, -1))  # 0.95, 0.9, … 0.4
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from lrquant.ingredients.base.block import BlockShapes, Start
+    from lrquant.ingredients.ingredient import Parameters
+    from lrquant.numerics.recipe import Recipe
 
-def clipping_parameters(
-    linear: str, rows: int, groups: int, start: float | Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """Two logits a row and group, (out, groups) float32: `start`, or one a group."""
-    return {
-        f"lwc.{linear}.{side}": torch.zeros((rows, groups), device=device) + start
-        for side in ("upper", "lower")
-    }
+STEEPEST = 80  # the sigmoid of a lower logit is nothing in float32
 
 
-def clipping_strengths(
-    parameters: dict[str, Tensor], linear: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fractions of the largest and smallest weight that the grid reaches, in (0, 1)."""
-    if f"lwc.{linear}.upper" not in parameters:
-        return None, None
-    return (
-        torch.sigmoid(parameters[f"lwc.{linear}.upper"]),
-        torch.sigmoid(parameters[f"lwc.{linear}.lower"]),
+@dataclass(frozen=True)
+class Clipping(Ingredient):
+    """Two logits a row and group of a matrix, (out, groups): `upper` and `lower`."""
+
+    lwc: bool | None = setting(None, "learn weight clipping (default: with --let, if neither set)")
+    vision_lwc: bool | None = setting(
+        None, "learn clipping in the tower (default: --lwc if given, else as its scheme asks)"
+    )
+    lwc_lr: float = setting(1e-2, "learning rate of the clipping", limits=(0, FASTEST), paper=1e-2)
+    lwc_init: float | None = setting(
+        None,
+        "logit that the clipping starts at (papers: 4); default: searched for each group",
+        limits=(-STEEPEST, STEEPEST),
+        paper=4.0,
     )
 
+    name = "lwc"
+    switch = "lwc"
+    tower_switch = "vision_lwc"
+    by_default = True
+    after_folds = True
+    title = "Learned weight clipping"
+    values = "Strengths, upper and lower"
 
-@torch.no_grad()
-def searched_logits(
-    weight: Tensor,
-    row_factor: Tensor | None,
-    column_factor: Tensor | None,
-    importance: Tensor,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-) -> Tensor:
-    """The logit, one for both sides, with the smallest weighted error of each row and group.
+    @classmethod
+    def refusal(cls, schemes: Schemes) -> str | None:
+        if schemes.quantizes_weights:
+            return None
+        return "with --wbits 16: there is no weight range to clip; give --wbits below 16"
 
-    ``sum over in of importance * (W - W^)**2`` for a weight (out, in), its factors applied, and the
-    mean squared inputs (in,): what a diagonal of the layer's Hessian says of its output's error.
-    Tries `SEARCHED_STRENGTHS` and the published start, to which ties go.  (out, groups) float32.
-    """
-    groups = weight.shape[1] // group_size
-    logits = torch.empty((weight.shape[0], groups), device=weight.device)
-    tried = [PUBLISHED_LOGIT, *(_logit(strength) for strength in SEARCHED_STRENGTHS)]
-    for rows in row_chunks(weight):
-        row = None if row_factor is None else row_factor[rows]
-        scaled = effective_weight(weight[rows], row, column_factor)
-        best = torch.full((len(scaled), groups), torch.inf, device=weight.device)
-        chosen = torch.full_like(best, PUBLISHED_LOGIT)
-        extremes = group_extremes(scaled, group_size)
-        for logit in tried:
-            strength = torch.full_like(best, logit).sigmoid_()
-            quantized = quantize_weight(
-                scaled, None, None, strength, strength, bits, group_size, symmetric, extremes
-            )
-            error = dequantize_weight(*quantized).sub_(scaled).square_().mul_(importance)
-            error = error.view(len(scaled), groups, group_size).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            chosen.masked_fill_(better, logit)
-        logits[rows] = chosen
-    return logits
+    @property
+    def rate(self) -> float:
+        return self.lwc_lr
+
+    @property
+    def description(self) -> str:
+        return f"weight clipping (lr {self.lwc_lr:g})"
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.lwc_init is None
+
+    def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
+        return {
+            f"lwc.{name}.{side}": (shape.rows, shape.groups)
+            for name, shape in block.quantized.items()
+            for side in ("upper", "lower")
+        }
+
+    def start(self, block: BlockShapes, start: Start) -> Parameters:
+        """At the given logit, or where a search finds the least error of each group."""
+        import torch
+
+        parameters = {}
+        for name, shape in block.quantized.items():
+            logits: float | Tensor | None = self.lwc_init
+            if logits is None:
+                logits = _searched(block, start, name)
+            for side in ("upper", "lower"):
+                zeros = torch.zeros((shape.rows, shape.groups), device=block.device)
+                parameters[f"lwc.{name}.{side}"] = zeros + logits
+        return parameters
+
+    def recipe(self, matrix: str, parameters: Parameters) -> Recipe | None:
+        from lrquant.numerics.recipe import Recipe
+
+        if f"lwc.{matrix}.upper" not in parameters:
+            return None
+        sides = (parameters[f"lwc.{matrix}.{side}"].sigmoid() for side in ("upper", "lower"))
+        upper, lower = sides
+        return Recipe(upper=upper, lower=lower)
 
 
-def _logit(strength: float) -> float:
-    return float(torch.logit(torch.tensor(strength, dtype=torch.float64)))
+def _searched(block: BlockShapes, start: Start, name: str) -> Tensor:
+    from lrquant.numerics.recipe import Recipe
+    from lrquant.numerics.search import searched_logits
+
+    grid = block.matrices[name].grid
+    assert grid is not None
+    recipe = Recipe(rows=start.factors.rows.get(name), columns=start.factors.columns.get(name))
+    importance = start.importance(name, block.matrices[name])
+    return searched_logits(start.weight(name), recipe, importance, grid)
+
+
+INGREDIENT = Clipping

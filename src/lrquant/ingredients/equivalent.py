@@ -2,17 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from lrquant.architectures.sites import UNTOUCHED, Fold, Site
+from lrquant.config.choices import KINDS
+from lrquant.config.core import FASTEST
+from lrquant.config.schemes import Schemes
+from lrquant.config.settings import setting
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.folding import Factors, multiply
+from lrquant.ingredients.ingredient import SMALLEST_FACTOR, Ingredient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrquant.architectures.sites import Site
+    from lrquant.ingredients.base.block import BlockShapes, Start
+    from lrquant.ingredients.ingredient import Parameters
 
 SMALLEST_ACTIVATION = 1e-5
+
+
+@dataclass(frozen=True)
+class Equivalent(Ingredient):
+    """One `scale` a site, and where its modules may have one a `shift`: (elements,)."""
+
+    let: bool | None = setting(None, "learn equivalent transformations")
+    vision_let: bool | None = setting(
+        None, "learn transformations in the tower (default: --let if given, else as it asks)"
+    )
+    let_sites: tuple[str, ...] = setting(
+        ("norm", "value_output", "up_down"),
+        f"site kinds to use, of {', '.join(KINDS)}",
+        KINDS,
+        paper=("norm", "value_output", "query_key"),
+    )
+    let_shift: str = setting(
+        "auto",
+        "learn shifts: where every module has a bias (auto), everywhere or nowhere",
+        ("auto", "always", "never"),
+        paper="always",
+    )
+    let_lr: float = setting(
+        5e-3,
+        "learning rate of scales and shifts (ACL paper: 1e-3)",
+        limits=(0, FASTEST),
+        paper=5e-3,
+    )
+    tta_let_lr: float = setting(
+        1e-3, "learning rate of scales and shifts while adapting", limits=(0, FASTEST)
+    )
+
+    name = "let"
+    switch = "let"
+    tower_switch = "vision_let"
+    by_default = True
+    held_as = ("shift",)
+    title = "Learned scales and shifts"
+    values = "Scales of the equivalent transformation"
+    owner = "site"
+
+    @classmethod
+    def refusal(cls, schemes: Schemes) -> str | None:
+        if not schemes.floating_point:
+            return None
+        return (
+            "with W16A16: nothing is quantised, so scales have no effect; give --wbits or --abits "
+            "below 16"
+        )
+
+    @classmethod
+    def applies(cls, schemes: Schemes) -> bool:
+        return not schemes.weight_only
+
+    @property
+    def rate(self) -> float:
+        return self.let_lr
+
+    @property
+    def description(self) -> str:
+        return f"equivalent transformation at {', '.join(self.let_sites)} (lr {self.let_lr:g})"
+
+    @property
+    def reads_statistics(self) -> bool:
+        return True
+
+    def sites(self, block: BlockShapes) -> tuple[Site, ...]:
+        """The sites of a block that are learned."""
+        return tuple(site for site in block.sites if site.kind in self.let_sites)
+
+    def shifts(self, site: Site, block: BlockShapes) -> bool:
+        """Whether a shift is learned at a site."""
+        if self.let_shift == "never" or not site.shiftable:
+            return False
+        biased = all(fold.module in block.biased for fold in site.folds)
+        return self.let_shift == "always" or biased
+
+    def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
+        return {
+            f"let.{site.name}.{part}": (site.size,)
+            for site in self.sites(block)
+            for part in (("scale", "shift") if self.shifts(site, block) else ("scale",))
+        }
+
+    def start(self, block: BlockShapes, start: Start) -> Parameters:
+        """Scales of the channels' maxima, and shifts to their midpoints (published start)."""
+        import torch
+
+        statistics = start.statistics
+        parameters = {}
+        for site in self.sites(block):
+            scale = torch.ones(site.size)
+            if site.measured is not None:
+                maxima = _statistic(statistics.maxima, site, start.block_name)
+                scale = logarithmic_scale(_reduced(site, maxima, "amax"))
+            parameters[f"let.{site.name}.scale"] = scale.to(block.device)
+            if self.shifts(site, block):
+                shift = torch.zeros(site.size)
+                if statistics.midpoints:
+                    midpoints = _statistic(statistics.midpoints, site, start.block_name)
+                    shift = _reduced(site, midpoints, "mean")
+                parameters[f"let.{site.name}.shift"] = shift.to(block.device)
+        return parameters
+
+    def fold(self, block: BlockShapes, parameters: Parameters, factors: Factors) -> None:
+        """One factor a module and axis, composed of those of all sites."""
+        for site in self.sites(block):
+            scale = parameters[f"let.{site.name}.scale"]
+            shift = parameters.get(f"let.{site.name}.shift")
+            powers = {1: scale, -1: scale.reciprocal()}
+            for fold in site.folds:
+                table = {"rows": factors.rows, "columns": factors.columns, "norm": factors.norms}
+                factor = block.spread(powers[fold.power], fold, 1.0)
+                multiply(table[fold.axis], fold.module, factor)
+                if shift is not None:
+                    moved = factors.subtract if fold is site.producer else factors.add
+                    moved[fold.module] = block.spread(shift, fold, 0.0)
+
+    def constrain_(self, parameters: Parameters) -> None:
+        for name, parameter in parameters.items():
+            if name.endswith(".scale"):
+                parameter.clamp_(min=SMALLEST_FACTOR)
+
+    def adapted(self) -> Equivalent:
+        return replace(self, let_lr=self.tta_let_lr)
+
+    def needs(self, block: BlockShapes | None) -> dict[str, str]:
+        if block is None:
+            return {}
+        modules = {
+            fold.module
+            for site in self.sites(block)
+            if self.shifts(site, block)
+            for fold in site.folds
+        }
+        missing = sorted(modules - block.biased)
+        if not missing:
+            return {}
+        return {
+            "shift": (
+                f"--let_shift {self.let_shift}: shifts need biases that this architecture lacks "
+                f"({', '.join(missing)}); learn with --let_shift auto, or use --format lrquant"
+            )
+        }
 
 
 def logarithmic_scale(maxima: Tensor) -> Tensor:
@@ -21,30 +173,7 @@ def logarithmic_scale(maxima: Tensor) -> Tensor:
     `maxima` are the largest magnitudes of the channels; both they and the result are >= 1e-5.
     """
     maxima = maxima.clamp(min=SMALLEST_ACTIVATION)
-    return (maxima / torch.log2(2 + maxima)).clamp(min=SMALLEST_ACTIVATION)
-
-
-def equivalent_parameters(
-    sites: Sequence[Site],
-    shifted: frozenset[str],
-    statistics: ChannelStatistics,
-    block_name: str,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Scales, and shifts for the sites named in `shifted`, at their published start."""
-    parameters = {}
-    for site in sites:
-        scale = torch.ones(site.size)
-        if site.measured is not None:
-            maxima = _reduce(site, _statistic(statistics.maxima, site, block_name), "amax")
-            scale = logarithmic_scale(maxima)
-        parameters[f"let.{site.name}.scale"] = scale.to(device)
-        if site.name in shifted:
-            shift = torch.zeros(site.size)
-            if statistics.midpoints:
-                shift = _reduce(site, _statistic(statistics.midpoints, site, block_name), "mean")
-            parameters[f"let.{site.name}.shift"] = shift.to(device)
-    return parameters
+    return (maxima / (2 + maxima).log2()).clamp(min=SMALLEST_ACTIVATION)
 
 
 def _statistic(values: dict[str, Tensor], site: Site, block_name: str) -> Tensor:
@@ -63,50 +192,12 @@ def _statistic(values: dict[str, Tensor], site: Site, block_name: str) -> Tensor
     return values[name]
 
 
-def _reduce(site: Site, values: Tensor, how: str) -> Tensor:
+def _reduced(site: Site, values: Tensor, how: str) -> Tensor:
     """Input-channel values of the measured consumer -> one value an element of the scale."""
+    import torch
+
     index = torch.tensor(site.consumers[0].index)
     return torch.zeros(site.size).scatter_reduce_(0, index, values, how, include_self=False)
 
 
-@dataclass
-class Factors:
-    """What a block's sites ask of its modules, by module name; absent means 1 or 0.
-
-    rows (out,) and columns (in,) multiply a linear's weight, norms (hidden,) a norm's weight and
-    bias.  Before that, `subtract` (out or hidden,) leaves the module's bias and ``W @ add`` (in,)
-    enters it, W being the unscaled weight.
-    """
-
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    subtract: dict[str, Tensor] = field(default_factory=dict)
-    add: dict[str, Tensor] = field(default_factory=dict)
-
-
-def fold_factors(sites: Sequence[Site], parameters: dict[str, Tensor]) -> Factors:
-    """Compose the scales and shifts of all sites into one factor a module and axis."""
-    factors = Factors()
-    for site in sites:
-        scale = parameters[f"let.{site.name}.scale"]
-        shift = parameters.get(f"let.{site.name}.shift")
-        powers = {1: scale, -1: scale.reciprocal()}
-        for fold in site.folds:
-            table = {"rows": factors.rows, "columns": factors.columns, "norm": factors.norms}
-            into = table[fold.axis]
-            factor = _spread(powers[fold.power], fold, 1.0)
-            into[fold.module] = into[fold.module] * factor if fold.module in into else factor
-            if shift is not None:
-                moved = factors.subtract if fold is site.producer else factors.add
-                moved[fold.module] = _spread(shift, fold, 0.0)
-    return factors
-
-
-def _spread(values: Tensor, fold: Fold, untouched: float) -> Tensor:
-    """One value a channel; `untouched` where the site leaves a channel as it is."""
-    if fold.index == tuple(range(len(values))):
-        return values
-    if UNTOUCHED in fold.index:
-        values = torch.cat([values, values.new_full((1,), untouched)])  # which index -1 finds
-    return values[torch.tensor(fold.index, device=values.device)]
+INGREDIENT = Equivalent

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.variants import is_adapted
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench, advance_full_precision, learned_view
 from lrquant.config.config import Config
 from lrquant.data.conversations import is_conversations
@@ -35,7 +35,7 @@ def check_adaptation(config: Config, blocks: int, pictures: bool = False) -> Non
     """
     if not config.tta:
         return
-    if not (config.lwc or config.let or config.rotation):
+    if not config.ingredients():
         raise LRQuantError(
             "--tta: the run learns nothing that could be adapted; give --lwc, --let or --lr-plus"
         )
@@ -66,11 +66,12 @@ def adapt(
     settings = dataclasses.replace(
         fit_settings(config),
         epochs=config.tta_epochs,
-        let_lr=config.tta_let_lr,
         two_branch=False,
         dynamic_weights=False,
     )
-    done: dict[str, Any] = {"epochs": config.tta_epochs, "let_lr": config.tta_let_lr, "blocks": []}
+    ingredients = tuple(each.adapted() for each in workbench.plan.ingredients)
+    learned = ", ".join(each.description for each in ingredients)
+    done: dict[str, Any] = {"epochs": config.tta_epochs, "learned": learned, "blocks": []}
     entry = BlockInputs(model, text.feed, config.batch_size, workbench.device)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
@@ -78,12 +79,13 @@ def adapt(
     folder.forget_adapted(text.name)
     with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
         for index in range(blocks):
-            view = learned_view(workbench, config, folder, index)
+            view = learned_view(workbench, folder, index)
             advance_full_precision(workbench, index, view.stored, entry, full, full)
             data = BlockData(index, entry, quantized, (full,))
-            adapted = is_adapted(config, index, blocks)
+            adapted = index >= blocks - config.tta_blocks
             with workbench.runner(index, view) as runner:
                 if adapted:
+                    view.ingredients = ingredients
                     report = fit_block(view, runner, data, settings)
                     folder.save_adapted(text.name, index, view.parameters)
                 final = float(advance_quantized(view, runner, data, settings.loss).sum())
@@ -101,4 +103,5 @@ def adapt(
 
 def describe_adaptation(config: Config) -> str:
     """How long and how much is learned again, in words."""
-    return f"last {config.tta_blocks}, {config.tta_epochs} epochs, let_lr {config.tta_let_lr:g}"
+    rates = [f"{each.name}_lr {each.adapted().rate:g}" for each in Plan.of(config).ingredients]
+    return ", ".join([f"last {config.tta_blocks}, {config.tta_epochs} epochs", *rates])

@@ -1,30 +1,36 @@
-"""Whether a model's shapes take what is to be learned, before any weight is read."""
+"""Whether a model takes what is planned of it, before any weight is read."""
 
 from __future__ import annotations
 
-from lrquant.blocks.workbench import block_shapes
-from lrquant.config.config import Config
-from lrquant.config.scheme import Scheme
-from lrquant.errors import LRQuantError
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.workbench import shape_view
 from lrquant.model.model import Model
 
 
-def check_groups(model: Model, scheme: Scheme) -> None:
-    """Refuse a group size that does not divide before any weight is read."""
-    view = block_shapes(model, scheme)
-    for linear in model.linears:
-        view.group_size(linear)
+def parts_of(model: Model, plan: Plan) -> list[tuple[Model, Plan]]:
+    """The language part, and a vision tower that has a scheme, each with its own plan."""
+    parts = [(model, plan)]
+    if plan.schemes.tower is not None:
+        parts.append((model.require_tower(), plan.tower))
+    return parts
 
 
-def check_rank(model: Model, config: Config) -> None:
-    """Refuse a rank above which a factor of rows and columns can't be more than it is."""
-    if not config.rotation:
-        return
-    shapes = model.blocks[0].state_dict()
-    sides = {linear: min(shapes[f"{linear}.weight"].shape) for linear in model.linears}
-    smallest = min(sides, key=sides.__getitem__)
-    if config.rotate_rank > sides[smallest]:
-        raise LRQuantError(
-            f"--rotate_rank {config.rotate_rank}: {smallest} has {sides[smallest]} rows or "
-            "columns; use that or less"
-        )
+def check_patterns(model: Model, plan: Plan) -> None:
+    """Refuse a pattern of schemes that names no matrix."""
+    parts = parts_of(model, plan)
+    plan.schemes.require_used([name for part, _ in parts for name in part.matrix_names()])
+
+
+def check_grids(model: Model, plan: Plan) -> None:
+    """Refuse groups that do not divide, and inputs that cannot be quantised, in a part's blocks."""
+    for index in range(len(model.blocks)):
+        view = shape_view(model, index, plan)
+        view.plan.inputs  # noqa: B018
+
+
+def check_ingredients(model: Model, plan: Plan) -> None:
+    """Refuse settings that do not fit the shapes of a part's matrices."""
+    for index in range(len(model.blocks)):
+        shapes = shape_view(model, index, plan).shapes.quantized
+        for ingredient in plan.ingredients:
+            ingredient.check(shapes)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrquant.blocks.frozen import QuantizedLinear
+from lrquant.architectures.matrix import Matrix
+from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, BlockRunner
-from lrquant.blocks.view import BlockView, Method
+from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench
-from lrquant.config.scheme import FLOATING_POINT
 from lrquant.learn.fit import BlockData
 
 SAMPLES = 4  # of the calibration set
@@ -90,11 +90,12 @@ class _Variant:
     def __init__(self, workbench: Workbench, index: int, view: BlockView) -> None:
         self.workbench, self.index, self.view = workbench, index, view
         frozen = view.freeze()
-        self.codes = {name: code_counts(linear) for name, linear in frozen.linears.items()}
+        self.codes = {name: code_counts(matrix) for name, matrix in frozen.matrices.items()}
         self.tensors = frozen.tensors(view.dtype)
         self.made, self.total = _Ratio(), _Ratio()
-        self.snr = {name: _Ratio() for name in view.linears}
-        self.own = {name: _Ratio() for name in view.linears}
+        self.seen = seen_matrices(view)
+        self.snr = {name: _Ratio() for name in self.seen}
+        self.own = {name: _Ratio() for name in self.seen}
         self.cosine, self.terms = 0.0, torch.zeros(())
 
     @contextmanager
@@ -109,7 +110,7 @@ class _Variant:
                         {name: _chosen(output)}
                     )
                 )
-                for name in self.view.linears
+                for name in {str(matrix.reads) for matrix in self.seen.values()}
             ]
             try:
                 yield runner, seen
@@ -125,15 +126,17 @@ class _Variant:
             seen.pictures[name] = largest_magnitudes(values if values.dim() == 2 else values[0])
 
     def compare(self, seen: _Seen, reference: _Seen) -> None:
-        """Add the error of each linear's output, in the units of the model's own weights."""
+        """Add the error of each matrix's output, in the units of the model's own weights."""
         view = self.view
-        for name in view.linears:
-            read, output = view.in_stored_units(name, seen.inputs[name], seen.outputs[name])
-            bias = view.stored.get(f"{name}.bias")
-            own = functional.linear(
-                read, view.stored[f"{name}.weight"].float(), None if bias is None else bias.float()
-            )
-            self.snr[name].add(output, reference.outputs[name])
+        for name, matrix in self.seen.items():
+            module = str(matrix.reads)
+            rows = slice(*(matrix.rows or (None,)))
+            given, expected = seen.outputs[module][:, rows], reference.outputs[module][:, rows]
+            read, output = view.in_stored_units(name, seen.inputs[module], given)
+            bias = view.stored.get(str(matrix.bias))
+            bias = None if bias is None else matrix.of_bias(bias).float()
+            own = functional.linear(read, view.weight(name).float(), bias)
+            self.snr[name].add(output, expected)
             self.own[name].add(output, own)
 
 
@@ -150,8 +153,8 @@ def measure_block(
     `measure` makes one number of the loss terms of `kind`.
     """
     index, stored = data.index, view.stored
-    plain = _Variant(workbench, index, workbench.view(index, stored, FLOATING_POINT, Method()))
-    nearest = workbench.view(index, stored, view.scheme, Method())
+    plain = _Variant(workbench, index, workbench.full_precision.view(index, stored))
+    nearest = workbench.nearest.view(index, stored)
     variants = dict(
         zip(VARIANTS, (_Variant(workbench, index, each) for each in (nearest, view)), strict=True)
     )
@@ -180,8 +183,8 @@ def measure_block(
                 tensors |= _pictures(reference.pictures, seen.pictures)
         samples += count
         linear_tokens += len(next(iter(reference.inputs.values())))
-    for linear in view.linears:
-        tensors[f"weights.{linear}"] = weight_histogram(stored[f"{linear}.weight"])
+    for matrix in view.matrices:
+        tensors[f"weights.{matrix}"] = weight_histogram(view.weight(matrix))
     for name, variant in variants.items():
         tensors |= {f"codes.{linear}.{name}": counts for linear, counts in variant.codes.items()}
     figures = {
@@ -189,9 +192,9 @@ def measure_block(
         "tokens": tokens,
         "linear_tokens": linear_tokens,
         "picture_channels": {
-            linear: stored[f"{linear}.weight"].shape[1]
-            for linear in view.linears
-            if f"inputs.{linear}.before" in tensors
+            str(matrix.reads): view.shapes.matrices[name].columns
+            for name, matrix in view.matrices.items()
+            if f"inputs.{matrix.reads}.before" in tensors
         },
         "error_carried": carried.relative,
     }
@@ -214,7 +217,7 @@ def _sums(
                 "snr": {name: v.snr[linear].decibels for name, v in variants.items()},
                 "own_snr": {name: v.own[linear].decibels for name, v in variants.items()},
             }
-            for linear in variants["learned"].view.linears
+            for linear in variants["learned"].seen
         },
     }
 
@@ -235,12 +238,20 @@ def run_lengths(tokens: int, channels: int) -> tuple[int, int]:
     return -(-tokens // PICTURE_TOKENS), -(-channels // PICTURE_CHANNELS)
 
 
-def code_counts(linear: QuantizedLinear) -> Tensor:
-    """How often each code is used, from the smallest on, (2**bits,) int64 on the CPU."""
-    offset = 2 ** (linear.bits - 1) if linear.symmetric else 0
-    return torch.stack(
-        [(linear.codes == code - offset).sum() for code in range(2**linear.bits)]
-    ).cpu()
+def code_counts(matrix: QuantizedMatrix) -> Tensor:
+    """How often each code is used, from the smallest on, (codes,) int64 on the CPU."""
+    smallest, largest = matrix.grid.code_range
+    codes = range(smallest, largest + 1)
+    return torch.stack([(matrix.codes == code).sum() for code in codes]).cpu()
+
+
+def seen_matrices(view: BlockView) -> dict[str, Matrix]:
+    """The matrices whose inputs and outputs are those of a module: linears, and rows of them."""
+    return {
+        name: matrix
+        for name, matrix in view.matrices.items()
+        if matrix.reads is not None and matrix.expert is None and not matrix.transposed
+    }
 
 
 def weight_histogram(weight: Tensor) -> Tensor:

@@ -17,18 +17,16 @@ from lrquant.errors import LRQuantError
 from lrquant.learn.objective import Objective, loss_terms
 
 Progress = Callable[[int, float], None]
+Optimizers = list[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a block is learned; learning rates are AdamW's, constant."""
+    """How a block is learned; ingredients bring their learning rates and optimizers."""
 
     epochs: int
-    let_lr: float
-    lwc_lr: float
-    weight_decay: float
-    loss: str
-    rotation_lr: float = 1e-2
+    weight_decay: float = 0.0
+    loss: str = "mse+nlc"
     two_branch: bool = False
     dynamic_weights: bool = False
     ema_init: str = "first"
@@ -148,10 +146,10 @@ class _Learning:
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
         report, settings = self.report, self.settings
-        optimizer = make_optimizer(self.view.parameters, settings)
+        optimizers = make_optimizers(self.view, settings.weight_decay)
         best_loss, best_epoch = report.initial_loss, 0
         for epoch in range(1, settings.epochs + 1):
-            mean = self._epoch(optimizer, epoch)
+            mean = self._epoch(optimizers, epoch)
             if mean is None:
                 self._go_back(f"epoch {epoch}")
                 break
@@ -173,7 +171,7 @@ class _Learning:
         report.best_epoch = best_epoch if settings.keep_best else None
         self.view.parameters = _copy(self.view.parameters)
 
-    def _epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> float | None:
+    def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
         steps = len(self.data.entry.batches)
         total = 0.0
@@ -183,7 +181,7 @@ class _Learning:
                 self.runner,
                 self.data,
                 batch,
-                optimizer,
+                optimizers,
                 self.report.objective,
                 self.settings.loss,
             )
@@ -220,30 +218,27 @@ def learning_step(
     runner: BlockRunner,
     data: BlockData,
     batch: int,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     objective: Objective,
     kind: str,
 ) -> float:
     """One step on one batch; the objective's measure before it."""
     _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     objective.loss(terms).backward()
-    optimizer.step()
-    view.keep_scales_positive_()
+    for optimizer in optimizers:
+        optimizer.step()
+    view.constrain_()
     return objective.measure(terms)
 
 
-def make_optimizer(parameters: dict[str, Tensor], settings: FitSettings) -> torch.optim.Optimizer:
-    """AdamW over the parameters, which become leaves, each kind at its own learning rate."""
-    for parameter in parameters.values():
+def make_optimizers(view: BlockView, weight_decay: float) -> Optimizers:
+    """What steps the parameters, which become leaves: one of each ingredient that has some."""
+    for parameter in view.parameters.values():
         parameter.requires_grad_(True)
-    rates = {"let": settings.let_lr, "lwc": settings.lwc_lr, "rotation": settings.rotation_lr}
-    groups = [
-        {"params": [p for name, p in parameters.items() if name.startswith(kind + ".")], "lr": rate}
-        for kind, rate in rates.items()
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    own = [(each, list(each.own(view.parameters).values())) for each in view.ingredients]
+    return [each.optimizer(parameters, weight_decay) for each, parameters in own if parameters]
 
 
 def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

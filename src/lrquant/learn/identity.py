@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from lrquant.blocks.workbench import Workbench, method_of, peak_memory
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.workbench import Workbench, peak_memory
 from lrquant.config.config import Config
 from lrquant.data.samples import Samples
 from lrquant.learn.fit import FitSettings
@@ -22,38 +23,22 @@ from lrquant.version import __version__
 
 def describe_method(config: Config) -> str:
     """One line for people: what is learned, how long."""
-    parts = []
-    if config.lwc:
-        parts.append(f"weight clipping (lr {config.lwc_lr:g})")
-    if config.let:
-        sites = ", ".join(config.let_sites)
-        parts.append(f"equivalent transformation at {sites} (lr {config.let_lr:g})")
-    if config.rotation:
-        rank = f"rank {config.rotate_rank}, {_ROTATIONS[config.rotation_sharing or 'site']}"
-        parts.append(f"rotation vectors of {rank} (lr {config.rotation_lr:g})")
-    if not parts:
+    learned = [ingredient.description for ingredient in Plan.of(config).ingredients]
+    if not learned:
         return "round to nearest: nothing is learned"
     branches = ", two branches" if config.two_branch else ""
     weights = f", dynamic weights from {config.ema_init}" if config.dynamic_weights else ""
     kept = ", best epoch kept" if config.keep_best else ""
     return (
-        f"{method_name(config)}: {' and '.join(parts)}; loss {config.loss}{branches}{weights}; "
+        f"{method_name(config)}: {' and '.join(learned)}; loss {config.loss}{branches}{weights}; "
         f"{config.epochs} epoch{'' if config.epochs == 1 else 's'}{kept}"
     )
 
 
 def method_name(config: Config) -> str:
     """LRQuant+ with any of its three parts, else LRQuant."""
-    plus = config.rotation or config.two_branch or config.dynamic_weights
-    return "LRQuant+" if plus else "LRQuant"
-
-
-_ROTATIONS = {
-    "site": "input side shared at norms",
-    "linear": "input side for each linear",
-    "none": "output side alone",
-    "weight": "dense on the weight",
-}
+    factors = any(ingredient.plus for ingredient in Plan.of(config).ingredients)
+    return "LRQuant+" if factors or config.two_branch or config.dynamic_weights else "LRQuant"
 
 
 def describe_run(
@@ -61,26 +46,35 @@ def describe_run(
 ) -> dict[str, Any]:
     """What must be the same for a run to be resumed, and `calibration` in words."""
     settings = dataclasses.asdict(fit_settings(config))
+    plan = workbench.plan
+    read = any(ingredient.reads_statistics for ingredient in plan.ingredients)
     statistics = [
         hashlib.sha256(Path(path).read_bytes()).hexdigest()
         for path in (config.act_scales, config.act_shifts)
-        if path is not None and config.let
+        if path is not None and read
     ]
     tower = {}
-    if config.vision_quantization is not None and model.tower is not None:
-        scheme = dataclasses.asdict(config.vision_quantization)
-        tower = {"tower": {"blocks": len(model.tower.blocks), "scheme": scheme}}
+    if plan.schemes.tower is not None and model.tower is not None:
+        blocks, scheme = len(model.tower.blocks), plan.schemes.tower.to_dict()
+        tower = {"tower": {"blocks": blocks, "scheme": scheme, "method": _values(plan.tower)}}
     return {
         "model": model.fingerprint(),
         **tower,
-        "scheme": dataclasses.asdict(config.quantization),
-        "method": json.loads(json.dumps(dataclasses.asdict(method_of(config)))),
+        "scheme": plan.schemes.default.to_dict(),
+        "schemes": {pattern: scheme.to_dict() for pattern, scheme in plan.schemes.patterns},
+        "method": _values(plan) | {"save_dtype": config.save_dtype},
         "learning": {**settings, "batch_size": config.batch_size},
         "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
         "statistics": statistics,
         "precision": dtype_name(workbench.dtype),
         "calibration": calibration.description,
     }
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    """The settings of every ingredient that is learned, as JSON has them."""
+    values = {each.name: dataclasses.asdict(each) for each in plan.ingredients}  # type: ignore[call-overload]
+    return json.loads(json.dumps(values))
 
 
 class Place(Protocol):
@@ -122,11 +116,8 @@ def fit_settings(config: Config) -> FitSettings:
     """How blocks are learned."""
     return FitSettings(
         epochs=config.epochs,
-        let_lr=config.let_lr,
-        lwc_lr=config.lwc_lr,
         weight_decay=config.wd,
         loss=config.loss,
-        rotation_lr=config.rotation_lr,
         two_branch=bool(config.two_branch),
         dynamic_weights=bool(config.dynamic_weights),
         ema_init=config.ema_init,

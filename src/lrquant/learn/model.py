@@ -12,20 +12,18 @@ from torch import Tensor
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import (
     WeightedObserver,
     Workbench,
     advance_full_precision,
-    method_of,
     peak_memory,
 )
 from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, FitSettings, advance_quantized, fit_block
 from lrquant.learn.identity import fit_settings
@@ -48,12 +46,12 @@ def learn_model(
     The language part learns on what the quantised tower gives it.
     """
     tower = workbench.tower
-    plain = learned = preparer(workbench, FLOATING_POINT).tower
-    if config.vision_quantization is not None and tower is not None:
+    plain = learned = full_precision(workbench).tower
+    if config.vision_scheme is not None and tower is not None:
         pictures = require_pictures(config, feed)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
-        learn_blocks(tower, config.for_tower(), pictures, None, folder.tower, progress)
-        learned = preparer(workbench, config.quantization, config, folder).tower
+        learn_blocks(tower, config, pictures, None, folder.tower, progress)
+        learned = as_learned(workbench, folder).tower
         logger.info("language part: %d blocks", len(workbench.model.blocks))
     learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
 
@@ -147,14 +145,16 @@ class _Learner:
         started = time.monotonic()
         workbench, config, loss = self.workbench, self.config, self.settings.loss
         statistics = ChannelStatistics()
-        searched = config.lwc and config.lwc_init is None
-        observed = searched or (config.let and self.given is None)
+        ingredients = workbench.plan.ingredients
+        observed = any(each.needs_statistics for each in ingredients) or (
+            self.given is None and any(each.reads_statistics for each in ingredients)
+        )
         stored, view = self._advance_full(index, statistics.observe if observed else None)
         if self.given is not None:
             statistics.maxima, statistics.midpoints = self.given.maxima, self.given.midpoints
         for stream in self.homologous:
             advance_full_precision(workbench, index, stored, self.entry, self.quantized, stream)
-        view.initialize(statistics, workbench.model.block_name(index))
+        view.initialize(statistics)
         data = BlockData(index, self.entry, self.quantized, (self.full, *self.homologous))
         with workbench.runner(index, view) as runner:
             report = fit_block(view, runner, data, self.settings, self.progress.stepper(index))
@@ -175,7 +175,7 @@ class _Learner:
         bench, full = self.workbench, self.full
         stored = bench.stored(index)
         advance_full_precision(bench, index, stored, self.entry, full, full, observer)
-        return stored, bench.view(index, stored, self.config.quantization, method_of(self.config))
+        return stored, bench.view(index, stored)
 
 
 def _record(

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lrquant.numerics.losses import mean_squared_error, negative_log_cosine
+from lrquant.numerics.losses import terms_of
 
-TERMS = {"mse": mean_squared_error, "nlc": negative_log_cosine}
 MEAN_DECAY = 0.95
 SMALLEST_MEAN = 1e-6
 
@@ -27,7 +26,7 @@ def loss_terms(
     Block outputs (batch, tokens, hidden), each token counting as its weight (batch, tokens) says
     -> (terms,) float32.
     """
-    terms = [TERMS[part] for part in kind.split("+")]
+    terms = [loss.function for loss in terms_of(kind)]
     return torch.stack(
         [torch.stack([term(output, target, weights) for target in targets]).sum() for term in terms]
     )

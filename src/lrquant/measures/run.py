@@ -12,10 +12,9 @@ from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.runner import Variant
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.variants import as_learned, full_precision, unlearned
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT
 from lrquant.data.beginnings import beginning_of
 from lrquant.data.conversations import is_conversations
 from lrquant.data.prompts import Reader, picture_samples, takes_pictures
@@ -107,12 +106,12 @@ def evaluate_run(
     last, so that none is lost with another.
     """
     folder.require_finished()
-    quantized = preparer(workbench, config.quantization, config, folder)
-    nearest = preparer(workbench, config.quantization, vision=config.vision_quantization)
+    quantized = as_learned(workbench, folder)
+    nearest = unlearned(workbench)
     for name, windows in evaluation.texts.items():
         variants: dict[str, Variant] = {}
         if config.compare is True or name in config.agreement:
-            variants["full_precision"] = preparer(workbench, FLOATING_POINT)
+            variants["full_precision"] = full_precision(workbench)
         if config.compare is True:
             variants["round_to_nearest"] = nearest
         variants["quantized"] = quantized
@@ -120,9 +119,7 @@ def evaluate_run(
             done = adapt(workbench, config, folder, windows, progress)
             how = {"adapted": describe_adaptation(config)}
             yield {"test_time_adaptation": {name: measured_on(windows) | how | done}}
-            variants["test_time_adapted"] = preparer(
-                workbench, config.quantization, config, folder, name
-            )
+            variants["test_time_adapted"] = as_learned(workbench, folder, name, config.tta_blocks)
         measured = measure(
             workbench, windows, variants, progress, agreement=name in config.agreement
         )
@@ -134,7 +131,7 @@ def evaluate_run(
         return
     scored = {"quantized": quantized}
     if config.compare is True or pictures is not None:
-        scored["full_precision"] = preparer(workbench, FLOATING_POINT)
+        scored["full_precision"] = full_precision(workbench)
     if config.compare is True:
         scored["round_to_nearest"] = nearest
     model, classes = workbench.model, {}

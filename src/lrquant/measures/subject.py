@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.plan import FULL_PRECISION, Plan
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import Config, optional_path
-from lrquant.config.scheme import FLOATING_POINT
 from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
@@ -153,12 +153,12 @@ def _run(name: str, config: Config) -> Subject:
 def _blocks(variant: str, name: str, config: Config, folder: RunFolder | None) -> Subject:
     """A model of which one block is in memory at a time, as learned where there is a run."""
     model = load_model(name, optional_path(config.cache_dir))
-    workbench = make_workbench(model, config)
     settings = None if folder is None else folder.config
+    plan = FULL_PRECISION if settings is None else Plan.of(settings)
+    workbench = make_workbench(model, config, plan)
     if folder is not None:
         folder.require_same({"model": model.fingerprint()})
-    scheme = FLOATING_POINT if settings is None else settings.quantization
-    prepare = preparer(workbench, scheme, settings, folder)
+    prepare = full_precision(workbench) if folder is None else as_learned(workbench, folder)
 
     def final_states(windows: Samples, progress: Progress) -> Stream:
         entry = entry_of(workbench, windows)

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -14,8 +13,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lrquant.architectures import Architecture, architecture_of, find_tower
+from lrquant.architectures import Architecture, architecture_of
 from lrquant.errors import LRQuantError
+from lrquant.model.declared import require_declared
 from lrquant.model.model import Model
 from lrquant.model.reading import read_config, read_generation, read_processor, read_tokenizer
 from lrquant.model.skeleton import build_skeleton
@@ -51,7 +51,7 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
             "model %s: its weights are unpacked from %s; full precision is that of these here",
             *(name, source.unpacked_from()),
         )
-    _check_linears(skeleton, architecture)
+    require_declared(skeleton, architecture)
     return Model(
         name,
         skeleton,
@@ -74,7 +74,7 @@ def from_module(
     _require_plain(module)
     skeleton = build_skeleton(module.config, architecture)
     name = module.config.name_or_path or type(module).__name__
-    _check_linears(skeleton, architecture)
+    require_declared(skeleton, architecture)
     if tokenizer is None:
         tokenizer = getattr(processor, "tokenizer", None)
     generation = getattr(module, "generation_config", None)
@@ -116,17 +116,3 @@ def load_processor(folder: Path, architecture: Architecture) -> Any:
     except LRQuantError as error:
         logger.warning("no processor for pictures can be read: %s", error)
         return None
-
-
-def _check_linears(skeleton: PreTrainedModel, architecture: Architecture) -> None:
-    tower = find_tower(architecture, skeleton.config)
-    for part in (architecture,) if tower is None else (architecture, tower):
-        block = skeleton.get_submodule(f"{part.blocks}.0")
-        present = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        declared = set(part.linears(part.part(skeleton.config)))
-        if present != declared:
-            odd = ", ".join(sorted(present ^ declared))
-            raise LRQuantError(
-                f"model family {part.name!r}: the block's linears and the declared ones "
-                f"differ ({odd}); the declaration does not fit this model"
-            )

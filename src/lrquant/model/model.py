@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
+from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 from lrquant.model.sources import WeightSource
 
@@ -78,15 +79,21 @@ class Model:
         assert isinstance(found, nn.ModuleList)
         return found
 
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Names of the quantised linears, relative to a block."""
-        return self.architecture.linears(self.config)
+    def matrices(self, index: int) -> tuple[Matrix, ...]:
+        """The matrices of a block, named relative to it."""
+        return self.architecture.matrices(self.config, index)
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self, index: int) -> tuple[Site, ...]:
         """The sites of a block."""
-        return self.architecture.sites(self.config)
+        return self.architecture.sites(self.config, index)
+
+    def matrix_names(self) -> list[str]:
+        """Full names of the matrices of all blocks."""
+        return [
+            f"{self.block_name(index)}.{matrix.name}"
+            for index in range(len(self.blocks))
+            for matrix in self.matrices(index)
+        ]
 
     def block_name(self, index: int) -> str:
         """Full path of a block, as tensors and statistics files name it."""

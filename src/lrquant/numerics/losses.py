@@ -1,9 +1,43 @@
-"""Block reconstruction losses: mean squared error and negative logarithm of the cosine."""
+"""Terms of the block loss: mean squared error, negative logarithm of the cosine, and others'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from lrquant.config.declarations import declarations_of_others
+from lrquant.errors import LRQuantError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A term by its name; `function` makes of output, target (batch, tokens, hidden) and the
+    tokens' weights (batch, tokens) or None a float32 scalar."""
+
+    name: str
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@cache
+def losses() -> dict[str, Loss]:
+    """Every term by name: those here, and those that other packages declare."""
+    own = [Loss("mse", mean_squared_error), Loss("nlc", negative_log_cosine)]
+    return {loss.name: loss for loss in (*own, *declarations_of_others("losses", Loss))}
+
+
+def terms_of(kind: str) -> list[Loss]:
+    """The terms of a loss, their names joined by +; LRQuantError for one that nobody declares."""
+    known = losses()
+    for name in kind.split("+"):
+        if name not in known:
+            raise LRQuantError(
+                f"loss {kind!r}: use one of {', '.join(known)}, or several joined by +"
+            )
+    return [known[name] for name in kind.split("+")]
 
 
 def mean_squared_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

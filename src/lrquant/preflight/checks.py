@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.config import Config, optional_path
 from lrquant.data.calibration import calibration_of
@@ -18,9 +19,9 @@ from lrquant.data.samples import Samples
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
 from lrquant.export.checkpoint import checkpoint_dtype
-from lrquant.ingredients.statistics import given_statistics
+from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.learn.adaptation import check_adaptation
-from lrquant.learn.checks import check_groups, check_rank
+from lrquant.learn.checks import check_grids, check_ingredients
 from lrquant.learn.identity import dtype_name
 from lrquant.learn.model import require_pictures
 from lrquant.measures.run import prepare_evaluation
@@ -56,6 +57,7 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
     """
     config, measure_only = resolve_settings(settings)
     done = Preflight(config)
+    plan = Plan.of(config)
     form = chosen_format(done)
     with done.checking("model"):
         model = model or load_model(config.model, optional_path(config.cache_dir))
@@ -67,10 +69,11 @@ def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight
         done.add("all else", "not checked", "needs the model")
         return done
     with done.checking("weights"):
-        require_finite(model, None if form is None else checkpoint_dtype(model, config, form))
+        require_finite(model, None if form is None else checkpoint_dtype(model, plan, form))
     fits = check_shapes(done, model, form) and _check_length(done, model)
-    with done.checking("rotation"):
-        check_rank(model, config)
+    if fits:
+        with done.checking("ingredients"):
+            check_ingredients(model, plan)
     workbench = _check_device(done, model)
     calibration = None if measure_only else _check_calibration(done, model)
     _check_tower(done, model, calibration)
@@ -105,7 +108,7 @@ def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> 
         return
     with done.checking("vision tower"):
         tower = model.require_tower()
-        check_groups(tower, scheme)
+        check_grids(tower, Plan.of(done.config).tower)
         if calibration is not None:
             require_pictures(done.config, calibration.feed)
         done.add("vision tower", "ok", f"{len(tower.blocks)} blocks at {scheme.name}")
@@ -199,7 +202,7 @@ def _estimate(
         return
     place = workbench.place(done.stream_bytes)
     with done.checking("disk"):
-        done.run_bytes = run_bytes(model, config)
+        done.run_bytes = run_bytes(model, workbench.plan, config.report)
         check_disk(done, done.stream_bytes if place == "disk" else 0)
     with done.checking("memory"):
         _require_room(workbench)

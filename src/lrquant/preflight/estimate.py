@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from collections.abc import Iterable
@@ -12,15 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
-from lrquant.blocks.workbench import block_shapes, method_of
+from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
+from lrquant.config.scheme import Scheme
 from lrquant.data.samples import Samples
-from lrquant.export.checkpoint import checkpoint_dtype, model_dtype, write_small_files
-from lrquant.export.expected import bits_per_weight, expected_block
+from lrquant.export.checkpoint import (
+    checkpoint_dtype,
+    linear_schemes,
+    model_dtype,
+    write_small_files,
+)
+from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.export.format import Format
-from lrquant.export.parts import Part, quantized_models
-from lrquant.ingredients.statistics import ChannelStatistics
+from lrquant.export.parts import Part
+from lrquant.learn.checks import parts_of
 from lrquant.measures.perplexity import HEAD_TOKENS
 from lrquant.model.model import Model
 from lrquant.preflight.load import Load
@@ -91,54 +97,53 @@ def stream_bytes(load: Load) -> int:
     return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
 
 
-def learned_bytes(model: Model, config: Config) -> int:
+def learned_bytes(view: BlockView) -> int:
     """One block's file of learned parameters, from their shapes alone."""
-    method = dataclasses.replace(method_of(config), lwc_init=0.0)  # as many parameters, no search
-    plain = block_shapes(model, config.quantization)
-    view = BlockView(
-        plain.stored,
-        model.linears,
-        model.sites,
-        config.quantization,
-        method,
-        torch.float32,
-    )
-    name = model.block_name(0)
-    widths = {f"{name}.{linear}": _columns(plain, linear) for linear in model.linears}
-    maxima = {linear: torch.ones(width) for linear, width in widths.items()}
-    view.initialize(ChannelStatistics(maxima), name)
-    size = _file_bytes(view.parameters.items())
+    shapes = view.parameter_shapes()
+    size = _file_bytes((name, torch.empty(s, device="meta")) for name, s in shapes.items())
     return size + _BELONGING if size else 0
 
 
-def run_bytes(model: Model, config: Config) -> int:
+def run_bytes(model: Model, plan: Plan, report: bool) -> int:
     """A finished run folder: learned parameters, records, and a report of every block."""
-    total = _REPORT if config.report else 0
-    for part, settings in quantized_models(model, config):
-        block = learned_bytes(part, settings) + _RECORD + (_REPORTED if config.report else 0)
-        total += len(part.blocks) * block
+    total = _REPORT if report else 0
+    for part, own in parts_of(model, plan):
+        for index in range(len(part.blocks)):
+            block = learned_bytes(shape_view(part, index, own)) + _RECORD
+            total += block + (_REPORTED if report else 0)
     return total
 
 
-def checkpoint_size(model: Model, config: Config, form: Format) -> CheckpointSize:
-    """What a checkpoint will take.  Raises LRQuantError where the format refuses a shape."""
-    dtype = checkpoint_dtype(model, config, form)
-    total, bits, parts = 0, [], []
-    for part, settings in quantized_models(model, config):
-        view = block_shapes(part, settings.quantization)
-        tensors = expected_block(view, settings, form, dtype)
-        prefix = part.block_name(0) + "."
-        block = _file_bytes((prefix + name, t) for name, t in tensors.items())
-        index = sum(len(prefix + name) + _INDEX for name in tensors)
-        total += len(part.blocks) * (block + index + _HASH)
-        bits.append(bits_per_weight(tensors, view))
-        parts.append(Part(part.architecture.blocks, settings.quantization, list(tensors)))
+def checkpoint_size(model: Model, plan: Plan, form: Format, settings: int) -> CheckpointSize:
+    """What a checkpoint will take, with `settings` bytes of settings beside it.
+
+    Raises LRQuantError where the format refuses a shape.
+    """
+    dtype = checkpoint_dtype(model, plan, form)
+    total = bits = weights = 0
+    parts = []
+    for part, own in parts_of(model, plan):
+        linears: dict[str, Scheme] = {}
+        names: list[str] = []
+        for index in range(len(part.blocks)):
+            view = shape_view(part, index, own)
+            tensors = expected_block(view, form, dtype)
+            prefix = part.block_name(index) + "."
+            total += _file_bytes((prefix + name, t) for name, t in tensors.items())
+            total += sum(len(prefix + name) + _INDEX for name in tensors) + _HASH
+            if part is model:
+                block_bits, block_weights = bits_of_weights(tensors, view)
+                bits, weights = bits + block_bits, weights + block_weights
+            linears |= linear_schemes(view.plan)
+            names += [prefix + name for name in tensors]
+        parts.append(Part(part.architecture.blocks, own.schemes, linears, names))
     return CheckpointSize(
         blocks=total,
         outside=_outside_bytes(model, dtype, [part.blocks for part in parts])
-        + _small_files(model, config, form, parts)
+        + _small_files(model, plan, form, parts)
+        + settings
         + _ORIGIN,
-        bits_per_weight=bits[0],
+        bits_per_weight=bits / weights,
     )
 
 
@@ -156,10 +161,10 @@ def _outside_bytes(model: Model, dtype: torch.dtype, quantized_lists: list[str])
     return _file_bytes(tensors.items())
 
 
-def _small_files(model: Model, config: Config, form: Format, parts: list[Part]) -> int:
+def _small_files(model: Model, plan: Plan, form: Format, parts: list[Part]) -> int:
     """Configuration, tokenizer and what else travels along, written once to be measured."""
     with tempfile.TemporaryDirectory() as folder:
-        write_small_files(model, config, Path(folder), form, parts)
+        write_small_files(model, plan, Path(folder), form, parts)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
@@ -172,10 +177,6 @@ def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
         end += tensor.nbytes
     return end + len(json.dumps(header, separators=(",", ":"))) + _LENGTH if header else 0
-
-
-def _columns(view: BlockView, linear: str) -> int:
-    return view.stored[f"{linear}.weight"].shape[1]
 
 
 def estimate_memory(
@@ -228,8 +229,10 @@ def learning_seconds(load: Load, costs: BlockCosts, finished: int = 0) -> float:
     """
     config, blocks = load.config, len(load.workbench.model.blocks)
     batches = load.rows / costs.rows
-    searched = config.lwc and config.lwc_init is None
-    observed = searched or (config.let and config.act_scales is None)
+    learned = load.workbench.plan.ingredients
+    observed = any(each.needs_statistics for each in learned) or (
+        config.act_scales is None and any(each.reads_statistics for each in learned)
+    )
     passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
     block = costs.read + costs.start + costs.weights + costs.freeze
     block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
@@ -253,7 +256,7 @@ def measuring_seconds(
         return 0.0
     blocks = len(model.blocks)
     shapes = model.blocks[0].state_dict()
-    linears = sum(shapes[f"{linear}.weight"].numel() for linear in model.linears)
+    linears = sum(matrix.of(shapes[matrix.parameter]).numel() for matrix in model.matrices(0))
     vocabulary = model.config.vocab_size * model.hidden_size
     total = 0.0
     for text in texts:

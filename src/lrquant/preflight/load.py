@@ -44,7 +44,7 @@ def tower_load(workbench: Workbench, config: Config, calibration: Samples | None
     if config.vision_scheme is None or tower is None or calibration is None:
         return None
     pictures = calibration.feed.with_pictures()
-    return _pixel_load(tower, config.for_tower(), pictures) if len(pictures) else None
+    return _pixel_load(tower, config, pictures) if len(pictures) else None
 
 
 def _pixel_load(workbench: Workbench, config: Config, pictures: Feed) -> Load:

@@ -20,13 +20,12 @@ from lrquant.blocks.workbench import (
     WeightedObserver,
     Workbench,
     advance_full_precision,
-    method_of,
     peak_memory,
 )
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizers
 from lrquant.learn.identity import fit_settings
 from lrquant.learn.objective import Objective
 from lrquant.model.sources import WeightSource
@@ -160,8 +159,8 @@ def _measure(
 
     plain = clock.repeated(lambda: advance(None))
     observed = clock.repeated(lambda: advance(statistics.observe))
-    view = bench.view(0, stored, config.quantization, method_of(config))
-    start, _ = clock.once(lambda: view.initialize(statistics, bench.model.block_name(0)))
+    view = bench.view(0, stored)
+    start, _ = clock.once(lambda: view.initialize(statistics))
     data = BlockData(0, entry, quantized, (full, *streams[2:]))
     with torch.no_grad():
         weights, tensors = clock.once(view.tensors)
@@ -192,7 +191,7 @@ def _step_seconds(
     with torch.no_grad():
         initial = data.terms(runner, view.tensors(), settings.loss)
     objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
-    optimizer = make_optimizer(view.parameters, settings)
+    optimizers = make_optimizers(view, settings.weight_decay)
     return clock.repeated(
-        lambda: learning_step(view, runner, data, 0, optimizer, objective, settings.loss)
+        lambda: learning_step(view, runner, data, 0, optimizers, objective, settings.loss)
     )

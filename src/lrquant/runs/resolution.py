@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lrquant.config.config import Config, typed_settings
-from lrquant.config.presets import with_preset
+from lrquant.config.config import Config, typed_settings, with_preset
 from lrquant.config.settings import require_one_scheme
 from lrquant.runs.folder import RunFolder
 

@@ -10,9 +10,11 @@ from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from lrquant.blocks.attention import mark_quantized
-from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
-from lrquant.numerics.integer import quantize_tokens
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.grids.schemes import attention_grid
+from lrquant.numerics.products import quantize_tokens
 
 _SCALE_BYTES = 4
 
@@ -28,12 +30,12 @@ class QuantizedCache(Cache):
     def __init__(self, config: PretrainedConfig) -> None:
         quantization = getattr(config, "quantization_config", None)
         given = getattr(quantization, "scheme", None)
-        scheme = Scheme(**given) if given else None
-        if scheme is None or scheme.attention_bits == FLOAT_BITS:
+        grid = attention_grid(Scheme(**given)) if given else None
+        if grid is None or getattr(quantization, "others", None):
             raise LRQuantError(
                 "QuantizedCache: this model's K and V are not quantised; leave past_key_values out"
             )
-        self._records = [_Layer(scheme) for _ in range(config.num_hidden_layers)]
+        self._records = [_Layer(grid) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=[*self._records])
 
     @property
@@ -50,9 +52,9 @@ class QuantizedCache(Cache):
 class _Layer(DynamicLayer):
     """Records uint8 (batch, heads, tokens, bytes) of codes, scale and zero point, in that order."""
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, grid: IntegerGrid) -> None:
         super().__init__()
-        self._bits, self._symmetric = scheme.attention_bits, scheme.activation_symmetric
+        self._grid, self._bits = grid, grid.bits
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **named: Any
@@ -64,7 +66,7 @@ class _Layer(DynamicLayer):
 
     def _encode(self, states: Tensor) -> Tensor:
         flat = states.reshape(-1, states.shape[-1])
-        codes, scale, zero_point = quantize_tokens(flat, self._bits, self._symmetric)
+        codes, scale, zero_point = quantize_tokens(flat, self._grid)
         if self._bits <= 4:
             codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
             codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)

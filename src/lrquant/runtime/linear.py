@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lrquant.config.scheme import FLOAT_BITS, Scheme
-from lrquant.numerics.integer import affine_product, quantize_tokens
+from lrquant.numerics.grids.schemes import activation_grid
 from lrquant.numerics.packing import packed_weight
+from lrquant.numerics.products import affine_product, quantize_tokens
 
 
 class IntegerLinear(nn.Module):
@@ -106,10 +107,9 @@ class IntegerLinear(nn.Module):
 
     def _integer(self, values: Tensor) -> Tensor:
         """(tokens, in) to float32 (tokens, out), without the bias."""
-        scheme = self.scheme
-        codes, scale, zero_point = quantize_tokens(
-            values, scheme.activation_bits, scheme.activation_symmetric
-        )
+        grid = activation_grid(self.scheme)
+        assert grid is not None
+        codes, scale, zero_point = quantize_tokens(values, grid)
         output = values.new_zeros(len(values), self.out_features, dtype=torch.float32)
         for group, columns in enumerate(codes.split(self.group_size, 1)):
             totals = affine_product(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrquant.blocks.attention import attention_name
 from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
-from lrquant.numerics.affine import fake_quantize_tokens
+from lrquant.numerics.grids.schemes import activation_grid, attention_grid
+from lrquant.numerics.tokens import fake_quantize_tokens
 from lrquant.runtime.linear import IntegerLinear
 
 NAME = "lrquant"
 VERSION = 1
+_OWN = "_lrquant_own_config"
 
 
 @register_quantization_config(NAME)
@@ -31,7 +34,8 @@ class NativeConfig(QuantizationConfigMixin):
 
     `scheme` are the fields of `Scheme`; `ignore` names the linears that stay as they are; `biases`,
     `shifts` and `input_factors` name the modules of a block that have such a tensor.  `tower` has
-    the same for a quantised vision tower, and the path of its `blocks`.
+    the same for a quantised vision tower, and the path of its `blocks`; `others` lists schemes of
+    their own for `modules` by full name.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class NativeConfig(QuantizationConfigMixin):
         shifts: list[str] | None = None,
         input_factors: list[str] | None = None,
         tower: dict[str, Any] | None = None,
+        others: list[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         if format_version > VERSION:
@@ -61,15 +66,30 @@ class NativeConfig(QuantizationConfigMixin):
         self.input_factors = input_factors or []
         if tower is not None:
             self.tower = tower
+        if others:
+            self.others = others
 
     def part_of(self, module: str) -> _Part:
         """What a module of this name is quantised as."""
         tower = getattr(self, "tower", None)
-        if tower is None or not module.startswith(tower["blocks"] + "."):
-            return _Part(Scheme(**self.scheme), self.biases, self.shifts, self.input_factors)
-        return _Part(
-            Scheme(**tower["scheme"]), tower["biases"], tower["shifts"], tower["input_factors"]
-        )
+        part = vars(self)
+        if tower is not None and module.startswith(tower["blocks"] + "."):
+            part = tower
+        scheme = self._other_schemes().get(module) or Scheme(**part["scheme"])
+        return _Part(scheme, part["biases"], part["shifts"], part["input_factors"])
+
+    def _other_schemes(self) -> dict[str, Scheme]:
+        return {
+            name: Scheme(**group["scheme"])
+            for group in getattr(self, "others", ())
+            for name in group["modules"]
+        }
+
+    @property
+    def attention(self) -> set[int]:
+        """All bits that Q, K and V have anywhere."""
+        groups = [self.scheme, *(group["scheme"] for group in getattr(self, "others", ()))]
+        return {Scheme(**group).attention_bits for group in groups}
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ class NativeQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             part = config.part_of(name)
             if isinstance(module, nn.Linear) and name not in config.ignore:
-                _set_attention(model, name, part.scheme)
+                _set_attention(model, name, part.scheme, own=len(config.attention) > 1)
                 self._replace(model, name, module, part)
             elif _ends_with(name, part.shifts):
                 empty = torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
@@ -146,11 +166,25 @@ class NativeQuantizer(HfQuantizer):
         return state, {}
 
 
-def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:
-    """Quantise Q, K and V of the attention that a linear is in, if it is in one."""
-    config = getattr(model.get_submodule(linear.rpartition(".")[0]), "config", None)
-    if config is not None and scheme.attention_bits != FLOAT_BITS:
-        config._attn_implementation = attention_name(scheme)
+def _set_attention(model: nn.Module, linear: str, scheme: Scheme, own: bool) -> None:
+    """Quantise Q, K and V of the attention that a linear is in, if it is in one.
+
+    With `own`, where attentions differ, each has a configuration of its own, set by its first
+    linear.
+    """
+    module = model.get_submodule(linear.rpartition(".")[0])
+    config = getattr(module, "config", None)
+    if config is None:
+        return
+    if own and getattr(module, _OWN, False):
+        return
+    if own:
+        config = copy.copy(config)
+        setattr(module, "config", config)  # noqa: B010
+        setattr(module, _OWN, True)
+    grid = attention_grid(scheme)
+    if grid is not None:
+        config._attn_implementation = attention_name(grid)
 
 
 def _refuse_missing(model: PreTrainedModel) -> None:
@@ -169,7 +203,7 @@ def _refuse_missing(model: PreTrainedModel) -> None:
 
 def _ends_with(name: str, modules: list[str]) -> bool:
     """Whether a module's full name is one of a block's `modules`."""
-    return any(name.endswith("." + module) for module in modules)
+    return any(name == module or name.endswith("." + module) for module in modules)
 
 
 def _shifted(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -185,7 +219,7 @@ class _QuantizedInput:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (values,) = inputs
-        bits, symmetric = self._scheme.activation_bits, self._scheme.activation_symmetric
-        if bits == FLOAT_BITS:
+        grid = activation_grid(self._scheme)
+        if grid is None:
             return (values,)
-        return (fake_quantize_tokens(values, bits, symmetric, values.dtype),)
+        return (fake_quantize_tokens(values, grid, values.dtype),)

@@ -145,7 +145,7 @@ def given_statistics(config: Config) -> ChannelStatistics | None:
     if config.act_scales is None:
         return None
     statistics = load_statistics(Path(config.act_scales), optional_path(config.act_shifts))
-    if not config.let:
+    if not any(each.reads_statistics for each in config.ingredients()):  # type: ignore[attr-defined]
         return None
     logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
     return statistics

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lrquant.numerics.affine import encode_, token_grid
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.tokens import token_scales
 
 _EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8  # torch._int_mm on CUDA: more than 16 rows, sides by eights
@@ -41,21 +42,21 @@ def _padded_product(left: Tensor, right: Tensor) -> Tensor:
     return torch._int_mm(left, right.t())[:tokens, :out]
 
 
-def centred(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
+def centred(codes: Tensor, grid: IntegerGrid) -> Tensor:
     """Codes or zero points as int8: asymmetric ones less 2^(b-1), symmetric ones as they are."""
-    return (codes if symmetric else codes - (1 << (bits - 1))).to(torch.int8)
+    return (codes if grid.symmetric else codes - (1 << (grid.bits - 1))).to(torch.int8)
 
 
-def quantize_tokens(values: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_tokens(values: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic per-token codes of (tokens, channels), on the grid of `fake_quantize_tokens`.
 
     Returns centred codes int8 (tokens, channels), scale float32 (tokens, 1) and centred zero point
     int32 (tokens, 1): ``value = scale * (code - zero_point)``.
     """
     codes = values.to(torch.float32, copy=True)
-    grid, _ = token_grid(codes, bits, symmetric)
-    codes = centred(encode_(codes, grid), bits, symmetric)
-    return codes, grid.scale, centred(grid.zero_point, bits, symmetric).int()
+    scales, _ = token_scales(codes, grid)
+    codes = centred(grid.encode_(codes, scales), grid)
+    return codes, scales.scale, centred(scales.zero_point, grid).int()
 
 
 def affine_product(

@@ -1,0 +1,46 @@
+"""Stored parameters put together from their matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lrquant.architectures.matrix import Matrix
+
+
+def assembled(matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name of the values (out, in) of their matrices, which cover them."""
+    return _joined({name: matrices[name] for name in values}, values, "parameter")
+
+
+def assembled_biases(
+    matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Biases by name of the values (out,) of their matrices."""
+    return _joined({name: matrices[name] for name in values}, values, "bias")
+
+
+def _joined(
+    matrices: Mapping[str, Matrix], values: Mapping[str, Tensor], attribute: str
+) -> dict[str, Tensor]:
+    parameters: dict[str, list[str]] = {}
+    for name, matrix in matrices.items():
+        parameters.setdefault(getattr(matrix, attribute), []).append(name)
+    return {
+        parameter: _of_parts(parameter, [(matrices[name], values[name]) for name in names])
+        for parameter, names in parameters.items()
+    }
+
+
+def _of_parts(parameter: str, parts: list[tuple[Matrix, Tensor]]) -> Tensor:
+    by_expert: dict[int | None, list[tuple[Matrix, Tensor]]] = {}
+    for matrix, value in parts:
+        by_expert.setdefault(matrix.expert, []).append((matrix, value))
+    experts = []
+    for expert in sorted(by_expert, key=lambda index: index or 0):
+        rows = sorted(by_expert[expert], key=lambda part: part[0].rows or (0, 0))
+        value = rows[0][1] if len(rows) == 1 else torch.cat([value for _, value in rows])
+        experts.append(value.t() if rows[0][0].transposed and value.dim() == 2 else value)
+    return experts[0] if list(by_expert) == [None] else torch.stack(experts)

@@ -1,0 +1,140 @@
+"""A plan: which matrices of a model's blocks lie on which grids, and what is learned of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lrquant.architectures.matrix import Matrix
+from lrquant.architectures.sites import Site
+from lrquant.config.config import Config, ingredient_kinds
+from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.errors import LRQuantError
+from lrquant.ingredients.base.block import BlockShapes, MatrixShape
+from lrquant.ingredients.ingredient import Ingredient
+from lrquant.model.model import Model
+from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.grids.schemes import activation_grid, attention_grid, weight_grid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Schemes by matrix, what is learned, and the dtype that scales are stored in (None: that of
+    the weights), of a language part and of a vision tower."""
+
+    schemes: Schemes
+    ingredients: tuple[Ingredient, ...] = ()
+    tower_ingredients: tuple[Ingredient, ...] = ()
+    scale_dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Plan:
+        """What resolved settings ask for."""
+        dtype = None if config.save_dtype is None else getattr(torch, config.save_dtype)
+        language, tower = (
+            cast(tuple[Ingredient, ...], config.ingredients(tower=part)) for part in (False, True)
+        )
+        if config.vision_scheme is None:
+            tower = ()
+        return cls(config.schemes, language, tower, dtype)
+
+    @property
+    def tower(self) -> Plan:
+        """The plan of the vision tower, seen as a model of its own."""
+        return Plan(self.schemes.of_tower, self.tower_ingredients, (), self.scale_dtype)
+
+    @property
+    def unlearned(self) -> Plan:
+        """The same schemes with nothing learned: weights are rounded to nearest."""
+        return Plan(self.schemes, scale_dtype=self.scale_dtype)
+
+
+FULL_PRECISION = Plan(Schemes(FLOATING_POINT))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its full name, its matrices and sites, and the scheme of each matrix."""
+
+    name: str
+    matrices: Mapping[str, Matrix]
+    sites: tuple[Site, ...]
+    schemes: Mapping[str, Scheme]
+
+    @property
+    def attention(self) -> Grid | None:
+        """The grid of Q, K and V: they follow the scheme of the block's first matrix."""
+        return attention_grid(next(iter(self.schemes.values())))
+
+    @property
+    def inputs(self) -> dict[str, Grid | None]:
+        """The grid of what each module reads; LRQuantError where its matrices disagree."""
+        grids: dict[str, Grid | None] = {}
+        for name, matrix in self.matrices.items():
+            grid = activation_grid(self.schemes[name])
+            if matrix.reads is None:
+                if grid is not None:
+                    raise LRQuantError(
+                        f"{self.name}.{name}: its inputs stay inside {matrix.parameter}, so they "
+                        "cannot be quantised; leave its activations at 16 bits: "
+                        f"--scheme-for '{name}=W{self.schemes[name].weight_bits}A16'"
+                    )
+            elif grids.setdefault(matrix.reads, grid) != grid:
+                raise LRQuantError(
+                    f"{self.name}.{matrix.reads}: its parts read one input; give them the same "
+                    "activation bits"
+                )
+        return grids
+
+    def shapes(self, stored: Mapping[str, Tensor], scale_dtype: torch.dtype | None) -> BlockShapes:
+        """Shapes and grids of the block's stored tensors; LRQuantError for odd groups."""
+        matrices = {}
+        for name, matrix in self.matrices.items():
+            parameter = stored[matrix.parameter]
+            rows, columns = matrix.of(parameter).shape
+            dtype = scale_dtype or parameter.dtype
+            half = dtype in (torch.bfloat16, torch.float16)
+            grid = weight_grid(self.schemes[name], dtype if half else torch.float32)
+            require_groups(name, columns, grid)
+            matrices[name] = MatrixShape(rows, columns, grid, matrix.reads, matrix.whole)
+        modules = {name.removesuffix(".bias") for name in stored if name.endswith(".bias")}
+        own = {n for n, m in self.matrices.items() if m.bias is not None and m.bias in stored}
+        device = next(iter(stored.values())).device
+        return BlockShapes(matrices, self.sites, frozenset(modules | own), device)
+
+
+def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
+    """Block `index` of a part of a model under its schemes."""
+    name = model.block_name(index)
+    matrices = {matrix.name: matrix for matrix in model.matrices(index)}
+    own = {each: schemes.of(f"{name}.{each}") for each in matrices}
+    return BlockPlan(name, matrices, model.sites(index), own)
+
+
+def require_groups(name: str, columns: int, grid: Grid | None) -> None:
+    """Refuse groups that do not divide the columns of a matrix."""
+    size = 1 if grid is None else grid.size(columns)
+    if columns % size:
+        fitting = [n for n in range(16, columns + 1) if columns % n == 0]
+        raise LRQuantError(
+            f"group size {size} does not divide the {columns} input columns of {name}; "
+            f"sizes that do: {', '.join(map(str, fitting))}"
+        )
+
+
+def learned_by(**settings: object) -> tuple[Ingredient, ...]:
+    """Ingredients by their own settings, as `let=True, let_shift="never"`; no default is chosen."""
+    ingredients = []
+    for kind in ingredient_kinds():
+        names = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        own = {name: value for name, value in settings.items() if name in names}
+        if own.get(kind.switch):
+            ingredient = kind(**own)
+            ingredients.append(cast(Ingredient, kind(**ingredient.settled())))
+    return tuple(ingredients)

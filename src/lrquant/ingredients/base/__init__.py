@@ -1,0 +1,1 @@
+"""What ingredients are told of a block, and where they leave what they fold."""

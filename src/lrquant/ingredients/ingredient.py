@@ -1,0 +1,107 @@
+"""An ingredient: one thing that is learned of a block, all that there is to say of it in one file.
+
+Files of this room are read for the command line's help, before torch: they import it in functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from lrquant.config.learned import LearnedSettings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lrquant.ingredients.base.block import BlockShapes, MatrixShape, Start
+    from lrquant.ingredients.base.folding import Factors
+    from lrquant.numerics.recipe import Recipe
+
+SMALLEST_FACTOR = 1e-2  # of scales and factors that are folded (published code: |s| >= 1e-2)
+Parameters = dict[str, "Tensor"]
+
+
+class Ingredient(LearnedSettings):
+    """What is learned, from its settings to its line in a report.
+
+    Parameters are float32, by names that begin with the ingredient's `name` and a dot; every method
+    is given those of the whole block.  A subclass is a frozen dataclass of its settings, and says
+    what it does by the methods that it overrides.
+    """
+
+    title: ClassVar[str]  # of a chart of its parameters, and of what these are
+    values: ClassVar[str]
+    owner: ClassVar[str] = "matrix"  # of its parameters: "matrix" or "site"
+    after_folds: ClassVar[bool] = False  # its start needs to know what others fold
+    held_as: ClassVar[tuple[str, ...]] = ()  # "shift", "input factor", "dense factor"
+
+    @property
+    def rate(self) -> float:
+        """Learning rate."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """What is learned, in words, for people."""
+        raise NotImplementedError
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether its start needs those of the block's inputs, whatever files are given."""
+        return False
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether its start makes use of statistics, which files may give."""
+        return self.needs_statistics
+
+    def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
+        """The shapes of its parameters of a block, by name."""
+        raise NotImplementedError
+
+    def start(self, block: BlockShapes, start: Start) -> Parameters:
+        """Its parameters before learning: the function of the block is that of round-to-nearest."""
+        raise NotImplementedError
+
+    def fold(self, block: BlockShapes, parameters: Parameters, factors: Factors) -> None:
+        """Add to the factors that are folded into the block's matrices and norms."""
+
+    def recipe(self, matrix: str, parameters: Parameters) -> Recipe | None:
+        """Its share of what a quantised matrix goes through."""
+        return None
+
+    def input_factor(self, matrix: str, parameters: Parameters) -> Tensor | None:
+        """What the input (in,) of a matrix is multiplied with, before it is quantised."""
+        return None
+
+    def constrain_(self, parameters: Parameters) -> None:
+        """Bring its parameters back to where they may be, after a step."""
+
+    def optimizer(self, parameters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
+        """What steps its parameters."""
+        import torch
+
+        return torch.optim.AdamW(parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
+
+    def adapted(self) -> Ingredient:
+        """The same as it is learned again on a text that is to be scored."""
+        return self
+
+    def needs(self, block: BlockShapes | None) -> dict[str, str]:
+        """What of `held_as` a format must hold of a block, and what to ask for if it does not.
+
+        Without a block, as far as the settings alone tell.
+        """
+        return {}
+
+    def check(self, matrices: dict[str, MatrixShape]) -> None:
+        """LRQuantError for shapes that its settings do not fit."""
+
+    def simpler(self) -> Iterator[Ingredient]:
+        """Settings that more formats hold, the nearest first."""
+        return iter(())
+
+    def own(self, parameters: Parameters) -> Parameters:
+        """Those of a block's parameters that are its own."""
+        return {n: tensor for n, tensor in parameters.items() if n.startswith(f"{self.name}.")}

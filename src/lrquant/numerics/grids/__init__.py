@@ -1,0 +1,1 @@
+"""Grids: the values that a number may take, one file a kind."""
