@@ -52,7 +52,6 @@ from lrquant.measures.zero_shot import load_tasks
 from lrquant.model.loading import from_module, load_model
 from lrquant.model.model import Model
 from lrquant.model.outer import require_finite
-from lrquant.numerics.losses import terms_of
 from lrquant.report.writing import write_report
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import BlockRecord, RunFolder
@@ -176,7 +175,6 @@ def _run(
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(config))
     check_comparison(config)
-    terms_of(config.loss)
     form = None
     if config.save_dir is not None or (config.target and not measure_only):
         form = choose_format(plan, config.format, config.target)

@@ -205,7 +205,7 @@ class Settings:
             raise LRQuantError("limit 0: use a whole number of at least 1, or -1 for all")
         if self.tasks and not self.tasks.replace(",", " ").strip():
             raise LRQuantError(f"tasks {self.tasks!r}: names no task; leave it out for none")
-        self.schemes  # noqa: B018  refuses what no scheme is
+        self.schemes  # noqa: B018
 
     @property
     def quantization(self) -> Scheme:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lrquant.config.core import FASTEST
 from lrquant.config.schemes import Schemes
 from lrquant.config.settings import setting
-from lrquant.ingredients.ingredient import Ingredient
+from lrquant.ingredients.ingredient import Chart, Ingredient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,12 @@ class Clipping(Ingredient):
     tower_switch = "vision_lwc"
     by_default = True
     after_folds = True
-    title = "Learned weight clipping"
-    values = "Strengths, upper and lower"
+    charts: ClassVar[dict[str, Chart]] = {
+        "clipping": Chart(
+            "Learned clipping",
+            "Share of the largest and smallest weight of a row or group that its grid spans",
+        )
+    }
 
     @classmethod
     def refusal(cls, schemes: Schemes) -> str | None:
@@ -61,6 +65,10 @@ class Clipping(Ingredient):
     @property
     def needs_statistics(self) -> bool:
         return self.lwc_init is None
+
+    @classmethod
+    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
+        return "clipping", values.sigmoid()
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         return {

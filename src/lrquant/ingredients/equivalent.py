@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lrquant.config.choices import KINDS
 from lrquant.config.core import FASTEST
@@ -11,7 +11,7 @@ from lrquant.config.schemes import Schemes
 from lrquant.config.settings import setting
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.folding import Factors, multiply
-from lrquant.ingredients.ingredient import SMALLEST_FACTOR, Ingredient
+from lrquant.ingredients.ingredient import SMALLEST_FACTOR, Chart, Ingredient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +58,14 @@ class Equivalent(Ingredient):
     tower_switch = "vision_let"
     by_default = True
     held_as = ("shift",)
-    title = "Learned scales and shifts"
-    values = "Scales of the equivalent transformation"
-    owner = "site"
+    charts: ClassVar[dict[str, Chart]] = {
+        "scale": Chart(
+            "Learned scales",
+            "Scale of each channel at the places where scales move from one module into the next",
+            "log",
+        ),
+        "shift": Chart("Learned shifts", "Shift of each channel"),
+    }
 
     @classmethod
     def refusal(cls, schemes: Schemes) -> str | None:
@@ -146,6 +151,10 @@ class Equivalent(Ingredient):
 
     def adapted(self) -> Equivalent:
         return replace(self, let_lr=self.tta_let_lr)
+
+    @classmethod
+    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
+        return part, values
 
     def needs(self, block: BlockShapes | None) -> dict[str, str]:
         if block is None:

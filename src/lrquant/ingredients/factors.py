@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lrquant.config.core import FASTEST, MANY
 from lrquant.config.schemes import Schemes
 from lrquant.config.settings import setting
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.folding import Factors, multiply
-from lrquant.ingredients.ingredient import SMALLEST_FACTOR, Ingredient
+from lrquant.ingredients.ingredient import SMALLEST_FACTOR, Chart, Ingredient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,8 +65,9 @@ class ScaleFactors(Ingredient):
     switch = "rotation"
     plus = True
     held_as = ("input factor", "dense factor")
-    title = "Learned factors"
-    values = "Factors on the de-quantised weights"
+    charts: ClassVar[dict[str, Chart]] = {
+        "factors": Chart("Learned factors", "Factors on the de-quantised weights")
+    }
 
     @classmethod
     def refusal(cls, schemes: Schemes) -> str | None:

@@ -6,7 +6,7 @@ Files of this room are read for the command line's help, before torch: they impo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lrquant.config.learned import LearnedSettings
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from lrquant.ingredients.base.block import BlockShapes, MatrixShape, Start
     from lrquant.ingredients.base.folding import Factors
     from lrquant.numerics.recipe import Recipe
+
+
+class Chart(NamedTuple):
+    """How the values of parameters are shown by block: a title, what they are, and the scale."""
+
+    title: str
+    values: str
+    scale: str = "linear"
+
 
 SMALLEST_FACTOR = 1e-2  # of scales and factors that are folded (published code: |s| >= 1e-2)
 Parameters = dict[str, "Tensor"]
@@ -30,9 +39,7 @@ class Ingredient(LearnedSettings):
     what it does by the methods that it overrides.
     """
 
-    title: ClassVar[str]  # of a chart of its parameters, and of what these are
-    values: ClassVar[str]
-    owner: ClassVar[str] = "matrix"  # of its parameters: "matrix" or "site"
+    charts: ClassVar[dict[str, Chart]]  # of its parameters in the report, by kind
     after_folds: ClassVar[bool] = False  # its start needs to know what others fold
     held_as: ClassVar[tuple[str, ...]] = ()  # "shift", "input factor", "dense factor"
 
@@ -101,6 +108,11 @@ class Ingredient(LearnedSettings):
     def simpler(self) -> Iterator[Ingredient]:
         """Settings that more formats hold, the nearest first."""
         return iter(())
+
+    @classmethod
+    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
+        """The chart that a parameter `NAME.OWNER.PART` belongs to, and its values there."""
+        return next(iter(cls.charts)), values
 
     def own(self, parameters: Parameters) -> Parameters:
         """Those of a block's parameters that are its own."""

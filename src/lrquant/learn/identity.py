@@ -95,7 +95,7 @@ def environment(config: Config, place: Place) -> dict[str, Any]:
     on_cpu = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     return {
         "model": config.model,
-        "scheme": config.scheme,
+        "scheme": config.schemes.name,
         "method": describe_method(config),
         "method_name": method_name(config),
         "seed": config.seed,

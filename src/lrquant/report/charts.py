@@ -11,6 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from lrquant.config.config import ingredient_kinds
+from lrquant.ingredients.ingredient import Chart, Ingredient
 from lrquant.report.pictures import (
     CARRIED,
     FAINT,
@@ -188,27 +190,17 @@ def learning_pictures(contents: dict[str, Any]) -> list[Picture]:
         return [canvas.picture("losses", "Loss of each block while learning", caption)]
 
 
-_KINDS = {
-    "scale": (
-        "Learned scales",
-        "Scale of each channel at the places where scales move from one module into the next",
-        "log",
-    ),
-    "shift": ("Learned shifts", "Shift of each channel", "linear"),
-    "clipping": (
-        "Learned clipping",
-        "Share of the largest and smallest weight of a row or group that its grid spans",
-        "linear",
-    ),
-    "rotation": ("Learned rotation vectors", "Factors on the de-quantised weights", "linear"),
-}
+def _kinds() -> dict[str, Chart]:
+    """Every chart of parameters that an ingredient brings."""
+    kinds = (kind for kind in ingredient_kinds() if issubclass(kind, Ingredient))
+    return {name: chart for kind in kinds for name, chart in kind.charts.items()}
 
 
 def parameter_pictures(contents: dict[str, Any]) -> list[Picture]:
     """Distributions of the learned parameters by block."""
     blocks = contents["blocks"]
     pictures = []
-    for kind, (title, words, scale) in _KINDS.items():
+    for kind, (title, words, scale) in _kinds().items():
         found = {owner for block in blocks for owner in block["parameters"].get(kind, ())}
         order = [
             linear for block in diagnosed(contents)[:1] for linear in block["figures"]["linears"]

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.config.config import ingredient_kinds
 from lrquant.config.scheme import Scheme
+from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
 from lrquant.runs.folder import BlockRecord, RunFolder
@@ -92,18 +94,16 @@ def _block(folder: RunFolder, record: BlockRecord) -> dict[str, Any]:
 
 
 def _parameters(parameters: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
-    """Quantiles by kind and by the site or linear that owns them; clipping as share of the range.
+    """Quantiles by chart and by the site or matrix that owns them, as their ingredient shows them.
 
-    A linear's upper and lower clipping, and its rotation vectors, count as one set each.
+    Of a matrix, all parameters of one chart count as one set.
     """
+    learned = {kind.name: kind for kind in ingredient_kinds() if issubclass(kind, Ingredient)}
     values: dict[str, dict[str, list[Tensor]]] = {}
     for name, tensor in parameters.items():
-        kind, _, rest = name.partition(".")
+        prefix, _, rest = name.partition(".")
         owner, _, part = rest.rpartition(".")
-        if kind == "let":
-            kind = part
-        elif kind == "lwc":
-            kind, tensor = "clipping", torch.sigmoid(tensor)
+        kind, tensor = learned[prefix].shown(part, tensor)
         values.setdefault(kind, {}).setdefault(owner, []).append(tensor.flatten())
     return {
         kind: {owner: quantiles(torch.cat(parts)) for owner, parts in owners.items()}

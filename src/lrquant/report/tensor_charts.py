@@ -96,11 +96,21 @@ def weight_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture
     for block in blocks:
         for name, tensor in _tensors(folder, block["block"]).items():
             if name.startswith(("weights.", "codes.")):
-                sums[name] = sums[name] + tensor if name in sums else tensor
+                sums[name] = _added(sums[name], tensor) if name in sums else tensor
     pictures = [_weights(sums, linears, len(blocks))]
-    if f"codes.{linears[0]}.learned" in sums:
-        pictures.append(_codes(sums, linears, len(blocks)))
+    coded = [linear for linear in linears if f"codes.{linear}.learned" in sums]
+    if coded:
+        pictures.append(_codes(sums, coded, len(blocks)))
     return pictures
+
+
+def _added(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Counts together; of grids of several bits those of the finer one, by its share of codes."""
+    if len(one) == len(other):
+        return one + other
+    fine, coarse = (one, other) if len(one) > len(other) else (other, one)
+    places = (torch.arange(len(coarse)) * len(fine)) // len(coarse)
+    return fine.index_add(0, places, coarse)
 
 
 def _weights(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Picture:
@@ -152,7 +162,8 @@ def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Pi
         return canvas.picture(
             "codes",
             "Codes of the quantised weights",
-            f"How often each code is used, over all weights of {blocks} blocks. In the two "
+            f"How often each code is used, over all weights of {blocks} blocks (where these have "
+            "several numbers of bits, in steps of the finest). In the two "
             f"outermost codes are {outer[0]} of all weights at round-to-nearest and {outer[1]} as "
             "learned.",
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 from lrquant.config.config import Config, typed_settings, with_preset
 from lrquant.config.settings import require_one_scheme
+from lrquant.numerics.grids.schemes import weight_grid
+from lrquant.numerics.losses import terms_of
 from lrquant.runs.folder import RunFolder
 
 
@@ -23,7 +25,16 @@ def resolve_settings(settings: dict[str, Any]) -> tuple[Config, bool]:
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
     if measure_only:
         settings = _settings_of_finished_run(settings)
-    return Config(**with_preset(settings)).resolved(), measure_only
+    config = Config(**with_preset(settings)).resolved()
+    _require_declared(config)
+    return config, measure_only
+
+
+def _require_declared(config: Config) -> None:
+    """Refuse losses and grids that neither this package nor another declares."""
+    terms_of(config.loss)
+    for scheme in config.schemes.every:
+        weight_grid(scheme)
 
 
 def _settings_of_finished_run(given: dict[str, Any]) -> dict[str, Any]:

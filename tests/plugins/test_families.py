@@ -1,0 +1,168 @@
+"""Families of another package: fused projections and experts are matrices like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Phi3Config, Qwen3MoeConfig
+
+from lrquant import quantize
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan, learned_by
+from lrquant.config.choices import KINDS
+from lrquant.config.scheme import FLOATING_POINT
+from lrquant.config.schemes import Schemes
+from lrquant.errors import LRQuantError
+from lrquant.model.loading import from_module
+
+PAGE = "add-an-architecture.md"
+SIZES = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+CONFIGS = {
+    "fused": Phi3Config(**SIZES, pad_token_id=0, eos_token_id=2),
+    "experts": Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
+    ),
+}
+NAMES = pytest.mark.parametrize("name", CONFIGS)
+
+
+@pytest.fixture
+def make_family(installed, randomize_):
+    installed(PAGE)
+
+    def make(name: str):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
+        return randomize_(model).eval().requires_grad_(False)
+
+    return make
+
+
+@torch.no_grad()
+def outputs_under_scales(bench, ids, without: int | None = None) -> torch.Tensor:
+    """Output of block 0 with random scales at every site, but for one site's first consumer."""
+    plan = Plan(Schemes(FLOATING_POINT), learned_by(let=True, let_sites=KINDS, let_shift="never"))
+    bench = dataclasses.replace(bench, plan=plan)
+    entry = BlockInputs(bench.model, ids, len(ids), bench.device)
+    (stream,) = bench.streams(entry, 1)
+    entry.embed(stream)
+    view = bench.view(0, bench.stored(0))
+    generator = torch.Generator().manual_seed(3)
+    view.parameters = {
+        name: 0.5 + torch.rand(shape, generator=generator)
+        for name, shape in view.parameter_shapes().items()
+    }
+    if without is not None:
+        site = view.plan.sites[without]
+        cut = dataclasses.replace(site, folds=(site.folds[0], *site.folds[2:]))
+        sites = tuple(cut if each is site else each for each in view.plan.sites)
+        view.plan = dataclasses.replace(view.plan, sites=sites)
+        view.shapes = dataclasses.replace(view.shapes, sites=sites)
+    with bench.runner(0, view) as runner:
+        states = stream.read(entry.batches[0])
+        return runner(view.tensors(), states, entry.arguments(0, 0))
+
+
+@NAMES
+def test_folds_hold_and_one_left_out_is_seen(name, make_family, make_bench, token_ids):
+    bench, ids = make_bench(make_family(name)), token_ids(2, 12)
+    plain = dataclasses.replace(bench, plan=Plan(Schemes(FLOATING_POINT)))
+    entry = BlockInputs(plain.model, ids, len(ids), plain.device)
+    (stream,) = plain.streams(entry, 1)
+    entry.embed(stream)
+    view = plain.view(0, plain.stored(0))
+    with plain.runner(0, view) as runner:
+        states = stream.read(entry.batches[0])
+        expected = runner(view.tensors(), states, entry.arguments(0, 0))
+    found = outputs_under_scales(bench, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    for site in range(len(bench.model.sites(0))):
+        wrong = outputs_under_scales(bench, ids, without=site)
+        assert (wrong - expected).abs().max() > 1e-3 * expected.std(), site
+
+
+@NAMES
+@pytest.mark.parametrize(
+    "settings",
+    [{"lwc": True, "let": True}, {"lr_plus": True}, {"scheme_for": ("layers.1=W8A16g16",)}],
+    ids=["both", "plus", "mixed"],
+)
+def test_a_run_is_learned_written_and_read_back(name, settings, make_family, token_ids, tmp_path):
+    module, ids = make_family(name), token_ids(3, 16)
+    run = quantize(
+        module,
+        "W4A16g16",
+        samples=ids,
+        output_dir=str(tmp_path / "run"),
+        save_dir=str(tmp_path / "saved"),
+        format="dequantized",
+        **{"epochs": 1, "precision": "float32", **settings},
+    )
+    assert all(record.final_loss <= record.initial_loss for record in run.records)
+    learned = run.load_model()(ids).logits
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    torch.testing.assert_close(read(ids).logits, learned, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(module(ids).logits, learned, atol=1e-3), "nothing was quantised"
+    names = set(run.folder.load_block(0))
+    part = "qkv_proj.v" if name == "fused" else "experts.3.down"
+    assert any(part in key for key in names)
+
+
+def test_one_expert_and_one_part_have_their_own_bits(make_family, token_ids, tmp_path):
+    for name, pattern, parameter in (
+        ("fused", "qkv_proj.v", "self_attn.qkv_proj.weight"),
+        ("experts", "experts.2", "mlp.experts.gate_up_proj"),
+    ):
+        model = from_module(make_family(name))
+        run = quantize(
+            make_family(name),
+            "W2A16",
+            samples=token_ids(2, 12),
+            output_dir=str(tmp_path / name),
+            scheme_for=(f"{pattern}=W16A16",),
+            **{"epochs": 0, "precision": "float32"},
+        )
+        stored = model.block_tensors(0, torch.device("cpu"))[parameter]
+        frozen = run.workbench.view(0, run.workbench.stored(0)).freeze()
+        tensor = frozen.tensors(torch.float32)[parameter]
+        kept = [m for m in model.matrices(0) if m.parameter == parameter and pattern in m.name]
+        moved = [m for m in model.matrices(0) if m.parameter == parameter and m not in kept]
+        assert all(torch.equal(m.of(tensor), m.of(stored)) for m in kept) and kept
+        assert not any(torch.equal(m.of(tensor), m.of(stored)) for m in moved)
+
+
+def test_what_a_format_of_linears_cannot_hold_is_refused(make_family, token_ids, tmp_path):
+    for name, scheme_for, said in (
+        ("experts", (), "holds several matrices in one tensor"),
+        ("fused", ("qkv_proj.v=W8A16-sym",), "its parts have several schemes"),
+    ):
+        with pytest.raises(LRQuantError, match=said):
+            quantize(
+                make_family(name),
+                "W4A16-sym",
+                samples=token_ids(1, 12),
+                output_dir=str(tmp_path / name),
+                save_dir=str(tmp_path / f"{name}-saved"),
+                scheme_for=scheme_for,
+            )
+        assert not (tmp_path / name).exists()
+
+
+def test_inputs_that_stay_inside_cannot_be_quantised(make_family, token_ids, tmp_path):
+    with pytest.raises(LRQuantError, match=r"experts\.0\.down: its inputs stay inside .*W4A16'"):
+        quantize(make_family("experts"), "W4A8", samples=token_ids(1, 12), output_dir=str(tmp_path))
+
+
+def test_experts_declared_by_attention_alone_are_refused(make_family, toys, monkeypatch):
+    from lrquant import architectures
+
+    module = make_family("experts")
+    whole = architectures.architectures()["qwen3_moe"]
+    only = dataclasses.replace(
+        whole, matrices=lambda config, block: whole.matrices(config, block)[:4], kept=lambda *a: ()
+    )
+    monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config: only)
+    with pytest.raises(LRQuantError, match=r"mlp\.experts\.gate_up_proj of block 0, .* neither"):
+        from_module(module)
