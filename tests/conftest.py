@@ -3,7 +3,7 @@
 ``tiny_configs``    name -> configuration; every family in architectures/ needs at least one here
 ``variant``         each of those names in turn: a test that asks for it runs once a name
 ``make_model``      make_model(name, dtype, **changes) -> a random model, equal at every call
-``make_bench``      make_bench(model, dtype) -> a Workbench on the CPU that reads that model
+``make_bench``      make_bench(model, dtype, plan) -> a Workbench on the CPU that reads that model
 ``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
 ``tiny_tokenizer``  one token a byte, ids 3 to 258 (0 <unk>, 1 <s> and padding, 2 </s>)
 ``model_folder``    model_folder(name, **changes) -> a checkpoint with tokenizer on disk
@@ -40,7 +40,9 @@ from transformers import (
 
 from lrquant import quantize
 from lrquant.architectures.sites import UNTOUCHED, Fold, Site
+from lrquant.blocks.plan import FULL_PRECISION, Plan
 from lrquant.blocks.workbench import Workbench
+from lrquant.ingredients.equivalent import Equivalent
 from lrquant.model.loading import from_module
 
 
@@ -148,8 +150,8 @@ def make_model():
 
 @pytest.fixture
 def make_bench():
-    def make(module, dtype: torch.dtype = torch.float32) -> Workbench:
-        return Workbench(from_module(module), torch.device("cpu"), dtype, "host")
+    def make(module, dtype: torch.dtype = torch.float32, plan: Plan = FULL_PRECISION) -> Workbench:
+        return Workbench(from_module(module), torch.device("cpu"), dtype, "host", plan=plan)
 
     return make
 
@@ -270,12 +272,13 @@ def change_of_logits():
 def set_sites_():
     def set_(view, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for site in view.sites:
-            scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
-            view.parameters[f"let.{site.name}.scale"] = scale
-            if site.name in view.shifted:
-                shift = torch.randn(site.size, generator=generator)
-                view.parameters[f"let.{site.name}.shift"] = shift
+        for ingredient in view.ingredients:
+            for site in ingredient.sites(view.shapes) if isinstance(ingredient, Equivalent) else ():
+                scale = 0.5 + 1.5 * torch.rand(site.size, generator=generator)
+                view.parameters[f"let.{site.name}.scale"] = scale
+                if ingredient.shifts(site, view.shapes):
+                    shift = torch.randn(site.size, generator=generator)
+                    view.parameters[f"let.{site.name}.shift"] = shift
 
     return set_
 

@@ -274,7 +274,7 @@ def test_statistics_on_the_way_equal_those_from_a_file(
     folder = str(model_folder(family))
     settings = {
         **{"data_dir": str(data_dir), "nsamples": 4, "seqlen": TOKENS, "precision": "float32"},
-        **{"epochs": 1, "let": True, "lwc": True},
+        **{"epochs": 1, "let": True, "lwc": True, "report": False},
     }
     quantize(folder, "W4A4", output_dir=str(tmp_path / "way"), **settings)
     statistics = collect_statistics(Config(model=folder, **settings))
@@ -314,7 +314,7 @@ def test_what_lrquant_plus_is_said_to_be(learn, tmp_path, caplog):
     run = learn(tmp_path, **PLUS)
     line = next(line for line in caplog.messages if line.startswith("method"))
     assert line.startswith("method LRQuant+: weight clipping") and "two branches" in line
-    assert "rotation vectors of rank 1, input side shared at norms" in line
+    assert "factors of rank 1, input side shared at norms" in line
     assert run.results["method_name"] == "LRQuant+"
     for record in run.records:
         assert len(record.held_losses) == 3 and record.best_epoch in range(4)
@@ -553,10 +553,10 @@ def test_a_finished_run_is_not_learned_again(reference, learn, tmp_path, monkeyp
     [
         ({"scheme": "W3A4"}, "scheme weight_bits differs: the run has 4, this command 3"),
         ({"scheme": "W4A4-qkv16"}, "scheme qkv_bits differs: the run has None, this command 16"),
-        ({"let_lr": 0.1}, "learning let_lr differs: the run has 0.005, this command 0.1"),
+        ({"let_lr": 0.1}, "method let_lr differs: the run has 0.005, this command 0.1"),
         ({"epochs": 3}, "learning epochs differs: the run has 2, this command 3"),
         ({"batch_size": 2}, "learning batch_size differs: the run has 1, this command 2"),
-        ({"let": False, "lwc": True}, "method let differs: the run has True, this command False"),
+        ({"let": False, "lwc": True}, "method let differs: the run has True, this command None"),
         ({"precision": "bfloat16"}, "precision differs: the run has 'float32'"),
         ({"samples": "flipped"}, "data sha256 differs"),
         ({"model": "other"}, "model weights differs"),
@@ -635,7 +635,7 @@ def disk_run(model_folder, data_dir, tmp_path):
         "W4A4",
         output_dir=str(tmp_path / "run"),
         data_dir=str(data_dir),
-        **{"nsamples": 2, "seqlen": TOKENS, "epochs": 1, "precision": "float32"},
+        **{"nsamples": 2, "seqlen": TOKENS, "epochs": 1, "precision": "float32", "report": False},
     )
 
 
@@ -726,6 +726,7 @@ def test_samples_must_be_token_ids(learn, tmp_path):
 
 def test_a_model_in_memory_needs_tokens_or_a_tokenizer(model, tmp_path, tiny_tokenizer, data_dir):
     settings = {"output_dir": str(tmp_path), "epochs": 0, "data_dir": str(data_dir)}
+    settings |= {"report": False}
     with pytest.raises(LRQuantError, match="no tokenizer"):
         quantize(model, "W4A4", **settings)
     with pytest.raises(LRQuantError, match="no tokenizer: perplexity needs one"):

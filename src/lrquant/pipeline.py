@@ -36,7 +36,7 @@ from lrquant.export.targets import verdicts
 from lrquant.files.publishing import heal, target_lock
 from lrquant.ingredients.base.statistics import ChannelStatistics, given_statistics
 from lrquant.learn.checks import check_grids, check_ingredients, check_patterns, parts_of
-from lrquant.learn.identity import describe_method, describe_run, dtype_name, environment
+from lrquant.learn.identity import describe_method, describe_run, environment
 from lrquant.learn.model import learn_model
 from lrquant.measures.comparison import TaskBoard
 from lrquant.measures.reference import reference_name
@@ -49,12 +49,14 @@ from lrquant.measures.subject import (
     open_subject,
 )
 from lrquant.measures.zero_shot import load_tasks
+from lrquant.model.device import dtype_name
 from lrquant.model.loading import from_module, load_model
 from lrquant.model.model import Model
 from lrquant.model.outer import require_finite
 from lrquant.report.writing import write_report
+from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
-from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.resolution import (
     NO_MEASURES,

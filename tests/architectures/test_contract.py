@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import tokenize
@@ -260,6 +261,7 @@ def test_the_block_view_comparison_sees_one_wrong_scale(
     assert not torch.allclose(wrong, plain, rtol=1e-4, atol=1e-4 * float(plain.std()))
 
 
+@functools.cache
 def family_words() -> re.Pattern[str]:
     """Family names without their version; short ones only as words of their own."""
     served = [(key, architecture.name) for key, architecture in architectures().items()]

@@ -5,6 +5,7 @@ Also the materialised model, which must compute what the stream of blocks comput
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import os
@@ -17,30 +18,38 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.runner import PreparedBlock, Variant
 from lrquant.blocks.streams import Stream, batches_of
-from lrquant.blocks.view import Method
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.ingredient import Ingredient
 from lrquant.measures.perplexity import score, send_through
 
 CPU = torch.device("cpu")
 TOKENS = 12
 W4A4 = Scheme(4, 4)
+Learned = tuple[Ingredient, ...]
 
 
-def prepare(bench: Workbench, index: int, scheme: Scheme, method: Method | None = None):
+def planned(bench: Workbench, scheme: Scheme, learned: Learned = ()) -> Workbench:
+    return dataclasses.replace(bench, plan=Plan(Schemes(scheme), learned))
+
+
+def prepare(bench: Workbench, index: int, scheme: Scheme, learned: Learned = ()):
     """A block under a scheme, with every clipping logit and scale away from its start."""
-    view = bench.view(index, bench.stored(index), scheme, method or Method())
-    if method is not None:
+    bench = planned(bench, scheme, learned)
+    view = bench.view(index, bench.stored(index))
+    if learned:
         maxima = {
-            f"block.{linear}": torch.linspace(1, 9, view.stored[f"{linear}.weight"].shape[1])
-            for linear in view.linears
+            f"{view.plan.name}.{linear}": torch.linspace(1, 9, view.weight(linear).shape[1])
+            for linear in view.matrices
         }
-        view.initialize(ChannelStatistics(maxima), "block")
+        view.initialize(ChannelStatistics(maxima))
         generator = torch.Generator().manual_seed(index)
         for name, values in view.parameters.items():
             noise = 0.3 * torch.randn(values.shape, generator=generator)
@@ -49,12 +58,12 @@ def prepare(bench: Workbench, index: int, scheme: Scheme, method: Method | None 
 
 
 @torch.no_grad()
-def streamed_logits(bench, ids, batch_size=1, scheme=FLOATING_POINT, method=None):
+def streamed_logits(bench, ids, batch_size=1, scheme=FLOATING_POINT, learned=()):
     entry = BlockInputs(bench.model, ids, batch_size, bench.device)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
     for index in range(len(bench.model.blocks)):
-        prepared = prepare(bench, index, scheme, method)
+        prepared = prepare(bench, index, scheme, learned)
         with prepared.runner as runner:
             for batch, samples in enumerate(entry.batches):
                 arguments = entry.arguments(batch, index)
@@ -205,9 +214,10 @@ def test_linear_inputs_are_quantised_once_and_shared(make_model, make_bench, tok
     entry.embed(stream)
     prepared = prepare(bench, 0, Scheme(16, 3))
     observed, read, handles = {}, {}, []
+    linears = [matrix.name for matrix in bench.model.matrices(0)]
     prepared.runner.observer = lambda name, values: observed.update({name: values.clone()})
     with prepared.runner as runner:
-        for name in bench.model.linears:
+        for name in linears:
             linear = bench.model.blocks[0].get_submodule(name)
             handles.append(
                 linear.register_forward_pre_hook(
@@ -217,7 +227,7 @@ def test_linear_inputs_are_quantised_once_and_shared(make_model, make_bench, tok
         runner(prepared.tensors, stream.read(entry.batches[0]), entry.arguments(0, 0))
     for handle in handles:
         handle.remove()
-    assert observed.keys() == read.keys() == set(bench.model.linears)
+    assert observed.keys() == read.keys() == set(linears)
     for name, values in read.items():
         assert torch.equal(values, round_trip(observed[name], 3)), name
         assert max(len(token.unique()) for token in values.flatten(0, 1)) <= 8
@@ -242,17 +252,13 @@ def test_nothing_is_left_behind(fails, make_model, make_bench, token_ids):
     entry = BlockInputs(bench.model, ids, 1, CPU)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
-    method = Method(let=True, let_sites=KINDS, let_shift="always")
-    view = bench.view(0, bench.stored(0), W4A4, method)
-    view.initialize(
-        ChannelStatistics(
-            {
-                f"block.{linear}": torch.ones(view.stored[f"{linear}.weight"].shape[1])
-                for linear in view.linears
-            }
-        ),
-        "block",
-    )
+    bench = planned(bench, W4A4, learned_by(let=True, let_sites=KINDS, let_shift="always"))
+    view = bench.view(0, bench.stored(0))
+    ones = {
+        f"{view.plan.name}.{linear}": torch.ones(view.weight(linear).shape[1])
+        for linear in view.matrices
+    }
+    view.initialize(ChannelStatistics(ones))
     runner = bench.runner(0, view)
     try:
         with runner:
@@ -273,8 +279,8 @@ def test_the_original_model_is_not_changed(make_model, make_bench, token_ids):
     module = make_model("opt")
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     attention = module.config._attn_implementation
-    method = Method(True, True, KINDS, "auto")
-    streamed_logits(make_bench(module), token_ids(2, TOKENS), 1, W4A4, method)
+    learned = learned_by(lwc=True, let=True, let_sites=KINDS)
+    streamed_logits(make_bench(module), token_ids(2, TOKENS), 1, W4A4, learned)
     assert module.config._attn_implementation == attention and hooks(module) == 0
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
@@ -353,12 +359,12 @@ def test_perplexity_is_that_of_the_model(variant, make_model, make_bench, token_
 
 
 SCHEMES = pytest.mark.parametrize(
-    "scheme, method",
+    "scheme, learned",
     [
-        (FLOATING_POINT, None),
-        (Scheme(4, 16, 16), Method(lwc=True)),
-        (W4A4, Method(True, True, KINDS, "auto")),
-        (W4A4, Method(True, True, KINDS, "always")),
+        (FLOATING_POINT, ()),
+        (Scheme(4, 16, 16), learned_by(lwc=True)),
+        (W4A4, learned_by(lwc=True, let=True, let_sites=KINDS)),
+        (W4A4, learned_by(lwc=True, let=True, let_sites=KINDS, let_shift="always")),
     ],
     ids=["floating point", "W4A16g16", "W4A4", "W4A4 with shifts everywhere"],
 )
@@ -366,14 +372,14 @@ SCHEMES = pytest.mark.parametrize(
 
 @SCHEMES
 def test_the_materialised_model_is_the_stream_of_blocks(
-    scheme, method, variant, make_model, make_bench, token_ids
+    scheme, learned, variant, make_model, make_bench, token_ids
 ):
     bench = make_bench(make_model(variant))
     ids = token_ids(2, TOKENS)
-    expected = streamed_logits(bench, ids, 2, scheme, method)
+    expected = streamed_logits(bench, ids, 2, scheme, learned)
     skeleton = bench.model.skeleton
     attention = skeleton.config._attn_implementation
-    module = materialize(bench, Variant(lambda index: prepare(bench, index, scheme, method)))
+    module = materialize(bench, Variant(lambda index: prepare(bench, index, scheme, learned)))
     assert hooks(skeleton) == 0 and skeleton.config._attn_implementation == attention
     found = module(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

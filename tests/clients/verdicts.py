@@ -93,7 +93,7 @@ def measure(runtime: str, folder: Path) -> None:
         try:
             torch.save(give(str(place), ids), result)
             told.unlink()
-        except Exception as error:  # noqa: BLE001 - whatever a runtime raises is what the table is to tell
+        except Exception as error:  # noqa: BLE001
             told.write_text(reason(str(error)) or type(error).__name__)
 
 

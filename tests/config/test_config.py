@@ -8,11 +8,11 @@ import typing
 
 import pytest
 import yaml
-from lrquant.config.presets import PRESETS, with_preset
 
-from lrquant.config.config import Config, typed_settings
+from lrquant.config.config import Config, overridden, preset, typed_settings, with_preset
+from lrquant.config.core import PRESETS
 from lrquant.config.scheme import Scheme
-from lrquant.config.settings import convert, overridden, require_one_scheme
+from lrquant.config.settings import convert, require_one_scheme
 from lrquant.errors import LRQuantError
 
 PUBLISHED = {
@@ -26,7 +26,7 @@ PUBLISHED = {
 OTHER = {
     "bos": "always",  # a legal value that is not the default, by type or by name
     **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
-    **{"vision_scheme": "W8A8", "vqa": ("q.jsonl",)},
+    **{"vision_scheme": "W8A8", "vqa": ("q.jsonl",), "scheme_for": ("0=W8A16", "1=W3A16")},
     **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},
@@ -172,7 +172,7 @@ def test_text_of_a_command_line_is_converted():
         *({"epochs": -1}, {"nsamples": 0}, {"batch_size": 0}, {"seqlen": 1}),
         *({"limit": 0}, {"limit": -2}),
         *({"lwc_lr": -0.1}, {"let_lr": float("nan")}, {"wd": float("inf")}),
-        *({"loss": "mae"}, {"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
+        *({"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
         {"let_sites": ("norm", "attention")},
         *({"rotate_rank": 0}, {"rotation_lr": -1.0}, {"rotation_sharing": "row"}),
         *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "best"}),
@@ -364,8 +364,8 @@ def test_a_switch_over_a_file_of_resolved_settings_is_a_switch():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_settings(name):
-    assert typed_settings(PRESETS[name], name) == PRESETS[name]
-    Config(**PRESETS[name], preset=name).resolved()
+    assert typed_settings(preset(name), name) == preset(name)
+    Config(**preset(name), preset=name).resolved()
 
 
 def test_net_is_the_last_part_of_the_model():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import types
 
+import psutil
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lrquant.data import rows
 from lrquant.data.chats import written_out
 from lrquant.data.conversations import is_conversations, read_conversations
 from lrquant.data.samples import calibration_samples, perplexity_windows
@@ -180,7 +181,7 @@ def test_a_text_larger_than_the_memory_is_refused(tmp_path, monkeypatch, name):
     else:
         path.write_text(json.dumps({"text": "x" * 100_000}))
     assert read(str(path)).documents
-    monkeypatch.setattr(rows, "_SHARE", 0.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0))
     assert "of memory are free; give a part" in error_of(read, str(path))
 
 

@@ -15,8 +15,7 @@ from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lrquant.data import samples as data
-from lrquant.data import texts
+from lrquant.data import texts, windows
 from lrquant.data.samples import calibration_samples, perplexity_windows
 from lrquant.data.texts import load_text
 from lrquant.errors import LRQuantError
@@ -236,8 +235,10 @@ def test_short_documents_are_joined_and_that_is_said(tmp_path, tokenizer, monkey
     path.write_text("".join(json.dumps({"text": words(6, 10 * i)}) + "\n" for i in range(20)))
     joined = [token for i in range(20) for token in (*range(10 * i, 10 * i + 6), BREAK)][:-1]
     calls = []
-    tokenise = data.tokenise
-    monkeypatch.setattr(data, "tokenise", lambda t, text: calls.append(text) or tokenise(t, text))
+    tokenise = windows.tokenise
+    monkeypatch.setattr(
+        windows, "tokenise", lambda t, text: calls.append(text) or tokenise(t, text)
+    )
     samples = calibration_samples(str(path), tokenizer, 4, 32, 1)
     assert torch.equal(samples.ids, stream_oracle(joined, 4, 32, 1))
     assert "no document has 32 tokens: all are joined" in samples.description

@@ -31,7 +31,7 @@ def tensors_of():
 
 
 def _learned_linears(run, index):
-    return learned_view(run.workbench, run.config, run.folder, index).freeze().linears
+    return learned_view(run.workbench, run.folder, index).freeze().matrices
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def learn(make_model, token_ids, tmp_path):
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"precision": "float32", "overwrite": True, "lr_plus": True, "format": "awq"},
-            **{"epochs": 2, "lwc": True, "let": True, **settings},
+            **{"epochs": 2, "lwc": True, "let": True, "report": False, **settings},
         )
 
     return run
@@ -237,6 +237,7 @@ def test_a_finished_run_as_awq_twice(model_folder, tmp_path):
         "W4A16",
         output_dir=str(tmp_path / "run"),
         **{"calib_dataset": str(text), "nsamples": 2, "seqlen": 16, "epochs": 1},
+        report=False,
     )
     for name in ("once", "again"):
         export(str(tmp_path / "run"), str(tmp_path / name), format="awq")

@@ -254,6 +254,7 @@ def test_another_format_of_a_finished_run(
         "W4A16",
         output_dir=str(tmp_path / "run"),
         **{"calib_dataset": str(data_file), "nsamples": 2, "seqlen": 16, "epochs": 1},
+        report=False,
     )
     export(str(tmp_path / "run"), str(tmp_path / "packed"))
     export(str(tmp_path / "run"), str(tmp_path / "dense"), format="dequantized")

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrquant import LRQuantError, quantize
+from lrquant.blocks.plan import Plan, learned_by
 from lrquant.config.config import Config
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.export import checkpoint
 from lrquant.export.checkpoint import INDEX, check_format, save_checkpoint
 from lrquant.export.choice import choose_format
@@ -104,7 +107,7 @@ def test_the_checkpoint_keeps_tokenizer_dtype_and_settings(
     (tmp_path / "text.txt").write_text("some words, and some more of them. " * 20)
     settings = {"nsamples": 2, "seqlen": 16, "epochs": 1, "calib_dataset": tmp_path / "text.txt"}
     settings |= {"output_dir": tmp_path / "run", "save_dir": tmp_path / "deep" / "saved"}
-    settings |= {"format": "dequantized"}
+    settings |= {"format": "dequantized", "report": False}
     run = quantize(folder, "W4A16", **settings)
     target = tmp_path / "deep" / "saved"
     assert Config.from_yaml(target / SETTINGS) == run.config
@@ -160,7 +163,7 @@ def test_a_run_is_not_replaced_by_its_checkpoint(learn, tmp_path):
     run = learn("llama", "W4A16")
     with pytest.raises(LRQuantError, match="holds files that are no checkpoint"):
         elsewhere = Config(model="m", output_dir=str(tmp_path / "elsewhere"))
-        form = choose_format(run.config)
+        form = choose_format(run.workbench.plan, run.config.format, None)
         save_checkpoint(run.workbench, elsewhere, run.folder, run.folder.path, form)
     assert run.folder.finished_blocks() == 2
 
@@ -201,7 +204,7 @@ def test_a_damaged_run_leaves_no_folder(learn, tmp_path):
     run = learn("llama", "W4A16")
     run.folder.block_path(1).write_bytes(b"x")
     with pytest.raises(LRQuantError, match="changed or damaged"):
-        form = choose_format(run.config)
+        form = choose_format(run.workbench.plan, run.config.format, None)
         save_checkpoint(run.workbench, run.config, run.folder, tmp_path / "saved", form)
     assert not list(tmp_path.glob("saved*"))
 
@@ -228,5 +231,7 @@ def test_shifts_everywhere_are_saved_where_every_module_has_a_bias(
     torch.testing.assert_close(
         logits(loaded(tmp_path / "saved"), ids), learned, rtol=1e-4, atol=1e-4
     )
-    config = Config(let=True, let_shift="always", let_sites=("query_key",), output_dir="x")
-    check_format(from_module(make_model("llama")), config, choose_format(run.config))
+    learned = learned_by(let=True, let_shift="always", let_sites=("query_key",))
+    plan = Plan(Schemes(Scheme(4)), learned)
+    form = choose_format(run.workbench.plan, run.config.format, None)
+    check_format(from_module(make_model("llama")), plan, form, torch.float32)

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from lrquant.numerics.affine import fake_quantize_tokens
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
@@ -14,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from lrquant import LRQuantError, quantize
 from lrquant.blocks.workbench import learned_view
 from lrquant.export.checkpoint import INDEX
+from lrquant.numerics.grids.schemes import activation_grid
+from lrquant.numerics.tokens import fake_quantize_tokens
 from lrquant.runtime.linear import IntegerLinear
 
 RUNS = [
@@ -91,15 +92,15 @@ def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme,
     settings = {"rotation_sharing": "linear", "activation_symmetric": symmetric}
     run = learn("llama-biases", scheme, **settings)
     model = loaded(tmp_path / "saved")
-    frozen = learned_view(run.workbench, run.config, run.folder, 1).freeze()
+    frozen = learned_view(run.workbench, run.folder, 1).freeze()
     generator = torch.Generator().manual_seed(0)
-    for name, expected in frozen.linears.items():
+    for name, expected in frozen.matrices.items():
         module = model.get_submodule(f"model.layers.1.{name}")
         assert isinstance(module, IntegerLinear)
         values = torch.randn(7, module.in_features, generator=generator)
         inputs = values * expected.input_factor
-        bits = run.config.quantization.activation_bits
-        inputs = inputs if bits == 16 else fake_quantize_tokens(inputs, bits, symmetric)
+        grid = activation_grid(run.config.quantization)
+        inputs = inputs if grid is None else fake_quantize_tokens(inputs, grid)
         weight = expected.dequantize(torch.float32)
         assert torch.equal(module.weight(torch.float32), weight)
         exact = linear(inputs.double(), weight.double(), expected.bias.double())
@@ -111,11 +112,11 @@ def test_the_linears_hold_integers_and_multiply_them(learn, token_ids, tmp_path,
     learn("llama", "W4A4")
     model = loaded(tmp_path / "saved")
     calls = []
-    from lrquant.numerics import integer
+    from lrquant.numerics import products
 
-    product = integer.integer_product
+    product = products.integer_product
     monkeypatch.setattr(
-        integer, "integer_product", lambda a, b: calls.append((a.dtype, b.dtype)) or product(a, b)
+        products, "integer_product", lambda a, b: calls.append((a.dtype, b.dtype)) or product(a, b)
     )
     logits(model, token_ids(1, 6))
     assert calls == [(torch.int8, torch.int8)] * 14
@@ -137,8 +138,8 @@ def test_one_changed_code_is_seen(learn, token_ids, tmp_path):
 def test_bf16_checkpoints_keep_their_scales(learn, token_ids, tmp_path):
     run = learn("llama", "W4A4", torch.bfloat16)
     model = loaded(tmp_path / "saved", dtype=torch.float32)
-    frozen = learned_view(run.workbench, run.config, run.folder, 0).freeze()
-    for name, expected in frozen.linears.items():
+    frozen = learned_view(run.workbench, run.folder, 0).freeze()
+    for name, expected in frozen.matrices.items():
         weight = model.get_submodule(f"model.layers.0.{name}").weight(torch.float32)
         assert torch.equal(weight, expected.dequantize(torch.float32)), name
     assert logits(loaded(tmp_path / "saved"), token_ids(1, 5)).dtype == torch.bfloat16
@@ -187,6 +188,6 @@ def test_a_missing_tensor_is_refused(learn, tmp_path, name):
 
 
 def test_the_dense_factor_is_refused_before_learning(learn, tmp_path):
-    with pytest.raises(LRQuantError, match="--rotation_sharing site or linear"):
+    with pytest.raises(LRQuantError, match="learn with --rotation_sharing site"):
         learn("llama", "W4A4", rotation_sharing="weight")
     assert list(tmp_path.iterdir()) == []

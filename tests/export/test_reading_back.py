@@ -40,8 +40,8 @@ def export(run, place, change=lambda tensors: tensors):
     """Write a run with every block's tensors changed on their way to the disk."""
     form = formats()[run.config.format or "compressed-tensors"]
 
-    def tensors(frozen, scheme, dtype):
-        return change(form.tensors(frozen, scheme, dtype))
+    def tensors(frozen, dtype):
+        return change(form.tensors(frozen, dtype))
 
     save_checkpoint(
         run.workbench, run.config, run.folder, place, dataclasses.replace(form, tensors=tensors)

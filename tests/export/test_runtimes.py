@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from lrquant import quantize
-from lrquant.config.config import TARGETS, Config
+from lrquant.config.config import Config
+from lrquant.config.core import TARGETS
 from lrquant.config.scheme import Scheme
 from lrquant.export.choice import formats
 from lrquant.export.loading import AS_LEARNED, Loading, merged
@@ -66,14 +67,14 @@ def test_a_tower_counts():
     settings = {"scheme": "W4A16-sym", "vision_scheme": "W4A8-sym-qkv16"}
     config = Config(**settings, activation_symmetric=True).resolved()
     form = formats()["compressed-tensors"]
-    assert "humming" in loading_of(form, config, "vllm").computes
-    assert loading_of(form, config, "vllm-cpu").refusal
+    assert "humming" in loading_of(form, config.schemes, "vllm").computes
+    assert loading_of(form, config.schemes, "vllm-cpu").refusal
 
 
 def test_every_runtime_that_loads_has_a_verdict():
     for name, form in formats().items():
         config = Config(scheme="W4A16").resolved()
-        said = [text.split(" computes ")[0] for _, text in verdicts(form, config)]
+        said = [text.split(" computes ")[0] for _, text in verdicts(form, config.schemes, None)]
         assert said == [
             target for target in TARGETS if not form.loading(config.quantization, target).refusal
         ], name
@@ -81,8 +82,9 @@ def test_every_runtime_that_loads_has_a_verdict():
 
 def test_the_log_and_the_card_say_it(make_model, token_ids, tmp_path, caplog):
     places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
+    settings = {**places, **W4A8, "epochs": 0, "report": False}
     with caplog.at_level(logging.INFO, "lrquant"):
-        quantize(make_model("llama"), samples=token_ids(2, 16), **places, **W4A8, epochs=0)
+        quantize(make_model("llama"), samples=token_ids(2, 16), **settings)
     said = {r.getMessage(): r.levelno for r in caplog.records if " computes " in r.getMessage()}
     assert said.pop(f"compressed-tensors: transformers computes {AS_LEARNED}") == logging.INFO
     ((text, level),) = said.items()
@@ -100,7 +102,7 @@ def test_an_export_says_it(model_folder, tmp_path, caplog):
     text.write_text("some words, and some more of them. " * 20)
     data = {"calib_dataset": str(text), "nsamples": 2, "seqlen": 16, "epochs": 0}
     run = str(tmp_path / "run")
-    quantize(model_folder("llama"), output_dir=run, **data, **W4A8)
+    quantize(model_folder("llama"), output_dir=run, report=False, **data, **W4A8)
     with caplog.at_level(logging.INFO, "lrquant"):
         export(run, str(tmp_path / "packed"))
     assert "vllm computes 16-bit activations" in caplog.text

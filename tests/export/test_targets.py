@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lrquant import LRQuantError, quantize
-from lrquant.config.config import TARGETS, Config
+from lrquant.blocks.plan import Plan
+from lrquant.config.config import Config
+from lrquant.config.core import TARGETS
 from lrquant.config.scheme import Scheme
 from lrquant.export.choice import choose_format, formats
 from lrquant.export.format import Format
@@ -15,23 +17,27 @@ def config_of(scheme, target, **settings):
     return Config(scheme=scheme, target=target, **settings).resolved()
 
 
+def chosen(config):
+    return choose_format(Plan.of(config), config.format, config.target)
+
+
 @pytest.mark.parametrize("target", ["vllm", "transformers"])
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16g128", "W4A16g32-sym", "W8A16", "W3A16-sym"])
 def test_compressed_tensors_is_the_first_choice(scheme, target):
-    assert choose_format(config_of(scheme, target)).name == "compressed-tensors"
+    assert chosen(config_of(scheme, target)).name == "compressed-tensors"
 
 
 def test_symmetric_activations_are_loaded():
     settings = {"activation_symmetric": True}
-    assert choose_format(config_of("W8A8-sym-qkv16", "vllm-cpu", **settings))
+    assert chosen(config_of("W8A8-sym-qkv16", "vllm-cpu", **settings))
     for scheme in ("W8A8-sym-qkv16", "W4A8g128-sym-qkv16", "W4A4-sym-qkv16"):
         for target in ("vllm", "transformers"):
-            form = choose_format(config_of(scheme, target, **settings))
+            form = chosen(config_of(scheme, target, **settings))
             assert form.name == "compressed-tensors"
 
 
 def test_sixteen_bits_need_no_packing():
-    assert choose_format(config_of("W16A16", "vllm")).name == "dequantized"
+    assert chosen(config_of("W16A16", "vllm")).name == "dequantized"
 
 
 @pytest.mark.parametrize(
@@ -61,9 +67,14 @@ def test_sixteen_bits_need_no_packing():
         ),
         (
             *("W4A16", "transformers", {"lr_plus": True, "rotate_rank": 2}),
-            ["--rotation_sharing weight", "is --rotation_sharing site --rotate_rank 1,"],
+            ["--rotation_sharing weight", "is --rotate_rank 1 --rotation_sharing site,"],
         ),
-        ("W4A4", "native", {"lr_plus": True, "rotate_rank": 2}, ["is --rotation_sharing site"]),
+        (
+            "W4A4",
+            "native",
+            {"lr_plus": True, "rotate_rank": 2},
+            ["is --rotate_rank 1 --rotation_sharing site"],
+        ),
         ("W4A4", "vllm", {"format": "dequantized"}, ["quantizers", "--scheme W4A16"]),
         ("W3A16", "vllm", {"format": "compressed-tensors"}, ["zero points", "--scheme W3A16-sym"]),
         (
@@ -77,7 +88,7 @@ def test_sixteen_bits_need_no_packing():
 )
 def test_what_a_target_cannot_hold(scheme, target, settings, parts):
     with pytest.raises(LRQuantError) as error:
-        choose_format(config_of(scheme, target, **settings))
+        chosen(config_of(scheme, target, **settings))
     text = str(error.value)
     assert "\n" not in text and (f"--target {target}" in text or "gguf" in text)
     for part in parts:
@@ -88,23 +99,23 @@ def test_what_a_target_cannot_hold(scheme, target, settings, parts):
 def test_the_nearest_is_held_when_it_is_asked_for(scheme):
     """What the message advises, given back as settings, is accepted."""
     with pytest.raises(LRQuantError) as error:
-        choose_format(config_of(scheme, "vllm"))
+        chosen(config_of(scheme, "vllm"))
     flags = str(error.value).split("the nearest that it holds is ")[1].split(",")[0].split()
     settings = {"activation_symmetric": "--activation_symmetric" in flags}
     wanted = flags[flags.index("--scheme") + 1]
-    assert choose_format(config_of(wanted, "vllm", **settings)).name == "compressed-tensors"
+    assert chosen(config_of(wanted, "vllm", **settings)).name == "compressed-tensors"
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "W6A6", "W8A8", "W3A16g64"])
 def test_the_native_format_is_chosen_for_its_runtime(scheme):
-    assert choose_format(config_of(scheme, "native")).name == "lrquant"
+    assert chosen(config_of(scheme, "native")).name == "lrquant"
 
 
 def test_a_target_that_no_format_serves(monkeypatch):
     known = {name: form for name, form in formats().items() if name != "lrquant"}
     monkeypatch.setattr("lrquant.export.choice.formats", lambda: known)
     with pytest.raises(LRQuantError, match=r"--target native: no format here .*; use another"):
-        choose_format(config_of("W4A4", "native"))
+        chosen(config_of("W4A4", "native"))
 
 
 def test_every_format_says_who_loads_it():
@@ -139,7 +150,7 @@ def test_a_run_is_refused_before_learning_even_without_save_dir(
         make_model("llama"),
         samples=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
-        **{"epochs": 1, **settings},
+        **{"epochs": 1, "report": False, **settings},
     )
 
 
@@ -167,7 +178,7 @@ def test_the_target_goes_with_the_run(make_model, token_ids, tmp_path):
         samples=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),
-        **{"target": "transformers", "epochs": 1},
+        **{"target": "transformers", "epochs": 1, "report": False},
     )
     assert run.folder.config.target == "transformers"
     assert (tmp_path / "saved" / "config.json").read_text().count("compressed-tensors") == 1

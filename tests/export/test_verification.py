@@ -153,6 +153,7 @@ def test_the_manifest_and_the_card_say_where_it_comes_from(model_folder, tmp_pat
         "W4A16",
         **{"calib_dataset": text, "nsamples": 2, "seqlen": 16, "epochs": 1, "ppl": (text,)},
         **{"output_dir": tmp_path / "run", "save_dir": tmp_path / "saved", "compare": True},
+        report=False,
     )
     facts = json.loads((tmp_path / "saved" / MANIFEST).read_text())
     config = (tmp_path / "saved" / "config.json").read_bytes()

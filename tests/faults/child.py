@@ -129,7 +129,7 @@ def _carry_out(
         fault.install()
         code = main(list(arguments))
         fault.kind = ""
-    except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+    except BaseException:  # noqa: BLE001
         fault.kind = ""
         traceback.print_exc()
     finally:

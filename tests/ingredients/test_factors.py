@@ -70,7 +70,7 @@ def test_the_published_form_multiplies_the_dequantised_weight(make_model, rank, 
     plain = view.tensors()
     move_(view)
     moved = view.tensors()
-    for linear in view.linears:
+    for linear in view.matrices:
         first = view.parameters[f"rotation.{linear}.output"]
         second = view.parameters[f"rotation.{linear}.input"]
         expected = plain[f"{linear}.weight"] * (first @ second)
@@ -80,10 +80,10 @@ def test_the_published_form_multiplies_the_dequantised_weight(make_model, rank, 
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_r1_scales_rows_and_groups_and_no_bias(make_model, group_size):
     view = make_view(make_model("llama-biases"), "none", scheme=Scheme(3, 16, group_size))
-    before, codes = view.tensors(), view.freeze().linears
+    before, codes = view.tensors(), view.freeze().matrices
     move_(view)
-    after, moved = view.tensors(), view.freeze().linears
-    for linear in view.linears:
+    after, moved = view.tensors(), view.freeze().matrices
+    for linear in view.matrices:
         gain = view.parameters[f"rotation.{linear}.output"]
         rows, columns = view.stored[f"{linear}.weight"].shape
         assert gain.shape == (rows, columns // (group_size or columns))
@@ -151,7 +151,7 @@ def test_a_linear_s_own_factor_acts_before_the_quantizer(make_model, make_bench,
         handle.remove()
     values = seen[name] * view.parameters[f"rotation.{name}.input"]
     values = values if bits == 16 else fake_quantize_tokens(values, bits)
-    frozen = view.freeze().linears[name]
+    frozen = view.freeze().matrices[name]
     plain = frozen.dequantize(torch.float32) / view.parameters[f"rotation.{name}.output"]
     expected = (values @ plain.T) * view.parameters[f"rotation.{name}.output"].T
     assert torch.allclose(seen["output"], expected, atol=1e-5)
@@ -164,7 +164,7 @@ def test_where_there_is_no_norm_to_fold_into_the_input_side_is_left_out(make_mod
     assert inputs == {f"rotation.{name}.input" for name in norms}
     assert len(norms) == (0 if variant in ("opt-post-norm", "opt-bare") else 2)
     outputs = {name for name in view.parameters if name.endswith(".output")}
-    assert outputs == {f"rotation.{linear}.output" for linear in view.linears}
+    assert outputs == {f"rotation.{linear}.output" for linear in view.matrices}
 
 
 @pytest.mark.parametrize("sharing", ["site", "linear", "none"])

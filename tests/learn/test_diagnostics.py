@@ -72,7 +72,7 @@ def test_ratios_cosine_and_errors_equal_those_of_whole_models(learn, token_ids):
     model, run = learn(epochs=0)
     ids, found = token_ids(4, TOKENS), figures(run)
     quantized = copy.deepcopy(model)
-    view = learned_view(run.workbench, run.config, run.folder, 0)
+    view = learned_view(run.workbench, run.folder, 0)
     tensors = view.freeze().tensors(torch.float32)
     quantized.model.layers[0].load_state_dict(tensors)
     _, expected = seen_by(model, ids)
@@ -102,7 +102,7 @@ def test_what_is_made_and_what_is_carried_in(learn, token_ids):
     ids, found = token_ids(4, TOKENS), figures(run, 1)
     quantized, half = copy.deepcopy(model), copy.deepcopy(model)
     for block in range(2):
-        view = learned_view(run.workbench, run.config, run.folder, block)
+        view = learned_view(run.workbench, run.folder, block)
         tensors = view.freeze().tensors(torch.float32)
         quantized.model.layers[block].load_state_dict(tensors)
         if block == 0:
@@ -186,8 +186,8 @@ def test_an_outlier_survives_down_sampling():
 def test_histograms_hold_everything(learn):
     model, run = learn(scheme="W3A16")
     _, tensors = run.folder.load_diagnostics(0)
-    frozen = learned_view(run.workbench, run.config, run.folder, 0).freeze()
-    for name, linear in frozen.linears.items():
+    frozen = learned_view(run.workbench, run.folder, 0).freeze()
+    for name, linear in frozen.matrices.items():
         weight = model.get_submodule(f"model.layers.0.{name}").weight
         assert tensors[f"weights.{name}"].sum() == weight.numel()
         expected = [(linear.codes == code).sum() for code in range(8)]
@@ -195,7 +195,7 @@ def test_histograms_hold_everything(learn):
         assert tensors[f"codes.{name}.round_to_nearest"].sum() == weight.numel()
     assert any(
         not torch.equal(tensors[f"codes.{n}.learned"], tensors[f"codes.{n}.round_to_nearest"])
-        for n in frozen.linears
+        for n in frozen.matrices
     )
 
 

@@ -94,6 +94,7 @@ def test_a_run_measures_it_where_asked(make_model, tiny_tokenizer, tmp_path):
     settings = {"nsamples": 2, "seqlen": 16, "epochs": 1, "limit": 3, "data_dir": str(tmp_path)}
     (tmp_path / "one" / "train.txt").write_text("some words, and some more of them. " * 20)
     settings |= {"calib_dataset": "one", "output_dir": str(tmp_path / "run"), "ppl": ("two",)}
+    settings |= {"report": False}
     run = quantize(
         make_model("llama"), "W4A4", tokenizer=tiny_tokenizer, agreement=("one",), **settings
     )

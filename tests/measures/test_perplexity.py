@@ -126,7 +126,7 @@ def test_learned_equals_the_materialised_model(make_model, tiny_tokenizer, data_
         data_dir=str(data_dir),
         ppl=("wikitext2", "ptb"),
         compare=True,
-        **{"nsamples": 2, "seqlen": 24, "epochs": 3, "precision": "float32"},
+        **{"nsamples": 2, "seqlen": 24, "epochs": 3, "precision": "float32", "report": False},
     )
     text = windows_of(f"wikitext2 test. {TEXT}", tiny_tokenizer, 24)
     scores = run.results["perplexity"]["wikitext2"]

@@ -16,7 +16,7 @@ from lrquant.measures.tables import COLUMNS, results_table
 from lrquant.model.model import Model
 from lrquant.pipeline import export
 
-QUICK = {"nsamples": 2, "epochs": 1, "save_dtype": "float32"}
+QUICK = {"nsamples": 2, "epochs": 1, "save_dtype": "float32", "report": False}
 WINDOWS = {"seqlen": 24, "limit": 4, "precision": "float32", "agreement": ("wikitext2",)}
 
 

@@ -16,6 +16,7 @@ from lrquant.measures.tables import COLUMNS
 from lrquant.pipeline import export
 
 QUICK = {"nsamples": 2, "seqlen": 24, "limit": 4, "epochs": 1, "precision": "float32"}
+QUICK |= {"report": False}
 MEASURED = {"ppl": ("wikitext2",), "seqlen": 24, "limit": 4, "precision": "float32"}
 
 

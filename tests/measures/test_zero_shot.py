@@ -182,7 +182,7 @@ def learned(model_folder, token_ids, tmp_path):
             "W4A4",
             samples=token_ids(2, 16),
             output_dir=str(tmp_path / "run"),
-            **{"epochs": 2, "precision": "float32", "overwrite": True} | settings,
+            **{"epochs": 2, "precision": "float32", "overwrite": True, "report": False} | settings,
         )
 
     return run

@@ -13,6 +13,7 @@ from lrquant import LRQuantError, quantize
 from lrquant.model.loading import from_module, load_model
 from lrquant.model.sources import resolve_model
 from lrquant.model.sources.files import SafetensorsSource
+from lrquant.model.sources.gguf_file import quantised_types
 from lrquant.model.sources.kinds import quantized_by
 from lrquant.preflight.checks import preflight
 
@@ -191,21 +192,16 @@ def test_a_missing_tokenizer_names_its_files(model_folder):
     assert "and tokenizer_config.json missing" in refusal(load_model, str(folder))
 
 
-def test_a_gguf_says_what_it_is_unpacked_from(monkeypatch):
-    from lrquant.model.sources import gguf_file
-
-    source = object.__new__(gguf_file.GGUFSource)
+def test_a_gguf_says_what_it_is_unpacked_from():
     kinds = gguf.GGMLQuantizationType
 
     class Tensor:
         def __init__(self, kind):
             self.tensor_type, self.n_bytes = kind, 9 if kind == kinds.Q8_0 else 5
 
-    kept = {"a": Tensor(kinds.F32), "b": Tensor(kinds.Q4_K), "c": Tensor(kinds.Q4_K)}
-    source._stored = {**kept, "d": Tensor(kinds.Q8_0)}
-    assert source.unpacked_from() == "Q4_K and Q8_0"
-    source._stored = {"a": Tensor(kinds.F32), "b": Tensor(kinds.BF16)}
-    assert source.unpacked_from() == ""
+    stored = (kinds.F32, kinds.Q4_K, kinds.Q4_K, kinds.Q8_0)
+    assert quantised_types(map(Tensor, stored)) == "Q4_K and Q8_0"
+    assert quantised_types(map(Tensor, (kinds.F32, kinds.BF16))) == ""
 
 
 def test_the_check_says_it_too_and_nothing_is_learned(model_folder, tmp_path):

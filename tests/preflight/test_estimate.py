@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lrquant import quantize
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
 from lrquant.data.samples import Samples
 from lrquant.export.checkpoint import INDEX
@@ -40,7 +42,7 @@ def load_of(make_model, make_bench):
     """load_of(model, settings, samples, tokens, dtype) -> what its blocks are to learn on"""
 
     def make(model, config, samples, tokens, dtype=torch.float32):
-        return Load(make_bench(model, dtype), config, samples * tokens, None)
+        return Load(make_bench(model, dtype, Plan.of(config)), config, samples * tokens, None)
 
     return make
 
@@ -67,7 +69,7 @@ def written(model_folder, text_file, tmp_path):
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"calib_dataset": str(text_file), "nsamples": 1, "seqlen": 16, "epochs": 1},
-            **settings,
+            **{"report": False, **settings},
         )
 
     return make
@@ -75,7 +77,8 @@ def written(model_folder, text_file, tmp_path):
 
 def estimated(run):
     form = formats()[run.config.format or "compressed-tensors"]
-    return checkpoint_size(run.workbench.model, run.config, form)
+    settings = len(run.config.to_yaml().encode())
+    return checkpoint_size(run.workbench.model, Plan.of(run.config), form, settings)
 
 
 @pytest.mark.parametrize(
@@ -123,38 +126,38 @@ def test_the_parts_of_a_checkpoint(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "report"),
     [
-        {"scheme": "W4A4"},
-        {"scheme": "W4A4", "lr_plus": True},
-        {"scheme": "W3A16g16", "lr_plus": True, "rotation_sharing": "linear"},
-        {"scheme": "W4A16", "lr_plus": True, "rotate_rank": 2},
+        ({"scheme": "W4A4"}, False),
+        ({"scheme": "W4A4", "lr_plus": True}, True),
+        ({"scheme": "W3A16g16", "lr_plus": True, "rotation_sharing": "linear"}, True),
+        ({"scheme": "W4A16", "lr_plus": True, "rotate_rank": 2}, False),
     ],
 )
-def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings):
+def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings, report):
     run = quantize(
         make_model("llama", **WIDE),
         samples=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
-        epochs=1,
-        **settings,
+        **{"epochs": 1, "report": report, **settings},
     )
-    with_report = run_bytes(run.workbench.model, run.config)
-    assert size_of(tmp_path / "run") < with_report < 3 * size_of(tmp_path / "run")
-    for place in ("report.html", "report.json", "report.md"):
-        (tmp_path / "run" / place).unlink()
-    shutil.rmtree(tmp_path / "run" / "diagnostics")
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, report=False))
-    model = run.workbench.model
+    model, plan = run.workbench.model, run.workbench.plan
+    if report:
+        with_report = run_bytes(model, plan, report=True)
+        assert size_of(tmp_path / "run") < with_report < 3 * size_of(tmp_path / "run")
+        for name in ("report.html", "report.json", "report.md"):
+            (tmp_path / "run" / name).unlink()
+        shutil.rmtree(tmp_path / "run" / "diagnostics")
     one = (tmp_path / "run" / "blocks" / "0000.safetensors").stat().st_size
-    assert learned_bytes(model, run.config) == pytest.approx(one, rel=0.02)
+    assert learned_bytes(shape_view(model, 0, plan)) == pytest.approx(one, rel=0.02)
     whole = size_of(tmp_path / "run")
-    assert whole / 2 < run_bytes(model, run.config) < 1.2 * whole + 4096
+    assert whole / 2 < run_bytes(model, plan, report=False) < 1.2 * whole + 4096
 
 
 def test_nothing_learned_takes_no_space(make_model):
     config = Config(scheme="W16A16", epochs=0).resolved()
-    assert learned_bytes(from_module(make_model("llama")), config) == 0
+    model = from_module(make_model("llama"))
+    assert learned_bytes(shape_view(model, 0, Plan.of(config))) == 0
 
 
 def test_the_size_of_hidden_states(make_model, load_of):
@@ -244,13 +247,13 @@ def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):
     model = load_model(str(model_folder("llama")))
     config = Config(scheme="W4A16", model=model.name).resolved()
     form = formats()["compressed-tensors"]
-    with_tokenizer = checkpoint_size(model, config, form).outside
+    with_tokenizer = checkpoint_size(model, Plan.of(config), form, 0).outside
     before = {path.name for path in Path(model.name).iterdir()}
     written = [path for path in Path(model.name).glob("*tokenizer*") if path.is_file()]
     size = sum(path.stat().st_size for path in written)
     for path in written:
         path.unlink()
-    without = checkpoint_size(model, config, form).outside
+    without = checkpoint_size(model, Plan.of(config), form, 0).outside
     assert with_tokenizer - without == pytest.approx(size, abs=100)  # the name of its class
     left = {path.name for path in Path(model.name).iterdir()}
     assert left == before - {path.name for path in written}, "the model's own folder is left alone"

@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from lrquant import LRQuantError
+from lrquant.blocks.plan import Plan
 from lrquant.config.config import Config
 from lrquant.preflight import probe
 from lrquant.preflight.load import language_load
 from lrquant.preflight.probe import LONGEST, REPEATS, probe_block
+
+
+def load_of(bench, config):
+    """What the blocks of a bench are to learn on, under the plan of settings."""
+    return language_load(dataclasses.replace(bench, plan=Plan.of(config)), config, None)
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def config_of(**settings):
 @pytest.mark.parametrize("family", ["llama", "qwen2-alternating", "opt", "opt-post-norm"])
 def test_no_other_block_is_read(watched, family):
     bench, read = watched(family)
-    costs = probe_block(language_load(bench, config_of(), None))
+    costs = probe_block(load_of(bench, config_of()))
     prefix = bench.model.block_name(0) + "."
     assert read and all(name.startswith(prefix) for name in read)
     assert set(read) == {prefix + name for name in bench.model.blocks[0].state_dict()}
@@ -59,31 +65,37 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
 
     def spy(view, runner, data, batch, optimizer, objective, kind):
         seen.append(
-            (data.entry.batches[0].shape, view.scheme, len(data.targets), kind, view.parameters)
+            (
+                data.entry.batches[0].shape,
+                set(view.plan.schemes.values()),
+                len(data.targets),
+                kind,
+                view.parameters,
+            )
         )
         return step(view, runner, data, batch, optimizer, objective, kind)
 
     monkeypatch.setattr(probe, "learning_step", spy)
     config = config_of(batch_size=3, lr_plus=True, loss="nlc", group_size=16)
-    costs = probe_block(language_load(bench, config, None))
+    costs = probe_block(load_of(bench, config))
     assert len(seen) == 1 + REPEATS
     shape, scheme, targets, kind, parameters = seen[0]
     assert (shape, targets, kind) == ((3, 16), 2, "nlc")
-    assert scheme == config.quantization
+    assert scheme == {config.quantization}
     assert {name.split(".")[0] for name in parameters} == {"let", "lwc", "rotation"}
     assert costs.streams == 3 * 3 * 16 * 32 * 4
 
 
 def test_a_batch_is_not_larger_than_the_samples(watched):
     bench, _ = watched()
-    costs = probe_block(language_load(bench, config_of(batch_size=8, nsamples=2), None))
+    costs = probe_block(load_of(bench, config_of(batch_size=8, nsamples=2)))
     assert costs.streams == 2 * 2 * 16 * 32 * 4
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"scheme": "W16A16"}])
 def test_nothing_to_learn_takes_no_step(watched, settings):
     bench, _ = watched()
-    assert probe_block(language_load(bench, config_of(**settings), None)).step == 0
+    assert probe_block(load_of(bench, config_of(**settings))).step == 0
 
 
 def test_long_steps_are_not_repeated(monkeypatch):
@@ -115,4 +127,4 @@ def test_a_step_that_does_not_fit(watched, monkeypatch):
     monkeypatch.setattr(probe, "learning_step", fails)
     bench, _ = watched()
     with pytest.raises(LRQuantError, match=r"a step on 1 x 16 tokens .*; use a smaller --batch"):
-        probe_block(language_load(bench, config_of(), None))
+        probe_block(load_of(bench, config_of()))

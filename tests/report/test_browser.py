@@ -26,7 +26,7 @@ PICTURES = {
     "Loss of each block while learning",
     "Learned scales",
     "Learned clipping",
-    "Learned rotation vectors",
+    "Learned factors",
     "Weights of the model",
     "Codes of the quantised weights",
 }

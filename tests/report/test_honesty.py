@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import peak_memory
 from lrquant.config.config import Config
 from lrquant.export.card import model_card
@@ -88,18 +89,14 @@ def test_full_precision_that_was_unpacked_says_so(copied):
 
 def test_the_largest_errors_are_those_of_the_run(contents):
     made = [block["figures"]["error_made"]["learned"] for block in contents["blocks"]]
-    worst = worst_sentence(contents)
-    assert worst.startswith(f"Most error for its output's energy: block {made.index(max(made))} (")
-    assert "the median of 3 blocks is" in worst
-    none = copy.deepcopy(contents)
-    for entry in none["worst_blocks"]:
-        entry["error_made"] = 0.0
-    assert worst_sentence(none) == "" == worst_sentence(contents | {"worst_blocks": []})
-    one = contents | {
-        "blocks": contents["blocks"][:1],
-        "worst_blocks": contents["worst_blocks"][:1],
-    }
-    assert worst_sentence(one).startswith("Error made, of the output's energy: block ")
+    worst, blocks = contents["worst_blocks"], contents["blocks"]
+    said = worst_sentence(worst, blocks)
+    assert said.startswith(f"Most error for its output's energy: block {made.index(max(made))} (")
+    assert "the median of 3 blocks is" in said
+    none = [entry | {"error_made": 0.0} for entry in worst]
+    assert worst_sentence(none, blocks) == "" == worst_sentence([], blocks)
+    one = worst_sentence(worst[:1], blocks[:1])
+    assert one.startswith("Error made, of the output's energy: block ")
 
 
 def test_what_is_no_number_is_said(copied):
@@ -168,9 +165,13 @@ def test_a_model_card_says_what_full_precision_was():
         **{"auto_class": "AutoModelForCausalLM", "base_model": "m", "scheme": "W4A16", "tower": ""},
         **{"method": "x", "precision": "float32", "calibration": {"text": "t", "sha256": "s"}},
     }
-    card = model_card(config, choose_format(config), {**facts_of_it, "results": results})
+    card = model_card(
+        config, choose_format(Plan.of(config), None, None), {**facts_of_it, "results": results}
+    )
     assert "- Full precision: the base model as unpacked from Q4_1" in card
     assert "full precision (unpacked from Q4_1)" in card and "wikitext2, n = 4 of 632" in card
     del results["unpacked_from"]
-    plain = model_card(config, choose_format(config), {**facts_of_it, "results": results})
+    plain = model_card(
+        config, choose_format(Plan.of(config), None, None), {**facts_of_it, "results": results}
+    )
     assert "unpacked" not in plain

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lrquant.config.presets import with_preset
 
 from lrquant import pipeline
 from lrquant.cli import main
-from lrquant.config.config import Config
+from lrquant.config.config import Config, with_preset
 from lrquant.errors import LRQuantError
 from lrquant.measures.numbers import number, percent
 from lrquant.pipeline import evaluate
@@ -103,7 +102,7 @@ def test_distributions_are_of_all_parameters(full_run, contents):
     assert found["clipping"][linear] == pytest.approx(expected.tolist())
     scale = learned["let.input_layernorm.scale"]
     assert found["scale"]["input_layernorm"][2] == pytest.approx(float(scale.median()), rel=0.05)
-    assert set(found) == {"scale", "clipping", "rotation"}
+    assert set(found) == {"scale", "clipping", "factors"}
 
 
 def test_quantiles_of_one_and_of_many():

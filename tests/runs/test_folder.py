@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import torch
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import read_json
-from lrquant.runs import chain
+from lrquant.runs import chain, journal
 from lrquant.runs.claims import held
 from lrquant.runs.folder import BlockRecord, RunFolder
 from lrquant.runs.journal import Journal
@@ -158,6 +159,18 @@ def test_files_are_hashed_once(tmp_path, monkeypatch):
     original = chain.read_plain
     monkeypatch.setattr(chain, "read_plain", lambda path: read.append(path) or original(path))
     assert [folder.finished_blocks() for _ in range(4)] == [3] * 4 and len(read) == 3
+
+
+def test_saving_a_block_reads_no_earlier_line_again(tmp_path, monkeypatch):
+    """Else the last of many blocks would take as long as all before it."""
+    folder, parsed, counts = a_run(tmp_path), [], []
+    original = journal.json_object
+    monkeypatch.setattr(journal, "json_object", lambda line: parsed.append(1) or original(line))
+    for block in range(6):
+        folder.save_block(parameters(block), record(block))
+        counts.append(len(parsed))
+    assert len({after - before for before, after in itertools.pairwise(counts)}) == 1
+    assert [entry.block for entry in folder.records()] == list(range(6))
 
 
 def test_a_copy_takes_over_only_what_follows_its_own_blocks(tmp_path):
@@ -434,7 +447,8 @@ def test_damaged_records_come_anew_from_the_blocks(tmp_path, caplog, content, li
             part.save_block(parameters(block), record(block))
         (part.path / "blocks.jsonl").write_bytes(content)
         if listed:
-            part.journal.write(part._inside("blocks.jsonl"), content, damaged_too=True)
+            name = (part.path / "blocks.jsonl").relative_to(tmp_path).as_posix()
+            part.journal.write(name, content, damaged_too=True)
     folder.mend_records()
     unknown = {"seconds": 0, "peak_memory_bytes": 0}
     rebuilt = [dataclasses.replace(record(block), **unknown) for block in (0, 1)]

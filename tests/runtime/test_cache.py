@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lrquant.numerics.affine import fake_quantize_tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lrquant import LRQuantError, QuantizedCache
 from lrquant.blocks.attention import attention_name, mark_quantized
-from lrquant.config.scheme import Scheme
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.tokens import fake_quantize_tokens
 from lrquant.runtime.cache import _Layer
 
 
@@ -63,12 +63,13 @@ def test_steps_give_what_the_whole_text_gives(loaded, token_ids, assert_alike, f
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("head_dim", [7, 8])
 def test_what_it_holds_decodes_bit_for_bit(bits, symmetric, head_dim):
-    layer = _Layer(Scheme(4, bits, activation_symmetric=symmetric))
+    grid = IntegerGrid(bits, symmetric=symmetric)
+    layer = _Layer(grid)
     states = torch.randn(2, 3, 11, head_dim, generator=torch.Generator().manual_seed(bits))
     layer.update(states[:, :, :4], -states[:, :, :4])
     keys, values = layer.update(states[:, :, 4:], -states[:, :, 4:])
-    assert torch.equal(keys, fake_quantize_tokens(states, bits, symmetric))
-    assert torch.equal(values, fake_quantize_tokens(-states, bits, symmetric))
+    assert torch.equal(keys, fake_quantize_tokens(states, grid))
+    assert torch.equal(values, fake_quantize_tokens(-states, grid))
     width = -(-head_dim // 2) if bits <= 4 else head_dim
     assert layer.keys.shape == (2, 3, 11, width + 5) and layer.keys.dtype == torch.uint8
 
@@ -77,7 +78,7 @@ def test_marked_states_are_not_quantised_again(make_model):
     """Negative control: unmarked ones are."""
     from transformers import AttentionInterface
 
-    attention = AttentionInterface()[attention_name(Scheme(4, 2))]
+    attention = AttentionInterface()[attention_name(IntegerGrid(2))]
     module = make_model("llama").model.layers[0].self_attn
     states = [torch.randn(1, n, 5, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2)]
     query, key = states

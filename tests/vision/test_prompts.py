@@ -364,6 +364,7 @@ def test_tasks_of_the_harness_that_show_pictures(
         return generate(self, *args, **{**settings, "max_new_tokens": 3, "max_length": None})
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", short)
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
     run = learned(
         llava_folder,
         tmp_path,

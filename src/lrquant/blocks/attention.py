@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lrquant.model.device import dtype_name
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
 
@@ -28,7 +29,7 @@ def attention_name(grid: Grid | None, dtype: torch.dtype | None = None) -> str:
 
     Its products run in `dtype`, or in that of the queries.
     """
-    kind = "own" if dtype is None else str(dtype).removeprefix("torch.")
+    kind = "own" if dtype is None else dtype_name(dtype)
     on = "float" if grid is None else f"{grid.kind}{grid.bits}{'s' if grid.symmetric else 'a'}"
     name = f"lrquant_{on}_{kind}"
     AttentionInterface.register(name, partial(_attention, grid, dtype))

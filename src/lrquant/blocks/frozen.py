@@ -14,7 +14,7 @@ from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.grid import Grid
-from lrquant.numerics.weights import Quantized, dequantize_weight
+from lrquant.numerics.weights import Quantized, dequantize_weight, with_dense
 
 FloatingMatrix = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
 
@@ -42,8 +42,7 @@ class QuantizedMatrix:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
         quantized = Quantized(self.codes, self.scale, self.zero_point)
-        weight = dequantize_weight(quantized, self.grid)
-        return (weight if self.factor is None else weight * torch.mm(*self.factor)).to(dtype)
+        return with_dense(dequantize_weight(quantized, self.grid), self.factor, dtype)
 
 
 @dataclass(frozen=True)

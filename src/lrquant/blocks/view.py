@@ -110,16 +110,12 @@ class BlockView:
 
     @property
     def shifted_norms(self) -> tuple[str, ...]:
-        """Norms without a bias whose output the runner has to shift."""
+        """Norms without a bias whose output the runner has to shift, whatever the parameters."""
+        shapes = self.parameter_shapes().items()
+        ones = {name: torch.ones(shape, device=self.shapes.device) for name, shape in shapes}
+        shifted = self._factors_of(ones).subtract
         norms = (site.producer.module for site in self.plan.sites if site.kind == "norm")
-        shifted = self._factors().subtract if self.parameters else self._shifted()
         return tuple(n for n in norms if n in shifted and f"{n}.bias" not in self.stored)
-
-    def _shifted(self) -> frozenset[str]:
-        """Producers of the sites that will have a shift, before there are parameters."""
-        names = self.parameter_shapes()
-        sites = (s for s in self.plan.sites if any(n.endswith(f".{s.name}.shift") for n in names))
-        return frozenset(site.producer.module for site in sites)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
@@ -194,10 +190,13 @@ class BlockView:
         return inputs, outputs
 
     def _factors(self) -> Factors:
+        return self._factors_of(self.parameters)
+
+    def _factors_of(self, parameters: Parameters) -> Factors:
         factors = Factors()
         for ingredient in self.ingredients:
-            if ingredient.own(self.parameters):
-                ingredient.fold(self.shapes, self.parameters, factors)
+            if ingredient.own(parameters):
+                ingredient.fold(self.shapes, parameters, factors)
         return factors
 
     def _recipe(self, matrix: str, factors: Factors) -> Recipe:

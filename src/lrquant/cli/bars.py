@@ -11,7 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-from lrquant.runs.folder import BlockRecord
+from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.progress import Progress
 
 _SPEED_SECONDS = 600  # time left is estimated from the steps of so long

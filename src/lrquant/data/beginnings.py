@@ -63,7 +63,7 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
 def beginning_by_itself(
     tokenizer: PreTrainedTokenizerBase, beginning: Beginning
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer that begins each text so, where the given one does not by itself."""
+    """A tokenizer that begins each text so, where this one does not by itself."""
     if not beginning.ids or put_before(tokenizer) == beginning.ids or not tokenizer.is_fast:
         return tokenizer
     words = [str(word) for word in tokenizer.convert_ids_to_tokens(list(beginning.ids))]

@@ -11,11 +11,12 @@ import logging
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from PIL import Image, ImageOps
 
 from lrquant.errors import LRQuantError
+from lrquant.files.whole import JsonObject
 
 logger = logging.getLogger("lrquant")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -27,11 +28,25 @@ _START = 1 << 20  # bytes of a file that tell whether it holds conversations
 QUESTION = "Describe this picture."
 
 
+class Content(TypedDict):
+    """A piece of a message: a picture, without its name, or text."""
+
+    type: str
+    text: NotRequired[str]
+
+
+class PictureMessage(TypedDict):
+    """A message in the chat format of transformers, which may show pictures."""
+
+    role: str
+    content: list[Content]
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages in the chat format of transformers, their pictures by path, and right answers."""
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[PictureMessage, ...]
     pictures: tuple[Path, ...]
     origin: str
     answers: tuple[str, ...] = ()
@@ -78,20 +93,20 @@ def read_conversations(path: Path) -> Conversations:
 
 def picture_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Pictures below a folder, by name, and why others with a picture's suffix were left out."""
-    found, skipped = [], []
+    pictures, skipped = [], []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or not (path.is_file() or path.is_symlink()):
             continue
         try:
             open_picture(path)
-            found.append(path)
+            pictures.append(path)
         except LRQuantError as error:
             skipped.append(str(error))
             logger.warning("picture left out: %s", error)
-    if not found:
+    if not pictures:
         beside = f"; {len(skipped)} could not be opened (first: {skipped[0]})" if skipped else ""
         raise LRQuantError(f"{folder}: no pictures ({', '.join(SUFFIXES)}){beside}")
-    return found, skipped
+    return pictures, skipped
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -109,12 +124,12 @@ def open_picture(path: Path) -> Image.Image:
 
 def _of_folder(folder: Path) -> Conversations:
     files, skipped = picture_files(folder)
-    words = {"type": "text", "text": QUESTION}
-    items = [
-        Conversation(({"role": "user", "content": [{"type": "image"}, words]},), (file,), str(file))
-        for file in files
-    ]
+    items = [Conversation((_about_a_picture(QUESTION),), (file,), str(file)) for file in files]
     return Conversations(tuple(items), tuple(skipped))
+
+
+def _about_a_picture(words: str) -> PictureMessage:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}
 
 
 def _conversation(line: str, origin: str, folder: Path) -> Conversation:
@@ -123,8 +138,7 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
         values = json.loads(line)
         answers = _answers(values.get("answers", values.get("answer", [])))
         if "messages" not in values:
-            content = [{"type": "image"}, {"type": "text", "text": values["question"]}]
-            messages = [{"role": "user", "content": content}]
+            messages = [_about_a_picture(values["question"])]
             named = [values["image"]]
         else:
             messages, named = _split(values["messages"])
@@ -139,34 +153,34 @@ def _conversation(line: str, origin: str, folder: Path) -> Conversation:
     return Conversation(tuple(messages), pictures, origin, answers)
 
 
-def _answers(given: Any) -> tuple[str, ...]:
+def _answers(value: object) -> tuple[str, ...]:
     """Right answers: one, a list of them, or a list of {"answer": …} as VQA's own files have."""
-    found = given if isinstance(given, list) else [given]
-    found = [entry["answer"] if isinstance(entry, dict) else entry for entry in found]
-    if not all(isinstance(entry, str | int | float) for entry in found):
-        raise ValueError(f"answers {given!r} are neither words nor numbers")
-    return tuple(map(str, found))
+    entries = value if isinstance(value, list) else [value]
+    answers = [entry["answer"] if isinstance(entry, dict) else entry for entry in entries]
+    if not all(isinstance(answer, str | int | float) for answer in answers):
+        raise ValueError(f"answers {value!r} are neither words nor numbers")
+    return tuple(map(str, answers))
 
 
-def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _split(messages: list[JsonObject]) -> tuple[list[PictureMessage], list[str]]:
     """Messages without their pictures' names, and the names in order."""
     names: list[str] = []
-    cleaned = []
+    cleaned: list[PictureMessage] = []
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        kept = []
-        for part in parts:
-            if part["type"] == "image":
-                named = [part[key] for key in ("path", "image", "url") if key in part]
+        pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept: list[Content] = []
+        for piece in pieces:
+            if piece["type"] == "image":
+                named = [piece[key] for key in ("path", "image", "url") if key in piece]
                 if not named:
                     raise ValueError('an image needs a "path"')
                 names.append(str(named[0]))
                 kept.append({"type": "image"})
-            elif part["type"] == "text":
-                kept.append({"type": "text", "text": part["text"]})
+            elif piece["type"] == "text":
+                kept.append({"type": "text", "text": piece["text"]})
             else:
-                raise ValueError(f"a part of type {part['type']!r}: use image or text")
+                raise ValueError(f"a part of type {piece['type']!r}: use image or text")
         cleaned.append({"role": message["role"], "content": kept})
     return cleaned, names
 

@@ -1,4 +1,4 @@
-"""What a model's forward reads, sample by sample, and how samples form batches."""
+"""Feeds: what a model's forward reads, sample by sample, and how samples form batches."""
 
 from __future__ import annotations
 
@@ -64,23 +64,23 @@ class Feed:
         return self if order == list(range(len(self))) else self.only(order)
 
     def grouped_order(self) -> list[int]:
-        """The places of the samples in the order that `grouped` gives them."""
-        places: dict[object, list[int]] = {}
+        """The indices of the samples in the order that `grouped` gives them."""
+        indices: dict[object, list[int]] = {}
         for index, sample in enumerate(self.inputs):
-            places.setdefault(_signature(sample), []).append(index)
-        return [index for alike in places.values() for index in alike]
+            indices.setdefault(_signature(sample), []).append(index)
+        return [index for alike in indices.values() for index in alike]
 
     def slices(self, batch_size: int) -> list[slice]:
         """Runs of at most `batch_size` samples of the same shapes."""
-        found: list[slice] = []
+        batches: list[slice] = []
         for index, sample in enumerate(self.inputs):
-            start = found[-1].start if found else 0
-            alike = found and _signature(self.inputs[start]) == _signature(sample)
+            start = batches[-1].start if batches else 0
+            alike = batches and _signature(self.inputs[start]) == _signature(sample)
             if alike and index - start < batch_size:
-                found[-1] = slice(start, index + 1)
+                batches[-1] = slice(start, index + 1)
             else:
-                found.append(slice(index, index + 1))
-        return found
+                batches.append(slice(index, index + 1))
+        return batches
 
     def collate(self, samples: slice) -> Inputs:
         """The arguments of one forward over some samples of the same shapes."""
@@ -89,11 +89,11 @@ class Feed:
 
     def batch_weights(self, samples: slice) -> Tensor | None:
         """Weights (samples, tokens) of a batch, None if every token counts alike."""
-        found = self.weights[samples]
-        if all(weights is None for weights in found):
+        weights = self.weights[samples]
+        if all(each is None for each in weights):
             return None
         tokens = self.inputs[samples.start]["input_ids"].shape[1]
-        return torch.stack([torch.ones(tokens) if w is None else w for w in found])
+        return torch.stack([torch.ones(tokens) if w is None else w for w in weights])
 
     def sha256(self) -> str:
         """Of every sample's names, shapes and little-endian bytes, and of given weights."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jinja2 import TemplateError
@@ -25,7 +25,10 @@ from lrquant.data.conversations import (
 from lrquant.data.feeds import Feed, Inputs, has_pictures
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
+from lrquant.model.reading import Processor
 from lrquant.model.sources.checks import first_line
+
+Item = TypeVar("Item")
 
 
 class Reader(Protocol):
@@ -35,7 +38,7 @@ class Reader(Protocol):
     def name(self) -> str: ...
 
     @property
-    def processor(self) -> Any: ...
+    def processor(self) -> Processor | None: ...
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
@@ -47,12 +50,23 @@ class Reader(Protocol):
     def architecture(self) -> Architecture: ...
 
 
+@runtime_checkable
+class Templated(Protocol):
+    """What writes conversations out by a chat template, if it has one."""
+
+    chat_template: object
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, object]], **settings: object
+    ) -> object: ...
+
+
 def takes_pictures(model: Reader) -> bool:
     """Whether pictures are among what a model reads."""
     return model.architecture.tower is not None or model.architecture.reads_pixels
 
 
-def require_processor(model: Reader) -> Any:
+def require_processor(model: Reader) -> Processor:
     """A model's processor; refuses a model that has none or takes no pictures."""
     if not takes_pictures(model):
         raise LRQuantError(
@@ -73,15 +87,15 @@ def prompt_inputs(model: Reader, conversation: Conversation) -> Inputs:
     processor = require_processor(model)
     pictures = [open_picture(path) for path in conversation.pictures]
     try:
-        given = processor_inputs(processor, conversation, pictures)
+        output = processor_inputs(processor, conversation, pictures)
     except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
         raise LRQuantError(
             f"{conversation.origin}: the processor of model {model.name} does not take it with "
             f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} ({first_line(error)})"
         ) from error
-    known = set(inspect.signature(type(model.skeleton).forward).parameters)
-    known -= {"labels"}  # what a training processor adds
-    inputs = {n: v for n, v in given.items() if isinstance(v, Tensor) and n in known}
+    arguments = set(inspect.signature(type(model.skeleton).forward).parameters)
+    arguments -= {"labels"}  # what a training processor adds
+    inputs = {n: v for n, v in output.items() if isinstance(v, Tensor) and n in arguments}
     if pictures and not has_pictures(inputs):
         raise LRQuantError(
             f"{conversation.origin}: the chat template of model {model.name} has no place for its "
@@ -93,39 +107,41 @@ def prompt_inputs(model: Reader, conversation: Conversation) -> Inputs:
 
 
 def processor_inputs(
-    processor: Any, conversation: Conversation, pictures: Sequence[Image.Image]
-) -> dict[str, Any]:
+    processor: Callable[..., Mapping[str, object]],
+    conversation: Conversation,
+    pictures: Sequence[Image.Image],
+) -> Mapping[str, object]:
     """A processor's output; without a chat template, pictures stand before the plain words."""
-    if getattr(processor, "chat_template", None) is None:
+    if not isinstance(processor, Templated) or processor.chat_template is None:
         words = [
-            part["text"]
+            piece["text"]
             for message in conversation.messages
-            for part in message["content"]
-            if part["type"] == "text"
+            for piece in message["content"]
+            if piece["type"] == "text"
         ]
         mark = getattr(processor, "image_token", "<image>")
         text = mark * len(pictures) + "\n".join(words)
-        return dict(processor(images=list(pictures), text=text, return_tensors="pt"))
+        return processor(images=list(pictures), text=text, return_tensors="pt")
     left = iter(pictures)
     messages = [
         {
             "role": message["role"],
             "content": [
-                {"type": "image", "image": next(left)} if part["type"] == "image" else part
-                for part in message["content"]
+                {"type": "image", "image": next(left)} if piece["type"] == "image" else piece
+                for piece in message["content"]
             ],
         }
         for message in conversation.messages
     ]
-    return dict(
-        processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=not conversation.answered,
-        )
+    output = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=not conversation.answered,
     )
+    assert isinstance(output, Mapping)
+    return output
 
 
 def picture_samples(
@@ -139,8 +155,8 @@ def picture_samples(
     require_processor(model)
     if model.architecture.reads_pixels:
         return _classifier_samples(path, model, count, seed)
-    found = read_conversations(path)
-    items = _drawn(found.items, count, seed)
+    conversations = read_conversations(path)
+    items = _drawn(conversations.items, count, seed)
     inputs = [prompt_inputs(model, item) for item in items]
     masks = [picture_tokens(model, sample["input_ids"][0]) for sample in inputs]
     weights = [
@@ -148,9 +164,8 @@ def picture_samples(
     ]
     tokens, pictures = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
     words = f"{tokens} tokens, {pictures} of them of pictures"
-    return _samples(
-        path, Feed(inputs, weights, [~mask for mask in masks]), found, len(items), words, seed
-    )
+    feed = Feed(inputs, weights, [~mask for mask in masks])
+    return _samples(path, feed, conversations, len(items), words, seed)
 
 
 def _classifier_samples(path: Path, model: Reader, count: int, seed: int) -> Samples:
@@ -160,26 +175,25 @@ def _classifier_samples(path: Path, model: Reader, count: int, seed: int) -> Sam
     files, skipped = picture_files(path)
     chosen = _drawn(files, count, seed)
     inputs = [pixel_inputs(model, file) for file in chosen]
-    found = Conversations(
-        tuple(Conversation((), (file,), str(file)) for file in files), tuple(skipped)
-    )
-    return _samples(path, Feed(inputs), found, len(chosen), "pictures alone", seed)
+    items = tuple(Conversation((), (file,), str(file)) for file in files)
+    conversations = Conversations(items, tuple(skipped))
+    return _samples(path, Feed(inputs), conversations, len(chosen), "pictures alone", seed)
 
 
 def pixel_inputs(model: Reader, file: Path) -> Inputs:
     """A classifier's inputs for one picture."""
-    given = require_processor(model)(images=open_picture(file), return_tensors="pt")
-    return {"pixel_values": given["pixel_values"]}
+    output = require_processor(model)(images=open_picture(file), return_tensors="pt")
+    return {"pixel_values": output["pixel_values"]}
 
 
 def _samples(
-    path: Path, feed: Feed, found: Conversations, chosen: int, words: str, seed: int
+    path: Path, feed: Feed, whole: Conversations, chosen: int, words: str, seed: int
 ) -> Samples:
-    total = len(found.items)
+    total = len(whole.items)
     of = f"{chosen} of {total}" if chosen < total else f"{total}"
     alone = sum(not has_pictures(sample) for sample in feed.inputs)
     words = f"{alone} of them without, {words}" if alone else words
-    left_out = f", {len(found.skipped)} could not be opened" if found.skipped else ""
+    left_out = f", {len(whole.skipped)} could not be opened" if whole.skipped else ""
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
     empty = torch.empty((0, 0), dtype=torch.int64)
@@ -188,7 +202,7 @@ def _samples(
     )
 
 
-def _drawn(items: Sequence[Any], count: int, seed: int) -> list[Any]:
+def _drawn(items: Sequence[Item], count: int, seed: int) -> list[Item]:
     if count < 0 or count >= len(items):
         return list(items)
     return random.Random(seed).sample(list(items), count)
@@ -201,11 +215,11 @@ def picture_tokens(model: Reader, ids: Tensor) -> Tensor:
         getattr(config, name, None)
         for name in ("image_token_id", "image_token_index", "video_token_id")
     ]
-    found = torch.zeros_like(ids, dtype=torch.bool)
+    shown = torch.zeros_like(ids, dtype=torch.bool)
     for mark in marks:
         if mark is not None:
-            found |= ids == mark
-    return found
+            shown |= ids == mark
+    return shown
 
 
 def mixed(pictures: Samples, text: Samples, seed: int) -> Samples:

@@ -9,15 +9,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from lrquant.errors import LRQuantError
+from lrquant.files.whole import JsonObject
 from lrquant.model.sources.checks import first_line
 
-Row = Mapping[str, Any]
-Message = dict[str, Any]
+Row = Mapping[str, object]
+Message = JsonObject  # role, content as text, and what else a chat template reads
 Document = str | tuple[Message, ...]  # text, or messages for a chat template
 
 TEXT = "column text"
@@ -87,7 +87,7 @@ def _layout(path: Path, row: Row, column: str | None) -> Layout:
         return Layout(f"column {column}", lambda row: _text_or_messages(row[column]))
     if "text" not in row:
         _refuse_pictures(path, row)
-    layout = _known_layout(row)
+    layout = _layout_by_columns(row)
     if layout is not None:
         return layout
     strings = [name for name, value in row.items() if isinstance(value, str)]
@@ -102,7 +102,7 @@ def _layout(path: Path, row: Row, column: str | None) -> Layout:
     raise LRQuantError(f"{path}: no column of strings (columns: {columns}): name the text `text`")
 
 
-def _known_layout(row: Row) -> Layout | None:
+def _layout_by_columns(row: Row) -> Layout | None:
     """A layout that the columns tell, or None."""
     if isinstance(row.get("text", 0), str | None):
         return Layout(TEXT, lambda row: _text(row["text"]))
@@ -150,20 +150,20 @@ def _messages(value: object) -> tuple[Message, ...]:
     return tuple(map(_message, value))
 
 
-def _message(part: object) -> Message:
-    if not isinstance(part, Mapping):
+def _message(entry: object) -> Message:
+    if not isinstance(entry, Mapping):
         raise TypeError("a message that is no object")
-    if "role" not in part and "from" in part:
-        role = str(part["from"])
-        return {"role": _ROLES.get(role, role), "content": _text(part["value"])}
-    message = {name: value for name, value in part.items() if value is not None}
-    content = part["content"]
+    if "role" not in entry and "from" in entry:
+        role = str(entry["from"])
+        return {"role": _ROLES.get(role, role), "content": _text(entry["value"])}
+    message = {name: value for name, value in entry.items() if value is not None}
+    content = entry["content"]
     if isinstance(content, list):
-        content = "".join(_text_part(piece) for piece in content)
-    return {**message, "role": _text(part["role"]), "content": _text(content or "")}
+        content = "".join(_text_of(piece) for piece in content)
+    return {**message, "role": _text(entry["role"]), "content": _text(content or "")}
 
 
-def _text_part(piece: object) -> str:
+def _text_of(piece: object) -> str:
     if not isinstance(piece, Mapping) or piece.get("type", "text") != "text":
         raise ValueError("a part that is no text; conversations with pictures go to --calib-images")
     return _text(piece["text"])
@@ -180,14 +180,14 @@ def _preferred(row: Row) -> Document:
         return (*before, *answer)
     if isinstance(prompt, list):
         return (*_messages(prompt), _said("assistant", chosen))
-    prompt = "" if prompt is None else _text(prompt)
-    return chosen if _text(chosen).startswith(prompt) else prompt + chosen
+    asked = "" if prompt is None else _text(prompt)
+    said = _text(chosen)
+    return said if said.startswith(asked) else asked + said
 
 
 def _exchange(row: Row, question: str, answer: str) -> Document:
     """A question, with the `input` that Alpaca's rows have, and its answer."""
-    parts = [_text(row[question]), _text(row.get("input") or "")]
-    asked = "\n\n".join(filter(None, parts))
+    asked = "\n\n".join(filter(None, [_text(row[question]), _text(row.get("input") or "")]))
     system = next((row[name] for name in _SYSTEMS if row.get(name)), None)
     before = () if system is None else (_said("system", system),)
     return *before, _said("user", asked), _said("assistant", row[answer])
@@ -210,8 +210,8 @@ def _said(role: str, words: object) -> Message:
 
 def _sound(document: Document) -> Document:
     """The document, if it can be written as UTF-8: JSON may hold halves of characters."""
-    for part in (document,) if isinstance(document, str) else (m["content"] for m in document):
-        part.encode("utf-8")
+    for text in (document,) if isinstance(document, str) else (m["content"] for m in document):
+        text.encode("utf-8")
     return document
 
 
@@ -219,6 +219,7 @@ def _json_rows(path: Path, content: str) -> Iterable[tuple[str, Row]]:
     """Rows of a file with one JSON object a line, or with one array of them."""
     if content.lstrip("\ufeff \t\r\n").startswith("["):
         values = _parsed(path, "file", content)
+        assert isinstance(values, list)
         pairs = [(f"row {number}", value) for number, value in enumerate(values, 1)]
     else:
         pairs = [
@@ -232,7 +233,7 @@ def _json_rows(path: Path, content: str) -> Iterable[tuple[str, Row]]:
         yield where, value
 
 
-def _parsed(path: Path, where: str, text: str) -> Any:
+def _parsed(path: Path, where: str, text: str) -> object:
     try:
         return json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:

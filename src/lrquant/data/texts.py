@@ -86,6 +86,19 @@ class Text:
     origin: str
     layout: str = ""
 
+    def label(self, *notes: str) -> str:
+        """What the text is called for people, with notes about it."""
+        name = self.name if self.split == "file" else f"{self.name}/{self.split}"
+        said = "; ".join(note for note in notes if note)
+        return f"{name} ({said})" if said else name
+
+    def missing_split(self, preferred: str, data_dir: Path | None) -> str:
+        """A note that it is not of the split that is `preferred`, empty if it is."""
+        if self.split in (preferred, "file"):
+            return ""
+        local = data_dir is not None and data_dir in Path(self.origin).parents
+        return f"no {preferred} split {f'in {data_dir}' if local else 'on the hub'}"
+
 
 def load_text(
     name: str,
@@ -109,7 +122,7 @@ def load_text(
         return _local_text(name, base, splits, present)
     if name in CONVENTIONS:
         return _hub_text(name, base, splits, data_dir, cache_dir)
-    raise LRQuantError(f"unknown data set {name!r}: {_known_names(data_dir)}")
+    raise LRQuantError(f"unknown data set {name!r}: {_names_to_choose_from(data_dir)}")
 
 
 def is_file_name(name: str) -> bool:
@@ -117,13 +130,13 @@ def is_file_name(name: str) -> bool:
     return Path(name).suffix.lower() in FILE_SUFFIXES
 
 
-def _known_names(data_dir: Path | None) -> str:
-    known = f"known are {', '.join(CONVENTIONS)}, and for calibration mix and comma lists"
+def _names_to_choose_from(data_dir: Path | None) -> str:
+    named = f"known are {', '.join(CONVENTIONS)}, and for calibration mix and comma lists"
     local = "a folder of data_dir with train.txt, validation.txt or test.txt"
     if data_dir is not None:
-        found = sorted(f.name for f in data_dir.iterdir() if _local_splits(f.name, data_dir))
-        local += f" ({data_dir} has: {', '.join(found) or 'none'})"
-    return f"{known}; {local}; a path ending in {', '.join(FILE_SUFFIXES)}"
+        folders = sorted(f.name for f in data_dir.iterdir() if _local_splits(f.name, data_dir))
+        local += f" ({data_dir} has: {', '.join(folders) or 'none'})"
+    return f"{named}; {local}; a path ending in {', '.join(FILE_SUFFIXES)}"
 
 
 def _local_splits(base: str, data_dir: Path | None) -> dict[str, Path]:

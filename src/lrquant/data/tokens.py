@@ -1,6 +1,6 @@
 """A text as token ids, piece by piece: the ids of the whole in the memory of one piece.
 
-Two pieces that overlap are joined where both have the same tokens at the same places, far from
+Two pieces that overlap are joined where both have the same tokens at the same offsets, far from
 either's end.  What a tokenizer does there depends on nothing beyond: pre-tokenizers read on from
 where a word begins, and a sequence of byte-pair tokens is the encoding of its text if each pair of
 neighbours is that of its own.  Other models are joined where a word begins.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Encoding
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,21 +29,21 @@ class _Piece:
 
     start: int
     end: int
-    ids: NDArray[Any]
-    encoding: Any
+    ids: NDArray[np.int32]
+    encoding: Encoding
 
-    def places(self, first: int, last: int) -> NDArray[Any]:
+    def offsets(self, first: int, last: int) -> NDArray[np.int64]:
         """Where tokens `first` to `last` begin in the whole text, -1 for one without characters."""
         spans = (self.encoding.token_to_chars(index) for index in range(first, last))
         return np.fromiter((-1 if s is None else self.start + s[0] for s in spans), np.int64)
 
-    def place(self, index: int) -> int:
+    def offset(self, index: int) -> int:
         """Where a token begins in the whole text."""
-        return int(self.places(index, index + 1)[0])
+        return int(self.offsets(index, index + 1)[0])
 
-    def index_at(self, place: int) -> int:
-        """The first token that begins at a place of the whole text or after it, by bisection."""
-        return bisect_left(range(len(self.ids)), place, key=self.place)
+    def index_at(self, offset: int) -> int:
+        """The first token that begins at an offset of the whole text or after it, by bisection."""
+        return bisect_left(range(len(self.ids)), offset, key=self.offset)
 
     def begins_word(self, index: int) -> bool:
         """Whether a token is the first of a word."""
@@ -71,7 +71,7 @@ def put_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     anywhere = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
-    parts: list[NDArray[Any]] = []
+    joined: list[NDArray[np.int32]] = []
     piece, first = _encoded(tokenizer, text, 0, PIECE), 0
     while piece.end < len(text):
         following = _following(tokenizer, text, piece)
@@ -80,10 +80,10 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
             # Nothing to tell the two apart by, such as one character a million times over.
             piece = _encoded(tokenizer, text, piece.start, piece.end + PIECE)
             continue
-        parts.append(piece.ids[first : joint[0]])
+        joined.append(piece.ids[first : joint[0]])
         piece, first = following, joint[1]
-    parts.append(piece.ids[first:])
-    return torch.from_numpy(np.concatenate(parts)).to(torch.int64)
+    joined.append(piece.ids[first:])
+    return torch.from_numpy(np.concatenate(joined)).to(torch.int64)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> _Piece:
@@ -95,18 +95,18 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int
 def _following(tokenizer: PreTrainedTokenizerBase, text: str, piece: _Piece) -> _Piece | None:
     """The piece after this one, from a token of it on; None where that would be no step ahead."""
     index = piece.index_at(piece.end - OVERLAP)
-    if index >= len(piece.ids) or piece.place(index) <= piece.start:
+    if index >= len(piece.ids) or piece.offset(index) <= piece.start:
         return None
-    start = piece.place(index)
+    start = piece.offset(index)
     return _encoded(tokenizer, text, start, start + PIECE)
 
 
 def _joint(left: _Piece, right: _Piece, anywhere: bool) -> tuple[int, int] | None:
-    """Where both go on with the same token: its index in each, None if there is no such place."""
+    """Where both go on with the same token: its index in each, None if there is none such."""
     margin = (left.end - right.start) // 4
     lowest, highest = (left.index_at(p) for p in (right.start + margin, left.end - margin))
     for index in range(max(lowest, RUN), min(highest, len(left.ids) - RUN)):
-        other = right.index_at(left.place(index))
+        other = right.index_at(left.offset(index))
         inside = RUN <= other <= len(right.ids) - RUN
         fits = anywhere or (inside and left.begins_word(index) and right.begins_word(other))
         if inside and fits and _same(left, right, index, other):
@@ -119,5 +119,5 @@ def _same(left: _Piece, right: _Piece, index: int, other: int) -> bool:
     ours, theirs = (index - RUN, index + RUN), (other - RUN, other + RUN)
     if not np.array_equal(left.ids[slice(*ours)], right.ids[slice(*theirs)]):
         return False
-    places = left.places(*ours)
-    return bool(places[RUN - 1] < places[RUN]) and np.array_equal(places, right.places(*theirs))
+    offsets = left.offsets(*ours)
+    return bool(offsets[RUN - 1] < offsets[RUN]) and np.array_equal(offsets, right.offsets(*theirs))

@@ -1,4 +1,4 @@
-"""Whether token ids are those of a model: within its embedding, and made by its own tokenizer."""
+"""The vocabulary of a model: whether token ids are within it, and made by its own tokenizer."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ from lrquant.files.manifest import SETTINGS, write_manifest
 from lrquant.files.publishing import published
 from lrquant.files.whole import save_file
 from lrquant.learn.checks import parts_of
-from lrquant.learn.identity import describe_method, dtype_name
+from lrquant.learn.identity import describe_method
+from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import MEASURES, seen_from

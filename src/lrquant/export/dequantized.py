@@ -36,6 +36,6 @@ FORMAT = Format(
     tensors=_tensors,
     quantization_config=lambda parts, outside: None,
     loading=_loading,
-    holds=frozenset({"shift", "input factor", "dense factor"}),
+    holds=frozenset({"input factor", "dense factor"}),
     grids=frozenset(),
 )

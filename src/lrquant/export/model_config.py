@@ -10,7 +10,7 @@ import torch
 
 from lrquant.export.side_files import without_local_keys
 from lrquant.files.whole import read_json
-from lrquant.learn.identity import dtype_name
+from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 
 _DTYPES = ("dtype", "torch_dtype")  # transformers 5 and 4

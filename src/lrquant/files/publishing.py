@@ -106,12 +106,12 @@ def _first_other(place: Path) -> str | None:
 
 def _files(place: Path) -> list[tuple[str, Path]]:
     """All that is in a folder but folders, by relative path; links are not followed."""
-    found = [
+    paths = [
         Path(folder, name)
         for folder, folders, files in os.walk(place)
         for name in (*files, *(name for name in folders if Path(folder, name).is_symlink()))
     ]
-    return sorted((path.relative_to(place).as_posix(), path) for path in found)
+    return sorted((path.relative_to(place).as_posix(), path) for path in paths)
 
 
 def _folders(place: Path) -> list[Path]:

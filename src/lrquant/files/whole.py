@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lrquant.errors import LRQuantError, visible
 
 _TEMPORARY = re.compile(r"\.lrquant-[0-9a-f]{32}\.tmp")
 _CHUNK = 1 << 24
+JsonObject = dict[str, Any]  # of values that only who knows the file can tell
 
 
 def save_file(
@@ -110,7 +111,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """A file that holds one JSON object."""
     try:
         return json_object(read_plain(path))
@@ -120,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LRQuantError(f"{path}: not a JSON object") from error
 
 
-def json_object(content: str | bytes) -> dict[str, Any]:
+def json_object(content: str | bytes) -> JsonObject:
     """The JSON object that `content` is; ValueError for all else."""
     try:
         values = json.loads(content)
@@ -129,6 +130,14 @@ def json_object(content: str | bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("not an object")
     return values
+
+
+def json_or_empty(path: Path) -> JsonObject:
+    """The JSON object in a file, an empty one where there is none: others say what is wrong."""
+    try:
+        return json_object(read_plain(path))
+    except (OSError, ValueError):
+        return {}
 
 
 def require_writable(path: Path, flag: str) -> None:
@@ -166,7 +175,8 @@ class LogFile(logging.FileHandler):
         file = open(  # noqa: SIM115 the handler closes it
             *(self.baseFilename, self.mode, -1, self.encoding, self.errors), opener=opener
         )
-        return cast(TextIOWrapper, file)
+        assert isinstance(file, TextIOWrapper)
+        return file
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))

@@ -60,8 +60,8 @@ class Ingredient(LearnedSettings):
 
     @property
     def reads_statistics(self) -> bool:
-        """Whether its start makes use of statistics, which files may give."""
-        return self.needs_statistics
+        """Whether its start makes use of maxima and midpoints, which files may give."""
+        return False
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         """The shapes of its parameters of a block, by name."""

@@ -17,6 +17,7 @@ from lrquant.blocks.workbench import Workbench, peak_memory
 from lrquant.config.config import Config
 from lrquant.data.samples import Samples
 from lrquant.learn.fit import FitSettings
+from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 from lrquant.version import __version__
 
@@ -73,7 +74,9 @@ def describe_run(
 
 def _values(plan: Plan) -> dict[str, Any]:
     """The settings of every ingredient that is learned, as JSON has them."""
-    values = {each.name: dataclasses.asdict(each) for each in plan.ingredients}  # type: ignore[call-overload]
+    values: dict[str, Any] = {}
+    for each in plan.ingredients:
+        values |= dataclasses.asdict(each)  # type: ignore[call-overload]
     return json.loads(json.dumps(values))
 
 
@@ -123,8 +126,3 @@ def fit_settings(config: Config) -> FitSettings:
         ema_init=config.ema_init,
         keep_best=config.keep_best,
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16 rather than torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -27,7 +27,8 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, FitSettings, advance_quantized, fit_block
 from lrquant.learn.identity import fit_settings
-from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.block_file import BlockRecord
+from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 
 logger = logging.getLogger("lrquant")

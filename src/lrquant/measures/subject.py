@@ -23,7 +23,6 @@ from lrquant.config.config import Config, optional_path
 from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.learn.identity import dtype_name
 from lrquant.measures.checkpoint import is_checkpoint, load_checkpoint
 from lrquant.measures.classification import accuracy, predictions, read_pictures
 from lrquant.measures.comparison import TaskBoard
@@ -31,6 +30,7 @@ from lrquant.measures.perplexity import score, send_through
 from lrquant.measures.reference import reference_name, require_same_tokens
 from lrquant.measures.run import entry_of, log_scores, measured_on, read_texts
 from lrquant.measures.vqa import answer_all, read_questions
+from lrquant.model.device import dtype_name
 from lrquant.model.loading import load_model
 from lrquant.model.sources import resolve_model
 from lrquant.runs.folder import RunFolder

@@ -1,10 +1,15 @@
-"""The device that a model computes on, and the dtype of its matrix products."""
+"""The device that a model computes on, the dtype of its matrix products, and dtypes' names."""
 
 from __future__ import annotations
 
 import torch
 
 from lrquant.errors import LRQuantError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 rather than torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_device(name: str) -> torch.device:

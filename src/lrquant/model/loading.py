@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from transformers import (
     AutoImageProcessor,
@@ -17,7 +16,13 @@ from lrquant.architectures import Architecture, architecture_of
 from lrquant.errors import LRQuantError
 from lrquant.model.declared import require_declared
 from lrquant.model.model import Model
-from lrquant.model.reading import read_config, read_generation, read_processor, read_tokenizer
+from lrquant.model.reading import (
+    Processor,
+    read_config,
+    read_generation,
+    read_processor,
+    read_tokenizer,
+)
 from lrquant.model.skeleton import build_skeleton
 from lrquant.model.sources import ModuleSource, open_source, resolve_model
 from lrquant.model.sources.kinds import (
@@ -67,7 +72,7 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
 def from_module(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
 ) -> Model:
     """An in-memory transformers model; its weights are read and never changed."""
     architecture = architecture_of(module.config)
@@ -106,7 +111,7 @@ def _require_own_weights(source: ModuleSource, skeleton: PreTrainedModel) -> Non
     require_floating_weights(source, wanted)
 
 
-def load_processor(folder: Path, architecture: Architecture) -> Any:
+def load_processor(folder: Path, architecture: Architecture) -> Processor | None:
     """What makes pictures into a model's inputs, or None where there is none to be had."""
     if architecture.tower is None and not architecture.reads_pixels:
         return None

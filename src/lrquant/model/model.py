@@ -1,4 +1,4 @@
-"""Loading a model: skeleton, weights as they are needed, tokenizer, device, precision."""
+"""A model: its skeleton, its weights as they are needed, its tokenizer and processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers import (
 from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
 from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
+from lrquant.model.reading import Processor
 from lrquant.model.sources import WeightSource
 
 logger = logging.getLogger("lrquant")
@@ -43,7 +43,7 @@ class Model:
     source: WeightSource
     architecture: Architecture
     folder: Path | None = None
-    processor: Any = None
+    processor: Processor | None = None
     generation: GenerationConfig | None = None
 
     @property
@@ -54,9 +54,8 @@ class Model:
     @property
     def hidden_size(self) -> int:
         """Channels of the hidden states between blocks."""
-        embedded = getattr(
-            self.config, "embed_dim", None
-        )  # where hidden_size is that of the output
+        # where there is an embed_dim, hidden_size is that of the output
+        embedded: int | None = getattr(self.config, "embed_dim", None)
         return embedded or self.config.hidden_size
 
     @property
@@ -75,9 +74,9 @@ class Model:
     @property
     def blocks(self) -> nn.ModuleList:
         """The blocks of the skeleton."""
-        found = self.skeleton.get_submodule(self.architecture.blocks)
-        assert isinstance(found, nn.ModuleList)
-        return found
+        blocks = self.skeleton.get_submodule(self.architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     def matrices(self, index: int) -> tuple[Matrix, ...]:
         """The matrices of a block, named relative to it."""

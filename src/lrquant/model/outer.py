@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrquant.architectures import architecture_of
 from lrquant.errors import LRQuantError
+from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 
 _PIECE = 1 << 24  # elements looked at at once
@@ -36,6 +37,6 @@ def _require_finite(model: Model, name: str, tensor: Tensor, dtype: torch.dtype 
         if dtype is not None and not torch.isfinite(piece.to(dtype)).all():
             raise LRQuantError(
                 f"model {model.name}: {name} holds values too large for "
-                f"{str(dtype).removeprefix('torch.')}, the checkpoint's dtype; use another "
+                f"{dtype_name(dtype)}, the checkpoint's dtype; use another "
                 "--save_dtype or --format"
             )

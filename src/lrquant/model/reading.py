@@ -1,4 +1,4 @@
-"""What transformers reads of a model's folder: in one line if it can't, and never with its code.
+"""Reading a model's folder with transformers: in one line if it can't, never with its code.
 
 A folder may name classes of its own (`auto_map`), to be run from Python files that lie in it.  They
 are neither run nor asked about: where transformers has no class for the model, it is refused.
@@ -12,20 +12,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.files.whole import JsonObject, json_or_empty
 from lrquant.model.sources.checks import AGAIN, first_line, sound_file
 from lrquant.model.sources.gguf_header import require_sound_header
 
@@ -37,8 +41,9 @@ _NAMING = (
     *("preprocessor_config.json", "video_preprocessor_config.json"),
 )
 
-
 _MOST_LABELS = 10**6
+
+Processor = ProcessorMixin | BaseImageProcessor  # of a multimodal model, of an image classifier
 
 
 @contextmanager
@@ -88,13 +93,10 @@ def own_code(folder: Path) -> str:
     """The classes that a folder's files name as their own, for people."""
     names: list[str] = []
     for path in (folder / name for name in _NAMING):
-        try:
-            classes = json.loads(path.read_bytes()).get("auto_map", {}).values()
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        for entry in classes:
-            parts = entry if isinstance(entry, list) else [entry]
-            names += [f"{part} of {path.name}" for part in parts if isinstance(part, str)]
+        own = json_or_empty(path).get("auto_map")
+        for entry in own.values() if isinstance(own, dict) else ():
+            classes = entry if isinstance(entry, list) else [entry]
+            names += [f"{each} of {path.name}" for each in classes if isinstance(each, str)]
     return ", ".join(dict.fromkeys(names))
 
 
@@ -106,15 +108,17 @@ def read_config(folder: Path, gguf_file: str | None = None) -> PreTrainedConfig:
     with reading("its configuration", folder):
         if not gguf_file:
             _require_few_labels(json.loads((folder / "config.json").read_bytes()))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, **extra
+        )
         config._attn_implementation = "sdpa"
         return config
 
 
-def _require_few_labels(values: dict[str, Any]) -> None:
+def _require_few_labels(values: JsonObject) -> None:
     """Refuse what would be spelled out as a list without end."""
-    for part in (values, *(part for part in values.values() if isinstance(part, dict))):
-        labels = part.get("num_labels")
+    for each in (values, *(nested for nested in values.values() if isinstance(nested, dict))):
+        labels = each.get("num_labels")
         if isinstance(labels, int | float) and not labels <= _MOST_LABELS:
             raise ValueError(f"num_labels above {_MOST_LABELS}")
 
@@ -126,10 +130,13 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
 
 
-def read_processor(folder: Path, loader: Any) -> Any:
+def read_processor(
+    folder: Path, loader: type[AutoProcessor] | type[AutoImageProcessor]
+) -> Processor:
     """A model's processor of pictures, by an auto class."""
     with reading("its processor of pictures", folder):
-        return loader.from_pretrained(folder, trust_remote_code=False)
+        processor: Processor = loader.from_pretrained(folder, trust_remote_code=False)
+        return processor
 
 
 def read_generation(folder: Path) -> GenerationConfig | None:

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lrquant.architectures import Architecture
@@ -22,7 +19,7 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
     """The model without weights: parameters on the meta device, computed buffers real."""
     _require_depth(config)
     with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
-        skeleton = architecture.auto_class.from_config(
+        skeleton: PreTrainedModel = architecture.auto_class.from_config(
             config, attn_implementation="sdpa", trust_remote_code=False
         )
     _require_blocks(skeleton, architecture)
@@ -31,16 +28,16 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
     if architecture.tower is not None:
         # Now: in a first forward with stand-ins for blocks, the blocks would never get them.
         maybe_install_capturing_hooks(skeleton)
-    return skeleton.eval().requires_grad_(False)
+    skeleton.eval().requires_grad_(False)
+    return skeleton
 
 
 def _require_depth(config: PretrainedConfig) -> None:
     """Refuse a depth that no model has, which would take for ever to lay out."""
     values = config.to_dict()
-    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
-    for part in parts:
-        for name in _DEPTHS & part.keys():
-            depth = part[name]
+    for each in (values, *(nested for nested in values.values() if isinstance(nested, dict))):
+        for name in _DEPTHS & each.keys():
+            depth = each[name]
             if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
                 raise LRQuantError(
                     f"config.json: {name} {shown(depth)}: a model has from 1 to {_DEEPEST}; "
@@ -49,11 +46,7 @@ def _require_depth(config: PretrainedConfig) -> None:
 
 
 _DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
-
-
 _DEEPEST = 4096
-
-
 _LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
 
 

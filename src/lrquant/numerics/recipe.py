@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -59,15 +58,6 @@ class Recipe:
             name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return Recipe(**plain, dense=dense)
-
-    @property
-    def changes_range(self) -> bool:
-        """Whether the weight that meets the grid is another one than the stored."""
-        return self.rows is not None or self.columns is not None
-
-    def without_dense(self) -> Recipe:
-        """The part that acts on the codes and their scale."""
-        return dataclasses.replace(self, dense=None)
 
 
 def scaled_weight(weight: Tensor, recipe: Recipe) -> Tensor:

@@ -96,21 +96,24 @@ def fake_quantize_weight(
 
     Equals `dequantize_weight(quantize_weight(...))`, times ``r1 r2``, bit for bit.
     """
-    if recipe.dense is not None:
-        dense = recipe.dense
-        inner = fake_quantize_weight(weight, recipe.without_dense(), grid, extremes=extremes)
-        return (inner * torch.mm(*dense)).to(dtype)
     if not isinstance(grid, IntegerGrid):
         return reference_weight(weight, recipe, grid, dtype)
+    before = dtype if recipe.dense is None else torch.float32
     tensors = [getattr(recipe, name) for name in _GRADIENTS]
-    return _FakeQuantizedWeight.apply(weight, *tensors, _Job(grid, dtype, extremes))
+    inner = _FakeQuantizedWeight.apply(weight, *tensors, _Job(grid, before, extremes))
+    return with_dense(inner, recipe.dense, dtype)
+
+
+def with_dense(weight: Tensor, factors: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """A de-quantised weight (out, in) times ``r1 r2``, where there are such factors, in `dtype`."""
+    return (weight if factors is None else weight * torch.mm(*factors)).to(dtype)
 
 
 def reference_weight(
     weight: Tensor, recipe: Recipe, grid: Grid, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`fake_quantize_weight` by autograd alone, for a recipe without `dense`, on any grid."""
-    scaled = weight.float()
+    """`fake_quantize_weight` by autograd alone, on any grid."""
+    scaled = weight.detach().float()
     scaled = scaled if recipe.rows is None else scaled * recipe.rows[:, None]
     scaled = scaled if recipe.columns is None else scaled * recipe.columns
     grouped = grid.grouped(scaled)
@@ -120,8 +123,9 @@ def reference_weight(
     surrogate = scales.scale * straight_levels(grouped, scales, grid, offset)
     surrogate = surrogate if recipe.gain is None else surrogate * recipe.gain[..., None]
     with torch.no_grad():
-        value = dequantize_weight(quantize_weight(weight, recipe, grid), grid).to(dtype)
-    return with_gradient_of(surrogate.view(weight.shape), value)
+        value = dequantize_weight(quantize_weight(weight, recipe, grid), grid)
+    inner = with_gradient_of(surrogate.view(weight.shape), value)
+    return with_dense(inner, recipe.dense, dtype)
 
 
 def straight_levels(

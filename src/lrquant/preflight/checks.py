@@ -22,11 +22,11 @@ from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.learn.adaptation import check_adaptation
 from lrquant.learn.checks import check_grids, check_ingredients
-from lrquant.learn.identity import dtype_name
 from lrquant.learn.model import require_pictures
 from lrquant.measures.run import prepare_evaluation
 from lrquant.measures.subject import check_comparison
 from lrquant.measures.zero_shot import load_tasks
+from lrquant.model.device import dtype_name
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.model.outer import require_finite

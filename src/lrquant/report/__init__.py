@@ -1,1 +1,1 @@
-"""What people read: tables and summaries."""
+"""Reports: pictures, tables and summaries for people to read."""

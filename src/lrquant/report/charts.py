@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy
 from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ from lrquant.report.pictures import (
     drawing,
     logarithmic,
 )
+from lrquant.report.values import Block, Figures, figures_by_block
 
 DEPTHS = "viridis"
 _NUMBERED = 12  # blocks whose ratios are written into the cells of a map
@@ -30,24 +31,18 @@ _NO_ERROR = 1e-10  # of a signal's energy: what rounding in float32 leaves
 _PANEL = 1.15  # inches of a small panel
 
 
-def error_pictures(contents: dict[str, Any]) -> list[Picture]:
+def error_pictures(blocks: Sequence[Block]) -> list[Picture]:
     """Where the error is made: by block, and by linear."""
-    blocks = diagnosed(contents)
-    if not blocks:
+    figures = figures_by_block(blocks)
+    if not figures:
         return []
-    return [_errors(blocks), _cosines(blocks), *(_map(blocks, *kind) for kind in _MAPS)]
+    return [_errors(figures), _cosines(figures), *(_map(figures, *kind) for kind in _MAPS)]
 
 
-def diagnosed(contents: dict[str, Any]) -> list[dict[str, Any]]:
-    """The blocks of which there are figures."""
-    return [block for block in contents["blocks"] if block["figures"]]
-
-
-def by_block(axis: Axes, blocks: Sequence[dict[str, Any]]) -> list[int]:
-    """Label the horizontal axis with whole blocks; their numbers."""
+def by_block(axis: Axes) -> None:
+    """Label the horizontal axis with whole blocks."""
     axis.set_xlabel("block")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return [block["block"] for block in blocks]
 
 
 def series(values: Sequence[float | None]) -> list[float]:
@@ -60,11 +55,11 @@ def positive(values: Sequence[float | None]) -> list[float]:
     return [value if value > _NO_ERROR else numpy.nan for value in series(values)]
 
 
-def _errors(blocks: list[dict[str, Any]]) -> Picture:
-    figures = [block["figures"] for block in blocks]
+def _errors(by_number: dict[int, Figures]) -> Picture:
+    figures = list(by_number.values())
     with drawing(1) as canvas:
         (axis,) = canvas.axes
-        places = by_block(axis, blocks)
+        by_block(axis)
         lines = {
             "made, round-to-nearest": (
                 [f["error_made"]["round_to_nearest"] for f in figures],
@@ -76,7 +71,9 @@ def _errors(blocks: list[dict[str, Any]]) -> Picture:
         }
         for label, (values, colour) in lines.items():
             dash = ":" if colour == INK else "-"
-            axis.plot(places, positive(values), dash, color=colour, label=label, marker=".")
+            axis.plot(
+                list(by_number), positive(values), dash, color=colour, label=label, marker="."
+            )
         logarithmic(axis)
         axis.set_ylabel("error energy / output's")
         canvas.figure.legend(loc="outside upper left", ncols=2)
@@ -89,17 +86,17 @@ def _errors(blocks: list[dict[str, Any]]) -> Picture:
         )
 
 
-def _cosines(blocks: list[dict[str, Any]]) -> Picture:
+def _cosines(figures: dict[int, Figures]) -> Picture:
+    cosines = [each["cosine"] for each in figures.values()]
     with drawing(1) as canvas:
         (axis,) = canvas.axes
-        places = by_block(axis, blocks)
-        for variant, label, colour in (
-            ("round_to_nearest", "round-to-nearest", NEAREST),
-            ("learned", "learned", LEARNED),
+        by_block(axis)
+        for values, label, colour in (
+            ([pair["round_to_nearest"] for pair in cosines], "round-to-nearest", NEAREST),
+            ([pair["learned"] for pair in cosines], "learned", LEARNED),
         ):
-            cosines = series([block["figures"]["cosine"][variant] for block in blocks])
-            distance = [1 - value for value in cosines]
-            axis.plot(places, positive(distance), color=colour, label=label, marker=".")
+            distance = [1 - value for value in series(values)]
+            axis.plot(list(figures), positive(distance), color=colour, label=label, marker=".")
         logarithmic(axis)
         axis.set_ylabel("1 − cosine")
         canvas.figure.legend(loc="outside upper left", ncols=2)
@@ -111,7 +108,7 @@ def _cosines(blocks: list[dict[str, Any]]) -> Picture:
         )
 
 
-_MAPS = (
+_MAPS: tuple[tuple[Literal["own_snr", "snr"], str, str], ...] = (
     ("own_snr", "Error that each linear adds", "of what each linear's own weights and its input's "
      "quantizer add, after learning"),
     ("snr", "Error of each linear's output", "of each linear's output, after learning, against the "
@@ -119,24 +116,25 @@ _MAPS = (
 )  # fmt: skip
 
 
-def _map(blocks: list[dict[str, Any]], key: str, title: str, words: str) -> Picture:
-    linears = list(blocks[0]["figures"]["linears"])
-    ratios = [
-        series([block["figures"]["linears"][linear][key]["learned"] for block in blocks])
-        for linear in linears
-    ]
+def _map(
+    figures: dict[int, Figures], key: Literal["own_snr", "snr"], title: str, words: str
+) -> Picture:
+    by_linear = [each["linears"] for each in figures.values()]
+    linears = list(by_linear[0])
+    ratios = [series([each[linear][key]["learned"] for each in by_linear]) for linear in linears]
     with drawing(1, height=0.9 + 0.22 * len(linears)) as canvas:
         (axis,) = canvas.axes
-        places = by_block(axis, blocks)
+        by_block(axis)
         colours = numpy.ma.masked_invalid(numpy.array(ratios))
         shown = axis.pcolormesh(
-            numpy.arange(len(places) + 1) - 0.5, numpy.arange(len(linears) + 1) - 0.5, colours,
+            numpy.arange(len(figures) + 1) - 0.5, numpy.arange(len(linears) + 1) - 0.5, colours,
             cmap="magma", rasterized=True,
         )  # fmt: skip
         axis.set_yticks(range(len(linears)), [short(linear) for linear in linears])
         axis.invert_yaxis()
         axis.spines[:].set_visible(False)
-        axis.set_xticks(_few(len(places)), [str(places[place]) for place in _few(len(places))])
+        numbers, few = list(figures), _few(len(figures))
+        axis.set_xticks(few, [str(numbers[index]) for index in few])
         bar = canvas.figure.colorbar(shown, ax=axis, pad=0.02)
         bar.set_label("dB")
         bar.outline.set_visible(False)
@@ -153,26 +151,27 @@ def short(linear: str) -> str:
 
 
 def _few(count: int) -> list[int]:
-    """Up to about eight places of `count`, evenly spaced."""
+    """Up to about eight indices of `count`, evenly spaced."""
     return list(range(0, count, -(-count // 8)))
 
 
-def learning_pictures(contents: dict[str, Any]) -> list[Picture]:
-    """Loss curves, one a block."""
-    blocks = [block for block in contents["blocks"] if block["epoch_losses"]]
+def learning_pictures(blocks: Sequence[Block], of: int) -> list[Picture]:
+    """Loss curves, one a block, of a model `of` so many."""
+    blocks = [block for block in blocks if block["epoch_losses"]]
     if not blocks:
         return []
     held = all(block["held_losses"] for block in blocks)
     with drawing(1) as canvas:
         (axis,) = canvas.axes
-        depth = ScalarMappable(Normalize(0, max(contents["run"]["blocks"] - 1, 1)), DEPTHS)
+        depth = ScalarMappable(Normalize(0, max(of - 1, 1)), DEPTHS)
         for block in blocks:
+            colour = depth.to_rgba(numpy.array(block["block"]))
             losses = block["held_losses"] if held else block["epoch_losses"]
             curve = [value / block["initial_loss"] for value in (block["initial_loss"], *losses)]
-            axis.plot(range(len(curve)), curve, color=depth.to_rgba(block["block"]), linewidth=0.9)
+            axis.plot(range(len(curve)), curve, color=colour, linewidth=0.9)
             if block["best_epoch"] is not None and block["best_epoch"] < len(curve):
                 kept = block["best_epoch"]
-                axis.plot(kept, curve[kept], ".", color=depth.to_rgba(block["block"]))
+                axis.plot(kept, curve[kept], ".", color=colour)
         axis.axhline(1, color=FAINT, linewidth=0.6)
         axis.set_xlabel("epoch")
         axis.set_ylabel("loss / loss at the start")
@@ -196,23 +195,22 @@ def _kinds() -> dict[str, Chart]:
     return {name: chart for kind in kinds for name, chart in kind.charts.items()}
 
 
-def parameter_pictures(contents: dict[str, Any]) -> list[Picture]:
+def parameter_pictures(blocks: Sequence[Block]) -> list[Picture]:
     """Distributions of the learned parameters by block."""
-    blocks = contents["blocks"]
     pictures = []
+    order = [
+        linear for each in list(figures_by_block(blocks).values())[:1] for linear in each["linears"]
+    ]
     for kind, (title, words, scale) in _kinds().items():
-        found = {owner for block in blocks for owner in block["parameters"].get(kind, ())}
-        order = [
-            linear for block in diagnosed(contents)[:1] for linear in block["figures"]["linears"]
-        ]
-        owners = sorted(found, key=lambda owner: (owner in order and order.index(owner) + 1, owner))
+        named = {owner for block in blocks for owner in block["parameters"].get(kind, ())}
+        owners = sorted(named, key=lambda owner: (owner in order and order.index(owner) + 1, owner))
         if owners:
             pictures.append(_bands(blocks, kind, owners, title, words, scale))
     return pictures
 
 
 def _bands(
-    blocks: list[dict[str, Any]],
+    blocks: Sequence[Block],
     kind: str,
     owners: list[str],
     title: str,
@@ -227,10 +225,10 @@ def _bands(
             low, quarter, middle, upper, high = zip(
                 *(block["parameters"][kind][owner] for block in there), strict=True
             )
-            places = [block["block"] for block in there]
-            axis.fill_between(places, low, high, color=LEARNED, alpha=0.18, linewidth=0)
-            axis.fill_between(places, quarter, upper, color=LEARNED, alpha=0.35, linewidth=0)
-            axis.plot(places, middle, color=LEARNED, marker=".", markersize=3)
+            numbers = [block["block"] for block in there]
+            axis.fill_between(numbers, low, high, color=LEARNED, alpha=0.18, linewidth=0)
+            axis.fill_between(numbers, quarter, upper, color=LEARNED, alpha=0.35, linewidth=0)
+            axis.plot(numbers, middle, color=LEARNED, marker=".", markersize=3)
             if scale == "log":
                 logarithmic(axis)
             axis.set_title(short(owner))

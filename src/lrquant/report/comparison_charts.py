@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from lrquant.report.charts import by_block, diagnosed, positive
+from lrquant.report.charts import by_block, positive
 from lrquant.report.pictures import FAINT, SERIES, Picture, drawing, logarithmic
+from lrquant.report.values import Contents, Figures, figures_by_block
 
 _LINES = ("-", "--", ":")
 
 
-def comparison_pictures(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Picture]:
+def comparison_pictures(runs: Sequence[Contents], names: Sequence[str]) -> list[Picture]:
     """Perplexities, then each block's error, direction and seconds, a line a run."""
     pictures = _perplexities(runs, names)
-    if any(map(diagnosed, runs)):
-        pictures += [_by_block(runs, names, *what) for what in _QUANTITIES]
+    figures = [figures_by_block(contents["blocks"]) for contents in runs]
+    if any(figures):
+        pictures += [_by_block(figures, names, *what) for what in _QUANTITIES]
     return pictures
 
 
-_QUANTITIES: tuple[tuple[str, str, str, str, Callable[[dict[str, Any]], float | None]], ...] = (
+_QUANTITIES: tuple[tuple[str, str, str, str, Callable[[Figures], float | None]], ...] = (
     (
         "made",
         "Error made in each block",
         "error energy / output's",
         "The learned block against the full-precision one on the same quantised input.",
-        lambda block: block["figures"]["error_made"]["learned"],
+        lambda figures: figures["error_made"]["learned"],
     ),
     (
         "total",
         "Error after each block",
         "error energy / output's",
         "The learned model's hidden states against the full-precision model's.",
-        lambda block: block["figures"]["error"]["learned"],
+        lambda figures: figures["error"]["learned"],
     ),
     (
         "direction",
         "Direction of the blocks' outputs",
         "1 − cosine",
         "One less the mean cosine of each token's output with the full-precision model's.",
-        lambda block: _distance(block["figures"]["cosine"]["learned"]),
+        lambda figures: _distance(figures["cosine"]["learned"]),
     ),
 )
 
@@ -49,24 +50,23 @@ def _distance(cosine: float | None) -> float | None:
 
 
 def _by_block(
-    runs: Sequence[dict[str, Any]],
+    runs: Sequence[dict[int, Figures]],
     names: Sequence[str],
     name: str,
     title: str,
     unit: str,
     words: str,
-    value: Callable[[dict[str, Any]], float | None],
+    value: Callable[[Figures], float | None],
 ) -> Picture:
     with drawing(1, height=2.4 + 0.2 * len(runs)) as canvas:
         (axis,) = canvas.axes
-        for index, (contents, run) in enumerate(zip(runs, names, strict=True)):
-            blocks = diagnosed(contents)
-            if not blocks:
+        for index, (figures, run) in enumerate(zip(runs, names, strict=True)):
+            if not figures:
                 continue
-            places = by_block(axis, blocks)
+            by_block(axis)
             axis.plot(
-                places,
-                positive([value(block) for block in blocks]),
+                list(figures),
+                positive([value(each) for each in figures.values()]),
                 color=SERIES[index % len(SERIES)],
                 linestyle=_LINES[index // len(SERIES) % len(_LINES)],
                 label=_plain(run),
@@ -80,7 +80,7 @@ def _by_block(
         )
 
 
-def _perplexities(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Picture]:
+def _perplexities(runs: Sequence[Contents], names: Sequence[str]) -> list[Picture]:
     """One picture for each text on which more than one run was measured."""
     texts = dict.fromkeys(t for contents in runs for t in contents["results"].get("perplexity", {}))
     pictures: list[Picture] = []
@@ -100,7 +100,7 @@ def _perplexities(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[
 def _perplexity(
     name: str,
     text: str,
-    rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]],
+    rows: Sequence[tuple[str, Contents, Contents]],
     names: Sequence[str],
 ) -> Picture:
     """A point a run; full precision as one line if it is one number, else a dash at each run."""
@@ -116,8 +116,8 @@ def _perplexity(
         if one:
             axis.axvline(measured[0], color=FAINT, linewidth=0.8, linestyle="--")
         else:
-            places = [place for place, value in enumerate(full) if isinstance(value, float)]
-            axis.scatter(measured, places, marker="|", color=FAINT, s=90, linewidth=1.2)
+            lines = [index for index, value in enumerate(full) if isinstance(value, float)]
+            axis.scatter(measured, lines, marker="|", color=FAINT, s=90, linewidth=1.2)
         axis.set_yticks(range(len(values)), [_plain(run) for run, *_ in rows])
         axis.set_ylim(len(values) - 0.5, -0.5)
         logarithmic(axis, horizontal=True)
@@ -125,9 +125,7 @@ def _perplexity(
         return canvas.picture(name, f"Perplexity on {text}", _words(rows, measured, one))
 
 
-def _words(
-    rows: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], full: list[float], one: bool
-) -> str:
+def _words(rows: Sequence[tuple[str, Contents, Contents]], full: list[float], one: bool) -> str:
     """What the points are, and what must not be compared."""
     words = ["Lower is better."]
     if one:
@@ -143,11 +141,11 @@ def _words(
     return " ".join(words)
 
 
-def _windows(scores: dict[str, Any]) -> tuple[str | None, str | None]:
+def _windows(scores: Contents) -> tuple[str | None, str | None]:
     return scores.get("text"), scores.get("sha256")
 
 
-def _of_what(contents: dict[str, Any], scores: dict[str, Any]) -> tuple[object, ...]:
+def _of_what(contents: Contents, scores: Contents) -> tuple[object, ...]:
     """What two runs must share for their full precision to be one number."""
     run = contents["run"]
     made_with = [scores.get("measured_with", {}).get(key, run.get(key)) for key in _CONDITIONS]

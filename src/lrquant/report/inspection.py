@@ -1,19 +1,19 @@
-"""What a run folder or checkpoint is, in a few lines of text."""
+"""Inspection: a run folder or checkpoint in a few lines of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lrquant.config.scheme import Scheme
 from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.export.verification import Verified, verify
 from lrquant.files.manifest import MANIFEST, read_manifest
-from lrquant.files.whole import read_json
+from lrquant.files.whole import JsonObject, read_json
 from lrquant.measures.tables import results_table, table
 from lrquant.model.sources.checks import first_line
-from lrquant.runs.folder import BlockRecord, RunFolder
+from lrquant.runs.block_file import BlockRecord
+from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import seen_from
 
 
@@ -87,31 +87,31 @@ def _inspect_checkpoint(path: Path) -> str:
     ]
     if not (path / MANIFEST).is_file():
         return "\n".join([*head, f"not verified: no {MANIFEST}, so not a checkpoint of lrquant"])
-    facts, found = read_manifest(path), verify(path)
-    if found.problems:
-        more = f", and {len(found.problems) - 3} more" if len(found.problems) > 3 else ""
+    facts, verified = read_manifest(path), verify(path)
+    if verified.problems:
+        count, first = len(verified.problems), "; ".join(verified.problems[:3])
+        more = f", and {count - 3} more" if count > 3 else ""
         raise LRQuantError(
-            f"{path}: {len(found.problems)} things are wrong ({'; '.join(found.problems[:3])}{more}"
-            "); export the run again"
+            f"{path}: {count} things are wrong ({first}{more}); export the run again"
         )
     try:
-        return "\n".join([*head, *_of_manifest(facts, found)])
+        return "\n".join([*head, *_of_manifest(facts, verified)])
     except UNREADABLE as error:
         raise LRQuantError(
             f"{path / MANIFEST}: not as it was written ({first_line(error)}); export the run again"
         ) from error
 
 
-def _of_manifest(facts: dict[str, Any], found: Verified) -> list[str]:
-    share = found.stored / found.as_bf16
+def _of_manifest(facts: JsonObject, verified: Verified) -> list[str]:
+    share = verified.stored / verified.as_bf16
     lines = [
         f"scheme: {facts['scheme']}",
         *([f"vision tower: {facts['tower']}"] if facts.get("tower") else []),
         f"learned as: {facts['method']}, from {facts['base_model']}",
         f"calibration: {facts['calibration']['text']}",
         f"bits per weight of the linears, scales and zero points counted: "
-        f"{found.bits_per_weight:.3f}",
-        f"tensors: {_size(found.stored)}, {share:.1%} of {_size(found.as_bf16)} in bfloat16: "
+        f"{verified.bits_per_weight:.3f}",
+        f"tensors: {_size(verified.stored)}, {share:.1%} of {_size(verified.as_bf16)} in bfloat16: "
         f"{16 * share:.3f} bits a weight of the whole model, embedding and head included",
         f"verified: hashes of {len(facts['files'])} files; names, shapes, dtypes and values of all "
         "tensors",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lrquant.measures.tables import table
 from lrquant.report.result_sections import adaptation_table, result_tables
 from lrquant.report.sections import (
@@ -15,24 +13,26 @@ from lrquant.report.sections import (
     worst_sentence,
     worst_table,
 )
+from lrquant.report.values import Contents
 
 
-def run_markdown(contents: dict[str, Any]) -> str:
+def run_markdown(contents: Contents) -> str:
     """The whole report, without pictures."""
     run = contents["run"]
-    parts = [f"# {_text(run['name'])}, {run['scheme']}, {run['method_name']}"]
-    parts.append("\n".join(f"- {label}: {_text(value)}" for label, value in facts(run)))
+    paragraphs = [f"# {_text(run['name'])}, {run['scheme']}, {run['method_name']}"]
+    paragraphs.append("\n".join(f"- {label}: {_text(value)}" for label, value in facts(run)))
     note = "" if run["repeatable"] else " (with the token ids that were given from Python)"
-    parts.append(f"Repeat it{note}:\n\n```\n{run['command']}\n```")
+    paragraphs.append(f"Repeat it{note}:\n\n```\n{run['command']}\n```")
     if contents["missing"]:
         lines = [f"- {_text(line)}" for line in contents["missing"]]
-        parts.append("\n".join(["## Not in this report", "", *lines]))
+        paragraphs.append("\n".join(["## Not in this report", "", *lines]))
     shown = [*result_tables([contents], [""]), adaptation_table(contents)]
-    shown += [worst_table(contents), block_table(contents), linear_table(contents)]
-    shown += tower_tables(contents)
-    parts += [_section(each) for each in shown if each.rows]
-    parts += filter(None, [worst_sentence(contents)])
-    return "\n\n".join(parts) + "\n"
+    shown += [worst_table(contents["worst_linears"])]
+    shown += [block_table(contents["blocks"]), linear_table(contents["blocks"])]
+    shown += tower_tables(contents["tower_blocks"])
+    paragraphs += [_section(each) for each in shown if each.rows]
+    paragraphs += filter(None, [worst_sentence(contents["worst_blocks"], contents["blocks"])])
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _section(shown: Table) -> str:

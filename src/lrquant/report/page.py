@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from rich.filesize import decimal
 
 from lrquant.measures.numbers import divergence, duration, number, share
@@ -22,16 +21,17 @@ from lrquant.report.sections import (
     worst_sentence,
     worst_table,
 )
+from lrquant.report.values import Contents
 from lrquant.runs.folder import RunFolder
 
 _TILES = 2  # texts whose perplexities stand at the top
 
 
-def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
+def run_page(contents: Contents, folder: RunFolder) -> str:
     """One run's page: no script, nothing fetched, all text escaped by the templates."""
-    run = contents["run"]
-    errors = [worst_table(contents), block_table(contents), linear_table(contents)]
-    errors += tower_tables(contents)
+    run, blocks = contents["run"], contents["blocks"]
+    errors = [worst_table(contents["worst_linears"]), block_table(blocks), linear_table(blocks)]
+    errors += tower_tables(contents["tower_blocks"])
     return _template("run.html").render(
         title=f"{run['name']} · {run['scheme']} · {run['method_name']}",
         run=run,
@@ -40,19 +40,19 @@ def run_page(contents: dict[str, Any], folder: RunFolder) -> str:
         facts=facts(run),
         missing=contents["missing"],
         results=[*result_tables([contents], [""]), *_filled(adaptation_table(contents))],
-        worst=worst_sentence(contents),
+        worst=worst_sentence(contents["worst_blocks"], blocks),
         errors=[table for table in errors if table.rows],
-        error_pictures=charts.error_pictures(contents),
-        learning_pictures=charts.learning_pictures(contents),
+        error_pictures=charts.error_pictures(blocks),
+        learning_pictures=charts.learning_pictures(blocks, run["blocks"]),
         activations_quantised=run["activations_quantised"],
-        scaled=any("scale" in block["parameters"] for block in contents["blocks"]),
-        activation_pictures=tensor_charts.activation_pictures(contents, folder),
-        parameter_pictures=charts.parameter_pictures(contents),
-        weight_pictures=tensor_charts.weight_pictures(contents, folder),
+        scaled=any("scale" in block["parameters"] for block in blocks),
+        activation_pictures=tensor_charts.activation_pictures(blocks, folder),
+        parameter_pictures=charts.parameter_pictures(blocks),
+        weight_pictures=tensor_charts.weight_pictures(blocks, folder),
     )
 
 
-def comparison_page(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+def comparison_page(runs: Sequence[Contents], names: Sequence[str]) -> str:
     """Several runs side by side."""
     listed = [dict(facts(contents["run"])) for contents in runs]
     labels = list(dict.fromkeys(label for each in listed for label in each))
@@ -68,7 +68,7 @@ def comparison_page(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str
         worst=[
             (name, table)
             for name, contents in zip(names, runs, strict=True)
-            for table in _filled(worst_table(contents))
+            for table in _filled(worst_table(contents["worst_linears"]))
         ],
         missing=[
             (name, contents["missing"])
@@ -78,7 +78,7 @@ def comparison_page(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str
     )
 
 
-def _template(name: str) -> Any:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("lrquant.report"),
         autoescape=True,
@@ -93,7 +93,7 @@ def _filled(table: Table) -> list[Table]:
     return [table] if table.rows else []
 
 
-def _tiles(contents: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that people look for first."""
     run, results = contents["run"], contents["results"]
     columns = labels(contents)

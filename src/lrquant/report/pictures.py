@@ -1,4 +1,4 @@
-"""What every picture of a report shares: its look, and how a figure becomes inline SVG.
+"""Pictures of a report: the look that they share, and how a figure becomes inline SVG.
 
 Text stays text and colours are variables of the page's style sheet, so that a picture follows the
 page on a phone, in the dark and on paper.
@@ -71,13 +71,21 @@ class Picture:
 
 
 @contextmanager
-def drawing(rows: int, columns: int = 1, height: float = 2.6, **shared: Any) -> Iterator[_Canvas]:
+def drawing(
+    rows: int,
+    columns: int = 1,
+    height: float = 2.6,
+    sharex: bool = False,
+    height_ratios: Sequence[float] | None = None,
+) -> Iterator[_Canvas]:
     """A canvas of `rows` x `columns` axes, `height` inches in all, in the report's look."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(WIDTH, height))
-        axes = figure.subplots(rows, columns, squeeze=False, **shared)
+        axes = figure.subplots(
+            rows, columns, squeeze=False, sharex=sharex, height_ratios=height_ratios
+        )
         yield _Canvas(figure, [axis for row in axes for axis in row])
 
 
@@ -93,7 +101,7 @@ class _Canvas:
         self.figure.draw_without_rendering()  # lays out once; saving would do it twice
         self.figure.set_layout_engine("none")
         buffer = io.StringIO()
-        unknown: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        unknown = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=unknown)
         return Picture(title, caption, inline(buffer.getvalue(), name, title))
 

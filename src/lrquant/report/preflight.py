@@ -1,18 +1,17 @@
-"""What a pre-flight found, as lines of text and as values."""
+"""The report of a pre-flight, as lines of text and as values."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from lrquant.learn.identity import describe_method
 from lrquant.preflight.findings import Preflight
 
 
-def preflight_text(done: Preflight) -> str:
+def preflight_text(preflight: Preflight) -> str:
     """Every check with its outcome, then what the run will need."""
-    config = done.config
-    width = max(len(finding.what) for finding in done.findings)
+    config = preflight.config
+    width = max(len(finding.what) for finding in preflight.findings)
     lines = [
         f"model: {config.model}",
         f"scheme: {config.quantization.describe()}",
@@ -20,10 +19,10 @@ def preflight_text(done: Preflight) -> str:
         "",
         *(
             f"{finding.state:<11}  {finding.what:<{width}}  {finding.text}"
-            for finding in done.findings
+            for finding in preflight.findings
         ),
     ]
-    estimates = _estimates(done)
+    estimates = _estimates(preflight)
     if estimates:
         width = max(map(len, estimates))
         lines += ["", "estimates, not promises:"]
@@ -31,47 +30,49 @@ def preflight_text(done: Preflight) -> str:
     return "\n".join(lines)
 
 
-def preflight_values(done: Preflight) -> dict[str, Any]:
+def preflight_values(preflight: Preflight) -> dict[str, object]:
     """The same as values for JSON: bytes and seconds."""
-    parts = {
-        name: None if (part := getattr(done, name)) is None else dataclasses.asdict(part)
+    estimates = {
+        name: None
+        if (estimate := getattr(preflight, name)) is None
+        else dataclasses.asdict(estimate)
         for name in ("checkpoint", "memory", "seconds", "costs")
     }
     return {
-        "model": done.config.model,
-        "scheme": done.config.scheme,
-        "target": done.config.target,
-        "passed": not done.failed,
-        "findings": [dataclasses.asdict(finding) for finding in done.findings],
-        "run_bytes": done.run_bytes,
-        "stream_bytes": done.stream_bytes,
-        **parts,
+        "model": preflight.config.model,
+        "scheme": preflight.config.scheme,
+        "target": preflight.config.target,
+        "passed": not preflight.failed,
+        "findings": [dataclasses.asdict(finding) for finding in preflight.findings],
+        "run_bytes": preflight.run_bytes,
+        "stream_bytes": preflight.stream_bytes,
+        **estimates,
     }
 
 
-def _estimates(done: Preflight) -> dict[str, str]:
+def _estimates(preflight: Preflight) -> dict[str, str]:
     rows: dict[str, str] = {}
-    if done.memory is not None:
-        memory = done.memory
+    if preflight.memory is not None:
+        memory = preflight.memory
         tower = f", the tower {_size(memory.tower)}" if memory.tower else ""
         rows["peak memory"] = (
             f"{_size(memory.peak)}: embedding {_size(memory.embedding)}, learning "
             f"{_size(memory.learning)}, measuring {_size(memory.measuring)}{tower}; "
-            f"hidden states {_size(done.stream_bytes or 0)} of them"
+            f"hidden states {_size(preflight.stream_bytes or 0)} of them"
         )
-    if done.run_bytes is not None:
-        rows["run folder"] = _size(done.run_bytes)
-    if done.checkpoint is not None:
-        size = done.checkpoint
+    if preflight.run_bytes is not None:
+        rows["run folder"] = _size(preflight.run_bytes)
+    if preflight.checkpoint is not None:
+        size = preflight.checkpoint
         rows["checkpoint"] = (
             f"{_size(size.total)}: blocks {_size(size.blocks)} at {size.bits_per_weight:.3f} bits "
             f"a weight with all overheads, all else {_size(size.outside)}"
         )
-    if done.seconds is not None and done.costs is not None:
-        costs = done.costs
+    if preflight.seconds is not None and preflight.costs is not None:
+        seconds, costs = preflight.seconds, preflight.costs
         rows["time"] = (
-            f"{_duration(done.seconds.total)}: learning {_duration(done.seconds.learning)}, "
-            f"measuring {_duration(done.seconds.measuring)}"
+            f"{_duration(seconds.total)}: learning {_duration(seconds.learning)}, "
+            f"measuring {_duration(seconds.measuring)}"
         )
         rows["measured here"] = (
             f"a learning step {1e3 * costs.step:.0f} ms, a quantised pass {1e3 * costs.held:.0f} "

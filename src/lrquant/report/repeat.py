@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
+from collections.abc import Sequence
 
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
@@ -27,35 +27,36 @@ def repeating_command(config: Config) -> str:
         config, resume=None, overwrite=False, log_dir=None, preset="default", **places
     ).resolved()
     defaults = Config()
-    flags = {
-        entry.name: getattr(plain, entry.name)
+    changed = [
+        entry.name
         for entry in dataclasses.fields(Config)
         if getattr(plain, entry.name) != getattr(defaults, entry.name)
         and entry.name not in _NOT_OF_THE_RUN
-    }
-    flags = {"model": plain.model, "scheme": plain.scheme, **flags}
-    single = [(name,) for name in flags if name not in _ALWAYS and name != "lr_plus"]
-    for names in (("lwc", "let"), *single, ("lr_plus",)):
-        fewer = {name: value for name, value in flags.items() if name not in names}
-        if _resolves_to(fewer, plain):
-            flags = fewer
-    parts = ["lrquant", "quantize"]
-    for name, value in flags.items():
-        parts += _flag(name, value)
-    return shlex.join(parts)
+    ]
+    names = list(dict.fromkeys([*_ALWAYS, *changed]))
+    single = [(name,) for name in names if name not in _ALWAYS and name != "lr_plus"]
+    for left_out in (("lwc", "let"), *single, ("lr_plus",)):
+        fewer = [name for name in names if name not in left_out]
+        if _say_all(fewer, plain):
+            names = fewer
+    words = ["lrquant", "quantize"]
+    for name in names:
+        words += _flag(name, getattr(plain, name))
+    return shlex.join(words)
 
 
-def _resolves_to(settings: dict[str, Any], config: Config) -> bool:
+def _say_all(names: Sequence[str], config: Config) -> bool:
+    """Whether the settings of these names resolve to all of them."""
     try:
-        return Config(**settings).resolved() == config
+        return Config(**{name: getattr(config, name) for name in names}).resolved() == config
     except LRQuantError:
         return False
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _flag(name: str, value: object) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
     if isinstance(value, tuple):
-        return [flag, ",".join(value)]
+        return [flag, ",".join(map(str, value))]
     return [flag, str(value)]

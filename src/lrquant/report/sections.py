@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Literal
 
 from rich.filesize import decimal
 
 from lrquant.measures.numbers import decibels, duration, number, percent, share
+from lrquant.report.values import (
+    Block,
+    Figures,
+    Pair,
+    Run,
+    WorstBlock,
+    WorstLinear,
+    figures_by_block,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Table:
     note: str = ""
 
 
-def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(run: Run) -> list[tuple[str, str]]:
     """What the run is, by label."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     learned, blocks = run["learned_blocks"], run["blocks"]
@@ -47,7 +56,7 @@ def facts(run: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, text) for label, text in listed if text]
 
 
-def _machine(run: dict[str, Any]) -> str:
+def _machine(run: Run) -> str:
     """cpu (AVX2, 2 threads), as far as it is known."""
     threads = run.get("threads")
     if threads is None:
@@ -55,14 +64,16 @@ def _machine(run: dict[str, Any]) -> str:
     return f"{run['device']} ({run['cpu']}, {threads} thread{'' if threads == 1 else 's'})"
 
 
-def worst_table(contents: dict[str, Any]) -> Table:
+def worst_table(worst: Sequence[WorstLinear]) -> Table:
     """The linears that add most error."""
     rows = [
         [
             f"{entry['block']} {entry['linear']}",
-            *(decibels(entry[key]) for key in ("own_snr", "own_snr_round_to_nearest", "snr")),
+            decibels(entry["own_snr"]),
+            decibels(entry["own_snr_round_to_nearest"]),
+            decibels(entry["snr"]),
         ]
-        for entry in contents["worst_linears"]
+        for entry in worst
     ]
     return Table(
         "Worst linears",
@@ -75,11 +86,11 @@ def worst_table(contents: dict[str, Any]) -> Table:
     )
 
 
-def worst_sentence(contents: dict[str, Any]) -> str:
+def worst_sentence(worst: Sequence[WorstBlock], blocks: Sequence[Block]) -> str:
     """Which blocks add most error to their output, beside the block in the middle; or nothing."""
-    worst = [entry for entry in contents["worst_blocks"] if entry["error_made"] > 0]
-    made = [b["figures"]["error_made"]["learned"] for b in contents["blocks"] if b["figures"]]
-    made = [value for value in made if value is not None]
+    worst = [entry for entry in worst if entry["error_made"] > 0]
+    all_made = [each["error_made"]["learned"] for each in figures_by_block(blocks).values()]
+    made = [value for value in all_made if value is not None]
     if not worst:
         return ""
     named_blocks = [f"block {entry['block']} ({percent(entry['error_made'])})" for entry in worst]
@@ -89,10 +100,9 @@ def worst_sentence(contents: dict[str, Any]) -> str:
     return f"Most error for its output's energy: {', '.join(named_blocks)}; {beside}."
 
 
-def block_table(contents: dict[str, Any]) -> Table:
+def block_table(blocks: Sequence[Block]) -> Table:
     """One row a block: losses, cosines, errors."""
-    blocks = contents["blocks"]
-    first = next((block["figures"] for block in blocks if block["figures"]), None)
+    first = next(iter(figures_by_block(blocks).values()), None)
     rows = []
     for block in blocks:
         figures = block["figures"]
@@ -134,14 +144,13 @@ _BLOCK_HEAD = (
 )
 
 
-def tower_tables(contents: dict[str, Any]) -> list[Table]:
+def tower_tables(blocks: Sequence[Block]) -> list[Table]:
     """The blocks and linears of the vision tower, if it is quantised."""
-    tower = {**contents, "blocks": contents["tower_blocks"]}
-    if not tower["blocks"]:
+    if not blocks:
         return []
     return [
         replace(table, title=f"Vision tower: {table.title.lower()}")
-        for table in (block_table(tower), linear_table(tower))
+        for table in (block_table(blocks), linear_table(blocks))
         if table.rows
     ]
 
@@ -154,33 +163,33 @@ def _without_empty(
     return [head[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
-def linear_table(contents: dict[str, Any]) -> Table:
+def linear_table(blocks: Sequence[Block]) -> Table:
     """The output's signal-to-noise ratio of every linear: round-to-nearest, then learned."""
-    blocks = [block for block in contents["blocks"] if block["figures"]]
-    linears = list(blocks[0]["figures"]["linears"]) if blocks else []
+    figures = figures_by_block(blocks)
+    first = next(iter(figures.values()), None)
+    tokens = first["linear_tokens"] if first else 0
     rows = [
-        [
-            str(block["block"]),
-            *(
-                " → ".join(decibels(value) for value in figures["snr"].values())
-                for figures in block["figures"]["linears"].values()
-            ),
-        ]
-        for block in blocks
+        [str(block), *(_improvement(linear["snr"]) for linear in each["linears"].values())]
+        for block, each in figures.items()
     ]
-    tokens = blocks[0]["figures"]["linear_tokens"] if blocks else 0
     return Table(
         "Signal-to-noise ratio of each linear's output",
-        ["block", *linears],
+        ["block", *(first["linears"] if first else ())],
         rows,
         f"In dB, round-to-nearest → learned, over {tokens} tokens, against the full-precision "
         "block on the same block input.",
     )
 
 
+def _improvement(pair: Pair) -> str:
+    return f"{decibels(pair['round_to_nearest'])} → {decibels(pair['learned'])}"
+
+
 def _pair(
-    figures: dict[str, Any] | None, name: str, words: Callable[[float | None], str]
+    figures: Figures | None,
+    name: Literal["loss", "cosine", "error_made"],
+    words: Callable[[float | None], str],
 ) -> list[str]:
     if figures is None:
         return ["", ""]
-    return [words(figures[name][variant]) for variant in ("round_to_nearest", "learned")]
+    return [words(figures[name]["round_to_nearest"]), words(figures[name]["learned"])]

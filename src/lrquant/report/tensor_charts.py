@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -10,8 +10,9 @@ from matplotlib.colors import LogNorm
 
 from lrquant.learn.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, run_lengths
 from lrquant.measures.numbers import number, percent
-from lrquant.report.charts import diagnosed, short
+from lrquant.report.charts import short
 from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
+from lrquant.report.values import Block, Figures, figures_by_block
 from lrquant.runs.folder import RunFolder
 
 _ACTIVATION_PICTURES = 6
@@ -19,16 +20,15 @@ _SMALLEST = 1e-6  # of the largest magnitude; smaller ones look alike
 _PANEL = 1.0
 
 
-def activation_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture]:
+def activation_pictures(blocks: Sequence[Block], folder: RunFolder) -> list[Picture]:
     """For each kind of input, the block whose channels differed most before learning."""
     chosen: dict[str, tuple[float, int]] = {}
-    for block in diagnosed(contents):
-        tensors = _tensors(folder, block["block"])
-        for linear in block["figures"]["picture_channels"]:
+    figures = figures_by_block(blocks)
+    for block, each in figures.items():
+        tensors = _tensors(folder, block)
+        for linear in each["picture_channels"]:
             channels = tensors[f"inputs.{linear}.before"].float().amax(0)
-            spread = _spread(channels)
-            chosen[linear] = max(chosen.get(linear, (-1.0, 0)), (spread, block["block"]))
-    figures = {block["block"]: block["figures"] for block in diagnosed(contents)}
+            chosen[linear] = max(chosen.get(linear, (-1.0, 0)), (_spread(channels), block))
     return [
         _activations(folder, block, linear, spread, figures[block])
         for linear, (spread, block) in list(chosen.items())[:_ACTIVATION_PICTURES]
@@ -36,7 +36,7 @@ def activation_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Pic
 
 
 def _activations(
-    folder: RunFolder, block: int, linear: str, spread: float, figures: dict[str, Any]
+    folder: RunFolder, block: int, linear: str, spread: float, figures: Figures
 ) -> Picture:
     tensors = _tensors(folder, block)
     pair = [tensors[f"inputs.{linear}.{when}"].float().numpy() for when in ("before", "after")]
@@ -86,21 +86,21 @@ def _spread(channels: torch.Tensor) -> float:
     return float(channels.max() / channels.median().clamp(min=1e-12))
 
 
-def weight_pictures(contents: dict[str, Any], folder: RunFolder) -> list[Picture]:
+def weight_pictures(blocks: Sequence[Block], folder: RunFolder) -> list[Picture]:
     """Histograms of weights and of codes, over all blocks of which there are figures."""
-    blocks = diagnosed(contents)
-    if not blocks:
+    figures = figures_by_block(blocks)
+    if not figures:
         return []
-    linears = list(blocks[0]["figures"]["linears"])
+    linears = list(next(iter(figures.values()))["linears"])
     sums: dict[str, torch.Tensor] = {}
-    for block in blocks:
-        for name, tensor in _tensors(folder, block["block"]).items():
+    for block in figures:
+        for name, tensor in _tensors(folder, block).items():
             if name.startswith(("weights.", "codes.")):
                 sums[name] = _added(sums[name], tensor) if name in sums else tensor
-    pictures = [_weights(sums, linears, len(blocks))]
+    pictures = [_weights(sums, linears, len(figures))]
     coded = [linear for linear in linears if f"codes.{linear}.learned" in sums]
     if coded:
-        pictures.append(_codes(sums, coded, len(blocks)))
+        pictures.append(_codes(sums, coded, len(figures)))
     return pictures
 
 

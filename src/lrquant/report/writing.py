@@ -13,6 +13,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.whole import read_plain, write_whole
 from lrquant.report.contents import run_contents
 from lrquant.report.markdown import run_markdown
+from lrquant.report.values import Contents
 from lrquant.runs.folder import RunFolder
 
 _MARK = b'<meta name="generator" content="lrquant">'  # as in templates/base.html
@@ -58,7 +59,7 @@ def _require_own_page(output: Path) -> None:
         )
 
 
-def run_names(runs: Sequence[dict]) -> list[str]:
+def run_names(runs: Sequence[Contents]) -> list[str]:
     """A name for each run: its folder's, with a number where several have the same."""
     folders = [contents["run"]["folder"] for contents in runs]
     counts, seen = Counter(folders), Counter[str]()

@@ -1,1 +1,1 @@
-"""What a run keeps and says: its folder, what it is of, blocks, results, progress."""
+"""A run's folder, and all that it keeps and says: what it is of, blocks, results, progress."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lrquant.errors import LRQuantError
+from lrquant.files.whole import JsonObject
 
 _KEY = "lrquant"
 _LENGTH = 8  # bytes that say how long the header is
@@ -36,12 +36,12 @@ class BlockRecord:
         """One line of blocks.jsonl."""
         return json.dumps(vars(self))
 
-    def repeatable(self) -> dict[str, Any]:
+    def repeatable(self) -> JsonObject:
         """What neither a clock nor the machine's state decides."""
         return {name: value for name, value in vars(self).items() if name not in _OF_THE_MACHINE}
 
     @classmethod
-    def from_repeatable(cls, values: dict[str, Any]) -> BlockRecord:
+    def from_repeatable(cls, values: JsonObject) -> BlockRecord:
         """A record of which seconds and memory are not known: 0."""
         return cls(**{**values, **dict.fromkeys(_OF_THE_MACHINE, 0)})
 
@@ -56,7 +56,7 @@ class LearnedFile:
 
     run: str
     name: str
-    about: dict[str, Any]
+    about: JsonObject
     tensors: dict[str, Tensor]
     after: str = ""
 
@@ -70,18 +70,28 @@ class LearnedFile:
     def read(cls, path: Path, content: bytes, mend: str) -> LearnedFile:
         """The file that `content` of `path` is; LRQuantError with `mend` if it is none."""
         try:
-            rest = header_of(content)
+            header = header_of(content)
             tensors = dict(sorted(safetensors.torch.load(content).items()))
         except (SafetensorError, ValueError) as error:
             raise LRQuantError(f"{path}: not a file of a learned block; {mend}") from error
-        return cls(rest["run"], rest["name"], rest["about"], tensors, rest["after"])
+        return cls(header.run, header.name, header.about, tensors, header.after)
 
 
-def header_of(content: bytes) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Header:
+    """What a file says beside its tensors, as `LearnedFile` has it."""
+
+    run: str
+    name: str
+    after: str
+    about: JsonObject
+
+
+def header_of(content: bytes) -> Header:
     """What a file's header says beside its tensors; ValueError if it says nothing of the kind."""
     try:
         end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
         rest = json.loads(json.loads(content[_LENGTH:end])["__metadata__"][_KEY])
-        return {name: rest[name] for name in ("run", "name", "after", "about")}
+        return Header(*(rest[name] for name in ("run", "name", "after", "about")))
     except (LookupError, TypeError, RecursionError) as error:
         raise ValueError("not the header of a block") from error

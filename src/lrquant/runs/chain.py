@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from lrquant.files.whole import read_plain
-from lrquant.runs.block_file import header_of
+from lrquant.files.whole import JsonObject, read_plain
+from lrquant.runs.block_file import Header, header_of
 from lrquant.runs.journal import Journal
 
 
@@ -17,7 +16,7 @@ class _Link:
     """A block's file: its hash, and its header; None if it has none."""
 
     sha256: str
-    header: dict[str, Any] | None
+    header: Header | None
 
 
 class Chain:
@@ -43,10 +42,10 @@ class Chain:
         """The hash of the file that block `index` comes after; empty for the first."""
         return self._link(index - 1).sha256 if index else ""
 
-    def about(self, index: int) -> dict[str, Any] | None:
+    def about(self, index: int) -> JsonObject | None:
         """What a block's header says of its learning; None if the file is none."""
         header = self._link(index).header
-        return None if header is None else header["about"]
+        return None if header is None else header.about
 
     def _is_there(self, index: int, listed: dict[str, set[str]]) -> bool:
         name = self._name(index)
@@ -58,7 +57,7 @@ class Chain:
             return True
         before, written = self._link(index - 1), listed[self._name(index - 1)]
         possible = {before.sha256} if before.sha256 in written else written
-        return own.header["after"] in possible
+        return own.header.after in possible
 
     def _link(self, index: int) -> _Link:
         name = self._name(index)
@@ -75,7 +74,7 @@ class Chain:
         return self._read[name][1]
 
 
-def _header(content: bytes) -> dict[str, Any] | None:
+def _header(content: bytes) -> Header | None:
     try:
         return header_of(content)
     except ValueError:

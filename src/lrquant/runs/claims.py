@@ -1,4 +1,4 @@
-"""Which names a run needs in its folder, and whether they are free to be written."""
+"""Claims of a folder: the names that a run needs in it, and whether they are free."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def require_claimable(folder: Path, holds: str) -> None:
 def _needed(folder: Path) -> Iterator[str]:
     """Names that a run writes, as far as they can be told before."""
     yield from (*_FILES, "tower/blocks.jsonl")
-    for place in _OF_BLOCKS:
-        for path in folder.glob(f"{place}/*.safetensors"):
+    for pattern in _OF_BLOCKS:
+        for path in folder.glob(f"{pattern}/*.safetensors"):
             if re.fullmatch(r"\d{4}", path.stem):
                 yield path.relative_to(folder).as_posix()
 

@@ -41,6 +41,8 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / JOURNAL
+        # whole lines as they were read last, and what they say
+        self._whole_lines: tuple[bytes, list[dict[str, str]]] = (b"", [])
 
     @property
     def holds(self) -> str | None:
@@ -74,14 +76,21 @@ class Journal:
         return files
 
     def _lines(self) -> list[dict[str, str]]:
-        """Lines as they were written: one that a kill cut off is left out, as is a damaged one."""
+        """Lines as they were written: one that a kill cut off is left out, as is a damaged one.
+
+        Each is parsed once, as long as what stands before it does not change.
+        """
         try:
             content = read_plain(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise LRQuantError(f"{self.path}: cannot be read ({error.strerror})") from error
-        lines = [_parsed(text) for text in content.split(b"\n")]
+        parsed, lines = self._whole_lines if content.startswith(self._whole_lines[0]) else (b"", [])
+        end = content.rfind(b"\n") + 1
+        lines = lines + [_parsed(text) for text in content[len(parsed) : end].split(b"\n")[:-1]]
+        self._whole_lines = content[:end], lines
+        lines = [*lines, _parsed(content[end:])]
         if not lines[0].keys() == {"holds"}:
             raise LRQuantError(
                 f"{self.path}: not the list of a run's files, or damaged; restore it, or use "

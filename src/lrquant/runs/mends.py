@@ -1,4 +1,4 @@
-"""What mends a file of a run that is not as it was written, the same whoever finds it."""
+"""The mends of a run's files that are not as they were written, the same whoever finds them."""
 
 from __future__ import annotations
 

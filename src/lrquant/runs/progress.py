@@ -1,12 +1,12 @@
-"""What a person sees while a run is under way."""
+"""Progress: what a person sees while a run is under way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-from lrquant.runs.folder import BlockRecord
+from lrquant.files.whole import JsonObject
+from lrquant.runs.block_file import BlockRecord
 
 
 class Progress:
@@ -39,7 +39,7 @@ class Progress:
         """
         yield lambda step: None
 
-    def measured(self, results: dict[str, Any]) -> None:
+    def measured(self, results: JsonObject) -> None:
         """Measures as results.json has them."""
 
     def close(self) -> None:
@@ -49,48 +49,50 @@ class Progress:
 class Together(Progress):
     """Several that are told the same."""
 
-    def __init__(self, parts: Sequence[Progress]) -> None:
-        self._parts = parts
+    def __init__(self, members: Sequence[Progress]) -> None:
+        self._members = members
 
     @contextmanager
     def blocks(
         self, blocks: int, epochs: int, batches: int, memory: Callable[[], int]
     ) -> Iterator[None]:
         with ExitStack() as stack:
-            for part in self._parts:
-                stack.enter_context(part.blocks(blocks, epochs, batches, memory))
+            for member in self._members:
+                stack.enter_context(member.blocks(blocks, epochs, batches, memory))
             yield
 
     def stepper(self, block: int) -> Callable[[int, float], None]:
-        steppers = [part.stepper(block) for part in self._parts]
+        steppers = [member.stepper(block) for member in self._members]
 
-        def step(done: int, loss: float) -> None:
-            for told in steppers:
-                told(done, loss)
+        def each(step: int, loss: float) -> None:
+            for stepper in steppers:
+                stepper(step, loss)
 
-        return step
+        return each
 
     def finished(self, block: int, record: BlockRecord | None) -> None:
-        for part in self._parts:
-            part.finished(block, record)
+        for member in self._members:
+            member.finished(block, record)
 
     @contextmanager
     def measuring(
         self, what: str, steps: int, unit: str = "blocks"
     ) -> Iterator[Callable[[int], None]]:
         with ExitStack() as stack:
-            told = [stack.enter_context(part.measuring(what, steps, unit)) for part in self._parts]
+            steppers = [
+                stack.enter_context(member.measuring(what, steps, unit)) for member in self._members
+            ]
 
             def each(step: int) -> None:
-                for one in told:
-                    one(step)
+                for stepper in steppers:
+                    stepper(step)
 
             yield each
 
-    def measured(self, results: dict[str, Any]) -> None:
-        for part in self._parts:
-            part.measured(results)
+    def measured(self, results: JsonObject) -> None:
+        for member in self._members:
+            member.measured(results)
 
     def close(self) -> None:
-        for part in self._parts:
-            part.close()
+        for member in self._members:
+            member.close()

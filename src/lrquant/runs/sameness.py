@@ -1,24 +1,24 @@
-"""Whether two runs are the same: of one model, scheme, method and data."""
+"""The sameness of two runs: whether they are of one model, scheme, method and data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
 
 _WORDS = ("calibration", "format")  # for people, and what holds for the files
 
 
-def digest(identity: dict[str, Any]) -> str:
+def digest(identity: Mapping[str, object]) -> str:
     """One value that differs between runs that must not be mixed."""
     values = {key: value for key, value in identity.items() if key not in _WORDS}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def difference(own: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+def difference(own: Mapping[str, object], wanted: Mapping[str, object]) -> str | None:
     """What of a run's `own` identity is not as `wanted`, in words; None if nothing is.
 
-    Where `wanted` names no data, it may be a part of an identity.
+    Where `wanted` names no data, it may be less than a whole identity.
     """
     run, command = _flat(own), _flat(wanted)
     whole = "data set" in command
@@ -31,10 +31,10 @@ def difference(own: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     return None
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+def _flat(identity: Mapping[str, object]) -> dict[str, object]:
     """{"data": {"set": x}} -> {"data set": x}."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in identity.items():
-        parts = value.items() if isinstance(value, dict) else ()
-        flat.update({f"{key} {part}": inner for part, inner in parts} or {key: value})
+        pairs = value.items() if isinstance(value, dict) else ()
+        flat.update({f"{key} {name}": inner for name, inner in pairs} or {key: value})
     return flat

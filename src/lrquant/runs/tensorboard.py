@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from lrquant.errors import LRQuantError
-from lrquant.runs.folder import BlockRecord
+from lrquant.files.whole import JsonObject
+from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.progress import Progress, Together
 
 _OF_A_BLOCK = ("initial_loss", "final_loss", "seconds", "peak_memory_bytes")
@@ -39,7 +39,7 @@ class TensorBoardLog(Progress):
                 f"--log_dir {folder}: cannot be written ({error.strerror}); use another folder"
             ) from error
         self._steps = 1
-        self._told: dict[str, float] = {}
+        self._written: dict[str, float] = {}
 
     @contextmanager
     def blocks(
@@ -50,10 +50,10 @@ class TensorBoardLog(Progress):
         self._writer.flush()
 
     def stepper(self, block: int) -> Callable[[int, float], None]:
-        def step(done: int, loss: float) -> None:
-            self._writer.add_scalar("learning/loss", loss, block * self._steps + done)
+        def each(step: int, loss: float) -> None:
+            self._writer.add_scalar("learning/loss", loss, block * self._steps + step)
 
-        return step
+        return each
 
     def finished(self, block: int, record: BlockRecord | None) -> None:
         if record is None:
@@ -62,19 +62,19 @@ class TensorBoardLog(Progress):
             self._writer.add_scalar(f"block/{name}", getattr(record, name), block)
         self._writer.flush()
 
-    def measured(self, results: dict[str, Any]) -> None:
+    def measured(self, results: JsonObject) -> None:
         for kind in ("perplexity", "agreement", "tasks"):
             for name, variants in results.get(kind, {}).items():
                 for variant, scores in variants.items():
                     self._add(f"{kind}/{name} {variant}", scores)
         self._writer.flush()
 
-    def _add(self, label: str, scores: Any) -> None:
+    def _add(self, label: str, scores: object) -> None:
         """A number, or each one of a dictionary; words and what lies deeper are not for plots."""
         for name, value in scores.items() if isinstance(scores, dict) else [("", scores)]:
             tag = f"{label} {name.removesuffix(',none')}".strip()
-            if isinstance(value, float) and self._told.get(tag) != value:
-                self._told[tag] = value  # tasks are told again with each model that is added
+            if isinstance(value, float) and self._written.get(tag) != value:
+                self._written[tag] = value  # tasks are told again with each model that is added
                 self._writer.add_scalar(tag, value, 0)
 
     def close(self) -> None:

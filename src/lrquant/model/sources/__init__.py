@@ -1,4 +1,4 @@
-"""Where a model's tensors come from, one at a time: safetensors, torch files, GGUF, or memory."""
+"""Sources of a model's tensors, read one at a time: safetensors, torch files, GGUF, memory."""
 
 from lrquant.model.sources.files import SafetensorsSource, TorchFileSource
 from lrquant.model.sources.gguf_file import GGUFSource

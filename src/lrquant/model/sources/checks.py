@@ -1,8 +1,9 @@
-"""Whether a weights file is whole, and which one it is."""
+"""Checks of a weights file: that it is whole and does not change, and which one it is."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,23 +43,30 @@ def sound_file(path: Path) -> Path:
 
 def file_state(path: Path) -> tuple[int, int]:
     """What changes with a file's content: its size, and when it was written."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return state_of(path.stat())
+
+
+def state_of(status: os.stat_result) -> tuple[int, int]:
+    """The same, of a file that is open."""
+    return status.st_size, status.st_mtime_ns
 
 
 def require_unchanged(path: Path, state: tuple[int, int]) -> None:
     """Refuse to read on in a file that somebody writes."""
     if not path.is_file() or file_state(path) != state:
-        raise LRQuantError(
-            f"{path}: changed while it was read; leave the model alone and start again"
-        )
+        raise changed(path)
+
+
+def changed(path: Path) -> LRQuantError:
+    """The error to raise for a file that was written while it was read."""
+    return LRQuantError(f"{path}: changed while it was read; leave the model alone and start again")
 
 
 def unfinished_download(folder: Path) -> str:
     """Words about a download that stopped halfway in or for this folder, or nothing."""
-    places = (folder, folder / ".cache" / "huggingface" / "download", folder / "../../blobs")
-    for place in places:
-        for path in sorted(place.glob("*.incomplete")):
+    downloads = folder / ".cache" / "huggingface" / "download"
+    for each in (folder, downloads, folder / "../../blobs"):
+        for path in sorted(each.glob("*.incomplete")):
             return f", and {path.name} is a download that has not finished"
     return ""
 
@@ -80,7 +88,7 @@ def fingerprint_of(paths: Iterable[Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\n".encode())
         spans = [(0, _MIB), (max(0, size - _MIB), _MIB)]
-        spans += [(size * (2 * part + 1) // 128, 4096) for part in range(64)]
+        spans += [(size * (2 * index + 1) // 128, 4096) for index in range(64)]
         with path.open("rb") as file:
             for start, length in spans:
                 file.seek(start)

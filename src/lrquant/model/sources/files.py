@@ -7,12 +7,13 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.model.device import dtype_name
 from lrquant.model.sources.checks import (
     AGAIN,
     damaged,
@@ -29,6 +30,7 @@ from lrquant.model.sources.safetensors_file import SafetensorsFile
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
+Entry = TypeVar("Entry")
 
 
 class SafetensorsSource(WeightSource):
@@ -76,7 +78,7 @@ class TorchFileSource(WeightSource):
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        return str(self._tensors[name].dtype).removeprefix("torch.")
+        return dtype_name(self._tensors[name].dtype)
 
     def tensor(self, name: str) -> Tensor:
         for path, state in self._states.items():  # it is mapped: cut short, it kills the process
@@ -110,7 +112,7 @@ def _weight_files(folder: Path, single: str) -> dict[Path, set[str]]:
 
 
 def _add_shard(
-    found: dict[str, Any], shard: Mapping[str, Any], promised: set[str], path: Path
+    entries: dict[str, Entry], shard: Mapping[str, Entry], promised: set[str], path: Path
 ) -> None:
     """Add a shard's entries; where two shards hold a name, the index decides."""
     lacking = sorted(promised - shard.keys())
@@ -119,7 +121,8 @@ def _add_shard(
             f"{path}: lacks {len(lacking)} of the {len(promised)} tensors that the index promises "
             f"(first: {lacking[0]}); {AGAIN}"
         )
-    found.update({name: shard[name] for name in shard if name in promised or name not in found})
+    new = {name: shard[name] for name in shard if name in promised or name not in entries}
+    entries.update(new)
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -85,7 +85,7 @@ class GGUFSource(WeightSource):
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
         require_unchanged(self._path, self._state)  # it is mapped: cut short, it kills the process
-        aside: dict[str, Any] = {"tensors": {}}
+        aside: dict[str, dict[str, Tensor]] = {"tensors": {}}
         weights, renamed, _ = self._processor.process(
             weights=gguf.dequantize(stored.data, stored.tensor_type),
             name=stored.name,
@@ -97,15 +97,19 @@ class GGUFSource(WeightSource):
         return torch.from_numpy(np.require(weights, requirements=["C", "W"]))
 
     def unpacked_from(self) -> str:
-        """Quantised types of the model's tensors, those that hold most bytes first."""
-        sizes: Counter[str] = Counter()
-        for tensor in self._stored.values():
-            if tensor.tensor_type not in _FLOATING_POINT:
-                sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
-        return " and ".join(name for name, _ in sizes.most_common())
+        return quantised_types(self._stored.values())
 
     def fingerprint(self) -> str:
         return fingerprint_of([self._path])
+
+
+def quantised_types(tensors: Iterable[gguf.ReaderTensor]) -> str:
+    """Types of those of the tensors that are quantised, those that hold most bytes first."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.tensor_type not in _FLOATING_POINT:
+            sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return " and ".join(name for name, _ in sizes.most_common())
 
 
 def _read_gguf(path: Path) -> gguf.GGUFReader:
@@ -116,10 +120,10 @@ def _read_gguf(path: Path) -> gguf.GGUFReader:
             raise ValueError("no general.architecture, or made for another byte order")
     except UNREADABLE as error:
         raise damaged(path, error) from error
-    parts = reader.fields.get("split.count")
-    if parts is not None and parts.contents() > 1:
+    split = reader.fields.get("split.count")
+    if split is not None and split.contents() > 1:
         raise LRQuantError(
-            f"{path}: one of {parts.contents()} parts of a model; join them with "
+            f"{path}: one of {split.contents()} parts of a model; join them with "
             "`llama-gguf-split --merge`"
         )
     return reader

@@ -1,4 +1,4 @@
-"""Whether the header of a GGUF file says no more than the file can hold.
+"""The header of a GGUF file: that it says no more than the file can hold.
 
 What reads it trusts its counts and lengths: a flipped bit there costs hours or all memory.
 """
@@ -24,7 +24,7 @@ _ALIGNMENT = b"general.alignment"
 
 
 def require_sound_header(path: Path) -> None:
-    """Refuse a header with a count, length, type or place that the file has no room for."""
+    """Refuse a header with a count, length, type or offset that the file has no room for."""
     try:
         with path.open("rb") as file:
             _Walk(file, path.stat().st_size).header()
@@ -49,9 +49,9 @@ class _Walk:
         self._require(tensors * _TENSOR + entries * _ENTRY)
         for _ in range(entries):
             self._entry()
-        places = [self._tensor() for _ in range(tensors)]
+        extents = [self._tensor() for _ in range(tensors)]
         start = -(-self._file.tell() // self._alignment) * self._alignment
-        beyond = [offset for offset, length in places if start + offset + length > self._size]
+        beyond = [offset for offset, length in extents if start + offset + length > self._size]
         if beyond:
             raise ValueError(f"{len(beyond)} of {tensors} tensors lie beyond the file's end")
 

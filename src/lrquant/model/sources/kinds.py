@@ -1,12 +1,12 @@
-"""What a folder is, where it is not a model in floating point: said before a weight is read."""
+"""Kinds of folders that are no model in floating point, told before a weight is read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lrquant.errors import LRQuantError
+from lrquant.files.whole import json_or_empty
 from lrquant.model.sources.checks import is_listed
 
 ADAPTER = "adapter_config.json"
@@ -74,7 +74,7 @@ def require_floating_point(name: str, folder: Path) -> None:
             raise LRQuantError(
                 f"model {name}: already quantised ({file}); start from the floating-point model"
             )
-    where = quantized_by(_json(folder / "config.json"))
+    where = quantized_by(json_or_empty(folder / "config.json"))
     if where is not None:
         raise LRQuantError(
             f"model {name}: already quantised ({where}); start from the floating-point model"
@@ -114,7 +114,7 @@ def _first_match(folder: Path, patterns: Iterable[tuple[str, str, str]]) -> str 
 
 
 def _adapter(folder: Path) -> str:
-    base = _json(folder / ADAPTER).get("base_model_name_or_path")
+    base = json_or_empty(folder / ADAPTER).get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) else ""
     return (
         f"an adapter{of} ({ADAPTER}), not a whole model; merge it (peft: merge_and_unload, then "
@@ -123,14 +123,5 @@ def _adapter(folder: Path) -> str:
 
 
 def _origin(folder: Path) -> str:
-    base = _json(folder / "lrquant.json").get("base_model")
+    base = json_or_empty(folder / "lrquant.json").get("base_model")
     return f"start from {base if isinstance(base, str) else 'the floating-point model'}"
-
-
-def _json(path: Path) -> Mapping[str, object]:
-    """A JSON object, an empty one where it cannot be read: others say what is wrong with it."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

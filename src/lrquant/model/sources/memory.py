@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.errors import LRQuantError
+from lrquant.model.device import dtype_name
 from lrquant.model.sources.protocol import WeightSource
 
 
@@ -33,7 +34,7 @@ class ModuleSource(WeightSource):
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        return str(self._tensors[name].dtype).removeprefix("torch.")
+        return dtype_name(self._tensors[name].dtype)
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()

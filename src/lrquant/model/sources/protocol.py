@@ -1,4 +1,4 @@
-"""What every weight source answers."""
+"""The protocol of weight sources: what each answers."""
 
 from __future__ import annotations
 

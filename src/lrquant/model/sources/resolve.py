@@ -41,15 +41,15 @@ def resolve_model(name: str, cache_dir: Path | None) -> ModelFiles:
         return ModelFiles("hub", _download(name, cache_dir))
     if (path / "config.json").is_file():
         return ModelFiles("local", path)
-    found = sorted(file.name for file in path.glob("*.gguf"))
+    names = sorted(file.name for file in path.glob("*.gguf"))
     kind = kind_without_config(path)
-    if not found and kind is not None:
+    if not names and kind is not None:
         raise LRQuantError(f"model {name}: {kind}")
-    if len(found) != 1:
-        what = f"{len(found)} GGUF files" if found else "no GGUF file"
-        advice = "give the path of one of them" if found else "give a Hugging Face model folder"
+    if len(names) != 1:
+        what = f"{len(names)} GGUF files" if names else "no GGUF file"
+        advice = "give the path of one of them" if names else "give a Hugging Face model folder"
         raise LRQuantError(f"model {name}: this folder holds no config.json and {what}; {advice}")
-    return ModelFiles("gguf", path, found[0])
+    return ModelFiles("gguf", path, names[0])
 
 
 def _download(name: str, cache_dir: Path | None) -> Path:

@@ -5,10 +5,9 @@ A mapped file that somebody cuts short kills the process without a word (SIGBUS)
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +15,17 @@ from safetensors.torch import _TYPES
 from torch import Tensor
 
 from lrquant.errors import LRQuantError
-from lrquant.model.sources.checks import damaged
+from lrquant.files.whole import json_object
+from lrquant.model.device import dtype_name
+from lrquant.model.sources.checks import changed, damaged, state_of
 
 _LENGTH = 8  # bytes that say how long the header is
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 class SafetensorsFile:
@@ -31,8 +38,8 @@ class SafetensorsFile:
             with safe_open(path, framework="pt", device="cpu"):
                 self._state = self._stat()
             length = int.from_bytes(self._file.read(_LENGTH), "little")
-            self._entries: dict[str, dict[str, Any]] = json.loads(self._file.read(length))
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            self._entries: dict[str, _Entry] = json_object(self._file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise damaged(path, error) from error
         self._entries.pop("__metadata__", None)
         self._start = _LENGTH + length
@@ -48,7 +55,8 @@ class SafetensorsFile:
     def dtype(self, name: str) -> str:
         """A tensor's dtype as torch names it, or as the file does where torch has none."""
         stored = self._entries[name]["dtype"]
-        return str(_TYPES.get(stored, stored)).removeprefix("torch.")
+        dtype = _TYPES.get(stored)
+        return stored if dtype is None else dtype_name(dtype)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now."""
@@ -68,10 +76,7 @@ class SafetensorsFile:
                 break
             content, offset = content[count:], offset + count
         if content or self._stat() != self._state:
-            raise LRQuantError(
-                f"{self._path}: changed while it was read; leave the model alone and start again"
-            )
+            raise changed(self._path)
 
     def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
+        return state_of(os.fstat(self._file.fileno()))

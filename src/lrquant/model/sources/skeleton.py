@@ -71,21 +71,21 @@ class SkeletonSource(WeightSource):
         wanted = skeleton.state_dict()
         shapes = {name: tuple(t.shape) for name, t in wanted.items()}
         renamed = _renamed(stored.names(), skeleton)
-        found = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
-        self._found = {name: renamed[other] for name, other in found.items()}
-        self._extra = stored.names() - frozenset(self._found.values())
+        matched = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
+        self._names = {name: renamed[other] for name, other in matched.items()}
+        self._extra = stored.names() - frozenset(self._names.values())
         # One object for tied weights: two copies of an unpacked embedding would cost gigabytes.
         self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         tied: Mapping[str, str] = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
         for pair in tied.items():
             for absent, present in (pair, pair[::-1]):
-                if absent not in self._found and present in self._found:
-                    self._found[absent] = self._found[present]
+                if absent not in self._names and present in self._names:
+                    self._names[absent] = self._names[present]
         self._check(shapes)
         require_floating_weights(self, wanted)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        missing = [name for name in shapes if name not in self._found]
+        missing = [name for name in shapes if name not in self._names]
         if missing:
             packed = [name for name in sorted(self._extra) if name.endswith(_PACKED)]
             advice = f"the weights do not belong to config.json, or {AGAIN}"
@@ -107,7 +107,7 @@ class SkeletonSource(WeightSource):
             )
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._found)
+        return frozenset(self._names)
 
     def extra_names(self) -> frozenset[str]:
         return self._extra
@@ -135,8 +135,8 @@ class SkeletonSource(WeightSource):
         return self._stored.fingerprint()
 
     def _stored_name(self, name: str) -> str:
-        if name in self._found:
-            return self._found[name]
+        if name in self._names:
+            return self._names[name]
         if name in self._extra:
             return name
         raise LRQuantError(f"{self.origin}: holds no tensor {name!r}; see names()")
@@ -179,11 +179,11 @@ def _renamed(stored: Iterable[str], skeleton: PreTrainedModel) -> dict[str, str]
 def _match_names(stored: Iterable[str], wanted: Iterable[str], prefix: str) -> dict[str, str]:
     """Stored name of each wanted one: the same, or with the prefix taken off or put on."""
     stored, wanted = frozenset(stored), dict.fromkeys(wanted)
-    found = {}
+    matched = {}
     for name in wanted:
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         if name in stored:
-            found[name] = name
+            matched[name] = name
         elif other in stored and other not in wanted:
-            found[name] = other
-    return found
+            matched[name] = other
+    return matched

@@ -1,0 +1,104 @@
+"""The values of a report, as report.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from lrquant.files.whole import JsonObject
+
+Contents = JsonObject  # the whole of report.json, or what stands under its `run` or `results`
+
+
+class Pair(TypedDict):
+    """A figure of a block or linear, by what it is computed with; None where it is not finite."""
+
+    round_to_nearest: float | None
+    learned: float | None
+
+
+class LinearFigures(TypedDict):
+    """Signal-to-noise ratios in dB of a linear's output, and of what it adds itself."""
+
+    snr: Pair
+    own_snr: Pair
+
+
+class Figures(TypedDict):
+    """Figures of a block, as `BlockDiagnostics` takes them."""
+
+    samples: int
+    tokens: int
+    linear_tokens: int
+    picture_channels: dict[str, int]
+    loss: Pair
+    cosine: Pair
+    error: Pair
+    error_made: Pair
+    error_carried: float | None
+    linears: dict[str, LinearFigures]
+
+
+class Block(TypedDict):
+    """A learned block: its record, its figures if they were taken, quantiles of its parameters."""
+
+    block: int
+    initial_loss: float
+    final_loss: float
+    epoch_losses: list[float]
+    held_losses: list[float]
+    best_epoch: int | None
+    seconds: float
+    peak_memory_bytes: int
+    non_finite: list[str]
+    figures: Figures | None
+    parameters: dict[str, dict[str, list[float]]]
+
+
+class WorstLinear(TypedDict):
+    """One of the linears that add most error themselves, in dB."""
+
+    block: int
+    linear: str
+    own_snr: float
+    own_snr_round_to_nearest: float | None
+    snr: float | None
+
+
+class WorstBlock(TypedDict):
+    """One of the blocks that add most error to their output, of the output's energy."""
+
+    block: int
+    error_made: float
+
+
+class Run(TypedDict):
+    """What a run is, as far as its facts are told; a run of an earlier version may lack some."""
+
+    model: str
+    model_type: str
+    weights: str
+    blocks: int
+    learned_blocks: int
+    scheme_in_words: str
+    tower: str
+    method: str
+    calibration: str
+    data: Mapping[str, str]
+    statistics: Sequence[str]
+    seed: int
+    precision: str
+    device: str | None
+    threads: int | None
+    cpu: str | None
+    unpacked_from: str
+    versions: Mapping[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    parameter_bytes: int
+    command: str
+
+
+def figures_by_block(blocks: Sequence[Block]) -> dict[int, Figures]:
+    """The figures of the blocks of which there are some."""
+    return {block["block"]: block["figures"] for block in blocks if block["figures"]}
