@@ -67,7 +67,7 @@ def refuse(function, *parts):
 def test_a_new_run(tmp_path):
     folder = a_run(tmp_path / "deep" / "run")
     assert folder.config == Config(model="m", output_dir=str(tmp_path / "deep" / "run"))
-    assert folder.identity == {"format": 3, **IDENTITY}
+    assert folder.identity == {"format": 4, **IDENTITY}
     assert (folder.finished_blocks(), folder.records()) == (0, [])
     assert RunFolder.open(folder.path).path == folder.path
 
@@ -410,13 +410,13 @@ def test_only_the_words_about_the_data_may_differ(tmp_path):
 def test_no_run_a_newer_run_and_a_damaged_run(tmp_path):
     refuse(lambda: RunFolder.open(tmp_path), "no run here", str(tmp_path))
     (tmp_path / "run.json").write_text('{"format": 2}')
-    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 3")
+    refuse(lambda: RunFolder.open(tmp_path), "format 2", "reads format 4")
     for content in ("", "{", "[]", '"x"', "[" * 100_000):
         (tmp_path / "run.json").write_text(content)
         refuse(lambda: RunFolder.open(tmp_path), "run.json")
     folder = a_run(tmp_path / "new")
-    folder.write_text("run.json", '{"format": 4}')
-    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 4", "reads format 3")
+    folder.write_text("run.json", '{"format": 5}')
+    refuse(lambda: RunFolder.open(tmp_path / "new"), "format 5", "reads format 4")
 
 
 def test_damaged_blocks_and_records(tmp_path):

@@ -46,6 +46,7 @@ class BlockView:
         self.shapes = plan.shapes(stored, scale_dtype)
         self.parameters: Parameters = {}
         self._offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
+        self._norms = [site.producer.module for site in plan.sites if site.kind == "norm"]
         held = {m.parameter for m in self.matrices.values()}
         held |= {str(m.bias) for m in self.matrices.values()}
         self._plain = {name: t.float() for name, t in stored.items() if name not in held}
@@ -59,7 +60,7 @@ class BlockView:
     @torch.no_grad()
     def _extremes(self) -> dict[str, Extremes]:
         """Ranges of the weights that no ingredient folds anything into: the same at every step."""
-        factors = self._factors()
+        factors = self._places()
         return {
             name: group_extremes(self.weight(name), shape.grid)
             for name, shape in self.shapes.quantized.items()
@@ -75,11 +76,6 @@ class BlockView:
             for ingredient in self.ingredients:
                 if ingredient.after_folds == after:
                     self.parameters |= ingredient.start(self.shapes, start)
-        self._forget_ranges()
-
-    def _forget_ranges(self) -> None:
-        """Which weights are folded into depends on which parameters there are."""
-        self.__dict__.pop("_extremes", None)
 
     def load(self, parameters: Parameters) -> None:
         """Take parameters that were learned earlier; LRQuantError if they are not this block's."""
@@ -93,7 +89,6 @@ class BlockView:
                 )
         device = self.shapes.device
         self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
-        self._forget_ranges()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is learned, by name."""
@@ -111,22 +106,17 @@ class BlockView:
     @property
     def shifted_norms(self) -> tuple[str, ...]:
         """Norms without a bias whose output the runner has to shift, whatever the parameters."""
-        shapes = self.parameter_shapes().items()
-        ones = {name: torch.ones(shape, device=self.shapes.device) for name, shape in shapes}
-        shifted = self._factors_of(ones).subtract
-        norms = (site.producer.module for site in self.plan.sites if site.kind == "norm")
-        return tuple(n for n in norms if n in shifted and f"{n}.bias" not in self.stored)
+        shifted = self._places().subtract
+        return tuple(n for n in self._norms if n in shifted and f"{n}.bias" not in self.stored)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
         factors = self._factors()
         tensors = self._others(factors)
-        weights, biases = {}, {}
+        biases = {name: bias.to(self.dtype) for name, bias in self._biases(factors).items()}
+        weights = {}
         for name, shape in self.shapes.matrices.items():
             weights[name] = self._computed(name, shape, factors)
-            bias = self._bias(name, factors)
-            if bias is not None:
-                biases[name] = bias.to(self.dtype)
             factor = self._input_factor(name)
             if factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = factor
@@ -137,11 +127,11 @@ class BlockView:
     def freeze(self) -> FrozenBlock:
         """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""
         factors = self._factors()
-        others = self._others(factors)
+        others, biases = self._others(factors), self._biases(factors)
         matrices: dict[str, QuantizedMatrix] = {}
         floating: dict[str, FloatingMatrix] = {}
         for name, shape in self.shapes.matrices.items():
-            bias = self._bias(name, factors)
+            bias = biases.get(name)
             if shape.grid is None:
                 weight = self._computed(name, shape, factors)
                 floating[name] = weight, None if bias is None else bias.to(self.dtype)
@@ -165,8 +155,8 @@ class BlockView:
         layout = {n: m for n, m in self.matrices.items() if m.parameter in shared}
         alone = {name: pair for name, pair in floating.items() if name not in layout}
         others |= assembled(self.matrices, {name: weight for name, (weight, _) in alone.items()})
-        biases = {name: bias for name, (_, bias) in alone.items() if bias is not None}
-        others |= assembled_biases(self.matrices, biases)
+        plain = {name: bias for name, (_, bias) in alone.items() if bias is not None}
+        others |= assembled_biases(self.matrices, plain)
         parts = {name: pair for name, pair in floating.items() if name in layout}
         return FrozenBlock(matrices, others, layout, parts)
 
@@ -191,6 +181,13 @@ class BlockView:
 
     def _factors(self) -> Factors:
         return self._factors_of(self.parameters)
+
+    def _places(self) -> Factors:
+        """What of the block is folded into: the factors of parameters that are all 1."""
+        shapes = self.parameter_shapes().items()
+        return self._factors_of(
+            {name: torch.ones(shape, device=self.shapes.device) for name, shape in shapes}
+        )
 
     def _factors_of(self, parameters: Parameters) -> Factors:
         factors = Factors()
@@ -221,37 +218,59 @@ class BlockView:
 
     def _others(self, factors: Factors) -> dict[str, Tensor]:
         tensors = dict(self._plain)
-        for norm, factor in factors.norms.items():
-            offset = self._offsets.get(norm, 0.0)
-            weight = tensors[f"{norm}.weight"]
-            # With an offset (weight + offset) * factor - offset, in the form that is exact at 1.
-            scaled = weight + (weight + offset) * (factor - 1) if offset else weight * factor
-            tensors[f"{norm}.weight"] = scaled
-            bias = tensors.get(f"{norm}.bias")
-            shift = factors.subtract.get(norm)
+        norms = dict.fromkeys([*factors.norms, *(n for n in self._norms if n in factors.subtract)])
+        for norm in norms:
+            factor = factors.norms.get(norm)
+            bias, shift = tensors.get(f"{norm}.bias"), factors.subtract.get(norm)
+            if factor is not None:
+                weight = _scaled_norm(tensors[f"{norm}.weight"], factor, self._offsets.get(norm))
+                tensors[f"{norm}.weight"] = weight
             if bias is not None:
-                tensors[f"{norm}.bias"] = (bias if shift is None else bias - shift) * factor
+                moved = bias if shift is None else bias - shift
+                tensors[f"{norm}.bias"] = moved if factor is None else moved * factor
             elif shift is not None:
-                tensors[norm + SHIFT_SUFFIX] = -shift * factor
-        for module in (factors.rows | factors.columns).keys() - self.matrices.keys():
-            weight = tensors[f"{module}.weight"]
+                tensors[norm + SHIFT_SUFFIX] = -shift if factor is None else -shift * factor
+        folded = factors.rows | factors.columns | factors.subtract | factors.add
+        for module in folded.keys() - self.matrices.keys() - norms.keys():
+            weight, bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
             tensors[f"{module}.weight"] = _scaled(weight, module, factors, torch.float32)
+            bias = _folded_bias(bias, weight, module, factors)
+            if bias is not None:
+                tensors[f"{module}.bias"] = bias
         return tensors
 
-    def _bias(self, matrix: str, factors: Factors) -> Tensor | None:
-        """The bias, float32, with shifts moved in or out and its rows scaled."""
-        declared = self.matrices[matrix]
-        bias = None if declared.bias is None else self.stored.get(declared.bias)
-        result = None if bias is None else declared.of_bias(bias).float()
-        if matrix in factors.add:
-            entering = torch.mv(self.weight(matrix).float(), factors.add[matrix])
-            result = entering if result is None else result + entering
-        if matrix in factors.subtract:
-            leaving = factors.subtract[matrix]
-            result = -leaving if result is None else result - leaving
-        if result is not None and matrix in factors.rows:
-            result = result * factors.rows[matrix]
-        return result
+    def _biases(self, factors: Factors) -> dict[str, Tensor]:
+        """Biases (out,), float32, of the matrices that have one, 0 where only other parts do."""
+        own = {}
+        for name, matrix in self.matrices.items():
+            bias = None if matrix.bias is None else self.stored.get(matrix.bias)
+            bias = None if bias is None else matrix.of_bias(bias).float()
+            own[name] = _folded_bias(bias, self.weight(name), name, factors)
+        biased = {self.matrices[name].bias for name, bias in own.items() if bias is not None}
+        return {
+            name: self.weight(name).new_zeros(self.shapes.matrices[name].rows, dtype=torch.float32)
+            if bias is None
+            else bias
+            for name, bias in own.items()
+            if self.matrices[name].bias in biased
+        }
+
+
+def _folded_bias(bias: Tensor | None, weight: Tensor, name: str, factors: Factors) -> Tensor | None:
+    """A bias with shifts moved in or out and its rows scaled; None where there is still none."""
+    if name in factors.add:
+        entering = torch.mv(weight.float(), factors.add[name])
+        bias = entering if bias is None else bias + entering
+    if name in factors.subtract:
+        leaving = factors.subtract[name]
+        bias = -leaving if bias is None else bias - leaving
+    return bias * factors.rows[name] if bias is not None and name in factors.rows else bias
+
+
+def _scaled_norm(weight: Tensor, factor: Tensor, offset: float | None) -> Tensor:
+    """A norm's weight times a factor, where it multiplies with its weight and an offset:
+    ``(weight + offset) * factor - offset``, in the form that is exact at a factor of 1."""
+    return weight + (weight + offset) * (factor - 1) if offset else weight * factor
 
 
 def _scaled(weight: Tensor, name: str, factors: Factors, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from lrquant.runs.results import merge_results
 from lrquant.runs.sameness import difference
 
 __all__ = ["BlockRecord", "RunFolder"]
-FORMAT = 3
+FORMAT = 4
 
 
 class RunFolder(PartFolder):
