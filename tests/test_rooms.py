@@ -13,7 +13,7 @@ ROOMS = (  # from the ground up: a room imports nothing that stands after it
     *("blocks", "learn", "measures", "runtime", "export", "preflight", "report"),
 )
 GROUND = ("errors", "version")  # which every room may import
-ENTRANCE = ("__init__", "__main__", "cli", "pipeline", "starting")
+ENTRANCE = ("__init__", "__main__", "cli", "pipeline")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,15 +1,10 @@
 """Post-training quantization of large language models with LRQuant and LRQuant+."""
 
-from lrquant.cli.starting import starting
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-with starting():
-    import lrquant.runtime.loading  # noqa: F401  transformers finds the native format by it
-    from lrquant.config.config import Config
-    from lrquant.config.scheme import Scheme
-    from lrquant.errors import LRQuantError
-    from lrquant.pipeline import Run, collect_statistics, evaluate, quantize
-    from lrquant.runtime.cache import QuantizedCache
-    from lrquant.version import __version__
+from lrquant.runtime.registration import register_native
+from lrquant.version import __version__
 
 __all__ = [
     "Config",
@@ -22,3 +17,34 @@ __all__ = [
     "evaluate",
     "quantize",
 ]
+
+if TYPE_CHECKING:
+    from lrquant.config.config import Config
+    from lrquant.config.scheme import Scheme
+    from lrquant.errors import LRQuantError
+    from lrquant.pipeline import Run, collect_statistics, evaluate, quantize
+    from lrquant.runtime.cache import QuantizedCache
+else:
+    _MODULES = {
+        "Config": "lrquant.config.config",
+        "LRQuantError": "lrquant.errors",
+        "QuantizedCache": "lrquant.runtime.cache",
+        "Run": "lrquant.pipeline",
+        "Scheme": "lrquant.config.scheme",
+        "collect_statistics": "lrquant.pipeline",
+        "evaluate": "lrquant.pipeline",
+        "quantize": "lrquant.pipeline",
+    }
+
+    def __getattr__(name: str) -> object:
+        """A public name, imported when it is first asked for: torch takes seconds."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+register_native()

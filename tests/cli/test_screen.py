@@ -15,7 +15,7 @@ import pytest
 import lrquant
 from lrquant.cli import commands as cli
 from lrquant.cli import main
-from lrquant.cli.screen import Screen
+from lrquant.cli.screen import Screen, log_to
 from lrquant.errors import LRQuantError, visible
 
 SOURCE = Path(lrquant.__file__).parent.parent
@@ -53,7 +53,7 @@ def test_an_error_is_one_line_of_visible_characters():
 
 
 def test_log_lines_are_visible_characters(capsys, tmp_path):
-    cli._log_to(Screen())
+    log_to(Screen())
     logging.getLogger("lrquant").warning("picture left out: %s", "a\x1b[2J.png")
     assert capsys.readouterr().out == "picture left out: a\\x1b[2J.png\n"
 
@@ -160,10 +160,10 @@ def test_an_interrupted_command_that_learns_nothing(command, monkeypatch, capsys
 
 @pytest.fixture
 def interrupted_import(tmp_path):
-    """Run Python where importing torch is when Ctrl-C comes."""
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    """Run Python where importing that module is when Ctrl-C comes."""
 
-    def run(*arguments):
+    def run(module, *arguments):
+        (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt\n")
         path = os.pathsep.join([str(tmp_path), str(SOURCE)])
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -174,10 +174,14 @@ def interrupted_import(tmp_path):
     return run
 
 
-def test_ctrl_c_while_libraries_are_imported(interrupted_import, tmp_path):
-    script = tmp_path / "lrquant"
-    script.write_text("import sys\nfrom lrquant.cli import main\nsys.exit(main())\n")
-    for words in (["-m", "lrquant", "check"], [str(script), "check"]):
-        assert interrupted_import(*words) == (130, "lrquant: interrupted\n")
-    code, error = interrupted_import("-c", "import lrquant")  # another program's own affair
+@pytest.mark.parametrize("module", ["yaml", "rich", "torch"])
+def test_ctrl_c_while_libraries_are_imported(interrupted_import, module):
+    """No block is learned yet that could be gone on with."""
+    for command in ("quantize", "check", "stats"):
+        words = ("-m", "lrquant", command)
+        assert interrupted_import(module, *words) == (130, "lrquant: interrupted\n")
+
+
+def test_ctrl_c_while_another_program_imports_is_its_own_affair(interrupted_import):
+    code, error = interrupted_import("torch", "-c", "from lrquant import quantize")
     assert code in (130, -signal.SIGINT) and error.splitlines()[-1] == "KeyboardInterrupt"

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lrquant
+import lrquant.pipeline
 import lrquant.report.page  # children find imported what they need
 
 BLOCKS = 2

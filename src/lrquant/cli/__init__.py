@@ -1,5 +1,5 @@
 """The command line."""
 
-from lrquant.cli.commands import main, quantize_main, statistics_main
+from lrquant.cli.entry import main, quantize_main, statistics_main
 
 __all__ = ["main", "quantize_main", "statistics_main"]

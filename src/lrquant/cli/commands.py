@@ -1,4 +1,4 @@
-"""The command line: flags to configuration, records to text, errors to exit code 2."""
+"""The commands: flags to configuration, records to text."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import argparse
 import dataclasses
 import json
 import logging
-import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrquant.cli.screen import Screen, complain
 from lrquant.config.config import Config, overridden, typed_settings
 from lrquant.config.settings import convert, read_yaml
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
+
+if TYPE_CHECKING:
+    from lrquant.cli.screen import Screen
 
 _RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
@@ -34,43 +35,17 @@ _EVALUATE_SETTINGS = (
 _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwrite")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 2 with one line on standard error if not.
+def carry_out(words: Sequence[str]) -> int:
+    """Run the command that these words are, and say its exit code."""
+    _require_words(words)
+    options = _parser().parse_args(_with_dashes(words))
+    from lrquant.cli.screen import Screen, log_to  # not for --version and --help, which end above
 
-    1 is the answer of `--max-drop`: more accuracy was lost than it allows.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        screen = Screen()
-        _log_to(screen)
-        _require_words(given)
-        options = _parser().parse_args(_with_dashes(given))
-        code = options.command(options, screen) or 0
-        screen.require_whole()
-        return code
-    except LRQuantError as error:
-        complain(str(error))
-        return 2
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        complain(f"{error.strerror or error}{where}")
-        return 2
-    except KeyboardInterrupt:
-        learning = given[:1] == ["quantize"]
-        kept = "; finished blocks are kept, go on with --resume" if learning else ""
-        complain(f"interrupted{kept}")
-        return 130
-
-
-def quantize_main(arguments: Sequence[str] | None = None) -> int:
-    """The published tool's main.py: `lrquant quantize`, with its statistics files if present."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return main(["quantize", "--published-statistics", *given])
-
-
-def statistics_main(arguments: Sequence[str] | None = None) -> int:
-    """The published tool's generate_act_scale_shift.py: `lrquant stats`."""
-    return main(["stats", *(sys.argv[1:] if arguments is None else arguments)])
+    screen = Screen()
+    log_to(screen)
+    code = options.command(options, screen) or 0
+    screen.require_whole()
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -204,10 +179,13 @@ def _quantize(options: argparse.Namespace, screen: Screen) -> int:
     settings = _settings_of_a_run(options)
     if options.published_statistics:
         settings = _with_published_statistics(settings)
-    done = run(settings, progress=BarProgress(screen))
-    _print_results(done.results, screen)
-    screen.say(f"run folder: {done.config.output_dir}")
-    return _exit_code(done.results)
+    try:
+        finished = run(settings, progress=BarProgress(screen))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished blocks are kept, go on with --resume") from None
+    _print_results(finished.results, screen)
+    screen.say(f"run folder: {finished.config.output_dir}")
+    return _exit_code(finished.results)
 
 
 def _settings_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
@@ -311,20 +289,3 @@ def _print_results(results: dict[str, Any], screen: Screen) -> None:
 
 def _exit_code(results: dict[str, Any]) -> int:
     return 0 if results.get("max_drop", {"acceptable": True})["acceptable"] else 1
-
-
-class _ScreenHandler(logging.Handler):
-    """Log lines above the progress bars."""
-
-    def __init__(self, screen: Screen) -> None:
-        super().__init__()
-        self._screen = screen
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._screen.log_line(self.format(record))
-
-
-def _log_to(screen: Screen) -> None:
-    logger = logging.getLogger("lrquant")
-    logger.handlers = [_ScreenHandler(screen)]
-    logger.setLevel(logging.INFO)

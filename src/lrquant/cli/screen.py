@@ -1,8 +1,8 @@
-"""What a command writes on standard output and error, whatever they are: ASCII, full or closed."""
+"""What a command writes on standard output, also on one that is full or closed."""
 
 from __future__ import annotations
 
-import io
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -16,12 +16,6 @@ class Screen(Console):
     """Standard output: a line that can't be written stops nothing, and is told of at the end."""
 
     def __init__(self) -> None:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is None:  # closed before Python started
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-            elif isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
         super().__init__()
         self._lost: str | None = None
 
@@ -59,7 +53,19 @@ class Screen(Console):
             os.close(nowhere)
 
 
-def complain(text: str) -> None:
-    """One line on standard error, if it takes one."""
-    with suppress(OSError, ValueError):
-        print(f"lrquant: {visible(text)}", file=sys.stderr, flush=True)
+class _ScreenHandler(logging.Handler):
+    """Log lines above the progress bars."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.log_line(self.format(record))
+
+
+def log_to(screen: Screen) -> None:
+    """Show what the package logs."""
+    logger = logging.getLogger("lrquant")
+    logger.handlers = [_ScreenHandler(screen)]
+    logger.setLevel(logging.INFO)

@@ -1,27 +1,30 @@
-"""How transformers loads and saves the native format, once this module is imported."""
+"""How transformers loads and saves the native format, once this module is imported.
+
+It may be imported in the middle of transformers' own imports: all that needs transformers' models
+is imported by who first loads a checkpoint.
+"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.quantizers import (
-    HfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrquant.blocks.attention import attention_name
 from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.schemes import activation_grid, attention_grid
 from lrquant.numerics.tokens import fake_quantize_tokens
-from lrquant.runtime.linear import IntegerLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lrquant.runtime.linear import IntegerLinear
 
 NAME = "lrquant"
 VERSION = 1
@@ -132,6 +135,8 @@ class NativeQuantizer(HfQuantizer):
         if part.scheme.weight_bits == FLOAT_BITS:
             module.register_forward_pre_hook(_QuantizedInput(part.scheme))
             return
+        from lrquant.runtime.linear import IntegerLinear
+
         with torch.device("meta"):
             replacement = IntegerLinear(
                 module.in_features,
@@ -150,9 +155,8 @@ class NativeQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **rest: Any
     ) -> PreTrainedModel:
         _refuse_missing(model)
-        for module in model.modules():
-            if isinstance(module, IntegerLinear):
-                module.unpack()
+        for module in _integer_linears(model).values():
+            module.unpack()
         return model
 
     def get_state_dict_and_metadata(
@@ -160,10 +164,16 @@ class NativeQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors, packed again."""
         state = model.state_dict()
-        for name, module in model.named_modules():
-            if isinstance(module, IntegerLinear):
-                state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
+        for name, module in _integer_linears(model).items():
+            state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
         return state, {}
+
+
+def _integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
+    from lrquant.runtime.linear import IntegerLinear
+
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, IntegerLinear)}
 
 
 def _set_attention(model: nn.Module, linear: str, scheme: Scheme, own: bool) -> None:
@@ -172,6 +182,8 @@ def _set_attention(model: nn.Module, linear: str, scheme: Scheme, own: bool) -> 
     With `own`, where attentions differ, each has a configuration of its own, set by its first
     linear.
     """
+    from lrquant.blocks.attention import attention_name
+
     module = model.get_submodule(linear.rpartition(".")[0])
     config = getattr(module, "config", None)
     if config is None:
