@@ -127,7 +127,8 @@ def test_a_second_block_reads_what_the_adapted_first_one_gives(learn, monkeypatc
     fit = adaptation.fit_block
 
     def fitting(view, runner, data, settings):
-        inputs[settings.let_lr, data.index] = data.inputs.states.clone()
+        (rate,) = {each.rate for each in view.ingredients if each.name == "let"}
+        inputs[rate, data.index] = data.inputs.states.clone()
         return fit(view, runner, data, settings)
 
     monkeypatch.setattr(adaptation, "fit_block", fitting)
@@ -143,18 +144,18 @@ def test_what_was_done_is_in_the_results(learn, tmp_path):
     results = learn(tta=True, tta_epochs=2, tta_let_lr=2e-3, lr_plus=True).results
     done = results["test_time_adaptation"]["wikitext2"]
     (block,) = done["blocks"]
-    assert (done["epochs"], done["let_lr"], block["block"]) == (2, 2e-3, BLOCKS - 1)
+    assert (done["epochs"], block["block"]) == (2, BLOCKS - 1)
+    assert "(lr 0.002)" in done["learned"]
     assert block["final_loss"] <= block["initial_loss"] and block["non_finite"] == []
     path = tmp_path / "run" / "adapted" / "wikitext2" / f"{BLOCKS - 1:04d}.safetensors"
     path.unlink()
-    from lrquant.blocks.variants import preparer
+    from lrquant.blocks.variants import as_learned
     from lrquant.runs.folder import RunFolder
 
     folder = RunFolder.open(tmp_path / "run")
-    config = folder.config
     bench = learn(tta=False).workbench
     with pytest.raises(LRQuantError, match=r"0002\.safetensors: missing"):
-        preparer(bench, config.quantization, config, folder, "wikitext2")(BLOCKS - 1)
+        as_learned(bench, folder, "wikitext2", last=1)(BLOCKS - 1)
 
 
 def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, tmp_path):
@@ -191,3 +192,31 @@ def test_what_cannot_be_adapted_is_refused_before_learning(learn, tmp_path, sett
 def test_a_model_is_no_run(model_folder):
     with pytest.raises(LRQuantError, match=r"--tta .*: needs a run folder"):
         evaluate(str(model_folder("llama")), tta=True, ppl=("wikitext2",))
+
+
+def test_an_adapted_block_is_kept_for_the_same_text_and_settings_alone(
+    learn, tmp_path, monkeypatch
+):
+    from lrquant.learn import adaptation
+
+    seen = []
+    fit = adaptation.fit_block
+    monkeypatch.setattr(
+        adaptation, "fit_block", lambda view, *rest: seen.append(rest[1].index) or fit(view, *rest)
+    )
+    settings = {"ppl": ("wikitext2",), "tta": True, "tta_blocks": 2}
+    learn()
+    run = str(tmp_path / "run")
+    first = evaluate(run, **settings)
+    assert seen == [BLOCKS - 2, BLOCKS - 1]
+    again = evaluate(run, **settings)
+    assert len(seen) == 2 and again["perplexity"] == first["perplexity"]
+    assert again["test_time_adaptation"] == first["test_time_adaptation"]
+    place = tmp_path / "run" / "adapted" / "wikitext2"
+    (place / f"{BLOCKS - 1:04d}.safetensors").unlink()
+    assert evaluate(run, **settings)["perplexity"] == first["perplexity"]
+    assert seen[2:] == [BLOCKS - 1], "gone on with"
+    evaluate(run, **{**settings, "tta_epochs": 1})
+    assert seen[3:] == [BLOCKS - 2, BLOCKS - 1], "under other settings it is learned again"
+    evaluate(run, **{**settings, "tta_blocks": 1})
+    assert seen[5:] == [BLOCKS - 1] and len(list(place.iterdir())) == 1

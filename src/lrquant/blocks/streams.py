@@ -69,11 +69,16 @@ class Stream:
 
         With `block` they are that block's inputs: what the model adds before it is added.
         """
-        states = self.states[batch.rows].to(self.device, torch.float32)
-        if block is not None:
-            added = self.added.get((batch.rows.start, block))
-            states = states if added is None else states + added.to(self.device, torch.float32)
-        return states.unflatten(0, batch.shape)
+        states = self.states[batch.rows].to(self.device, torch.float32).unflatten(0, batch.shape)
+        added = None if block is None else self.added_before(batch, block)
+        return states if added is None else states + added
+
+    def added_before(self, batch: Batch, block: int) -> Tensor | None:
+        """What the model adds to a batch's states before a block, (*shape, hidden) float32."""
+        added = self.added.get((batch.rows.start, block))
+        if added is None:
+            return None
+        return added.to(self.device, torch.float32).unflatten(0, batch.shape)
 
     def write(self, batch: Batch, states: Tensor) -> None:
         """Replace the states of a batch."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Arguments = dict[str, Any]  # of a block's forward, beside the hidden states
+
 
 class _Stub(nn.Module):
     """Stands in a block's place, answers for its attributes, and passes its inputs to `visit`."""

@@ -123,6 +123,16 @@ class BlockView:
         tensors |= assembled(self.matrices, weights)
         return tensors | assembled_biases(self.matrices, biases)
 
+    @property
+    def views(self) -> tuple[BlockView, ...]:
+        """The views of single blocks that this is made of: itself."""
+        return (self,)
+
+    @torch.no_grad()
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """What the block computes with out of codes and scales."""
+        return self.freeze().tensors(self.dtype)
+
     @torch.no_grad()
     def freeze(self) -> FrozenBlock:
         """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""

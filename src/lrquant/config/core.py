@@ -68,6 +68,11 @@ class Settings:
     epochs: int = setting(
         10, "passes over the samples a block; 0 learns nothing", limits=(0, 10_000), paper=20
     )
+    window: int = setting(
+        1,
+        "consecutive blocks that are learned together, by the error after the last of them",
+        limits=(1, 10_000),
+    )
     keep_best: bool = setting(
         True, "keep the epoch with the lowest loss over all samples", paper=False
     )

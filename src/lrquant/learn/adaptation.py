@@ -7,21 +7,28 @@ and the parameters it learns in a folder of their own.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, advance_full_precision, learned_view
 from lrquant.config.config import Config
 from lrquant.data.conversations import is_conversations
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.learn.fit import BlockData, advance_quantized, fit_block
+from lrquant.files.whole import JsonObject
+from lrquant.ingredients.ingredient import Ingredient
+from lrquant.learn.fit import BlockData, FitSettings, advance_quantized, fit_block
 from lrquant.learn.identity import fit_settings
+from lrquant.learn.stage import carry_out, units_of
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 
@@ -54,51 +61,127 @@ def adapt(
     folder: RunFolder,
     text: Samples,
     progress: Progress,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Learn the last `tta_blocks` blocks again on `text`, from the run's own parameters.
 
     Each is compared with the full-precision block on that block's true inputs in the
     full-precision model, both streams having gone through all blocks before it; the loss is the
     run's `loss` on that one branch, unweighted.  Returns how it was done and what came of it.
     """
-    model = workbench.model
-    blocks = len(model.blocks)
     settings = dataclasses.replace(
         fit_settings(config),
         epochs=config.tta_epochs,
+        window=1,
         two_branch=False,
         dynamic_weights=False,
     )
-    ingredients = tuple(each.adapted() for each in workbench.plan.ingredients)
-    learned = ", ".join(each.description for each in ingredients)
-    done: dict[str, Any] = {"epochs": config.tta_epochs, "learned": learned, "blocks": []}
-    entry = BlockInputs(model, text.feed, config.batch_size, workbench.device)
+    entry = BlockInputs(workbench.model, text.feed, config.batch_size, workbench.device)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
-    folder.forget_adapted(text.name)
+    blocks = len(workbench.model.blocks)
     with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
-        for index in range(blocks):
-            view = learned_view(workbench, folder, index)
-            advance_full_precision(workbench, index, view.stored, entry, full, full)
-            data = BlockData(index, entry, quantized, (full,))
-            adapted = index >= blocks - config.tta_blocks
-            with workbench.runner(index, view) as runner:
-                if adapted:
-                    view.ingredients = ingredients
-                    report = fit_block(view, runner, data, settings)
-                    folder.save_adapted(text.name, index, view.parameters)
-                final = float(advance_quantized(view, runner, data, settings.loss).sum())
-            if adapted:
-                losses = {"initial_loss": report.initial_loss, "final_loss": final}
-                done["blocks"].append({"block": index, **losses, "non_finite": report.non_finite})
-                logger.info(
-                    "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
-                    *(text.name, index, report.initial_loss, final),
-                    "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
-                )
-            told(index)
-    return done
+        stage = Adaptation(
+            *(workbench, settings, folder, text, blocks - config.tta_blocks),
+            *(entry, full, quantized, told),
+        )
+        carry_out(stage)
+    return {"epochs": config.tta_epochs, "learned": stage.learned, "blocks": stage.records}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The stage in which the blocks from `first` on are learned again, one by one, on a text.
+
+    A block that an earlier start has adapted to the same text, under the same settings and after
+    the same blocks, is kept.
+    """
+
+    workbench: Workbench
+    settings: FitSettings
+    folder: RunFolder
+    text: Samples
+    first: int
+    entry: BlockInputs
+    full: Stream
+    quantized: Stream
+    told: Callable[[int], None]
+    records: list[JsonObject] = field(default_factory=list)
+
+    @property
+    def ingredients(self) -> tuple[Ingredient, ...]:
+        """What is learned, at the rates of adaptation."""
+        return tuple(each.adapted() for each in self.workbench.plan.ingredients)
+
+    @property
+    def learned(self) -> str:
+        """The same in words."""
+        return ", ".join(each.description for each in self.ingredients)
+
+    @property
+    def units(self) -> list[range]:
+        """Every block, as the text goes through all of them."""
+        return units_of(len(self.workbench.model.blocks), 1)
+
+    @property
+    def _about(self) -> JsonObject:
+        """What must be the same for an adapted block to be kept."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        return {"text": self.text.sha256, "first": self.first, "learned": self.learned, **settings}
+
+    def kept(self) -> int:
+        """The blocks that stay as the run learned them, and those adapted before; others go."""
+        kept, blocks = self.first, len(self.workbench.model.blocks)
+        while kept < blocks:
+            about = self.folder.about_adapted(self.text.name, kept)
+            if about is None or about["of"] != self._about:
+                break
+            kept += 1
+        self.folder.forget_adapted(self.text.name, range(self.first, kept))
+        return kept
+
+    def pass_through(self, unit: range) -> None:
+        """Move on through a block as it is."""
+        adapted = self.text.name if unit.start >= self.first else None
+        if adapted is not None:
+            about = self.folder.about_adapted(adapted, unit.start)
+            self.records.append({} if about is None else about["record"])
+        view = learned_view(self.workbench, self.folder, unit.start, adapted)
+        data = self._advance_full(unit.start, view)
+        with self.workbench.runner(unit.start, view) as runner:
+            advance_quantized(view, runner, data, self.settings.loss)
+        self.told(unit.start)
+
+    def learn(self, unit: range) -> None:
+        """Learn a block again, and keep it beside the one that the run learned."""
+        index = unit.start
+        view = learned_view(self.workbench, self.folder, index)
+        view.ingredients = self.ingredients
+        data = self._advance_full(index, view)
+        with self.workbench.runner(index, view) as runner:
+            report = fit_block(view, runner, data, self.settings)
+            final = float(advance_quantized(view, runner, data, self.settings.loss).sum())
+        record: JsonObject = {
+            "block": index,
+            "initial_loss": report.initial_loss,
+            "final_loss": final,
+        }
+        record |= {"non_finite": report.non_finite}
+        about = {"of": self._about, "record": record}
+        self.folder.save_adapted(self.text.name, index, view.parameters, about)
+        self.records.append(record)
+        logger.info(
+            "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
+            *(self.text.name, index, report.initial_loss, final),
+            "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
+        )
+        self.told(index)
+
+    def _advance_full(self, index: int, view: BlockView) -> BlockData:
+        """The full-precision stream moves on; the text as the block sees it."""
+        bench, full = self.workbench, self.full
+        advance_full_precision(bench, index, view.stored, self.entry, full, full)
+        return BlockData(index, self.entry, self.quantized, (full,))
 
 
 def describe_adaptation(config: Config) -> str:

@@ -15,18 +15,23 @@ from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.errors import LRQuantError
 from lrquant.learn.objective import Objective, loss_terms
+from lrquant.learn.team import ALONE, Team
+from lrquant.learn.window import Step, Window
 
 Progress = Callable[[int, float], None]
+Learnable = BlockView | Window
+Runner = BlockRunner | Window
 Optimizers = list[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a block is learned; ingredients bring their learning rates and optimizers."""
+    """How blocks are learned, `window` of them together; ingredients bring rates and optimizers."""
 
     epochs: int
     weight_decay: float = 0.0
     loss: str = "mse+nlc"
+    window: int = 1
     two_branch: bool = False
     dynamic_weights: bool = False
     ema_init: str = "first"
@@ -52,26 +57,47 @@ class FitReport:
 
 @dataclass(frozen=True)
 class BlockData:
-    """The samples as one block sees them: quantised inputs, each branch's targets, arguments."""
+    """The samples as a block, or a window of `blocks` from `index` on, sees them.
+
+    These are its quantised inputs, each branch's targets and the arguments.  Of a team each member
+    has its share of the samples.
+    """
 
     index: int
     entry: BlockInputs
     inputs: Stream
     targets: tuple[Stream, ...]
+    blocks: int = 1
+    team: Team = ALONE
 
     def batch_terms(
-        self, runner: BlockRunner, tensors: dict[str, Tensor], batch: int, kind: str
+        self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
     ) -> tuple[Tensor, Tensor]:
-        """Block output of one batch and its loss terms."""
+        """Output of one batch and its loss terms."""
         part = self.entry.batches[batch]
-        arguments = self.entry.arguments(batch, self.index)
-        output = runner(tensors, self.inputs.read(part, self.index), arguments)
+        output = self.output(runner, tensors, batch)
         targets = [stream.read(part) for stream in self.targets]
         return output, loss_terms(output, targets, kind, self.entry.weights(batch))
 
+    def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
+        """Output of one batch (batch, tokens, hidden)."""
+        states = self.inputs.read(self.entry.batches[batch], self.index)
+        if isinstance(runner, Window):
+            return runner(tensors, states, self._steps(batch))
+        return runner(tensors, states, self.entry.arguments(batch, self.index))
+
+    def _steps(self, batch: int) -> list[Step]:
+        part = self.entry.batches[batch]
+        indices = range(self.index, self.index + self.blocks)
+        added = [None, *(self.inputs.added_before(part, index) for index in indices[1:])]
+        return [
+            Step(self.entry.arguments(batch, index), extra)
+            for index, extra in zip(indices, added, strict=True)
+        ]
+
     @torch.no_grad()
     def terms(
-        self, runner: BlockRunner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
+        self, runner: Runner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
     ) -> Tensor:
         """Mean loss terms over the whole set with tensors held still, (terms,) float32.
 
@@ -84,7 +110,8 @@ class BlockData:
             parts.append(terms.double() * counts[-1])
             if advance:
                 self.inputs.write(batch, output)
-        return (torch.stack(parts).sum(0) / sum(counts)).float()
+        total = torch.tensor(sum(counts), dtype=torch.float64, device=parts[0].device)
+        return (self.team.sum(torch.stack(parts).sum(0)) / self.team.sum(total)).float()
 
     def count(self, batch: int) -> float:
         """Tokens of a batch, each as often as its weight says."""
@@ -94,8 +121,8 @@ class BlockData:
 
 
 def fit_block(
-    view: BlockView,
-    runner: BlockRunner,
+    view: Learnable,
+    runner: Runner,
     data: BlockData,
     settings: FitSettings,
     progress: Progress = lambda step, loss: None,
@@ -120,11 +147,9 @@ def fit_block(
     return report
 
 
-def advance_quantized(view: BlockView, runner: BlockRunner, data: BlockData, kind: str) -> Tensor:
-    """Move the quantised stream through the frozen block; its mean loss terms."""
-    with torch.no_grad():
-        tensors = view.freeze().tensors(view.dtype)
-    return data.terms(runner, tensors, kind, advance=True)
+def advance_quantized(view: Learnable, runner: Runner, data: BlockData, kind: str) -> Tensor:
+    """Move the quantised stream through what is frozen; its mean loss terms."""
+    return data.terms(runner, view.frozen_tensors(), kind, advance=True)
 
 
 class _Learning:
@@ -132,8 +157,8 @@ class _Learning:
 
     def __init__(
         self,
-        view: BlockView,
-        runner: BlockRunner,
+        view: Learnable,
+        runner: Runner,
         data: BlockData,
         settings: FitSettings,
         report: FitReport,
@@ -185,6 +210,7 @@ class _Learning:
                 self.report.objective,
                 self.settings.loss,
             )
+            value = _mean(value, self.data.team)
             if not math.isfinite(value):
                 return None
             total += value
@@ -214,8 +240,8 @@ class _Learning:
 
 
 def learning_step(
-    view: BlockView,
-    runner: BlockRunner,
+    view: Learnable,
+    runner: Runner,
     data: BlockData,
     batch: int,
     optimizers: Optimizers,
@@ -227,25 +253,41 @@ def learning_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     objective.loss(terms).backward()
+    _share_gradients(view, data.team)
     for optimizer in optimizers:
         optimizer.step()
     view.constrain_()
     return objective.measure(terms)
 
 
-def make_optimizers(view: BlockView, weight_decay: float) -> Optimizers:
+def _share_gradients(view: Learnable, team: Team) -> None:
+    """Every member of a team steps by the mean of all members' gradients."""
+    if team.size == 1:
+        return
+    for parameter in view.parameters.values():
+        if parameter.grad is not None:
+            parameter.grad = team.sum(parameter.grad) / team.size
+
+
+def make_optimizers(view: Learnable, weight_decay: float) -> Optimizers:
     """What steps the parameters, which become leaves: one of each ingredient that has some."""
     for parameter in view.parameters.values():
         parameter.requires_grad_(True)
-    own = [(each, list(each.own(view.parameters).values())) for each in view.ingredients]
+    pairs = [(block, each) for block in view.views for each in block.ingredients]
+    own = [(each, list(each.own(block.parameters).values())) for block, each in pairs]
     return [each.optimizer(parameters, weight_decay) for each, parameters in own if parameters]
+
+
+def _mean(value: float, team: Team) -> float:
+    """The mean of all members' losses of a step."""
+    return value if team.size == 1 else float(team.sum(torch.tensor(value).double())) / team.size
 
 
 def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def _check_stored(view: BlockView, index: int) -> None:
+def _check_stored(view: Learnable, index: int) -> None:
     """Refuse damaged weights by name: torch's attention on a CPU turns NaN queries into zeros."""
     for name, tensor in view.stored.items():
         if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
@@ -255,7 +297,7 @@ def _check_stored(view: BlockView, index: int) -> None:
             )
 
 
-def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: BlockData) -> str:
+def _first_non_finite(runner: Runner, tensors: dict[str, Tensor], data: BlockData) -> str:
     """Name the first linear whose input is not finite, or say that the output is not."""
     seen: list[str] = []
 
@@ -265,9 +307,8 @@ def _first_non_finite(runner: BlockRunner, tensors: dict[str, Tensor], data: Blo
 
     before, runner.observer = runner.observer, observe
     with torch.no_grad():
-        for number, batch in enumerate(data.entry.batches):
-            arguments = data.entry.arguments(number, data.index)
-            runner(tensors, data.inputs.read(batch, data.index), arguments)
+        for number in range(len(data.entry.batches)):
+            data.output(runner, tensors, number)
             if seen:
                 break
     runner.observer = before

@@ -119,6 +119,7 @@ def fit_settings(config: Config) -> FitSettings:
     """How blocks are learned."""
     return FitSettings(
         epochs=config.epochs,
+        window=config.window,
         weight_decay=config.wd,
         loss=config.loss,
         two_branch=bool(config.two_branch),

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.runner import Prepare
+from lrquant.blocks.runner import BlockRunner, Prepare
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.view import BlockView
@@ -27,8 +27,11 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, FitSettings, advance_quantized, fit_block
 from lrquant.learn.identity import fit_settings
+from lrquant.learn.stage import carry_out, units_of
+from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder
+from lrquant.runs.part import PartFolder
 from lrquant.runs.progress import Progress
 
 logger = logging.getLogger("lrquant")
@@ -73,7 +76,7 @@ def learn_blocks(
     config: Config,
     feed: Feed,
     given: ChannelStatistics | None,
-    folder: RunFolder,
+    folder: PartFolder,
     progress: Progress,
     towers: tuple[Prepare | None, Prepare | None] = (None, None),
 ) -> None:
@@ -104,70 +107,104 @@ def learn_blocks(
         quantized.copy(full)
     else:
         entry.embed(quantized, before_quantized)
-    learner = _Learner(
-        *(workbench, config, settings, given, folder, progress),
+    for stream in homologous:
+        stream.added = quantized.added
+    learning = BlockLearning(
+        *(workbench, settings, given, folder, progress, config.report),
         *(entry, full, quantized, homologous),
     )
     memory = partial(peak_memory, workbench.device)
     with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
-        for index in range(blocks):
-            if index < finished:
-                learner.pass_through(index)
-            else:
-                learner.learn(index)
+        carry_out(learning)
 
 
 @dataclass(frozen=True)
-class _Learner:
-    """The calibration samples on their way through the blocks, in both models."""
+class BlockLearning:
+    """The stage in which blocks are learned: samples on their way through both models.
+
+    Its units are windows of blocks; the files of a window's blocks are kept together.
+    """
 
     workbench: Workbench
-    config: Config
     settings: FitSettings
     given: ChannelStatistics | None
-    folder: RunFolder
+    folder: PartFolder
     progress: Progress
+    diagnosed: bool
     entry: BlockInputs
     full: Stream
     quantized: Stream
     homologous: list[Stream]
 
-    def pass_through(self, index: int) -> None:
-        """Send both streams through a block that was learned earlier."""
-        _, view = self._advance_full(index, None)
-        view.load(self.folder.load_block(index))
-        data = BlockData(index, self.entry, self.quantized, (self.full,))
-        with self.workbench.runner(index, view) as runner:
-            advance_quantized(view, runner, data, self.settings.loss)
-        self.progress.finished(index, None)
+    @property
+    def units(self) -> list[range]:
+        """Windows of as many blocks as the settings say."""
+        return units_of(len(self.workbench.model.blocks), self.settings.window)
 
-    def learn(self, index: int) -> None:
-        """Learn a block, keep it, and send both streams through it."""
+    def kept(self) -> int:
+        """How many windows are finished, as far as they follow one another."""
+        finished = self.folder.finished_blocks()
+        return sum(unit.stop <= finished for unit in self.units)
+
+    def pass_through(self, unit: range) -> None:
+        """Send both streams through blocks that were learned earlier."""
+        for index in unit:
+            _, view = self._advance_full(index, None)
+            view.load(self.folder.load_block(index))
+            data = BlockData(index, self.entry, self.quantized, (self.full,))
+            with self.workbench.runner(index, view) as runner:
+                advance_quantized(view, runner, data, self.settings.loss)
+            self.progress.finished(index, None)
+
+    def learn(self, unit: range) -> None:
+        """Learn a window, keep its blocks, and send both streams through them."""
         started = time.monotonic()
-        workbench, config, loss = self.workbench, self.config, self.settings.loss
-        statistics = ChannelStatistics()
-        ingredients = workbench.plan.ingredients
-        observed = any(each.needs_statistics for each in ingredients) or (
+        bench, loss = self.workbench, self.settings.loss
+        views = self._started_views(unit)
+        targets = (self.full, *self.homologous)
+        data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit))
+        stepper = self.progress.stepper(unit.start)
+        runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
+        single = len(unit) == 1
+        with runners[0] if single else Window(unit.start, views, runners) as runner:
+            view = views[0] if isinstance(runner, BlockRunner) else runner
+            report = fit_block(view, runner, data, self.settings, stepper)
+        if self.diagnosed and single:
+            seen = measure_block(bench, views[0], data, report.objective.measure, loss)
+            self.folder.save_diagnostics(unit.start, seen.figures, seen.tensors)
+        runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
+        with runners[0] if single else Window(unit.start, views, runners) as runner:
+            view = views[0] if isinstance(runner, BlockRunner) else runner
+            final = advance_quantized(view, runner, data, loss)
+        seconds = (time.monotonic() - started) / len(unit)
+        final_loss = report.objective.measure(final)
+        for index, view in zip(unit, views, strict=True):
+            record = _record(self.folder, view, index, report, final_loss, seconds, bench)
+            self.progress.finished(index, record)
+
+    def _started_views(self, unit: range) -> list[BlockView]:
+        """Views of a window's blocks at their start; the full-precision streams have moved on."""
+        bench, views = self.workbench, []
+        before = self.quantized
+        for index in unit:
+            statistics = ChannelStatistics()
+            stored, view = self._advance_full(index, statistics.observe if self._observed else None)
+            if self.given is not None:
+                statistics.maxima, statistics.midpoints = self.given.maxima, self.given.midpoints
+            for stream in self.homologous:
+                advance_full_precision(bench, index, stored, self.entry, before, stream)
+                before = stream
+            view.initialize(statistics)
+            views.append(view)
+        return views
+
+    @property
+    def _observed(self) -> bool:
+        """Whether statistics are gathered on the way."""
+        ingredients = self.workbench.plan.ingredients
+        return any(each.needs_statistics for each in ingredients) or (
             self.given is None and any(each.reads_statistics for each in ingredients)
         )
-        stored, view = self._advance_full(index, statistics.observe if observed else None)
-        if self.given is not None:
-            statistics.maxima, statistics.midpoints = self.given.maxima, self.given.midpoints
-        for stream in self.homologous:
-            advance_full_precision(workbench, index, stored, self.entry, self.quantized, stream)
-        view.initialize(statistics)
-        data = BlockData(index, self.entry, self.quantized, (self.full, *self.homologous))
-        with workbench.runner(index, view) as runner:
-            report = fit_block(view, runner, data, self.settings, self.progress.stepper(index))
-        if config.report:
-            seen = measure_block(workbench, view, data, report.objective.measure, loss)
-            self.folder.save_diagnostics(index, seen.figures, seen.tensors)
-        with workbench.runner(index, view) as runner:
-            final = advance_quantized(view, runner, data, loss)
-        seconds = time.monotonic() - started
-        final_loss = report.objective.measure(final)
-        record = _record(self.folder, view, index, report, final_loss, seconds, workbench)
-        self.progress.finished(index, record)
 
     def _advance_full(
         self, index: int, observer: WeightedObserver | None
@@ -180,7 +217,7 @@ class _Learner:
 
 
 def _record(
-    folder: RunFolder,
+    folder: PartFolder,
     view: BlockView,
     index: int,
     report: FitReport,

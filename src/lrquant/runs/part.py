@@ -94,14 +94,23 @@ class PartFolder:
         after = self._chain.hash_before(record.block)
         self._save(self._block_name(record.block), parameters, record.repeatable(), after)
 
-    def save_adapted(self, text: str, index: int, parameters: dict[str, Tensor]) -> None:
+    def save_adapted(
+        self, text: str, index: int, parameters: dict[str, Tensor], about: JsonObject
+    ) -> None:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
-        self._save(self._adapted_name(text, index), parameters, {})
+        self._save(self._adapted_name(text, index), parameters, about)
 
-    def forget_adapted(self, text: str) -> None:
-        """Remove the parameters that were adapted to `text` earlier."""
+    def about_adapted(self, text: str, index: int) -> JsonObject | None:
+        """What was kept beside a block's adapted parameters; None if there are none."""
+        if not self.adapted_path(text, index).is_file():
+            return None
+        return self._load(self._adapted_name(text, index)).about
+
+    def forget_adapted(self, text: str, kept: range = range(0)) -> None:
+        """Remove the parameters that were adapted to `text` earlier, but for `kept` blocks."""
         folder = self._inside(self._adapted_folder(text)) + "/"
         names = [name for name in self.journal.ever_listed() if name.startswith(folder)]
+        names = [n for n in names if n not in {f"{folder}{i:04d}.safetensors" for i in kept}]
         self.journal.require_own(names)
         for name in names:
             if self.journal.owns(name):

@@ -71,6 +71,24 @@ class ChannelStatistics:
             square = (square - 2 * shift * mean + shift.square()).clamp(min=0)
         return square / square.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
+    def merged(self, others: Sequence[ChannelStatistics]) -> ChannelStatistics:
+        """Those of all members of a team together, of samples that each has seen its share of.
+
+        Largest magnitudes are the largest of all, sums are summed, and running midpoints, which
+        depend on an order that members do not share, are averaged by how many samples each has.
+        """
+        every = [self, *others]
+        whole = ChannelStatistics()
+        for name in self.maxima:
+            counts = [each.samples[name] for each in every]
+            whole.samples[name] = sum(counts)
+            whole.maxima[name] = torch.stack([each.maxima[name] for each in every]).amax(0)
+            weighted = [n * each.midpoints[name] for n, each in zip(counts, every, strict=True)]
+            whole.midpoints[name] = torch.stack(weighted).sum(0) / sum(counts)
+            whole.means[name] = torch.stack([each.means[name] for each in every]).sum(0)
+            whole.squares[name] = torch.stack([each.squares[name] for each in every]).sum(0)
+        return whole
+
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""
         for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
