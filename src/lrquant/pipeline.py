@@ -34,6 +34,7 @@ from lrquant.export.kernels import check_kernels
 from lrquant.export.protected import check_target
 from lrquant.export.targets import verdicts
 from lrquant.files.publishing import heal, target_lock
+from lrquant.files.whole import JsonObject
 from lrquant.ingredients.base.statistics import ChannelStatistics, given_statistics
 from lrquant.learn.checks import check_grids, check_ingredients, check_patterns, parts_of
 from lrquant.learn.identity import describe_method, describe_run, environment
@@ -78,7 +79,7 @@ class Run:
     folder: RunFolder
     config: Config
     workbench: Workbench
-    results: dict[str, Any]
+    results: JsonObject
 
     @property
     def records(self) -> list[BlockRecord]:
@@ -122,7 +123,7 @@ def quantize(
 
 
 def run(
-    settings: dict[str, Any],
+    settings: JsonObject,
     model: Model | None = None,
     samples: Tensor | Feed | None = None,
     progress: Progress | None = None,
@@ -278,7 +279,7 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     return statistics
 
 
-def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> dict[str, Any]:
+def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> JsonObject:
     """Measure a run folder, a checkpoint or a model; `settings` are fields of `Config`.
 
     Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
@@ -305,15 +306,15 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
 
 def _evaluate(
     target: str, config: Config, folder: RunFolder | None, progress: Progress
-) -> dict[str, Any]:
+) -> JsonObject:
     if folder is not None:
         folder.begin_results()
     tasks = load_tasks(config)
     board = None if tasks is None else TaskBoard(tasks, config, folder)
     progress = with_tensorboard(progress, config.log_dir)
     own = _measure_target(target, config, board, progress)
-    results: dict[str, Any] = {}
-    kept: dict[str, Any] = {}
+    results: JsonObject = {}
+    kept: JsonObject = {}
     for measured in itertools.chain(own, _measure_base(config, board, progress)):
         results = kept = beside(results, measured)
         if folder is not None:
@@ -322,7 +323,7 @@ def _evaluate(
     return _answer(kept, config)
 
 
-def _answer(results: dict[str, Any], config: Config) -> dict[str, Any]:
+def _answer(results: JsonObject, config: Config) -> JsonObject:
     """All results, without the verdict of an earlier command."""
     asked = config.max_drop is not None
     return {name: value for name, value in results.items() if asked or name != "max_drop"}
@@ -330,7 +331,7 @@ def _answer(results: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def _measure_target(
     target: str, config: Config, board: TaskBoard | None, progress: Progress
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Measures of a checkpoint or model, which is let go of when they are done."""
     reference = open_reference(target, config)
     subject = open_subject(target, config)
@@ -347,7 +348,7 @@ def _measure_target(
 
 def _measure_base(
     config: Config, board: TaskBoard | None, progress: Progress
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Measures of what `compare` names, if it names anything."""
     if isinstance(config.compare, str):
         subject = open_subject(config.compare, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import re
@@ -16,13 +17,16 @@ from transformers import AutoConfig, GPT2Config, PretrainedConfig
 
 import lrquant
 from lrquant.architectures import Architecture, architecture_of, architectures, decoder, towers
+from lrquant.architectures.matrix import linears
 from lrquant.architectures.sites import Fold, Site, norm_site, query_key_site, up_down_site
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.view import Method
+from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.config.choices import KINDS
 from lrquant.config.scheme import FLOATING_POINT
+from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
+from lrquant.ingredients.ingredient import Ingredient
 from lrquant.model.loading import from_module
 
 TOKENS = 12
@@ -90,7 +94,9 @@ def test_an_unknown_family_is_refused_with_the_known_and_the_guide():
 
 
 def test_a_declared_refusal_is_an_error(monkeypatch):
-    refusing = Architecture("odd", ("odd",), "x", lambda c: (), lambda c: (), lambda c: "too odd")
+    refusing = Architecture(
+        "odd", ("odd",), "x", lambda *a: (), lambda *a: (), refusal=lambda c: "too odd"
+    )
     monkeypatch.setattr(lrquant.architectures, "architectures", lambda: {"odd": refusing})
     config = GPT2Config()
     config.model_type = "odd"
@@ -103,12 +109,18 @@ def block_of(model: nn.Module, index: int) -> nn.Module:
 
 
 def sites_of(model: nn.Module) -> tuple[Site, ...]:
-    return architecture_of(model.config).sites(model.config)
+    return architecture_of(model.config).sites(model.config, 0)
+
+
+def matrices_of(model: nn.Module) -> tuple[str, ...]:
+    declared = architecture_of(model.config).matrices(model.config, 0)
+    assert all(matrix.whole for matrix in declared)
+    return tuple(matrix.name for matrix in declared)
 
 
 def test_linears_are_those_of_every_block(variant, make_model):
     model = make_model(variant)
-    declared = architecture_of(model.config).linears(model.config)
+    declared = matrices_of(model)
     assert len(set(declared)) == len(declared)
     for index in range(model.config.num_hidden_layers):
         modules = block_of(model, index).named_modules()
@@ -117,8 +129,11 @@ def test_linears_are_those_of_every_block(variant, make_model):
 
 def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
     model = make_model("llama")
-    for linears in (("self_attn.q_proj",), (*architectures()["llama"].linears(None), "mlp.extra")):
-        odd = Architecture("odd", ("llama",), "model.layers", lambda c, x=linears: x, sites_of)
+    whole = architectures()["llama"].matrices(None, 0)
+    for declared in (whole[:1], (*whole, *linears("mlp.extra"))):
+        odd = Architecture(
+            "odd", ("llama",), "model.layers", lambda c, b, x=declared: x, lambda c, b: ()
+        )
         monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config, odd=odd: odd)
         with pytest.raises(LRQuantError, match="the declaration does not fit this model"):
             from_module(model)
@@ -134,7 +149,7 @@ def test_sites_fit_the_modules(variant, make_model):
     block = block_of(model, 0)
     sites = sites_of(model)
     assert len({site.name for site in sites}) == len(sites)
-    linears = architecture_of(model.config).linears(model.config)
+    names = matrices_of(model)
     for site in sites:
         assert site.measured is None or site.measured == site.consumers[0].module
         assert site.measured is None or site.consumers[0].axis == "columns"
@@ -142,7 +157,7 @@ def test_sites_fit_the_modules(variant, make_model):
             weight = block.get_submodule(fold.module).weight
             assert len(fold.index) == weight.shape[1 if fold.axis == "columns" else 0]
             assert set(fold.index) == set(range(site.size))
-            assert (fold.module in linears) == (fold.axis != "norm")
+            assert (fold.module in names) == (fold.axis != "norm")
 
 
 @pytest.fixture
@@ -210,15 +225,16 @@ def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
 
 @torch.no_grad()
 def block_outputs(
-    bench: Workbench, ids: torch.Tensor, method: Method | None, set_sites_: Callable
+    bench: Workbench, ids: torch.Tensor, learned: tuple[Ingredient, ...], set_sites_: Callable
 ) -> list[torch.Tensor]:
-    """Output of each block on full-precision inputs, under random scales and shifts if `method`."""
+    """Output of each block on full-precision inputs, with random scales and shifts of `learned`."""
     entry = BlockInputs(bench.model, ids, len(ids), bench.device)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
     outputs = []
     for index in range(len(bench.model.blocks)):
-        view = bench.view(index, bench.stored(index), FLOATING_POINT, method or Method())
+        plan = Plan(Schemes(FLOATING_POINT), learned)
+        view = dataclasses.replace(bench, plan=plan).view(index, bench.stored(index))
         set_sites_(view, index)
         with bench.runner(index, view) as runner:
             states = stream.read(entry.batches[0])
@@ -234,10 +250,10 @@ def test_the_block_view_folds_the_same_way(
     """In floating point, with every site and shifts also where no bias exists."""
     bench = make_bench(make_model(variant))
     ids = token_ids(2, TOKENS)
-    method = Method(let=True, let_sites=KINDS, let_shift=rule)
+    learned = learned_by(let=True, let_sites=KINDS, let_shift=rule)
     plain, folded = (
-        block_outputs(bench, ids, None, set_sites_),
-        block_outputs(bench, ids, method, set_sites_),
+        block_outputs(bench, ids, (), set_sites_),
+        block_outputs(bench, ids, learned, set_sites_),
     )
     for before, after in zip(plain, folded, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
@@ -248,8 +264,8 @@ def test_the_block_view_comparison_sees_one_wrong_scale(
 ):
     bench = make_bench(make_model("llama"))
     ids = token_ids(2, TOKENS)
-    (plain, _) = block_outputs(bench, ids, None, set_sites_)
-    view = bench.view(0, bench.stored(0), FLOATING_POINT, Method())
+    (plain, _) = block_outputs(bench, ids, (), set_sites_)
+    view = bench.view(0, bench.stored(0))
     tensors = view.tensors()
     tensors["self_attn.k_proj.weight"] = tensors["self_attn.k_proj.weight"].clone()
     tensors["self_attn.k_proj.weight"][3] *= 1.5

@@ -365,8 +365,8 @@ def test_no_run_and_a_newer_run(command, succeed, refuse, tmp_path):
     assert no_run(tmp_path / "run")
     succeed(command())
     path = tmp_path / "run" / "run.json"
-    path.write_text(path.read_text().replace('"format": 3', '"format": 4'))
-    newer = "format 4, this version reads format 3"
+    path.write_text(path.read_text().replace('"format": 4', '"format": 5'))
+    newer = "format 5, this version reads format 4"
     refuse(command("--resume"), tmp_path / "run", newer)
     refuse(["inspect", tmp_path / "run"], newer)
     refuse(["evaluate", tmp_path / "run"], newer)

@@ -7,12 +7,20 @@ import math
 import pytest
 import torch
 
-from lrquant.architectures.sites import norm_site, query_key_site, up_down_site, value_output_site
+from lrquant.architectures.sites import (
+    Site,
+    norm_site,
+    query_key_site,
+    up_down_site,
+    value_output_site,
+)
+from lrquant.config.choices import KINDS
 from lrquant.errors import LRQuantError
+from lrquant.ingredients.base.block import BlockShapes, Start
+from lrquant.ingredients.base.folding import Factors
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.ingredients.equivalent import equivalent_parameters, fold_factors, logarithmic_scale
+from lrquant.ingredients.equivalent import Equivalent, logarithmic_scale
 
-CPU = torch.device("cpu")
 NORM = norm_site("norm", ("q", "k", "v"), 4)
 VALUE_OUTPUT = value_output_site("v", "o", heads=4, kv_heads=2, head_dim=2)
 QUERY_KEY = query_key_site("q", "k", 4, 2, 2, rotary="half")
@@ -34,6 +42,26 @@ def statistics():
     )
 
 
+def shapes_of(sites: tuple[Site, ...]) -> BlockShapes:
+    return BlockShapes({}, sites, frozenset(), torch.device("cpu"))
+
+
+def start_of(sites, statistics, block="block", shift="never") -> dict[str, torch.Tensor]:
+    """The parameters that sites start with."""
+    learned = Equivalent(let=True, let_sites=KINDS, let_shift=shift)
+    start = Start(block, statistics, lambda name: torch.empty(0), Factors())
+    parameters = learned.start(shapes_of(sites), start)
+    shapes = {name: tuple(values.shape) for name, values in parameters.items()}
+    assert shapes == learned.shapes(shapes_of(sites))
+    return parameters
+
+
+def folded(sites, parameters: dict[str, torch.Tensor]) -> Factors:
+    factors = Factors()
+    Equivalent(let=True, let_sites=KINDS).fold(shapes_of(sites), parameters, factors)
+    return factors
+
+
 @pytest.mark.parametrize("a", [1e-3, 0.5, 1.0, 2.0, 117.0, 6e4])
 def test_logarithmic_scale(a):
     found = float(logarithmic_scale(torch.tensor([a])))
@@ -47,7 +75,7 @@ def test_logarithmic_scale_of_a_silent_channel_is_positive():
 
 def test_start_of_scales(statistics):
     sites = (NORM, VALUE_OUTPUT, QUERY_KEY, UP_DOWN)
-    found = equivalent_parameters(sites, frozenset(), statistics, "block", CPU)
+    found = start_of(sites, statistics)
     assert found.keys() == {f"let.{site.name}.scale" for site in sites}
     maxima = statistics.maxima
     assert torch.equal(found["let.norm.scale"], logarithmic_scale(maxima["block.q"]))
@@ -60,38 +88,36 @@ def test_start_of_scales(statistics):
 
 
 def test_start_of_shifts(statistics):
-    found = equivalent_parameters(
-        (NORM, VALUE_OUTPUT), frozenset({"norm", "o"}), statistics, "block", CPU
-    )
+    found = start_of((NORM, VALUE_OUTPUT), statistics, shift="always")
     assert torch.equal(found["let.norm.shift"], statistics.midpoints["block.q"])
     assert torch.equal(found["let.o.shift"], torch.tensor([2.0, 3.0, 6.0, 7.0]))
 
 
 def test_shifts_start_at_zero_without_midpoints(statistics):
     statistics.midpoints.clear()
-    found = equivalent_parameters((NORM,), frozenset({"norm"}), statistics, "block", CPU)
+    found = start_of((NORM,), statistics, shift="always")
     assert torch.equal(found["let.norm.shift"], torch.zeros(4))
 
 
 def test_statistics_of_another_model_are_refused(statistics):
     with pytest.raises(LRQuantError, match=r"no entry for other\.q"):
-        equivalent_parameters((NORM,), frozenset(), statistics, "other", CPU)
+        start_of((NORM,), statistics, "other")
     statistics.maxima["block.q"] = torch.ones(5)
     with pytest.raises(LRQuantError, match=r"block\.q has 5 channels, this model has 4"):
-        equivalent_parameters((NORM,), frozenset(), statistics, "block", CPU)
+        start_of((NORM,), statistics)
 
 
 def test_midpoints_of_another_model_are_refused(statistics):
     statistics.midpoints["block.q"] = torch.ones(5)
     with pytest.raises(LRQuantError, match=r"block\.q has 5 channels, this model has 4"):
-        equivalent_parameters((NORM,), frozenset({"norm"}), statistics, "block", CPU)
+        start_of((NORM,), statistics, shift="always")
 
 
 def test_factors_of_all_sites_compose():
     s, t = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 5])
     u, w = torch.tensor([0.5, 1, 2, 3]), torch.tensor([3.0, 4, 5])
     delta, epsilon = torch.tensor([1.0, -1, 2, 0]), torch.tensor([7.0, 8, 9, 10])
-    factors = fold_factors(
+    factors = folded(
         (NORM, VALUE_OUTPUT, QUERY_KEY, UP_DOWN),
         {
             "let.norm.scale": s,
@@ -126,5 +152,5 @@ def test_two_sites_on_one_axis_multiply():
     other = up_down_site("k", "unused", 4)
     key = query_key_site("q", "k", 4, 2, 2, rotary=None)
     t, w = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 4, 8, 16])
-    factors = fold_factors((key, other), {"let.q:k.scale": t, "let.unused.scale": w})
+    factors = folded((key, other), {"let.q:k.scale": t, "let.unused.scale": w})
     assert torch.equal(factors.rows["k"], t * (1 / w))

@@ -1,4 +1,4 @@
-"""Rotation vectors: the identity at the start, the published equation, and where each form acts."""
+"""LRQuant+'s factors: the identity at the start, the published equation, where each form acts."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ import pytest
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import learned_by, plan_block
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX
-from lrquant.blocks.view import BlockView, Method
-from lrquant.config.choices import SHARINGS
+from lrquant.blocks.view import BlockView
 from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.ingredients.base.block import BlockShapes, MatrixShape, Start
+from lrquant.ingredients.base.folding import Factors
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.ingredients.factors import rotation_parameters
+from lrquant.ingredients.factors import SHARINGS, ScaleFactors
 from lrquant.model.loading import from_module
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.tokens import fake_quantize_tokens
 
 CPU = torch.device("cpu")
 FORMS = [*((sharing, 1) for sharing in SHARINGS), ("weight", 2), ("weight", 5)]
 
 
-def make_view(module, sharing, rank=1, scheme=None, **method) -> BlockView:
+def make_view(module, sharing, rank=1, scheme=None) -> BlockView:
     model = from_module(module)
-    sites = model.architecture.sites(model.skeleton.config)
-    chosen = Method(rotation=True, rotation_sharing=sharing, rotate_rank=rank, **method)
-    tensors = model.block_tensors(0, CPU)
-    view = BlockView(tensors, model.linears, sites, scheme or Scheme(4), chosen, torch.float32)
-    view.initialize(ChannelStatistics(), "block")
+    learned = learned_by(rotation=True, rotation_sharing=sharing, rotate_rank=rank)
+    plan = plan_block(model, 0, Schemes(scheme or Scheme(4)))
+    view = BlockView(model.block_tensors(0, CPU), plan, learned, torch.float32)
+    view.initialize(ChannelStatistics())
     return view
+
+
+def norm_sites(view: BlockView):
+    """The sites whose input factor is folded into a norm."""
+    (factors,) = view.ingredients
+    return factors.sites(view.shapes)
 
 
 def move_(view: BlockView, seed: int = 0) -> None:
@@ -34,17 +44,26 @@ def move_(view: BlockView, seed: int = 0) -> None:
         view.parameters[name] = values + 0.3 * torch.randn(values.shape, generator=generator)
 
 
+def dense_start(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """r1 and r2 of a matrix of (6, 20)."""
+    factors = ScaleFactors(rotation=True, rotation_sharing="weight", rotate_rank=rank)
+    shape = MatrixShape(6, 20, IntegerGrid(4), "q", True)
+    block = BlockShapes({"q": shape}, (), frozenset(), CPU)
+    start = Start("block", ChannelStatistics(), lambda name: torch.empty(6, 20), Factors())
+    parameters = factors.start(block, start)
+    return parameters["rotation.q.output"], parameters["rotation.q.input"]
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 8])
 def test_the_dense_factor_starts_at_exactly_one(rank):
-    found = rotation_parameters("q", 6, 20, 1, "weight", rank, CPU)
-    first, second = found["rotation.q.output"], found["rotation.q.input"]
+    first, second = dense_start(rank)
     assert first.shape == (6, rank) and second.shape == (rank, 20)
     assert torch.equal(first @ second, torch.ones(6, 20))
 
 
 def test_no_two_ranks_start_with_the_same_gradient():
     """Equal rows of r2 would stay equal: rank k would learn no more than rank 2."""
-    second = rotation_parameters("q", 6, 20, 1, "weight", 4, CPU)["rotation.q.input"].double()
+    second = dense_start(4)[1].double()
     products = second @ second.T
     assert torch.allclose(products, products.diag().diag(), atol=1e-5)
 
@@ -107,12 +126,12 @@ def test_the_shared_input_factor_is_the_linears_own_when_all_are_equal(
         make_view(module, "linear", scheme=scheme),
     )
     generator = torch.Generator().manual_seed(4)
-    for site in shared.rotated_sites:
+    for site in norm_sites(shared):
         factor = torch.rand(site.size, generator=generator) + 0.5
         shared.parameters[f"rotation.{site.name}.input"] = factor
         for consumer in site.consumers:
             own.parameters[f"rotation.{consumer.module}.input"] = factor
-    assert len(shared.rotated_sites) == 2
+    assert len(norm_sites(shared)) == 2
     assert not any(key.endswith(INPUT_FACTOR_SUFFIX) for key in shared.tensors())
     bench = make_bench(module)
     entry = BlockInputs(bench.model, token_ids(2, 12), 2, CPU)
@@ -125,7 +144,7 @@ def test_the_shared_input_factor_is_the_linears_own_when_all_are_equal(
             outputs.append(runner(view.tensors(), states, entry.arguments(0, 0)))
     # a borderline activation may take the neighbouring code: rounding of x * g before or after
     assert (outputs[0] - outputs[1]).abs().mean() < 1e-3 * outputs[0].abs().mean()
-    own.parameters[f"rotation.{own.linears[0]}.input"] *= 1.5
+    own.parameters[f"rotation.{next(iter(own.matrices))}.input"] *= 1.5
     with bench.runner(0, own) as runner:
         other = runner(own.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
     assert (other - outputs[0]).abs().mean() > 1e-2 * outputs[0].abs().mean()
@@ -134,8 +153,6 @@ def test_the_shared_input_factor_is_the_linears_own_when_all_are_equal(
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_linear_s_own_factor_acts_before_the_quantizer(make_model, make_bench, token_ids, bits):
     """``r1 * Q(x * r2) W^T``: what a hook on a plain linear computes by hand."""
-    from lrquant.numerics.affine import fake_quantize_tokens
-
     module = make_model("llama")
     view = make_view(module, "linear", scheme=Scheme(4, bits))
     move_(view)
@@ -150,7 +167,7 @@ def test_a_linear_s_own_factor_acts_before_the_quantizer(make_model, make_bench,
         runner(view.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
         handle.remove()
     values = seen[name] * view.parameters[f"rotation.{name}.input"]
-    values = values if bits == 16 else fake_quantize_tokens(values, bits)
+    values = values if bits == 16 else fake_quantize_tokens(values, IntegerGrid(bits))
     frozen = view.freeze().matrices[name]
     plain = frozen.dequantize(torch.float32) / view.parameters[f"rotation.{name}.output"]
     expected = (values @ plain.T) * view.parameters[f"rotation.{name}.output"].T
@@ -160,7 +177,7 @@ def test_a_linear_s_own_factor_acts_before_the_quantizer(make_model, make_bench,
 def test_where_there_is_no_norm_to_fold_into_the_input_side_is_left_out(make_model, variant):
     view = make_view(make_model(variant), "site")
     inputs = {name for name in view.parameters if name.endswith(".input")}
-    norms = {site.name for site in view.rotated_sites}
+    norms = {site.name for site in norm_sites(view)}
     assert inputs == {f"rotation.{name}.input" for name in norms}
     assert len(norms) == (0 if variant in ("opt-post-norm", "opt-bare") else 2)
     outputs = {name for name in view.parameters if name.endswith(".output")}
@@ -173,5 +190,5 @@ def test_factors_that_fold_stay_positive_and_the_published_one_is_free(make_mode
         view = make_view(make_model("llama"), form)
         for values in view.parameters.values():
             values.fill_(-2.0)
-        view.keep_scales_positive_()
+        view.constrain_()
         assert all(float(v.min()) == pytest.approx(smallest) for v in view.parameters.values())

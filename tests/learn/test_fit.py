@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.view import SMALLEST_LEARNED_SCALE, Method
+from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
 from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.ingredient import SMALLEST_FACTOR
 from lrquant.learn import fit
 from lrquant.learn.fit import BlockData, FitSettings, fit_block
 from lrquant.learn.objective import Objective
@@ -27,7 +29,8 @@ def block(make_model, make_bench, token_ids):
     """A function that makes block 0 of a tiny model ready to be learned."""
 
     def make(model=None, scheme=W2A8, batch_size=1, method=None, branches=1):
-        bench = make_bench(model or make_model("llama"))
+        learned = learned_by(lwc=True, let=True) if method is None else method
+        bench = make_bench(model or make_model("llama"), plan=Plan(Schemes(scheme), learned))
         entry = BlockInputs(bench.model, token_ids(BATCHES, 12), batch_size, bench.device)
         inputs, *targets = bench.streams(entry, 1 + branches)
         entry.embed(inputs)
@@ -35,21 +38,31 @@ def block(make_model, make_bench, token_ids):
         stored = bench.stored(0)
         for stream in targets:
             advance_full_precision(bench, 0, stored, entry, inputs, stream, statistics.observe)
-        view = bench.view(0, stored, scheme, method or Method(lwc=True, let=True))
-        view.initialize(statistics, bench.model.block_name(0))
+        view = bench.view(0, stored)
+        view.initialize(statistics)
         return view, bench.runner(0, view), BlockData(0, entry, inputs, tuple(targets))
 
     return make
 
 
 def settings(**changes):
-    defaults = {"epochs": 3, "let_lr": 5e-3, "lwc_lr": 1e-2, "weight_decay": 0.0, "loss": "mse+nlc"}
+    defaults = {"epochs": 3, "weight_decay": 0.0, "loss": "mse+nlc"}
     return FitSettings(**(defaults | changes))
+
+
+def at_rates(view, rates):
+    """Give a view's ingredients the learning rates of these settings."""
+    view.ingredients = tuple(
+        dataclasses.replace(each, **{n: rate for n, rate in rates.items() if hasattr(each, n)})
+        for each in view.ingredients
+    )
 
 
 def learn(prepared, **changes):
     """The report, and the loss over all samples before and after."""
     view, runner, data = prepared
+    rates = {name: changes.pop(name) for name in list(changes) if name.endswith("_lr")}
+    at_rates(view, rates)
     kind = changes.get("loss", "mse+nlc")
     with runner, torch.no_grad():
         before = float(data.terms(runner, view.tensors(), kind).sum())
@@ -98,7 +111,7 @@ def test_the_start_is_kept_where_no_epoch_is_better(block):
 
 
 def test_the_best_epoch_is_the_last_where_every_epoch_is_better(block):
-    plain, kept = (block(scheme=Scheme(3), method=Method(rotation=True)) for _ in range(2))
+    plain, kept = (block(scheme=Scheme(3), method=learned_by(rotation=True)) for _ in range(2))
     slow = {"epochs": 3, "rotation_lr": 1e-3}
     learn(plain, **slow)
     report, *_ = learn(kept, keep_best=True, **slow)
@@ -117,7 +130,7 @@ def test_both_branches_are_in_the_loss(block):
 
 @pytest.mark.parametrize("ema_init", ["first", "one"])
 def test_learning_with_dynamic_weights(block, ema_init):
-    method = Method(lwc=True, let=True, rotation=True)
+    method = learned_by(lwc=True, let=True, rotation=True)
     prepared = block(method=method, branches=2)
     settings = {"dynamic_weights": True, "two_branch": True, "ema_init": ema_init}
     report, before, after = learn(prepared, epochs=20, **settings)
@@ -127,7 +140,7 @@ def test_learning_with_dynamic_weights(block, ema_init):
 
 def test_a_factor_of_zero_loss_does_not_divide_by_zero(block):
     """A block without any error: 8 bits of an already exact weight."""
-    method = Method(rotation=True)
+    method = learned_by(rotation=True)
     view, runner, data = block(scheme=Scheme(8), method=method)
     with runner, torch.no_grad():
         data.targets[0].copy(data.inputs)
@@ -144,7 +157,7 @@ def test_a_factor_of_zero_loss_does_not_divide_by_zero(block):
 )
 def test_every_parameter_is_learned_and_none_needs_gradients_after(block, sharing, rank):
     rotation = {"rotation": True, "rotation_sharing": sharing, "rotate_rank": rank}
-    view, *_ = prepared = block(method=Method(True, True, **rotation))
+    view, *_ = prepared = block(method=learned_by(lwc=True, let=True, **rotation))
     before = copies(view)
     learn(prepared)
     assert {name.split(".")[0] for name in before} == {"lwc", "let", "rotation"}
@@ -155,7 +168,7 @@ def test_every_parameter_is_learned_and_none_needs_gradients_after(block, sharin
 def test_each_kind_has_its_learning_rate(block):
     for moving in ("lwc", "let", "rotation"):
         still = {f"{kind}_lr": 0.0 for kind in ("lwc", "let", "rotation") if kind != moving}
-        view, *_ = prepared = block(method=Method(True, True, rotation=True))
+        view, *_ = prepared = block(method=learned_by(lwc=True, let=True, rotation=True))
         before = copies(view)
         learn(prepared, **still)
         changed = {n for n in before if not torch.equal(before[n], view.parameters[n])}
@@ -163,12 +176,13 @@ def test_each_kind_has_its_learning_rate(block):
 
 
 def test_the_first_adam_step_is_the_learning_rate(block):
-    view, runner, data = block(method=Method(lwc=True))
+    view, runner, data = block(method=learned_by(lwc=True))
     before = copies(view)
-    optimizer = fit.make_optimizer(view.parameters, settings(lwc_lr=0.125))
+    at_rates(view, {"lwc_lr": 0.125})
+    optimizers = fit.make_optimizers(view, 0.0)
     with runner:
         objective = Objective(torch.ones(1), False, "first")
-        fit.learning_step(view, runner, data, 0, optimizer, objective, "mse")
+        fit.learning_step(view, runner, data, 0, optimizers, objective, "mse")
     steps = [(view.parameters[n].detach() - before[n]).abs() for n in before]
     largest = max(float(step.max()) for step in steps)
     assert largest == pytest.approx(0.125, rel=1e-2)
@@ -177,7 +191,7 @@ def test_the_first_adam_step_is_the_learning_rate(block):
 def test_weight_decay_shrinks_parameters(block):
     sizes = []
     for decay in (0.0, 5.0):
-        view, *_ = prepared = block(method=Method(lwc=True))
+        view, *_ = prepared = block(method=learned_by(lwc=True))
         learn(prepared, weight_decay=decay)
         sizes.append(sum(float(p.abs().sum()) for p in view.parameters.values()))
     assert sizes[1] < 0.95 * sizes[0]
@@ -188,7 +202,7 @@ def test_scales_stay_positive(block):
     learn(prepared, let_lr=2.0, epochs=2)
     scales = [p for name, p in view.parameters.items() if name.endswith(".scale")]
     smallest = min(float(scale.min()) for scale in scales)
-    assert smallest >= SMALLEST_LEARNED_SCALE * 0.999
+    assert smallest >= SMALLEST_FACTOR * 0.999
 
 
 def test_nothing_to_learn(block):
@@ -196,7 +210,7 @@ def test_nothing_to_learn(block):
     before = copies(view)
     report, initial, after = learn(prepared, epochs=0)
     assert equal(before, view.parameters) and initial == after == report.initial_loss
-    report, initial, after = learn(block(method=Method()), epochs=5)
+    report, initial, after = learn(block(method=()), epochs=5)
     assert report.epoch_losses == [] and initial == after
 
 
@@ -303,12 +317,12 @@ def test_a_weight_that_is_not_finite_is_named(block, make_model, name, value):
     model = make_model("llama")
     model.get_parameter(f"model.layers.0.{name}").view(-1)[5] = value
     with pytest.raises(LRQuantError) as error:
-        learn(block(model, method=Method(lwc=True)))
+        learn(block(model, method=learned_by(lwc=True)))
     assert "block 0" in str(error.value) and name in str(error.value)
 
 
 def test_an_input_that_is_not_finite_is_named(block):
-    *_, data = prepared = block(method=Method(lwc=True))
+    *_, data = prepared = block(method=learned_by(lwc=True))
     data.inputs.states[2, 3] = math.nan
     with pytest.raises(LRQuantError, match=r"block 0: the input of self_attn\.q_proj"):
         learn(prepared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -12,12 +14,13 @@ from lrquant.architectures import architecture_of, architectures, towers
 from lrquant.architectures.sites import Fold
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.variants import preparer
-from lrquant.blocks.view import Method
+from lrquant.blocks.plan import Plan, learned_by
+from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT
+from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.measures.perplexity import send_through
@@ -63,7 +66,7 @@ def test_blocks_in_a_row_are_the_model(family, batch_size, make_vision, make_fee
     bench = Workbench(from_module(module), CPU, torch.float32, "host")
     entry = BlockInputs(bench.model, feed, batch_size, CPU)
     (stream,) = bench.streams(entry, 1)
-    variant = preparer(bench, FLOATING_POINT)
+    variant = full_precision(bench)
     send_through(bench.model, variant, stream, entry)
     head = Head(bench.model, CPU, torch.float32)
     found = torch.cat([head(stream.read(batch)) for batch in entry.batches])
@@ -74,10 +77,10 @@ def test_blocks_in_a_row_are_the_model(family, batch_size, make_vision, make_fee
 def test_sites_are_those_of_the_table(family, make_vision):
     model, *tower = parts_of(make_vision(family))
     if tower:
-        kinds = [site.kind for site in tower[0].sites]
+        kinds = [site.kind for site in tower[0].sites(0)]
         assert {kind: kinds.count(kind) for kind in KINDS} == TOWER_SITES.get(family, GELU)
     elif family in ("vit", "deit"):
-        kinds = [site.kind for site in model.sites]
+        kinds = [site.kind for site in model.sites(0)]
         assert {kind: kinds.count(kind) for kind in KINDS} == GELU
 
 
@@ -102,16 +105,16 @@ def test_folding_leaves_the_function_unchanged(family, make_vision, change):
     module = make_vision(family, torch.float64)
     equal = FLOAT32 if family in INSIDE else EQUAL
     for part in parts_of(module):
-        for site in part.sites:
+        for site in part.sites(0):
             assert change(family, module, part, (site,)) < equal, site.name
-        assert change(family, module, part, part.sites) < equal
+        assert change(family, module, part, part.sites(0)) < equal
 
 
 def test_leaving_out_any_fold_is_seen(family, make_vision, change):
     module = make_vision(family, torch.float64)
     clear = 1e-4 if family in INSIDE else CLEAR
     for part in parts_of(module):
-        for site in part.sites:
+        for site in part.sites(0):
             for fold in site.folds:
                 assert change(family, module, part, (site,), fold) > clear, fold.module
 
@@ -122,10 +125,11 @@ def test_the_block_view_folds_the_same_way(family, make_vision, make_feed, set_s
     for part in filter(None, (bench, bench.tower)):
         entry = BlockInputs(part.model, feed, 1, CPU)
         (stream,) = part.streams(entry, 1)
-        entry.embed(stream, preparer(part, FLOATING_POINT).tower)
+        entry.embed(stream, full_precision(part).tower)
         outputs = []
-        for method in (Method(), Method(let=True, let_sites=KINDS, let_shift="always")):
-            view = part.view(0, part.stored(0), FLOATING_POINT, method)
+        for learned in ((), learned_by(let=True, let_sites=KINDS, let_shift="always")):
+            plan = Plan(Schemes(FLOATING_POINT), learned)
+            view = dataclasses.replace(part, plan=plan).view(0, part.stored(0))
             set_sites_(view, 0)
             with part.runner(0, view) as runner:
                 states = stream.read(entry.batches[0], 0)
@@ -204,12 +208,13 @@ def test_a_tower_in_floating_point_is_saved_as_it_is(language_family, learn, tmp
 
 def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_bench):
     config = Config(scheme="W4A4", vision_scheme="W8A8", batch_size=2).resolved()
-    bench, feed = make_bench(make_vision(language_family)), make_feed(language_family)
+    bench = make_bench(make_vision(language_family), plan=Plan.of(config))
+    feed = make_feed(language_family)
     samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
     load = tower_load(bench, config, samples)
     costs = probe_block(load)
     entry = BlockInputs(bench.model.tower, feed, 2, bench.device)
     assert load.rows == entry.shape[0] >= costs.rows > 0
-    assert costs.step > 0 and load.config.scheme == "W8A8"
+    assert costs.step > 0 and load.workbench.plan.schemes.default.name == "W8A8"
     tokens = sum(sample["input_ids"].shape[1] for sample in feed.inputs)
     assert language_load(bench, config, samples).rows == tokens

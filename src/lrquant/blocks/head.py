@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
-from lrquant.blocks.stubs import stubs
+from lrquant.blocks.stubs import Arguments, stubs
 from lrquant.model.model import Model
 
 
@@ -41,7 +41,7 @@ class Head:
             for handle in handles:
                 handle.remove()
 
-    def _inputs(self, hidden_states: Tensor) -> dict[str, Any]:
+    def _inputs(self, hidden_states: Tensor) -> Arguments:
         """Inputs whose only use is that the model has some."""
         if self._model.architecture.reads_pixels:
             config = self._model.config
@@ -51,11 +51,11 @@ class Head:
         return {"input_ids": ids, "use_cache": False}
 
 
-def cast_outer_linears(module: nn.Module, block_lists: Sequence[str]) -> list[Any]:
+def cast_outer_linears(module: nn.Module, block_lists: Sequence[str]) -> list[RemovableHandle]:
     """Hook every linear outside the blocks to cast its input to its weight's dtype."""
     inside = tuple(path + "." for path in block_lists)
 
-    def cast(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def cast(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0].to(linear.weight.dtype),)
 
     return [

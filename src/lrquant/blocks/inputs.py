@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.func import functional_call
 
 from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream, batches_of
-from lrquant.blocks.stubs import stubs
+from lrquant.blocks.stubs import Arguments, stubs
 from lrquant.data.feeds import Feed, Inputs, has_pictures
 from lrquant.errors import LRQuantError
 from lrquant.model.model import Model
@@ -35,7 +34,7 @@ class BlockInputs:
         if isinstance(feed, Tensor):
             feed = Feed.of_tokens(feed)
         self.feed = feed if batch_size == 1 else feed.grouped()
-        self._arguments: list[list[dict[str, Any]]] = []
+        self._arguments: list[list[Arguments]] = []
         self._model, self._device = model, device
         samples = self.feed.slices(batch_size)
         if model.architecture.reads_pixels:
@@ -75,16 +74,16 @@ class BlockInputs:
                         stream.added[batch.rows.start, block] = added.flatten(0, -2).to(
                             stream.states.dtype
                         )
-                self._keep([_to_device(arguments, self._device) for _, arguments in seen])
+                self._keep([_moved(arguments, self._device) for _, arguments in seen])
 
     def _seen(
         self, tensors: dict[str, Tensor], inputs: Inputs, device: torch.device
-    ) -> list[tuple[Tensor, dict[str, Any]]]:
+    ) -> list[tuple[Tensor, Arguments]]:
         """What each block is called with when every block before it returns zeros."""
         blocks = self._model.blocks
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        seen: list[tuple[Tensor, Arguments]] = []
 
-        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        def visit(hidden: Tensor, arguments: Arguments) -> Tensor:
             seen.append((hidden, arguments))
             if len(seen) == len(blocks):
                 raise _Recorded
@@ -97,7 +96,7 @@ class BlockInputs:
         """Leading shapes of the first block's hidden states, a batch each."""
         found: list[tuple[int, ...]] = []
 
-        def visit(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        def visit(hidden: Tensor, arguments: Arguments) -> Tensor:
             found.append(tuple(hidden.shape[:-1]))
             raise _Recorded
 
@@ -116,7 +115,7 @@ class BlockInputs:
         visits: Sequence[Callable],
     ) -> None:
         model = self._model
-        arguments: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
+        arguments: Arguments = {name: value.to(device) for name, value in inputs.items()}
         if "input_ids" in arguments:
             arguments["use_cache"] = False
         with stubs(model.blocks, visits):
@@ -132,12 +131,12 @@ class BlockInputs:
             "declaration does not fit this model"
         )
 
-    def _keep(self, arguments: list[dict[str, Any]]) -> None:
+    def _keep(self, arguments: list[Arguments]) -> None:
         if self._arguments and _equal(self._arguments[-1], arguments):
             arguments = self._arguments[-1]
         self._arguments.append(arguments)
 
-    def arguments(self, batch: int, block: int) -> dict[str, Any]:
+    def arguments(self, batch: int, block: int) -> Arguments:
         """Keyword arguments of one block for one batch."""
         return self._arguments[batch][block]
 
@@ -181,7 +180,11 @@ def _entered_tower(model: Model, prepare: Prepare, stack: ExitStack) -> dict[str
     return tensors
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _moved(arguments: Arguments, device: torch.device) -> Arguments:
+    return {name: _to_device(value, device) for name, value in arguments.items()}
+
+
+def _to_device(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -191,9 +194,11 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
         return type(left) is type(right) and torch.equal(left, right)
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return False
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):

@@ -106,7 +106,10 @@ class BlockPlan:
         modules = {name.removesuffix(".bias") for name in stored if name.endswith(".bias")}
         own = {n for n, m in self.matrices.items() if m.bias is not None and m.bias in stored}
         device = next(iter(stored.values())).device
-        return BlockShapes(matrices, self.sites, frozenset(modules | own), device)
+        folded = {f.module for site in self.sites for f in site.folds if f.axis != "norm"}
+        able = {name for name, matrix in self.matrices.items() if matrix.bias is not None}
+        biased = frozenset(modules | own)
+        return BlockShapes(matrices, self.sites, biased, device, frozenset(folded - able - biased))
 
 
 def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:

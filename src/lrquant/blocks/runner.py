@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from lrquant.blocks.attention import attention_name
+from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
 
@@ -66,7 +67,7 @@ class BlockRunner:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.config = _attention_config(block)
         self.dtype, self.observer = dtype, observer
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, Grid | None, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
@@ -90,7 +91,7 @@ class BlockRunner:
         self.config._attn_implementation = self._attention_before
 
     def __call__(
-        self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: dict[str, Any]
+        self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: Arguments
     ) -> Tensor:
         """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters.
 
@@ -131,10 +132,10 @@ class BlockRunner:
             return values.to(self.dtype)
         return fake_quantize_tokens(values, grid, self.dtype)
 
-    def _after_norm(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def _after_norm(self, name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + self._extras[name + SHIFT_SUFFIX]
 
-    def _after_block(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
         self._last = None
 
 

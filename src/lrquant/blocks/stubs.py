@@ -15,14 +15,14 @@ Arguments = dict[str, Any]  # of a block's forward, beside the hidden states
 class _Stub(nn.Module):
     """Stands in a block's place, answers for its attributes, and passes its inputs to `visit`."""
 
-    def __init__(self, block: nn.Module, visit: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
+    def __init__(self, block: nn.Module, visit: Callable[[Tensor, Arguments], Tensor]) -> None:
         super().__init__()
         self.__dict__.update(block=block, visit=visit)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *positional: object, **arguments: object) -> Tensor:
         """Arguments that the model gives by position are passed on by their names."""
         names = list(inspect.signature(self.__dict__["block"].forward).parameters)[1:]
         named = dict(zip(names, positional, strict=False))

@@ -7,10 +7,11 @@ import dataclasses
 import json
 import logging
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lrquant.config.choices import SettingValues
 from lrquant.config.config import Config, overridden, typed_settings
 from lrquant.config.settings import convert, read_yaml
 from lrquant.errors import LRQuantError
@@ -18,6 +19,9 @@ from lrquant.version import __version__
 
 if TYPE_CHECKING:
     from lrquant.cli.screen import Screen
+
+    _Commands = argparse._SubParsersAction["_Parser"]
+    _Function = Callable[[argparse.Namespace, Screen], int | None]
 
 _RESUME_IN_PLACE = ""
 _STATISTICS_SETTINGS = (
@@ -103,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, text: str, function: Any) -> argparse.ArgumentParser:
+def _command(
+    commands: _Commands, name: str, text: str, function: _Function
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(command=function)
     return command
@@ -155,13 +161,13 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             parser.add_argument(flag, dest=name, default=None, help=text.replace("%", "%%"))
 
 
-def _shown(default: Any) -> str:
+def _shown(default: object) -> str:
     if isinstance(default, tuple):
         return ",".join(default) or "none"
     return "none" if default in (None, "") else str(default).lower()
 
 
-def _settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, names: Sequence[str]) -> SettingValues:
     """The settings that were typed, converted."""
     hints = typing.get_type_hints(Config)
     typed = {name: getattr(options, name) for name in names}
@@ -170,6 +176,10 @@ def _settings(options: argparse.Namespace, names: Sequence[str]) -> dict[str, An
         for name, value in typed.items()
         if value is not None
     }
+
+
+def _config(settings: SettingValues) -> Config:
+    return Config(**typed_settings(settings, "command line"))
 
 
 def _quantize(options: argparse.Namespace, screen: Screen) -> int:
@@ -188,7 +198,7 @@ def _quantize(options: argparse.Namespace, screen: Screen) -> int:
     return _exit_code(finished.results)
 
 
-def _settings_of_a_run(options: argparse.Namespace) -> dict[str, Any]:
+def _settings_of_a_run(options: argparse.Namespace) -> SettingValues:
     """What was typed over what the file of settings says, and where a run is resumed."""
     names = [entry.name for entry in dataclasses.fields(Config)]
     origin = str(options.config)
@@ -216,9 +226,9 @@ def _check(options: argparse.Namespace, screen: Screen) -> None:
         raise LRQuantError(f"check: {len(done.failed)} of {len(done.findings)} failed: {what}")
 
 
-def _with_published_statistics(settings: dict[str, Any]) -> dict[str, Any]:
+def _with_published_statistics(settings: SettingValues) -> SettingValues:
     """Use ./act_scales/NET.pt and ./act_shifts/NET.pt where the published tool leaves them."""
-    net = Config(model=settings.get("model", ""), net=settings.get("net")).net_name
+    net = _config(settings).net_name
     found = {name: Path(name) / f"{net}.pt" for name in ("act_scales", "act_shifts")}
     present = {name: str(path) for name, path in found.items() if path.is_file()}
     return {**present, **settings}
@@ -229,7 +239,7 @@ def _stats(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.ingredients.base.statistics import require_replaceable
     from lrquant.pipeline import collect_statistics
 
-    config = Config(**_settings(options, (*_STATISTICS_SETTINGS, "overwrite")))
+    config = _config(_settings(options, (*_STATISTICS_SETTINGS, "overwrite")))
     scales = options.scales_output_path / f"{config.net_name}.pt"
     shifts = options.shifts_output_path / f"{config.net_name}.pt"
     require_replaceable((scales, shifts), config.overwrite)
@@ -279,7 +289,7 @@ def _inspect(options: argparse.Namespace, screen: Screen) -> None:
     screen.say(inspect_folder(options.target))
 
 
-def _print_results(results: dict[str, Any], screen: Screen) -> None:
+def _print_results(results: dict[str, object], screen: Screen) -> None:
     from lrquant.measures.tables import results_table
 
     table = results_table(results)
@@ -287,5 +297,6 @@ def _print_results(results: dict[str, Any], screen: Screen) -> None:
         screen.say(table)
 
 
-def _exit_code(results: dict[str, Any]) -> int:
-    return 0 if results.get("max_drop", {"acceptable": True})["acceptable"] else 1
+def _exit_code(results: dict[str, object]) -> int:
+    verdict = results.get("max_drop")
+    return 1 if isinstance(verdict, dict) and not verdict["acceptable"] else 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
+from lrquant.config.choices import SettingDict
 from lrquant.config.core import Settings, defaults_of, hints_of
 from lrquant.config.declarations import declarations
 from lrquant.config.learned import LearnedSettings
@@ -38,13 +39,13 @@ class _Config(Settings):
     def resolved(self) -> Config:
         """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
         config = self._with_bits()
-        schemes = config.schemes
+        schemes = config.schemes.of_language
         kinds = ingredient_kinds()
         for kind in kinds:
             reason = kind.refusal(schemes) if getattr(config, kind.switch) else None
             if reason is not None:
                 raise LRQuantError(f"--{kind.switch.replace('_', '-')} {reason}")
-        learned: dict[str, Any] = {kind.switch: config._learns(kind, schemes) for kind in kinds}
+        learned: SettingDict = {kind.switch: config._learns(kind, schemes) for kind in kinds}
         anything = any(learned.values())
         if (config.two_branch or config.dynamic_weights) and not anything:
             part = "two_branch" if config.two_branch else "dynamic_weights"
@@ -117,7 +118,7 @@ class _Config(Settings):
 
     def ingredients(self, tower: bool = False) -> tuple[LearnedSettings, ...]:
         """What a resolved run learns in the language part, or in the vision tower."""
-        schemes = self.schemes.of_tower if tower else self.schemes
+        schemes = self.schemes.of_tower if tower else self.schemes.of_language
         kinds = [kind for kind in ingredient_kinds() if self._is_on(kind, schemes, tower)]
         return tuple(kind(**self._of(kind).settled()) for kind in kinds)
 
@@ -169,18 +170,18 @@ else:
 
 
 @cache
-def preset(name: str) -> dict[str, Any]:
+def preset(name: str) -> SettingDict:
     """The values that a preset gives to settings: "paper" those of the papers, "default" none."""
     told = {entry.name: entry.metadata["paper"] for entry in dataclasses.fields(Config)}
     return {k: v for k, v in told.items() if v is not None} if name == "paper" else {}
 
 
-def with_preset(settings: dict[str, Any]) -> dict[str, Any]:
+def with_preset(settings: SettingDict) -> SettingDict:
     """`settings` over the values of the preset that they name."""
     return {**preset(settings.get("preset", "default")), **settings}
 
 
-def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+def overridden(settings: SettingDict, by: SettingDict) -> SettingDict:
     """`settings` with those of `by` in their place; a scheme and its bits replace each other.
 
     A preset in `by` replaces every value that it names, `lr_plus` the parts that it stands for.
@@ -197,10 +198,10 @@ def overridden(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **by}
 
 
-def typed_settings(values: dict[str, Any], origin: str) -> dict[str, Any]:
+def typed_settings(values: SettingDict, origin: str) -> SettingDict:
     """Fields of Config by name, dashes or underscores alike, converted; `origin` is for errors."""
     hints = hints_of(Config)
-    settings: dict[str, Any] = {}
+    settings: SettingDict = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:

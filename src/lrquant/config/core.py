@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lrquant.config.choices import RULES
+from lrquant.config.choices import RULES, SettingDict
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes, parse_patterns
 from lrquant.config.settings import convert, refuse_empty, setting, shown
@@ -252,17 +252,17 @@ class Settings:
 
 
 @cache
-def hints_of(kind: type[Any]) -> dict[str, Any]:
+def hints_of(kind: type[Any]) -> SettingDict:
     """The types of a class of settings, by name."""
     return typing.get_type_hints(kind)
 
 
-def defaults_of(kind: type[Any]) -> dict[str, Any]:
+def defaults_of(kind: type[Any]) -> SettingDict:
     """The defaults of a class of settings, by name."""
     return {entry.name: entry.default for entry in dataclasses.fields(kind)}
 
 
-def _require_types(kind: type, values: dict[str, Any]) -> None:
+def _require_types(kind: type, values: SettingDict) -> None:
     for name, hint in hints_of(kind).items():
         value = values.get(name)
         if name in values and convert(hint, value, name) != value and value == value:  # nan is one

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from lrquant.config.choices import SettingDict
 from lrquant.config.schemes import Schemes
 
 
@@ -32,10 +33,10 @@ class LearnedSettings:
         return cls.refusal(schemes) is None
 
     @classmethod
-    def when_off(cls) -> dict[str, Any]:
+    def when_off(cls) -> SettingDict:
         """Settings that mean nothing where it is not learned, as they then are."""
         return {}
 
-    def settled(self) -> dict[str, Any]:
+    def settled(self) -> SettingDict:
         """Its settings with nothing left to default; LRQuantError for what contradicts itself."""
         return dict(vars(self))

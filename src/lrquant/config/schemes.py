@@ -38,6 +38,11 @@ class Schemes:
         return Schemes(self.tower or FLOATING_POINT, self.patterns)
 
     @property
+    def of_language(self) -> Schemes:
+        """Those of all but the vision tower."""
+        return Schemes(self.default, self.patterns)
+
+    @property
     def every(self) -> tuple[Scheme, ...]:
         """Each scheme once, the default first, the tower's last."""
         tower = () if self.tower is None else (self.tower,)

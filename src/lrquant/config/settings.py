@@ -6,14 +6,16 @@ import os
 import types
 import typing
 import unicodedata
+from collections.abc import Hashable, Mapping
 from dataclasses import field
 from datetime import date
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lrquant.config.choices import SettingDict, SettingValue, SettingValues
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 
@@ -42,16 +44,16 @@ def setting(
     return field(default=default, metadata={**told, "part_of": part_of})
 
 
-def spelled_out(scheme: Scheme) -> dict[str, Any]:
+def spelled_out(scheme: Scheme) -> SettingDict:
     """The settings that say what a scheme's name says."""
     return {name: getattr(scheme, attribute) for name, attribute in SPELLED_OUT.items()}
 
 
-def require_one_scheme(settings: dict[str, Any]) -> None:
+def require_one_scheme(settings: SettingValues) -> None:
     """Refuse bits, group size or symmetry that contradict the scheme given beside them."""
     if not settings.get("scheme"):
         return
-    scheme = Scheme.parse(settings["scheme"])
+    scheme = Scheme.parse(str(settings["scheme"]))
     for name, attribute in SPELLED_OUT.items():
         named, given = getattr(scheme, attribute), settings.get(name)
         if named not in (None, False) and given not in (None, named):
@@ -63,13 +65,15 @@ def require_one_scheme(settings: dict[str, Any]) -> None:
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases, which can make a few lines endless, and without a key given twice."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="an alias (*name): write it out", problem_mark=mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
             keys = [key.value for key, _ in node.value]
@@ -78,7 +82,7 @@ class _PlainLoader(yaml.SafeLoader):
         return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """A YAML file that holds a mapping."""
     if path.exists() and not path.is_file():
         raise LRQuantError(f"config {path}: not a file; give a YAML file")
@@ -99,7 +103,9 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def refuse_empty(values: dict[str, Any], defaults: dict[str, Any], origin: str = "") -> None:
+def refuse_empty(
+    values: Mapping[str, object], defaults: Mapping[str, object], origin: str = ""
+) -> None:
     """Refuse an empty text, which would mean a default or the present folder, by its name."""
     for name, value in values.items():
         if isinstance(value, str) and not value.strip() and defaults.get(name) != "":
@@ -107,7 +113,7 @@ def refuse_empty(values: dict[str, Any], defaults: dict[str, Any], origin: str =
             raise LRQuantError(f"{where} {value!r}: empty; give a value, or leave it out")
 
 
-def convert(kind: Any, value: Any, where: str) -> Any:
+def convert(kind: object, value: object, where: str) -> SettingValue:
     """`value` as the annotated type `kind`, from YAML or a command line's text."""
     if kind == bool | str:
         kind = bool if isinstance(value, bool) else str
@@ -123,10 +129,17 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         raise LRQuantError(f"{where}: expected true or false, got {shown(value)}")
     if kind is str:
         return _text(value, where)
+    assert kind in _KINDS, kind
+    return _number(int if kind is int else float, value, where)
+
+
+def _number(kind: type[int] | type[float], value: object, where: str) -> float:
     wrong = LRQuantError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
     if not isinstance(value, str | Real) or isinstance(value, bool):
         raise wrong
     try:
+        if isinstance(value, Real):  # numpy's too
+            value = int(value) if isinstance(value, Integral) else float(value)
         converted = kind(value)
     except (ValueError, OverflowError) as error:
         raise wrong from error
@@ -135,7 +148,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     return converted
 
 
-def _list(value: Any, where: str) -> tuple[str, ...]:
+def _list(value: object, where: str) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, dict):
         parts = [f"{key}={each}" for key, each in parts.items()]
@@ -147,7 +160,7 @@ def _list(value: Any, where: str) -> tuple[str, ...]:
     return named
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | os.PathLike | Real | date):
         raise LRQuantError(f"{where}: expected text, got {shown(value)}")
     text = str(value)
@@ -160,7 +173,7 @@ def _text(value: Any, where: str) -> str:
     return text
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for an error's line."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "a whole number of more than 30 digits"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -23,6 +22,7 @@ from lrquant.export.format import Format
 from lrquant.export.loading import AS_LEARNED, Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import four_bits_on_cpu, in_vllm_cpu
+from lrquant.files.whole import JsonObject
 
 BITS = 4
 GROUP_SIZES = (32, 64, 128)
@@ -66,7 +66,7 @@ def _dtype(model: torch.dtype) -> torch.dtype:
     return torch.float16 if model == torch.float32 else model
 
 
-def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObject:
     scheme = parts[0].scheme
     return {
         "quant_method": "awq",
@@ -104,9 +104,7 @@ def _packed(linear: QuantizedMatrix, dtype: torch.dtype) -> dict[str, Tensor]:
     return packed
 
 
-def _decode(
-    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
-) -> dict[str, Tensor]:
+def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) -> dict[str, Tensor]:
     bits = quantization["bits"]
     dense = dict(tensors)
     for linear in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:

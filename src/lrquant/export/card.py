@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from lrquant.config.config import Config
 from lrquant.config.core import TARGETS
 from lrquant.export.format import Format
 from lrquant.export.targets import loading_of
+from lrquant.files.whole import JsonObject
 from lrquant.measures.tables import SPREAD_NOTE, results_table
 from lrquant.runs.results import MEASURES, entries
 
@@ -38,7 +38,7 @@ _PIPELINES = {
 }
 
 
-def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
+def model_card(config: Config, form: Format, facts: JsonObject) -> str:
     """A model card in Markdown, from the manifest's facts."""
     calibration = facts["calibration"]
     front = [
@@ -74,13 +74,13 @@ def model_card(config: Config, form: Format, facts: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _base(results: dict[str, Any]) -> list[str]:
+def _base(results: JsonObject) -> list[str]:
     """That the base model's weights had been quantised before, if they had."""
     origin = results.get("unpacked_from")
     return [f"- Full precision: the base model as unpacked from {origin}"] if origin else []
 
 
-def _quality(results: dict[str, Any]) -> str:
+def _quality(results: JsonObject) -> str:
     text = results_table(results)
     if not text:
         return "Not measured by the run that made it."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from lrquant.export.reading_back import read_back
 from lrquant.export.side_files import copy_side_files
 from lrquant.files.manifest import SETTINGS, write_manifest
 from lrquant.files.publishing import published
-from lrquant.files.whole import save_file
+from lrquant.files.whole import JsonObject, save_file
 from lrquant.learn.checks import parts_of
 from lrquant.learn.identity import describe_method
 from lrquant.model.device import dtype_name
@@ -88,7 +87,7 @@ def save_checkpoint(
         ) from error
 
 
-def _facts(workbench: Workbench, config: Config, folder: RunFolder, form: Format) -> dict[str, Any]:
+def _facts(workbench: Workbench, config: Config, folder: RunFolder, form: Format) -> JsonObject:
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
     model, schemes = workbench.model, workbench.plan.schemes
     results = RunFolder(Path(config.output_dir)).results()

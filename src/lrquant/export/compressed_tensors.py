@@ -28,6 +28,7 @@ from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.export.runtimes import in_transformers, in_vllm, in_vllm_cpu
+from lrquant.files.whole import JsonObject
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import centred
@@ -40,6 +41,9 @@ def _refusal(schemes: Schemes) -> str | None:
     quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
         return "weights of 16 bits are not packed; use --format dequantized"
+    reason = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
+    if reason is not None:
+        return reason
     for scheme in quantized:
         wanted = _nearest(scheme)
         if wanted != scheme:
@@ -51,7 +55,7 @@ def _refusal(schemes: Schemes) -> str | None:
                 f"{start}{scheme.describe()}: the nearest that it holds is {flag} {wanted.name}"
                 f"{symmetric}, to be asked for before learning"
             )
-    return _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
+    return None
 
 
 def _mixed_refusal(schemes: Schemes, quantized: Sequence[Scheme]) -> str | None:
@@ -121,7 +125,7 @@ def _layout(scheme: Scheme) -> str:
     return "int-quantized" if eight else "pack-quantized"
 
 
-def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObject:
     """One group of linears a scheme; names are more exact than the class, so they come first."""
     first = parts[0].scheme
     alike = all(part.scheme == first and not part.mixed for part in parts)
@@ -213,9 +217,7 @@ def integer_grid(matrix: QuantizedMatrix) -> IntegerGrid:
     return matrix.grid
 
 
-def _decode(
-    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
-) -> dict[str, Tensor]:
+def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) -> dict[str, Tensor]:
     """The library's own decompression, with scales in float32."""
     fields = QuantizationConfig.model_fields
     read = QuantizationConfig.model_validate({k: v for k, v in quantization.items() if k in fields})

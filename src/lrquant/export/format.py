@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
+from lrquant.files.whole import JsonObject
 
-Decode = Callable[[dict[str, Tensor], str, dict[str, Any]], dict[str, Tensor]]
+Decode = Callable[[dict[str, Tensor], str, JsonObject], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Format:
     name: str
     refusal: Callable[[Schemes], str | None]
     tensors: Callable[[FrozenBlock, torch.dtype], dict[str, Tensor]]
-    quantization_config: Callable[[Sequence[Part], list[str]], dict[str, Any] | None]
+    quantization_config: Callable[[Sequence[Part], list[str]], JsonObject | None]
     loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
         "this format does not say which runtimes load it"
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lrquant.export.side_files import without_local_keys
-from lrquant.files.whole import read_json
+from lrquant.files.whole import JsonObject, read_json
 from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 
@@ -19,7 +18,7 @@ _AXIAL = "axial"  # rotary positions of towers, which version 4 does not configu
 
 
 def write_model_config(
-    model: Model, dtype: torch.dtype, quantization: dict[str, Any] | None, place: Path
+    model: Model, dtype: torch.dtype, quantization: JsonObject | None, place: Path
 ) -> None:
     """Write config.json for the model's weights in `dtype`, quantised as `quantization` says."""
     values = _source_config(model)
@@ -37,18 +36,18 @@ def write_model_config(
     (place / "config.json").write_text(text, encoding="utf-8")
 
 
-def _source_config(model: Model) -> dict[str, Any]:
+def _source_config(model: Model) -> JsonObject:
     """The folder's own JSON; of a model without a folder, what transformers writes of it."""
     if model.folder is not None:
         values = read_json(model.folder / "config.json")
     else:
         config = model.skeleton.config
         values = json.loads(config.to_json_string(use_diff=False))
-    kept: dict[str, Any] = without_local_keys(values)
+    kept: JsonObject = without_local_keys(values)
     return {key: value for key, value in kept.items() if not key.startswith(_LOCAL)}
 
 
-def _with_dtype(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _with_dtype(values: JsonObject, name: str) -> JsonObject:
     """The same with the dtype of every part that names one replaced."""
     replaced = {}
     for key, value in values.items():
@@ -57,14 +56,14 @@ def _with_dtype(values: dict[str, Any], name: str) -> dict[str, Any]:
     return replaced
 
 
-def _set_ties(values: dict[str, Any], tied: bool) -> None:
+def _set_ties(values: JsonObject, tied: bool) -> None:
     """Say of the language head what the tensors say, where either version of transformers looks."""
     values["tie_word_embeddings"] = tied
     if isinstance(values.get("text_config"), dict):
         values["text_config"]["tie_word_embeddings"] = tied
 
 
-def _older_rope(values: dict[str, Any]) -> dict[str, Any]:
+def _older_rope(values: JsonObject) -> JsonObject:
     """transformers 4's keys for `rope_parameters`, where a part has these alone."""
     rope = values.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" in values:
@@ -76,7 +75,7 @@ def _older_rope(values: dict[str, Any]) -> dict[str, Any]:
     kept = dict(rope)
     if "rope_theta" not in kept or kept.get("rope_type") == _AXIAL:
         return {}
-    older: dict[str, Any] = {"rope_theta": kept.pop("rope_theta")}
+    older: JsonObject = {"rope_theta": kept.pop("rope_theta")}
     if "partial_rotary_factor" in kept:
         older["partial_rotary_factor"] = kept.pop("partial_rotary_factor")
     plain = kept.keys() <= {"rope_type"} and kept.get("rope_type", "default") == "default"

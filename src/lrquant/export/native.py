@@ -7,7 +7,6 @@ linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from lrquant.export.compressed_tensors import packed_matrix
 from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
+from lrquant.files.whole import JsonObject
 from lrquant.runtime.linear import IntegerLinear
 from lrquant.runtime.loading import NAME, VERSION, NativeConfig
 
@@ -38,9 +38,7 @@ def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _decode(
-    tensors: dict[str, Tensor], block: str, quantization: dict[str, Any]
-) -> dict[str, Tensor]:
+def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) -> dict[str, Tensor]:
     """By the runtime's own linear."""
     config = NativeConfig(**quantization)
     dense = dict(tensors)
@@ -56,7 +54,7 @@ def _decode(
     return dense
 
 
-def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str, Any]:
+def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObject:
     language, *towers = map(_part_config, parts)
     groups = [group for part in parts for group in list(part.groups.items())[1:]]
     others = [{"scheme": s.to_dict(), "modules": n} for s, n in groups if not s.floating_point]
@@ -70,7 +68,7 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> dict[str,
     return values
 
 
-def _part_config(part: Part) -> dict[str, Any]:
+def _part_config(part: Part) -> JsonObject:
     return {
         "scheme": part.scheme.to_dict(),
         "biases": _modules(part, ".bias"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from lrquant.blocks.streams import Stream
 from lrquant.blocks.workbench import Workbench, learned_view
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
-from lrquant.files.whole import read_json
+from lrquant.files.whole import JsonObject, read_json
 from lrquant.model.model import Model
 from lrquant.model.reading import read_config
 from lrquant.model.skeleton import build_skeleton
@@ -46,7 +46,7 @@ class DecodedSource(WeightSource):
         self.origin, self._place = str(place), place
         self._stored, self._form = SafetensorsSource(place), form
         values = read_json(place / "config.json")
-        self._quantization: dict[str, Any] = values.get("quantization_config") or {}
+        self._quantization: JsonObject = values.get("quantization_config") or {}
         self._inside = tuple(name + "." for name in blocks)
         self._shapes = {
             name: tuple(tensor.shape)

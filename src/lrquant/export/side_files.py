@@ -10,11 +10,10 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lrquant.errors import LRQuantError
 from lrquant.files.manifest import COPIED, matches
-from lrquant.files.whole import read_json
+from lrquant.files.whole import JsonObject, read_json
 from lrquant.model.model import Model
 
 logger = logging.getLogger("lrquant")
@@ -67,7 +66,7 @@ def _copy(source: Path, target: Path) -> None:
     """The same bytes, unless a file names code, a place on this machine, or what only 5 knows."""
     if source.name.endswith("config.json"):
         values = _json(source)
-        cleaned = without_local_keys(values)
+        cleaned = without_local_keys(values) if isinstance(values, dict) else values
         if isinstance(cleaned, dict) and cleaned.get("tokenizer_class") == _BACKEND:
             cleaned = _plain(cleaned)
         if cleaned != values:
@@ -76,35 +75,33 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise LRQuantError(f"{path}: not JSON; get it again") from error
 
 
-def without_local_keys(values: Any) -> Any:
-    """JSON values without custom code (`auto_map`), caches, and paths of the machine they are of.
+def without_local_keys(values: JsonObject) -> JsonObject:
+    """A JSON object without custom code (`auto_map`), caches, and paths of the machine they are of.
 
     Only the keys of objects are looked at, of which lists hold none.
     """
-    if not isinstance(values, dict):
-        return values
     return {
-        key: without_local_keys(value)
+        key: without_local_keys(value) if isinstance(value, dict) else value
         for key, value in values.items()
         if key != "auto_map" and not _is_local(key, value)
     }
 
 
-def _is_local(key: str, value: Any) -> bool:
+def _is_local(key: str, value: object) -> bool:
     if key in _LOCAL_KEYS:
         return True
     named = key.endswith(("name_or_path", "_file", "_dir"))
     return named and isinstance(value, str) and value.startswith(("/", "~", ".", "\\"))
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: object) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -135,7 +132,7 @@ def _spell_out_pictures(place: Path) -> None:
         _write_json(own, values)
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: JsonObject) -> JsonObject:
     """A tokenizer's settings under which both versions read tokenizer.json as it is."""
     unknown = ("backend", "is_local", "local_files_only")
     kept = {key: value for key, value in values.items() if key not in unknown}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from lrquant.errors import LRQuantError
 from lrquant.export.choice import formats
 from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.files.manifest import SETTINGS, changed_files, read_manifest
+from lrquant.files.whole import JsonObject
 from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model, count_parameters
 from lrquant.model.reading import read_config
@@ -108,7 +108,7 @@ def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor
     return expected, bits / weights
 
 
-def _add_extras(view: BlockView, block: str, added: dict[str, Any]) -> None:
+def _add_extras(view: BlockView, block: str, added: JsonObject) -> None:
     """Give a block's shapes the biases and shifts that the native format added to it."""
     for module in _of_block(added.get("biases", []), block):
         rows = view.stored[f"{module}.weight"].shape[:1]
@@ -124,7 +124,7 @@ def _of_block(modules: list[str], block: str) -> list[str]:
     return inside + [name for name in modules if not name.startswith(block.rpartition(".")[0])]
 
 
-def _added(part: Model) -> dict[str, Any]:
+def _added(part: Model) -> JsonObject:
     """Biases and shifts that the native format added, as its quantization_config names them."""
     found = getattr(part.skeleton.config, "quantization_config", None) or {}
     found = found if isinstance(found, dict) else vars(found)

@@ -39,7 +39,7 @@ class Equivalent(Ingredient):
     )
     let_shift: str = setting(
         "auto",
-        "learn shifts: where every module has a bias (auto), everywhere or nowhere",
+        "learn shifts: where every module has a bias (auto), wherever one fits, or nowhere",
         ("auto", "always", "never"),
         paper="always",
     )
@@ -97,11 +97,11 @@ class Equivalent(Ingredient):
         return tuple(site for site in block.sites if site.kind in self.let_sites)
 
     def shifts(self, site: Site, block: BlockShapes) -> bool:
-        """Whether a shift is learned at a site."""
-        if self.let_shift == "never" or not site.shiftable:
+        """Whether a shift is learned at a site: never where a module has no place for a bias."""
+        modules = {fold.module for fold in site.folds}
+        if self.let_shift == "never" or not site.shiftable or modules & block.unbiased:
             return False
-        biased = all(fold.module in block.biased for fold in site.folds)
-        return self.let_shift == "always" or biased
+        return self.let_shift == "always" or modules <= block.biased
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         return {

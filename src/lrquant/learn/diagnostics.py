@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, BlockRunner
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench
+from lrquant.files.whole import JsonObject
 from lrquant.learn.fit import BlockData
 
 SAMPLES = 4  # of the calibration set
@@ -48,7 +48,7 @@ class BlockDiagnostics:
     ends open; codes.LINEAR.VARIANT, counts of each code, all int64.
     """
 
-    figures: dict[str, Any]
+    figures: JsonObject
     tensors: dict[str, Tensor]
 
 
@@ -203,7 +203,7 @@ def measure_block(
 
 def _sums(
     variants: dict[str, _Variant], samples: int, measure: Callable[[Tensor], float]
-) -> dict[str, Any]:
+) -> JsonObject:
     return {
         "loss": {
             name: _finite(measure((variant.terms / samples).float()))

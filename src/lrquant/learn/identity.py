@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench, peak_memory
 from lrquant.config.config import Config
 from lrquant.data.samples import Samples
+from lrquant.files.whole import JsonObject
 from lrquant.learn.fit import FitSettings
 from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
@@ -44,7 +45,7 @@ def method_name(config: Config) -> str:
 
 def describe_run(
     config: Config, model: Model, workbench: Workbench, calibration: Samples
-) -> dict[str, Any]:
+) -> JsonObject:
     """What must be the same for a run to be resumed, and `calibration` in words."""
     settings = dataclasses.asdict(fit_settings(config))
     plan = workbench.plan
@@ -72,11 +73,12 @@ def describe_run(
     }
 
 
-def _values(plan: Plan) -> dict[str, Any]:
+def _values(plan: Plan) -> JsonObject:
     """The settings of every ingredient that is learned, as JSON has them."""
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for each in plan.ingredients:
-        values |= dataclasses.asdict(each)  # type: ignore[call-overload]
+        own = dataclasses.asdict(each)  # type: ignore[call-overload]
+        values |= {name: value for name, value in own.items() if name != each.tower_switch}
     return json.loads(json.dumps(values))
 
 
@@ -90,7 +92,7 @@ class Place(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def environment(config: Config, place: Place) -> dict[str, Any]:
+def environment(config: Config, place: Place) -> JsonObject:
     """What a reader needs to repeat the numbers.
 
     On a CPU also the threads and instructions that torch uses: sums are split by them.

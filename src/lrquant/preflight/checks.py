@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -19,6 +18,7 @@ from lrquant.data.samples import Samples
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
 from lrquant.export.checkpoint import checkpoint_dtype
+from lrquant.files.whole import JsonObject
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.learn.adaptation import check_adaptation
 from lrquant.learn.checks import check_grids, check_ingredients
@@ -49,7 +49,7 @@ from lrquant.runs.resolution import resolve_settings
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
 
 
-def preflight(settings: dict[str, Any], model: Model | None = None) -> Preflight:
+def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     """Check the run that `settings`, fields of `Config`, ask for, without starting it.
 
     Reads one block's weights, times a few steps of it and writes nothing.  Raises LRQuantError only
@@ -148,11 +148,11 @@ def _check_calibration(done: Preflight, model: Model) -> Samples | None:
 def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
     """Each text and task by itself, so that all that are missing are named."""
     config = done.config
-    alone: dict[str, Any] = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
+    alone: JsonObject = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
     alone |= {"tta": False, "vqa": (), "classify": None}
     with done.checking("evaluation"):
         check_comparison(config)
-    parts: list[dict[str, Any]] = [
+    parts: list[JsonObject] = [
         {"ppl": (name,)} for name in dict.fromkeys((*config.ppl, *config.agreement))
     ]
     parts += [{"eval_ppl": True}] if config.eval_ppl and not config.ppl else []

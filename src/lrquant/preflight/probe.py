@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from lrquant.learn.objective import Objective
 from lrquant.model.sources import WeightSource
 from lrquant.preflight.load import Load
 
+T = TypeVar("T")
 REPEATS = 3
 LONGEST = 6.0  # seconds spent on repeating one measurement
 _SEED = 0
@@ -119,7 +120,7 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def once(self, function: Callable[[], Any]) -> tuple[float, Any]:
+    def once(self, function: Callable[[], T]) -> tuple[float, T]:
         """Seconds of one call, and what it returned."""
         self._wait()
         started = time.perf_counter()
@@ -127,7 +128,7 @@ class _Clock:
         self._wait()
         return time.perf_counter() - started, result
 
-    def repeated(self, function: Callable[[], Any]) -> float:
+    def repeated(self, function: Callable[[], object]) -> float:
         """Median seconds of up to `REPEATS` calls after the first, of fewer if they take long."""
         first, _ = self.once(function)
         if first > LONGEST:

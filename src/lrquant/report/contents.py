@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrquant.config.config import ingredient_kinds
 from lrquant.config.scheme import Scheme
+from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.identity import describe_method, method_name
 from lrquant.report.repeat import repeating_command
@@ -23,7 +24,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _WORST = 10
 
 
-def run_contents(folder: RunFolder) -> dict[str, Any]:
+def run_contents(folder: RunFolder) -> JsonObject:
     """What report.json holds: run, results, blocks, worst_linears, worst_blocks, missing.
 
     Figures of a block are those of `BlockDiagnostics`, None where they were not taken; its
@@ -49,7 +50,7 @@ def run_contents(folder: RunFolder) -> dict[str, Any]:
     return _without_non_finite(contents, lambda _: None)
 
 
-def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> JsonObject:
     identity, config = folder.identity, folder.config
     scheme = Scheme(**identity["scheme"])
     return {
@@ -84,7 +85,7 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: dict[str, Any])
     }
 
 
-def _block(folder: RunFolder, record: BlockRecord) -> dict[str, Any]:
+def _block(folder: RunFolder, record: BlockRecord) -> JsonObject:
     diagnosed = folder.load_diagnostics(record.block)
     return {
         **vars(record),
@@ -117,7 +118,7 @@ def quantiles(values: Tensor) -> list[float]:
     return [float(ordered[round(share * (len(ordered) - 1))]) for share in QUANTILES]
 
 
-def _worst_linears(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst_linears(blocks: list[JsonObject]) -> list[JsonObject]:
     """The linears that add most error themselves."""
     found = [
         {
@@ -135,7 +136,7 @@ def _worst_linears(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["own_snr"])[:_WORST]
 
 
-def _worst_blocks(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst_blocks(blocks: list[JsonObject]) -> list[JsonObject]:
     """The blocks that add most error to their output."""
     found = [
         {"block": block["block"], "error_made": block["figures"]["error_made"]["learned"]}
@@ -145,7 +146,7 @@ def _worst_blocks(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: -entry["error_made"])[:3]
 
 
-def _missing(contents: dict[str, Any]) -> list[str]:
+def _missing(contents: JsonObject) -> list[str]:
     """What the report could show and this run does not have, with what brings it."""
     run, results, blocks = contents["run"], contents["results"], contents["blocks"]
     missing = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from lrquant.files.whole import JsonObject
 from lrquant.measures.numbers import divergence, number, share
 from lrquant.measures.tables import (
     AGREEMENT,
@@ -25,7 +25,7 @@ ADAPTED_NOTE = (
 )
 
 
-def result_tables(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
+def result_tables(runs: Sequence[JsonObject], names: Sequence[str]) -> list[Table]:
     """Perplexities, tasks, agreement; of several runs, one row each, with its name."""
     perplexities = [_perplexities(runs[0])] if len(runs) == 1 else _by_text(runs, names)
     along = _along_windows(runs[0]) if len(runs) == 1 else []
@@ -34,19 +34,19 @@ def result_tables(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[
     return [table for table in tables if table.rows]
 
 
-def labels(contents: dict[str, Any], name: str = "") -> dict[str, str]:
+def labels(contents: JsonObject, name: str = "") -> dict[str, str]:
     """What the columns of a run are called, after its name where there are several runs."""
     before = f"{name}: " if name else ""
     return {key: before + label for key, label in labels_of(_labelled(contents)).items()}
 
 
-def _labelled(contents: dict[str, Any]) -> dict[str, Any]:
+def _labelled(contents: JsonObject) -> JsonObject:
     run = contents["run"]
     about = {"method_name": run["method_name"], "unpacked_from": run.get("unpacked_from", "")}
     return contents["results"] | about
 
 
-def _perplexities(contents: dict[str, Any]) -> Table:
+def _perplexities(contents: JsonObject) -> Table:
     measured = named(contents["results"], "perplexity")
     shown = _measured(labels(contents), (scores for *_, scores in measured))
     rows = [
@@ -58,7 +58,7 @@ def _perplexities(contents: dict[str, Any]) -> Table:
     return Table("Perplexity", ["text", *shown.values()], rows, note)
 
 
-def _of_what(scores: dict[str, Any]) -> str:
+def _of_what(scores: JsonObject) -> str:
     """Which windows a measure is of, and how a column of it was made otherwise."""
     said = [scores.get("text", "not measured")]
     if "reference_precision" in scores:
@@ -70,7 +70,7 @@ def _of_what(scores: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _by_text(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table]:
+def _by_text(runs: Sequence[JsonObject], names: Sequence[str]) -> list[Table]:
     """One table a text; each row says over which windows, and of which model if they differ."""
     alike = len({each["run"].get("weights") for each in runs}) == 1
     measured = [named(contents["results"], "perplexity") for contents in runs]
@@ -98,14 +98,14 @@ def _by_text(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Table
     return tables
 
 
-def _model(contents: dict[str, Any]) -> str:
+def _model(contents: JsonObject) -> str:
     """Its name with what it was unpacked from, if anything."""
     about = contents["run"]
     origin = f", unpacked from {about['unpacked_from']}" if about.get("unpacked_from") else ""
     return f"{about['model']}{origin}"
 
 
-def _measured(labels: dict[str, str], scores: Iterable[dict[str, Any]]) -> dict[str, str]:
+def _measured(labels: dict[str, str], scores: Iterable[JsonObject]) -> dict[str, str]:
     measured = {key for each in scores for key, value in each.items() if value is not None}
     return {key: label for key, label in labels.items() if key in measured}
 
@@ -114,7 +114,7 @@ def _adapted_note(shown: dict[str, str]) -> list[str]:
     return [ADAPTED_NOTE] if "test_time_adapted" in shown else []
 
 
-def _pictures(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+def _pictures(runs: Sequence[JsonObject], names: Sequence[str]) -> Table:
     rows: list[list[str]] = []
     for contents, name in zip(runs, names, strict=True):
         head, measured = picture_rows(contents["results"], labels(contents))
@@ -127,7 +127,7 @@ def _pictures(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     return Table("Pictures", ["set and model", "share right"], rows, SPREAD_NOTE)
 
 
-def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+def _agreements(runs: Sequence[JsonObject], names: Sequence[str]) -> Table:
     rows = []
     for contents, name in zip(runs, names, strict=True):
         own = labels(contents, "" if len(runs) == 1 else name)
@@ -142,7 +142,7 @@ def _agreements(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     )
 
 
-def _along_windows(contents: dict[str, Any]) -> list[Table]:
+def _along_windows(contents: JsonObject) -> list[Table]:
     """How agreement goes along the window: a table a text."""
     columns = labels(contents)
     tables = []
@@ -184,7 +184,7 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}–{last}"
 
 
-def _tasks(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+def _tasks(runs: Sequence[JsonObject], names: Sequence[str]) -> Table:
     """The harness's numbers with their standard errors, the models side by side."""
     columns: list[str] = []
     cells: dict[str, dict[str, str]] = {}
@@ -207,7 +207,7 @@ def _tasks(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     return Table("Zero-shot tasks", ["task and metric", *columns], rows, " ".join(notes))
 
 
-def adaptation_table(contents: dict[str, Any]) -> Table:
+def adaptation_table(contents: JsonObject) -> Table:
     """How test-time adaptation went."""
     rows = [
         [text + about, str(b["block"]), number(b["initial_loss"]), number(b["final_loss"])]

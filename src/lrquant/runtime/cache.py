@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
@@ -57,7 +55,7 @@ class _Layer(DynamicLayer):
         self._grid, self._bits = grid, grid.bits
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **named: Any
+        self, key_states: Tensor, value_states: Tensor, *arguments: object, **named: object
     ) -> tuple[Tensor, Tensor]:
         """Encode the new states (batch, heads, tokens, head_dim); return all of them, decoded."""
         records = super().update(self._encode(key_states), self._encode(value_states))

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
+from lrquant.files.whole import JsonObject
 from lrquant.numerics.grids.schemes import activation_grid, attention_grid
 from lrquant.numerics.tokens import fake_quantize_tokens
 
@@ -45,14 +46,14 @@ class NativeConfig(QuantizationConfigMixin):
         self,
         quant_method: str = NAME,
         format_version: int = VERSION,
-        scheme: dict[str, Any] | None = None,
+        scheme: JsonObject | None = None,
         ignore: list[str] | None = None,
         biases: list[str] | None = None,
         shifts: list[str] | None = None,
         input_factors: list[str] | None = None,
-        tower: dict[str, Any] | None = None,
-        others: list[dict[str, Any]] | None = None,
-        **unknown: Any,
+        tower: JsonObject | None = None,
+        others: list[JsonObject] | None = None,
+        **unknown: object,
     ) -> None:
         if format_version > VERSION:
             raise LRQuantError(
@@ -119,7 +120,7 @@ class NativeQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: object) -> None:
         config = self.quantization_config
         for name, module in list(model.named_modules()):
             part = config.part_of(name)
@@ -152,7 +153,7 @@ class NativeQuantizer(HfQuantizer):
             setattr(parent, "_is_hf_initialized", True)  # noqa: B010
 
     def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **rest: Any
+        self, model: PreTrainedModel, **rest: object
     ) -> PreTrainedModel:
         _refuse_missing(model)
         for module in _integer_linears(model).values():
@@ -218,7 +219,7 @@ def _ends_with(name: str, modules: list[str]) -> bool:
     return any(name == module or name.endswith("." + module) for module in modules)
 
 
-def _shifted(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _shifted(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
     shift = module.get_parameter("shift")
     return (output + shift).to(output.dtype)
 

@@ -39,12 +39,16 @@ class MatrixShape:
 
 @dataclass(frozen=True, eq=False)
 class BlockShapes:
-    """A block's matrices by name, its sites, and which of its modules have a bias."""
+    """A block's matrices by name, its sites, and which of its modules have a bias.
+
+    `unbiased` are those that have none and nowhere to hold one.
+    """
 
     matrices: dict[str, MatrixShape]
     sites: tuple[Site, ...]
     biased: frozenset[str]
     device: torch.device
+    unbiased: frozenset[str] = frozenset()
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property

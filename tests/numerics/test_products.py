@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lrquant.numerics.affine import fake_quantize_tokens
-from lrquant.numerics.integer import affine_product, centred, integer_product, quantize_tokens
 
-from lrquant.numerics import integer
+from lrquant.numerics import products
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.products import affine_product, centred, integer_product, quantize_tokens
+from lrquant.numerics.tokens import fake_quantize_tokens
 
 
 def random_codes(*shape, low=-128, high=127, seed=0):
@@ -17,9 +18,9 @@ def random_codes(*shape, low=-128, high=127, seed=0):
 
 PRODUCTS = {
     "as chosen": integer_product,
-    "through float32": integer._float_product,
+    "through float32": products._float_product,
     "int8 instructions": lambda left, right: torch._int_mm(left, right.t()),
-    "padded for CUDA": integer._padded_product,
+    "padded for CUDA": products._padded_product,
 }
 
 
@@ -36,10 +37,10 @@ def test_products_are_exact(product, shape):
 
 def test_a_longer_float_product_would_not_be_exact(monkeypatch):
     """Negative control of the limit on columns."""
-    monkeypatch.setattr(integer, "_EXACT_COLUMNS", 1 << 15)
+    monkeypatch.setattr(products, "_EXACT_COLUMNS", 1 << 15)
     left, right = random_codes(4, 1 << 15, low=100), random_codes(4, 1 << 15, low=100, seed=1)
     expected = left.long() @ right.long().t()
-    assert not torch.equal(integer._float_product(left, right).long(), expected)
+    assert not torch.equal(products._float_product(left, right).long(), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -48,10 +49,11 @@ def test_tokens_lie_on_the_grid_of_the_fake_quantizer(bits, symmetric):
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(40, 24, generator=generator) * torch.logspace(-4, 3, 40)[:, None]
     values[1], values[2], values[3] = 0, values[2].abs(), -values[3].abs()
-    codes, scale, zero_point = quantize_tokens(values, bits, symmetric)
+    grid = IntegerGrid(bits, None, symmetric)
+    codes, scale, zero_point = quantize_tokens(values, grid)
     assert codes.dtype == torch.int8 and scale.shape == zero_point.shape == (40, 1)
     decoded = scale * (codes.float() - zero_point)
-    assert torch.equal(decoded, fake_quantize_tokens(values, bits, symmetric))
+    assert torch.equal(decoded, fake_quantize_tokens(values, grid))
     half = 1 << (bits - 1)
     assert -half <= codes.min() and codes.max() <= half - 1
 
@@ -69,12 +71,13 @@ def test_zero_points_are_corrected_exactly(bits):
     token_zero, weight_zero = draw(9, 1), draw(6)
     token_zero[0], weight_zero[0] = 0, 0
     expected = (tokens - token_zero) @ (weight - weight_zero[:, None]).t()
-    codes = centred(weight, bits, False)
+    grid = IntegerGrid(bits)
+    codes = centred(weight, grid)
     found = affine_product(
-        centred(tokens, bits, False),
-        centred(token_zero, bits, False).int(),
+        centred(tokens, grid),
+        centred(token_zero, grid).int(),
         codes,
         codes.sum(1, dtype=torch.int32),
-        centred(weight_zero, bits, False).int(),
+        centred(weight_zero, grid).int(),
     )
     assert torch.equal(found.long(), expected)
