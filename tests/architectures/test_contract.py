@@ -26,7 +26,6 @@ from lrquant.config.choices import KINDS
 from lrquant.config.scheme import FLOATING_POINT
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.ingredient import Ingredient
 from lrquant.model.loading import from_module
 
 TOKENS = 12
@@ -95,7 +94,7 @@ def test_an_unknown_family_is_refused_with_the_known_and_the_guide():
 
 def test_a_declared_refusal_is_an_error(monkeypatch):
     refusing = Architecture(
-        "odd", ("odd",), "x", lambda *a: (), lambda *a: (), refusal=lambda c: "too odd"
+        "odd", ("odd",), "x", lambda c, block: (), lambda c, block: (), refusal=lambda c: "too odd"
     )
     monkeypatch.setattr(lrquant.architectures, "architectures", lambda: {"odd": refusing})
     config = GPT2Config()
@@ -108,31 +107,29 @@ def block_of(model: nn.Module, index: int) -> nn.Module:
     return model.get_submodule(f"{architecture_of(model.config).blocks}.{index}")
 
 
-def sites_of(model: nn.Module) -> tuple[Site, ...]:
-    return architecture_of(model.config).sites(model.config, 0)
+def sites_of(model: nn.Module, index: int = 0) -> tuple[Site, ...]:
+    return architecture_of(model.config).sites(model.config, index)
 
 
-def matrices_of(model: nn.Module) -> tuple[str, ...]:
-    declared = architecture_of(model.config).matrices(model.config, 0)
-    assert all(matrix.whole for matrix in declared)
-    return tuple(matrix.name for matrix in declared)
+def names_of(model: nn.Module, index: int = 0) -> list[str]:
+    """The declared matrices of a block."""
+    return [matrix.name for matrix in architecture_of(model.config).matrices(model.config, index)]
 
 
 def test_linears_are_those_of_every_block(variant, make_model):
     model = make_model(variant)
-    declared = matrices_of(model)
-    assert len(set(declared)) == len(declared)
     for index in range(model.config.num_hidden_layers):
+        declared = names_of(model, index)
+        assert len(set(declared)) == len(declared)
         modules = block_of(model, index).named_modules()
         assert {name for name, module in modules if isinstance(module, nn.Linear)} == set(declared)
 
 
 def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
     model = make_model("llama")
-    whole = architectures()["llama"].matrices(None, 0)
-    for declared in (whole[:1], (*whole, *linears("mlp.extra"))):
+    for names in (["self_attn.q_proj"], [*names_of(model), "mlp.extra"]):
         odd = Architecture(
-            "odd", ("llama",), "model.layers", lambda c, b, x=declared: x, lambda c, b: ()
+            "odd", ("llama",), "model.layers", lambda c, block, x=names: linears(*x), decoder.sites
         )
         monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config, odd=odd: odd)
         with pytest.raises(LRQuantError, match="the declaration does not fit this model"):
@@ -140,8 +137,10 @@ def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
 
 
 def test_sites_are_those_of_the_table(variant, make_model):
-    found = [site.kind for site in sites_of(make_model(variant))]
-    assert {kind: found.count(kind) for kind in KINDS} == EXPECTED.get(variant, ALL_KINDS)
+    model = make_model(variant)
+    for index in range(model.config.num_hidden_layers):
+        found = [site.kind for site in sites_of(model, index)]
+        assert {kind: found.count(kind) for kind in KINDS} == EXPECTED.get(variant, ALL_KINDS)
 
 
 def test_sites_fit_the_modules(variant, make_model):
@@ -149,7 +148,7 @@ def test_sites_fit_the_modules(variant, make_model):
     block = block_of(model, 0)
     sites = sites_of(model)
     assert len({site.name for site in sites}) == len(sites)
-    names = matrices_of(model)
+    declared = names_of(model)
     for site in sites:
         assert site.measured is None or site.measured == site.consumers[0].module
         assert site.measured is None or site.consumers[0].axis == "columns"
@@ -157,7 +156,7 @@ def test_sites_fit_the_modules(variant, make_model):
             weight = block.get_submodule(fold.module).weight
             assert len(fold.index) == weight.shape[1 if fold.axis == "columns" else 0]
             assert set(fold.index) == set(range(site.size))
-            assert (fold.module in names) == (fold.axis != "norm")
+            assert (fold.module in declared) == (fold.axis != "norm")
 
 
 @pytest.fixture
@@ -225,16 +224,17 @@ def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
 
 @torch.no_grad()
 def block_outputs(
-    bench: Workbench, ids: torch.Tensor, learned: tuple[Ingredient, ...], set_sites_: Callable
+    bench: Workbench, ids: torch.Tensor, rule: str | None, set_sites_: Callable
 ) -> list[torch.Tensor]:
-    """Output of each block on full-precision inputs, with random scales and shifts of `learned`."""
+    """Output of each block on full-precision inputs, under random scales, and shifts by a rule."""
+    learned = () if rule is None else learned_by(let=True, let_sites=KINDS, let_shift=rule)
+    bench = dataclasses.replace(bench, plan=Plan(Schemes(FLOATING_POINT), learned))
     entry = BlockInputs(bench.model, ids, len(ids), bench.device)
     (stream,) = bench.streams(entry, 1)
     entry.embed(stream)
     outputs = []
     for index in range(len(bench.model.blocks)):
-        plan = Plan(Schemes(FLOATING_POINT), learned)
-        view = dataclasses.replace(bench, plan=plan).view(index, bench.stored(index))
+        view = bench.view(index, bench.stored(index))
         set_sites_(view, index)
         with bench.runner(index, view) as runner:
             states = stream.read(entry.batches[0])
@@ -250,10 +250,9 @@ def test_the_block_view_folds_the_same_way(
     """In floating point, with every site and shifts also where no bias exists."""
     bench = make_bench(make_model(variant))
     ids = token_ids(2, TOKENS)
-    learned = learned_by(let=True, let_sites=KINDS, let_shift=rule)
     plain, folded = (
-        block_outputs(bench, ids, (), set_sites_),
-        block_outputs(bench, ids, learned, set_sites_),
+        block_outputs(bench, ids, None, set_sites_),
+        block_outputs(bench, ids, rule, set_sites_),
     )
     for before, after in zip(plain, folded, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
@@ -264,7 +263,7 @@ def test_the_block_view_comparison_sees_one_wrong_scale(
 ):
     bench = make_bench(make_model("llama"))
     ids = token_ids(2, TOKENS)
-    (plain, _) = block_outputs(bench, ids, (), set_sites_)
+    (plain, _) = block_outputs(bench, ids, None, set_sites_)
     view = bench.view(0, bench.stored(0))
     tensors = view.tensors()
     tensors["self_attn.k_proj.weight"] = tensors["self_attn.k_proj.weight"].clone()

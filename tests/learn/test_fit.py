@@ -28,9 +28,9 @@ W2A8 = Scheme(2, 8)
 def block(make_model, make_bench, token_ids):
     """A function that makes block 0 of a tiny model ready to be learned."""
 
-    def make(model=None, scheme=W2A8, batch_size=1, method=None, branches=1):
-        learned = learned_by(lwc=True, let=True) if method is None else method
-        bench = make_bench(model or make_model("llama"), plan=Plan(Schemes(scheme), learned))
+    def make(model=None, scheme=W2A8, batch_size=1, branches=1, **learned):
+        plan = Plan(Schemes(scheme), learned_by(**(learned or {"lwc": True, "let": True})))
+        bench = make_bench(model or make_model("llama"), plan=plan)
         entry = BlockInputs(bench.model, token_ids(BATCHES, 12), batch_size, bench.device)
         inputs, *targets = bench.streams(entry, 1 + branches)
         entry.embed(inputs)
@@ -46,23 +46,12 @@ def block(make_model, make_bench, token_ids):
 
 
 def settings(**changes):
-    defaults = {"epochs": 3, "weight_decay": 0.0, "loss": "mse+nlc"}
-    return FitSettings(**(defaults | changes))
-
-
-def at_rates(view, rates):
-    """Give a view's ingredients the learning rates of these settings."""
-    view.ingredients = tuple(
-        dataclasses.replace(each, **{n: rate for n, rate in rates.items() if hasattr(each, n)})
-        for each in view.ingredients
-    )
+    return FitSettings(**({"epochs": 3} | changes))
 
 
 def learn(prepared, **changes):
     """The report, and the loss over all samples before and after."""
     view, runner, data = prepared
-    rates = {name: changes.pop(name) for name in list(changes) if name.endswith("_lr")}
-    at_rates(view, rates)
     kind = changes.get("loss", "mse+nlc")
     with runner, torch.no_grad():
         before = float(data.terms(runner, view.tensors(), kind).sum())
@@ -91,11 +80,11 @@ def test_learning_lowers_the_loss(block, loss):
 
 def test_the_best_epoch_by_the_loss_held_still_is_kept(block):
     """A learning rate that overshoots: the last epoch is far from the best."""
-    rates = {"let_lr": 0.3, "lwc_lr": 3.0, "epochs": 6}
-    report, _, last = learn(block(), **rates)
+    rates = {"lwc": True, "let": True, "let_lr": 0.3, "lwc_lr": 3.0}
+    report, _, last = learn(block(**rates), epochs=6)
     assert report.best_epoch is None and report.held_losses == []
-    view, *_ = prepared = block()
-    report, before, after = learn(prepared, keep_best=True, **rates)
+    view, *_ = prepared = block(**rates)
+    report, before, after = learn(prepared, keep_best=True, epochs=6)
     assert len(report.held_losses) == 6
     assert report.held_losses[-1] == pytest.approx(last, rel=1e-6), "the same steps"
     choices = [before, *report.held_losses]
@@ -104,17 +93,17 @@ def test_the_best_epoch_by_the_loss_held_still_is_kept(block):
 
 
 def test_the_start_is_kept_where_no_epoch_is_better(block):
-    view, *_ = prepared = block()
+    view, *_ = prepared = block(lwc=True, let=True, let_lr=50.0, lwc_lr=50.0)
     before = copies(view)
-    report, initial, after = learn(prepared, keep_best=True, let_lr=50.0, lwc_lr=50.0)
+    report, initial, after = learn(prepared, keep_best=True)
     assert report.best_epoch == 0 and equal(before, view.parameters) and after == initial
 
 
 def test_the_best_epoch_is_the_last_where_every_epoch_is_better(block):
-    plain, kept = (block(scheme=Scheme(3), method=learned_by(rotation=True)) for _ in range(2))
-    slow = {"epochs": 3, "rotation_lr": 1e-3}
-    learn(plain, **slow)
-    report, *_ = learn(kept, keep_best=True, **slow)
+    slow = {"rotation": True, "rotation_lr": 1e-3}
+    plain, kept = (block(scheme=Scheme(3), **slow) for _ in range(2))
+    learn(plain, epochs=3)
+    report, *_ = learn(kept, keep_best=True, epochs=3)
     assert report.best_epoch == 3 and equal(plain[0].parameters, kept[0].parameters)
 
 
@@ -130,8 +119,7 @@ def test_both_branches_are_in_the_loss(block):
 
 @pytest.mark.parametrize("ema_init", ["first", "one"])
 def test_learning_with_dynamic_weights(block, ema_init):
-    method = learned_by(lwc=True, let=True, rotation=True)
-    prepared = block(method=method, branches=2)
+    prepared = block(branches=2, lwc=True, let=True, rotation=True)
     settings = {"dynamic_weights": True, "two_branch": True, "ema_init": ema_init}
     report, before, after = learn(prepared, epochs=20, **settings)
     assert report.initial_loss == pytest.approx(2, rel=1e-2), "both terms at their own start"
@@ -140,8 +128,7 @@ def test_learning_with_dynamic_weights(block, ema_init):
 
 def test_a_factor_of_zero_loss_does_not_divide_by_zero(block):
     """A block without any error: 8 bits of an already exact weight."""
-    method = learned_by(rotation=True)
-    view, runner, data = block(scheme=Scheme(8), method=method)
+    view, runner, data = block(scheme=Scheme(8), rotation=True)
     with runner, torch.no_grad():
         data.targets[0].copy(data.inputs)
         exact = {**view.tensors()}
@@ -156,8 +143,8 @@ def test_a_factor_of_zero_loss_does_not_divide_by_zero(block):
     ("sharing", "rank"), [("site", 1), ("linear", 1), ("none", 1), ("weight", 1), ("weight", 3)]
 )
 def test_every_parameter_is_learned_and_none_needs_gradients_after(block, sharing, rank):
-    rotation = {"rotation": True, "rotation_sharing": sharing, "rotate_rank": rank}
-    view, *_ = prepared = block(method=learned_by(lwc=True, let=True, **rotation))
+    factors = {"rotation": True, "rotation_sharing": sharing, "rotate_rank": rank}
+    view, *_ = prepared = block(lwc=True, let=True, **factors)
     before = copies(view)
     learn(prepared)
     assert {name.split(".")[0] for name in before} == {"lwc", "let", "rotation"}
@@ -168,17 +155,16 @@ def test_every_parameter_is_learned_and_none_needs_gradients_after(block, sharin
 def test_each_kind_has_its_learning_rate(block):
     for moving in ("lwc", "let", "rotation"):
         still = {f"{kind}_lr": 0.0 for kind in ("lwc", "let", "rotation") if kind != moving}
-        view, *_ = prepared = block(method=learned_by(lwc=True, let=True, rotation=True))
+        view, *_ = prepared = block(lwc=True, let=True, rotation=True, **still)
         before = copies(view)
-        learn(prepared, **still)
+        learn(prepared)
         changed = {n for n in before if not torch.equal(before[n], view.parameters[n])}
         assert changed and all(name.startswith(moving + ".") for name in changed), moving
 
 
 def test_the_first_adam_step_is_the_learning_rate(block):
-    view, runner, data = block(method=learned_by(lwc=True))
+    view, runner, data = block(lwc=True, lwc_lr=0.125)
     before = copies(view)
-    at_rates(view, {"lwc_lr": 0.125})
     optimizers = fit.make_optimizers(view, 0.0)
     with runner:
         objective = Objective(torch.ones(1), False, "first")
@@ -191,15 +177,15 @@ def test_the_first_adam_step_is_the_learning_rate(block):
 def test_weight_decay_shrinks_parameters(block):
     sizes = []
     for decay in (0.0, 5.0):
-        view, *_ = prepared = block(method=learned_by(lwc=True))
+        view, *_ = prepared = block(lwc=True)
         learn(prepared, weight_decay=decay)
         sizes.append(sum(float(p.abs().sum()) for p in view.parameters.values()))
     assert sizes[1] < 0.95 * sizes[0]
 
 
 def test_scales_stay_positive(block):
-    view, *_ = prepared = block()
-    learn(prepared, let_lr=2.0, epochs=2)
+    view, *_ = prepared = block(lwc=True, let=True, let_lr=2.0)
+    learn(prepared, epochs=2)
     scales = [p for name, p in view.parameters.items() if name.endswith(".scale")]
     smallest = min(float(scale.min()) for scale in scales)
     assert smallest >= SMALLEST_FACTOR * 0.999
@@ -210,7 +196,7 @@ def test_nothing_to_learn(block):
     before = copies(view)
     report, initial, after = learn(prepared, epochs=0)
     assert equal(before, view.parameters) and initial == after == report.initial_loss
-    report, initial, after = learn(block(method=()), epochs=5)
+    report, initial, after = learn(block(lwc=False), epochs=5)
     assert report.epoch_losses == [] and initial == after
 
 
@@ -271,7 +257,7 @@ def test_not_finite_later_goes_back_to_the_best_epoch(block, monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, BATCHES])
 def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
     """Also where it is the last of an epoch, or of all."""
-    view, *_ = prepared = block(batch_size=batch_size)
+    view, *_ = prepared = block(batch_size=batch_size, lwc=True, let=True, let_lr=1.0, lwc_lr=1.0)
     start = copies(view)
     original = fit.loss_terms
 
@@ -281,7 +267,7 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
         return value * math.nan if far else value
 
     monkeypatch.setattr(fit, "loss_terms", loss)
-    report, before, after = learn(prepared, epochs=epochs, let_lr=1.0, lwc_lr=1.0)
+    report, before, after = learn(prepared, epochs=epochs)
     assert len(report.non_finite) == 1 and "back to the best" in report.non_finite[0]
     assert equal(start, view.parameters) and after == before
 
@@ -289,8 +275,8 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, BATCHES])
 def test_steps_into_infinity_end_at_finite_parameters(block, epochs, batch_size):
-    view, *_ = prepared = block(batch_size=batch_size)
-    report, before, after = learn(prepared, epochs=epochs, let_lr=1e30, lwc_lr=1e30)
+    view, *_ = prepared = block(batch_size=batch_size, lwc=True, let=True, let_lr=1e30, lwc_lr=1e30)
+    report, before, after = learn(prepared, epochs=epochs)
     assert math.isfinite(after) and (after <= before or not report.non_finite)
     assert all(torch.isfinite(p).all() for p in view.parameters.values())
 
@@ -317,12 +303,12 @@ def test_a_weight_that_is_not_finite_is_named(block, make_model, name, value):
     model = make_model("llama")
     model.get_parameter(f"model.layers.0.{name}").view(-1)[5] = value
     with pytest.raises(LRQuantError) as error:
-        learn(block(model, method=learned_by(lwc=True)))
+        learn(block(model, lwc=True))
     assert "block 0" in str(error.value) and name in str(error.value)
 
 
 def test_an_input_that_is_not_finite_is_named(block):
-    *_, data = prepared = block(method=learned_by(lwc=True))
+    *_, data = prepared = block(lwc=True)
     data.inputs.states[2, 3] = math.nan
     with pytest.raises(LRQuantError, match=r"block 0: the input of self_attn\.q_proj"):
         learn(prepared)

@@ -58,15 +58,36 @@ def _require_covered(
     for matrix in matrices:
         declared.setdefault(matrix.parameter, []).append(matrix)
     start = f"model family {part.name!r}: "
-    for name in declared.keys() - parameters.keys():
+    names = [matrix.name for matrix in matrices]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        raise LRQuantError(f"{start}{name} of block {index} is the name of several matrices")
+    for name in sorted(declared.keys() - parameters.keys()):
         raise LRQuantError(f"{start}block {index} has no {name}; the declaration does not fit it")
     for name, parameter in parameters.items():
         if parameter.dim() < 2 or name in kept:
             continue
-        elements = sum(matrix.of(parameter).numel() for matrix in declared.get(name, ()))
-        if elements != parameter.numel():
-            said = "only in part" if name in declared else "neither as a matrix nor as kept"
+        if not _cover(declared.get(name, ()), parameter):
+            said = (
+                "only in part, or twice" if name in declared else "neither as a matrix nor as kept"
+            )
             raise LRQuantError(
                 f"{start}{name} of block {index}, {tuple(parameter.shape)}, is declared {said}; "
                 "see docs/add-an-architecture.md"
             )
+
+
+def _cover(matrices: Sequence[Matrix], parameter: Tensor) -> bool:
+    """Whether matrices are all of a parameter, each of its values once."""
+    by_expert: dict[int | None, list[Matrix]] = {}
+    for matrix in matrices:
+        by_expert.setdefault(matrix.expert, []).append(matrix)
+    experts = {None} if parameter.dim() == 2 else set(range(len(parameter)))
+    return by_expert.keys() == experts and all(
+        _cover_rows(parts, parameter) for parts in by_expert.values()
+    )
+
+
+def _cover_rows(parts: Sequence[Matrix], parameter: Tensor) -> bool:
+    rows = parameter.shape[-1 if parts[0].transposed else -2]
+    spans = sorted(part.rows or (0, rows) for part in parts)
+    return [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), rows]
