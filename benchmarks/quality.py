@@ -14,23 +14,25 @@ prints the tables.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from lrquant.config.presets import PRESETS
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.variants import as_learned, full_precision, unlearned
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.choices import KINDS
-from lrquant.config.config import Config
-from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.config import Config, preset
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples, perplexity_windows
 from lrquant.measures.numbers import divergence, number
 from lrquant.measures.perplexity import score, send_through
@@ -45,8 +47,9 @@ WINDOWS = 40
 TEXTS = ("wikitext2", "c4")
 SCHEMES = ("W8A8", "W6A6", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
 
-PUBLISHED = {name: PRESETS["paper"][name] for name in ("lwc_init", "keep_best", "let_sites")}
-PLUS_AS_PUBLISHED = {k: v for k, v in PRESETS["paper"].items() if k not in PROTOCOL}
+PAPER = preset("paper")
+PUBLISHED = {name: PAPER[name] for name in ("lwc_init", "keep_best", "let_sites")}
+PLUS_AS_PUBLISHED = {k: v for k, v in PAPER.items() if k not in PROTOCOL}
 PLUS_AS_PUBLISHED |= {"lr_plus": True}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -140,14 +143,15 @@ class _Bench:
         if not missing:
             return
         place = self.folder / name.replace(" ", "_").replace(",", "")
-        prepare = preparer(self.bench, Scheme.parse(settings["scheme"]))
+        plan = Plan(Schemes(Scheme.parse(settings["scheme"])))
+        prepare = unlearned(dataclasses.replace(self.bench, plan=plan))
         if settings["epochs"]:
             given = {**self.common, **settings, "output_dir": str(place)}
             given |= {"precision": self.precision}
             run(given | ({"resume": str(place)} if place.is_dir() else {}), self.model)
             learned = RunFolder.open(place)
-            config = learned.config.resolved()
-            prepare = preparer(self.bench, config.quantization, config, learned)
+            plan = Plan.of(learned.config.resolved())
+            prepare = as_learned(dataclasses.replace(self.bench, plan=plan), learned)
         for text in missing:
             scores = self._scores(self.texts[text], prepare)
             row = {"row": name, "text": text, "windows": self.texts[text].description, **scores}
@@ -173,7 +177,7 @@ class _Bench:
         entry = BlockInputs(self.model, windows.ids, 4, bench.device)
         if windows.name not in self._references:
             (reference,) = bench.streams(entry, 1)
-            send_through(self.model, preparer(bench, FLOATING_POINT), reference, entry)
+            send_through(self.model, full_precision(bench), reference, entry)
             self._references[windows.name] = reference
             self._full(windows, reference)
         (stream,) = bench.streams(entry, 1)

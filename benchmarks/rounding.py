@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.variants import as_learned
 from lrquant.blocks.workbench import make_workbench
 from lrquant.measures.tables import table
 from lrquant.model.loading import load_model
@@ -42,7 +42,7 @@ def main() -> None:
     config = dataclasses.replace(folder.config, precision="float32", device="cpu")
     model = load_model(config.model, None)
     bench = make_workbench(model, config)
-    learned = materialize(bench, preparer(bench, config.quantization, config, folder)).eval()
+    learned = materialize(bench, as_learned(bench, folder)).eval()
     native = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="float32").eval()
     assert model.tokenizer is not None
     text = Path(options.text).read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from the view's weights to the optimizer.  Random weights; prints medians and th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.view import Method
+from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizer
+from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
 from lrquant.measures.tables import table
 from lrquant.model.device import choose_device, choose_precision
@@ -65,9 +67,9 @@ def main() -> None:
         *(("W4A16", False, False), ("W4A16", False, True)),
         *(("W4A16g64", False, False), ("W4A16g64", False, True)),
     ):
-        method = Method(lwc=True, let=let, rotation=plus)
+        plan = Plan(Schemes(Scheme.parse(name)), learned_by(lwc=True, let=let, rotation=plus))
         seen = two_branches if plus else data
-        step = _learning_step(bench, Scheme.parse(name), method, seen, observed)
+        step = _learning_step(dataclasses.replace(bench, plan=plan), seen, observed, plus)
         ours, theirs = _pair(step, plain, device, options.repeats)
         label = f"{name}, LWC{' + LET' if let else ''}{', LRQuant+' if plus else ''}"
         rows.append([label, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"])
@@ -100,22 +102,18 @@ def _plain_step(
 
 
 def _learning_step(
-    bench: Workbench,
-    scheme: Scheme,
-    method: Method,
-    data: BlockData,
-    observed: ChannelStatistics,
+    bench: Workbench, data: BlockData, observed: ChannelStatistics, plus: bool
 ) -> Callable[[], None]:
-    view = bench.view(0, bench.stored(0), scheme, method)
-    view.initialize(observed, bench.model.block_name(0))
-    settings = FitSettings(1, 5e-3, 1e-2, 0.0, "mse+nlc", dynamic_weights=method.rotation)
-    optimizer = make_optimizer(view.parameters, settings)
+    view = bench.view(0, bench.stored(0))
+    view.initialize(observed)
+    settings = FitSettings(1, 0.0, "mse+nlc", dynamic_weights=plus)
+    optimizers = make_optimizers(view, settings.weight_decay)
     objective = Objective(torch.ones(2), settings.dynamic_weights, settings.ema_init)
     runner = bench.runner(0, view)
 
     def step() -> None:
         with runner:
-            learning_step(view, runner, data, 0, optimizer, objective, settings.loss)
+            learning_step(view, runner, data, 0, optimizers, objective, settings.loss)
 
     return step
 

@@ -106,6 +106,8 @@ def test_a_device_that_is_not_there_is_refused(learn, tmp_path, device):
         ({"model": 3}, "model of type int"),
         ({"scheme": 4}, "scheme '4': expected W<bits>"),
         ({"scheme": ["W4A4"]}, "scheme: expected text"),
+        ({"scheme": "W4A4-odd"}, "grid 'odd': use one of int"),
+        ({"loss": "mae"}, "loss 'mae': use one of mse, nlc, or several joined by +"),
         ({"epochs": None}, "epochs: expected a whole number, got None"),
         ({"save_dir": b"x"}, "save_dir: expected text, got b'x'"),
         ({"bits": 4}, "unknown setting 'bits'"),
@@ -779,9 +781,10 @@ def test_what_is_no_model_is_refused(model):
         quantize(model, "W4A4")
 
 
-def test_samples_of_another_type_are_refused(make_model):
+def test_samples_of_another_type_are_refused(make_model, tmp_path):
+    settings = {"output_dir": str(tmp_path / "run"), "samples": [[1, 2, 3]]}
     with pytest.raises(LRQuantError, match="samples of type list"):
-        quantize(make_model("llama"), "W4A4", samples=[[1, 2, 3]])
+        quantize(make_model("llama"), "W4A4", **settings)
 
 
 def test_a_rank_above_the_smallest_linear_is_refused(make_model, token_ids, tmp_path):

@@ -88,6 +88,6 @@ def test_the_map_names_every_room():
 
 
 def test_an_arrow_that_runs_up_and_a_circle_are_seen():
-    assert upward("numerics.affine", {"learn.fit", "config.scheme"}) == ["learn.fit"]
+    assert upward("numerics.weights", {"learn.fit", "config.scheme"}) == ["learn.fit"]
     assert upward("learn.fit", {"pipeline"}) == ["pipeline"]
     assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a", "b"]

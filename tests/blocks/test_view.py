@@ -139,7 +139,7 @@ def test_frozen_equals_learned_whatever_the_chunks(make_view, monkeypatch):
     view = make_view("opt", Scheme(4, group_size=16), EVERYTHING)
     perturb_(view)
     whole = view.freeze().tensors(torch.float32)
-    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 100)
     with torch.no_grad():
         assert differing(whole, view.tensors()) == []
 

@@ -104,7 +104,7 @@ def test_the_searched_weight_has_its_factors(weight, importance):
 def test_the_search_does_not_depend_on_the_chunks(weight, importance, monkeypatch):
     grid = IntegerGrid(3, 16)
     whole = searched_logits(weight, AS_IT_IS, importance, grid)
-    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 100)
     assert torch.equal(whole, searched_logits(weight, AS_IT_IS, importance, grid))
 
 

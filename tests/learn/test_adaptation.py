@@ -175,6 +175,15 @@ def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, 
     assert adapted == results["perplexity"]["wikitext2"]["test_time_adapted"], "kept beside it"
 
 
+def test_the_rate_of_adapting_says_nothing_of_what_was_learned(learn, tmp_path):
+    learn(let=True)
+    again = {"resume": str(tmp_path / "run"), "overwrite": False, "let": True}
+    results = learn(tta=True, tta_let_lr=3e-3, **again).results
+    assert "(lr 0.003)" in results["test_time_adaptation"]["wikitext2"]["learned"]
+    with pytest.raises(LRQuantError, match="its method let_lr differs"):
+        learn(let_lr=3e-3, **again)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

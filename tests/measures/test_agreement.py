@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from lrquant import quantize
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.variants import full_precision, unlearned
 from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.measures import perplexity
 from lrquant.measures.run import measure
@@ -16,11 +20,16 @@ from lrquant.measures.tables import results_table
 from lrquant.runs.progress import Progress
 
 
+def rounded(bench, scheme):
+    """Every block of a bench under a scheme, with nothing learned."""
+    return unlearned(dataclasses.replace(bench, plan=Plan(Schemes(scheme))))
+
+
 def measured(bench, windows, scheme):
     samples = Samples(windows, "text", "test", "here", "", "a text")
     variants = {
-        "full_precision": preparer(bench, FLOATING_POINT),
-        "quantized": preparer(bench, scheme),
+        "full_precision": full_precision(bench),
+        "quantized": rounded(bench, scheme),
     }
     return measure(bench, samples, variants, Progress(), agreement=True)
 
@@ -37,7 +46,7 @@ def test_divergence_is_torch_s(
     bench = make_bench(module)
     parsed = Scheme.parse(scheme)
     scores = measured(bench, windows, parsed)["agreement"]["text"]["quantized"]
-    quantised = materialize(bench, preparer(bench, parsed))
+    quantised = materialize(bench, rounded(bench, parsed))
     with torch.no_grad():
         full, other = (model(windows).logits[:, :-1].double() for model in (module, quantised))
     divergence = torch.nn.functional.kl_div(
@@ -65,7 +74,7 @@ def test_the_ratio_and_what_is_said_along_the_window(make_model, make_bench, tok
     assert scores["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
     spans = [(entry["first"], entry["last"]) for entry in scores["positions"]]
     assert spans == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 23)]
-    quantised = materialize(bench, preparer(bench, parsed))
+    quantised = materialize(bench, rounded(bench, parsed))
     with torch.no_grad():
         full, other = (model(windows).logits[:, :-1].double() for model in (module, quantised))
     full, other = full.log_softmax(-1), other.log_softmax(-1)

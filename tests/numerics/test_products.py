@@ -18,9 +18,9 @@ def random_codes(*shape, low=-128, high=127, seed=0):
 
 PRODUCTS = {
     "as chosen": integer_product,
-    "through float32": products._float_product,
+    "through float32": products.float_product,
     "int8 instructions": lambda left, right: torch._int_mm(left, right.t()),
-    "padded for CUDA": products._padded_product,
+    "padded for CUDA": products.padded_product,
 }
 
 
@@ -37,10 +37,10 @@ def test_products_are_exact(product, shape):
 
 def test_a_longer_float_product_would_not_be_exact(monkeypatch):
     """Negative control of the limit on columns."""
-    monkeypatch.setattr(products, "_EXACT_COLUMNS", 1 << 15)
+    monkeypatch.setattr(products, "EXACT_COLUMNS", 1 << 15)
     left, right = random_codes(4, 1 << 15, low=100), random_codes(4, 1 << 15, low=100, seed=1)
     expected = left.long() @ right.long().t()
-    assert not torch.equal(products._float_product(left, right).long(), expected)
+    assert not torch.equal(products.float_product(left, right).long(), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -125,7 +125,7 @@ def test_results_do_not_depend_on_the_chunk_size(elements, symmetric, monkeypatc
     values, grid = normal(2, 12, 64), IntegerGrid(4, None, symmetric)
     results = []
     for chunk in (1 << 17, elements):
-        monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
         results.append(value_and_gradient(fake_quantize_tokens, values, grid))
     for whole, parts in zip(*results, strict=True):
         assert torch.equal(parts, whole)

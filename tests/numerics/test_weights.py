@@ -1,4 +1,4 @@
-"""Weights on a grid against plain autograd, torch's own quantizer and compressed-tensors.
+"""Weights through a recipe and a grid, against plain autograd.
 
 Both paths, fused and by autograd, are held against the equations written anew in conftest.py.
 """
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrquant.numerics import chunks
-from lrquant.numerics.grids.grid import SMALLEST_SCALE, Grid
+from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.recipe import Recipe, scaled_weight
 from lrquant.numerics.weights import (
@@ -55,6 +55,29 @@ def leaves(weight: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
     return {name: value.requires_grad_() for name, value in values.items()}
 
 
+FIELDS = (*NAMES, "offset", "gain", "dense")
+RECIPES = pytest.mark.parametrize(
+    "fields",
+    [(), *((field,) for field in FIELDS), ("upper", "lower", "gain"), FIELDS],
+    ids=lambda fields: " ".join(fields) or "nothing",
+)
+
+
+def recipe_of(fields, weight: torch.Tensor, grid: Grid) -> tuple[Recipe, dict[str, torch.Tensor]]:
+    """A recipe with these fields, and all that learns in it by name."""
+    every = leaves(weight, grid)
+    every["offset"] = uniform(-0.5, 0.5, OUT, IN, seed=6).requires_grad_()
+    every["gain"] = uniform(0.5, 2, *every["upper"].shape, seed=5).requires_grad_()
+    values = {name: every[name] for name in fields if name != "dense"}
+    if "dense" not in fields:
+        return Recipe(**values), values
+    factors = (
+        uniform(0.5, 2, OUT, 3, seed=7).requires_grad_(),
+        uniform(0.5, 2, 3, IN, seed=8).requires_grad_(),
+    )
+    return Recipe(**values, dense=factors), values | dict(zip(("r1", "r2"), factors, strict=True))
+
+
 @pytest.fixture
 def expected_weight(round_trip):
     """The same call as that of both paths, by equations that are not theirs."""
@@ -80,22 +103,42 @@ def values_and_gradients(function, weight, recipe: Recipe, grid: Grid, inputs):
     """The value, and the gradient of each of `inputs`, by name."""
     output = function(weight, recipe, grid)
     total = (output * normal(*output.shape, seed=9)).sum()
-    gradients = torch.autograd.grad(total, list(inputs.values()))
+    gradients = torch.autograd.grad(total, list(inputs.values())) if inputs else ()
     return {"value": output.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
 @PATHS
+@RECIPES
 @SYMMETRY
 @BITS
 @GROUPS
-def test_weight_matches_autograd(path, bits, group_size, symmetric, expected_weight, assert_near):
+def test_weight_matches_the_equations(
+    path, fields, bits, group_size, symmetric, expected_weight, assert_near
+):
     weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric)
-    inputs = leaves(weight, grid)
-    found = values_and_gradients(path, weight, Recipe(**inputs), grid, inputs)
-    expected = values_and_gradients(expected_weight, weight, Recipe(**inputs), grid, inputs)
+    recipe, inputs = recipe_of(fields, weight, grid)
+    found = values_and_gradients(path, weight, recipe, grid, inputs)
+    expected = values_and_gradients(expected_weight, weight, recipe, grid, inputs)
     for name, theirs in expected.items():
         assert_near(found[name], theirs, name)
         assert theirs.abs().max() > 0, f"{name}: this case shows nothing"
+
+
+@SYMMETRY
+@BITS
+@GROUPS
+def test_codes_are_those_before_what_follows_the_grid(bits, group_size, symmetric):
+    """A gain and a dense factor change no code, and a dense factor no scale; an offset does."""
+    weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric)
+
+    def quantized(*fields: str) -> Quantized:
+        return quantize_weight(weight, recipe_of(fields, weight, grid)[0], grid)
+
+    plain = quantized(*NAMES)
+    gain, dense, offset = (quantized(*NAMES, name) for name in ("gain", "dense", "offset"))
+    assert torch.equal(gain.codes, plain.codes) and not torch.equal(gain.scale, plain.scale)
+    assert all(torch.equal(a, b) for a, b in zip(dense, plain, strict=True))
+    assert torch.equal(offset.scale, plain.scale) and not torch.equal(offset.codes, plain.codes)
 
 
 @PATHS
@@ -110,27 +153,6 @@ def test_special_rows_match_autograd(path, special, symmetric, expected_weight, 
 
 
 @SYMMETRY
-@BITS
-def test_special_rows_have_codes_in_range_and_small_errors(special, bits, symmetric):
-    kind, row = special[0], special[1][None]
-    grid = IntegerGrid(bits, 16, symmetric)
-    quantized = quantize_weight(row, AS_IT_IS, grid)
-    codes, scale, zero_point = quantized
-    code_min, code_max = grid.code_range
-    assert codes.min() >= code_min and codes.max() <= code_max
-    assert torch.equal(codes, codes.round())
-    assert zero_point.min() >= code_min and zero_point.max() <= code_max
-    assert torch.equal(zero_point, zero_point.round())
-    assert scale.min() >= SMALLEST_SCALE and torch.isfinite(scale).all()
-    values = dequantize_weight(quantized, grid)
-    # Half a step, and half more where the rounded zero point moves the grid off the range's end.
-    error = (values - row).abs().view(1, -1, 16) / scale[..., None]
-    assert error.max() <= 1.0001
-    if kind == "zero":
-        assert torch.equal(values, row)
-
-
-@SYMMETRY
 def test_clipping_strengths_shrink_the_grid(symmetric):
     weight, grid = normal(OUT, IN), IntegerGrid(4, None, symmetric)
     full = quantize_weight(weight, AS_IT_IS, grid).scale
@@ -139,82 +161,55 @@ def test_clipping_strengths_shrink_the_grid(symmetric):
     torch.testing.assert_close(clipped, full / 2)
 
 
-@PATHS
+@RECIPES
 @SYMMETRY
-@pytest.mark.parametrize("name", NAMES)
-def test_each_input_may_be_the_only_one(path, name, symmetric, expected_weight, assert_near):
-    """What is left out is as a factor of one."""
-    weight, grid = normal(OUT, IN), IntegerGrid(3, 16, symmetric)
-    every = leaves(weight, grid)
-    alone = {name: every[name]}
-    neutral = {n: v if n == name else torch.ones_like(v) for n, v in every.items()}
-    found = values_and_gradients(path, weight, Recipe(**alone), grid, alone)
-    expected = values_and_gradients(expected_weight, weight, Recipe(**neutral), grid, alone)
-    assert_near(found["value"], expected["value"], "value")
-    assert_near(found[name], expected[name], name)
-
-
-@PATHS
-@SYMMETRY
-@BITS
 @GROUPS
-def test_a_gain_of_the_scale_matches_autograd(
-    path, bits, group_size, symmetric, expected_weight, assert_near
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_path_is_the_one_by_autograd(
+    fields, group_size, symmetric, scale_dtype, dtype, assert_near
 ):
-    """Value, gradient of the gain, and what the gain makes of every other gradient."""
-    weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric)
-    plain = leaves(weight, grid)
-    gain = uniform(0.5, 2, *plain["upper"].shape, seed=5).requires_grad_()
-    inputs = {**plain, "gain": gain}
-    found = values_and_gradients(path, weight, Recipe(**inputs), grid, inputs)
-    quantized = quantize_weight(weight, Recipe(**inputs), grid)
-    assert torch.equal(found["value"], dequantize_weight(quantized, grid))
-    assert torch.equal(quantized.codes, quantize_weight(weight, Recipe(**plain), grid).codes)
-    expected = values_and_gradients(expected_weight, weight, Recipe(**inputs), grid, inputs)
-    for name, theirs in expected.items():
-        assert_near(found[name], theirs, name)
+    """The same bits, and gradients to all of a recipe that differ by the rounding of sums."""
+    weight, grid = normal(OUT, IN), IntegerGrid(3, group_size, symmetric, scale_dtype)
+    recipe, inputs = recipe_of(fields, weight, grid)
+    seed = normal(OUT, IN, seed=9)
+    results = []
+    for path in (fake_quantize_weight, reference_weight):
+        output = path(weight, recipe, grid, dtype)
+        assert output.dtype == dtype and output.requires_grad == bool(inputs)
+        gradients = torch.autograd.grad((output * seed).sum(), inputs.values()) if inputs else ()
+        results.append((output.detach(), dict(zip(inputs, gradients, strict=True))))
+    (fused, ours), (plain, theirs) = results
+    assert torch.equal(fused, plain)
+    for name, gradient in theirs.items():
+        assert gradient.dtype == torch.float32 and gradient.abs().max() > 0, name
+        assert_near(ours[name], gradient, name)
 
 
-@PATHS
+@pytest.mark.parametrize(
+    "fields", [*((field,) for field in FIELDS[:-1]), FIELDS[:-1]], ids=" ".join
+)
 @SYMMETRY
-@BITS
-def test_an_offset_before_rounding_matches_autograd(
-    path, bits, symmetric, expected_weight, assert_near
+def test_the_rounding_of_a_stored_scale_has_no_gradient(
+    fields, symmetric, expected_weight, assert_near
 ):
-    """In units of the scale; alone, and with all else that a weight goes through."""
-    weight, grid = normal(OUT, IN), IntegerGrid(bits, 16, symmetric)
-    offset = uniform(-0.5, 0.5, OUT, IN, seed=6).requires_grad_()
-    every = leaves(weight, grid)
-    gain = uniform(0.5, 2, *every["upper"].shape, seed=5).requires_grad_()
-    for inputs in ({"offset": offset}, {**every, "gain": gain, "offset": offset}):
-        found = values_and_gradients(path, weight, Recipe(**inputs), grid, inputs)
-        quantized = quantize_weight(weight, Recipe(**inputs), grid)
-        assert torch.equal(found["value"], dequantize_weight(quantized, grid))
-        expected = values_and_gradients(expected_weight, weight, Recipe(**inputs), grid, inputs)
-        for name, theirs in expected.items():
-            assert_near(found[name], theirs, name)
-            assert theirs.abs().max() > 0, f"{name}: this case shows nothing"
-        without = quantize_weight(weight, Recipe(**{**inputs, "offset": None}), grid)
-        assert not torch.equal(without.codes, quantized.codes)
-
-
-@PATHS
-@SYMMETRY
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_dense_factor_matches_autograd(path, rank, symmetric, expected_weight, assert_near):
-    """On the de-quantised weight; it changes no code."""
-    weight, grid = normal(OUT, IN), IntegerGrid(3, 16, symmetric)
-    plain = leaves(weight, grid)
-    first = uniform(0.5, 2, OUT, rank, seed=5).requires_grad_()
-    second = uniform(0.5, 2, rank, IN, seed=6).requires_grad_()
-    inputs = {**plain, "first": first, "second": second}
-    recipe = Recipe(**plain, dense=(first, second))
-    found = values_and_gradients(path, weight, recipe, grid, inputs)
+    """Gradients are those of the scale before it is stored in bfloat16, in both paths alike."""
+    weight, grid = normal(OUT, IN), IntegerGrid(3, 16, symmetric, torch.bfloat16)
+    recipe, inputs = recipe_of(fields, weight, grid)
+    found = values_and_gradients(reference_weight, weight, recipe, grid, inputs)
     expected = values_and_gradients(expected_weight, weight, recipe, grid, inputs)
-    for name, theirs in expected.items():
-        assert_near(found[name], theirs, name)
-    with_factor, without = (quantize_weight(weight, r, grid) for r in (recipe, Recipe(**plain)))
-    assert all(torch.equal(a, b) for a, b in zip(with_factor, without, strict=True))
+    assert not torch.equal(found["value"], expected["value"]), "the scale is not rounded"
+    for name in inputs:
+        assert_near(found[name], expected[name], name)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_a_recipe_moves_the_weight(field):
+    """Negative control: nothing above holds because a path leaves a field out."""
+    weight, grid = normal(OUT, IN), IntegerGrid(3, 16)
+    recipe, _ = recipe_of((field,), weight, grid)
+    for path in (fake_quantize_weight, reference_weight):
+        assert not torch.equal(path(weight, recipe, grid), path(weight, AS_IT_IS, grid))
 
 
 @PATHS
@@ -245,13 +240,16 @@ def test_fake_quantization_equals_codes_decoded_bit_for_bit(
     path, bits, group_size, symmetric, scale_dtype
 ):
     weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric, scale_dtype)
-    with torch.no_grad():
-        recipe = Recipe(**leaves(weight, grid))
-        quantized = quantize_weight(weight, recipe, grid)
-        fake = path(weight, recipe, grid)
-    assert torch.equal(quantized.scale, quantized.scale.to(scale_dtype).float())
-    decoded = dequantize_weight(quantized, grid)
-    assert torch.equal(fake.view(torch.int32), decoded.view(torch.int32))
+    for fields in (NAMES, FIELDS[:-1], FIELDS):
+        with torch.no_grad():
+            recipe, _ = recipe_of(fields, weight, grid)
+            quantized = quantize_weight(weight, recipe, grid)
+            fake = path(weight, recipe, grid)
+        assert torch.equal(quantized.scale, quantized.scale.to(scale_dtype).float())
+        decoded = dequantize_weight(quantized, grid)
+        if recipe.dense is not None:
+            decoded = decoded * torch.mm(*recipe.dense)
+        assert torch.equal(fake.view(torch.int32), decoded.view(torch.int32)), fields
 
 
 @PATHS
@@ -268,7 +266,7 @@ def test_arithmetic_is_float32_whatever_the_dtypes(path, stored, dtype):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_extremes_known_before_change_nothing(scaled, stored, symmetric, monkeypatch):
-    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 500)
     weight, grid = normal(OUT, IN).to(stored), IntegerGrid(4, 16, symmetric)
     inputs = leaves(weight, grid)
     inputs = inputs if scaled else {name: inputs[name] for name in ("upper", "lower")}
@@ -293,7 +291,7 @@ def test_results_do_not_depend_on_the_chunk_size(elements, symmetric, monkeypatc
     inputs["offset"] = uniform(-0.5, 0.5, OUT, IN, seed=6).requires_grad_()
     results = []
     for chunk in (1 << 17, elements):
-        monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk)
         recipe = Recipe(**inputs)
         results.append(values_and_gradients(fake_quantize_weight, weight, recipe, grid, inputs))
     for name, whole in results[0].items():
@@ -318,108 +316,3 @@ def test_a_matrix_of_several_chunks_matches_autograd(expected_weight, assert_nea
 def test_chunks_cover_every_row_once(rows, columns):
     parts = chunks.row_chunks(torch.empty(rows, columns))
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
-
-
-def agrees_with_torch(values, weight, scale, zero_point, grid, far_from_ties) -> bool:
-    """torch.fake_quantize_per_channel_affine on this grid gives these values."""
-    theirs = torch.fake_quantize_per_channel_affine(
-        weight, scale[:, 0], zero_point[:, 0].to(torch.int32), 0, *grid.code_range
-    )
-    sure = far_from_ties(weight / scale)
-    assert sure.float().mean() > 0.9
-    return torch.allclose(values[sure], theirs[sure], rtol=1e-5, atol=1e-7)
-
-
-def clipped_weight(grid: Grid) -> tuple[torch.Tensor, Quantized]:
-    """A weight of which some values are clipped; its codes, scale and zero point."""
-    weight, strength = normal(OUT, IN), torch.full((OUT, 1), 0.8)
-    return weight, quantize_weight(weight, Recipe(upper=strength, lower=strength), grid)
-
-
-@SYMMETRY
-@BITS
-def test_torch_agrees_on_every_value(bits, symmetric, far_from_ties):
-    grid = IntegerGrid(bits, None, symmetric)
-    weight, quantized = clipped_weight(grid)
-    values = dequantize_weight(quantized, grid)
-    _, scale, zero_point = quantized
-    assert agrees_with_torch(values, weight, scale, zero_point, grid, far_from_ties)
-
-
-@SYMMETRY
-@BITS
-def test_torch_sees_a_wrong_grid(bits, symmetric, far_from_ties):
-    """Negative controls of the comparison above."""
-    grid = IntegerGrid(bits, None, symmetric)
-    weight, quantized = clipped_weight(grid)
-    right = dequantize_weight(quantized, grid)
-    codes, scale, zero_point = quantized
-    odd = codes.clone()
-    odd[3, 5] += 1
-    wrong = {
-        "decoded with another zero point": Quantized(codes, scale, zero_point + 1),
-        "decoded with another scale": Quantized(codes, 1.01 * scale, zero_point),
-        "one code": Quantized(odd, scale, zero_point),
-    }
-
-    def agrees(values, scale, zero_point) -> bool:
-        return agrees_with_torch(values, weight, scale, zero_point, grid, far_from_ties)
-
-    for what, other in wrong.items():
-        assert not agrees(dequantize_weight(other, grid), scale, zero_point), what
-    away = torch.where(zero_point > 0, zero_point - 1, zero_point + 1)
-    assert not agrees(right, scale, away)
-    assert not agrees(right, 1.01 * scale, zero_point)
-
-
-@SYMMETRY
-@BITS
-@GROUPS
-def test_compressed_tensors_makes_the_same_grid_and_codes(
-    bits, group_size, symmetric, far_from_ties
-):
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    strategy = "channel" if group_size is None else "group"
-    arguments = quantization.QuantizationArgs(
-        num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group_size
-    )
-    weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric)
-    quantized = quantize_weight(weight, AS_IT_IS, grid)
-    codes, scale, zero_point = quantized
-    # Their codes are always signed: code and zero point both move by 2^(b-1).
-    offset = 0 if symmetric else 2 ** (bits - 1)
-    groups = grid.grouped(weight)
-    their_scale, their_zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
-    torch.testing.assert_close(scale, their_scale, rtol=3e-7, atol=0)
-    assert torch.equal(zero_point - offset, their_zero_point.float())
-
-    their_codes = quantize(weight, scale, zero_point - offset, arguments)
-    sure = far_from_ties(groups / scale[..., None]).view_as(weight)
-    assert torch.equal((codes - offset)[sure], their_codes[sure])
-    decoded = dequantize(codes - offset, scale, zero_point - offset, arguments)
-    values = dequantize_weight(quantized, grid)
-    torch.testing.assert_close(values, decoded, rtol=1e-6, atol=0)
-    shifted = dequantize(codes - offset, scale, zero_point - offset + 1, arguments)
-    assert not torch.allclose(values, shifted)
-
-
-@pytest.mark.parametrize(
-    "bits, symmetric, expected",
-    [
-        *((2, False, (0, 3)), (4, False, (0, 15)), (8, False, (0, 255))),
-        *((2, True, (-2, 1)), (4, True, (-8, 7)), (8, True, (-128, 127))),
-    ],
-)
-def test_code_range(bits, symmetric, expected):
-    assert IntegerGrid(bits, None, symmetric).code_range == expected
-
-
-def test_a_grid_by_hand():
-    low, high = torch.tensor([-1.0]), torch.tensor([2.0])
-    scales = IntegerGrid(2).scales(low, high)
-    assert (scales.scale.item(), scales.zero_point.item()) == (1.0, 1.0)
-    scales = IntegerGrid(4, symmetric=True).scales(low, high)
-    assert scales.scale.item() == pytest.approx(4 / 15) and scales.zero_point.item() == 0

@@ -153,9 +153,19 @@ def test_all_that_fails_is_listed(settings, tmp_path):
     assert ("memory, disk, time", "need sizes that fit and a device") in found(done, "not checked")
 
 
-def test_settings_that_contradict_each_other_are_one_error(settings):
-    with pytest.raises(LRQuantError, match="disagree"):
-        check({**settings, "scheme": "W4A16", "wbits": 3})
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scheme": "W4A16", "wbits": 3}, "disagree"),
+        ({"loss": "mse+mae"}, r"loss 'mse\+mae': use one of mse, nlc"),
+        ({"scheme": "W4A16-odd"}, "grid 'odd': use one of int"),
+        ({"scheme_for": ("mlp=W4A16-odd",)}, "grid 'odd': use one of int"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_one_error(settings, changes, said):
+    with pytest.raises(LRQuantError, match=said):
+        check({**settings, **changes})
 
 
 def test_sizes_that_a_kernel_asks_for(settings, make_model, tiny_tokenizer, tmp_path):

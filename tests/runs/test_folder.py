@@ -486,7 +486,7 @@ def test_what_is_adapted_to_a_text_stays_where_such_is(tmp_path):
     folder = a_run(tmp_path, blocks=1)
     texts = [*TEXTS, "\u6587" * 100, "\u6587" * 101, "\udcff"]
     for number, text in enumerate(texts):
-        folder.save_adapted(text, 0, {"x": torch.tensor(float(number))})
+        folder.save_adapted(text, 0, {"x": torch.tensor(float(number))}, {})
     assert [folder.load_block(0, text)["x"].item() for text in texts] == list(range(len(texts)))
     files = {
         path.relative_to(tmp_path).parts for path in tmp_path.rglob("adapted/**/*.safetensors")

@@ -128,8 +128,8 @@ def test_the_block_view_folds_the_same_way(family, make_vision, make_feed, set_s
         entry.embed(stream, full_precision(part).tower)
         outputs = []
         for learned in ((), learned_by(let=True, let_sites=KINDS, let_shift="always")):
-            plan = Plan(Schemes(FLOATING_POINT), learned)
-            view = dataclasses.replace(part, plan=plan).view(0, part.stored(0))
+            planned = dataclasses.replace(part, plan=Plan(Schemes(FLOATING_POINT), learned))
+            view = planned.view(0, part.stored(0))
             set_sites_(view, 0)
             with part.runner(0, view) as runner:
                 states = stream.read(entry.batches[0], 0)

@@ -140,8 +140,17 @@ class _Config(Settings):
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(asked).items()
         }
-        values["scheme_for"] = dict(text.rsplit("=", 1) for text in self.scheme_for)
+        values["scheme_for"] = self._patterns_as_mapping()
         return yaml.safe_dump(values, sort_keys=False)
+
+    def _patterns_as_mapping(self) -> dict[str, str]:
+        """Schemes by pattern, in their order: one given twice stands where it was given last."""
+        mapping: dict[str, str] = {}
+        for text in self.scheme_for:
+            pattern, _, name = text.rpartition("=")
+            mapping.pop(pattern, None)
+            mapping[pattern] = name
+        return mapping
 
     @classmethod
     def from_yaml(cls, path: Path) -> Config:

@@ -13,7 +13,7 @@ class LearnedSettings:
 
     `switch` is the setting that turns it on, `tower_switch` that of a vision tower.  With `plus` it
     is a part of LRQuant+; with `by_default` it is learned, where it applies, if no switch of such
-    an ingredient is given.
+    an ingredient is given.  `afterwards` are settings that say nothing of what a run learned.
     """
 
     name: ClassVar[str]
@@ -21,6 +21,7 @@ class LearnedSettings:
     tower_switch: ClassVar[str | None] = None
     plus: ClassVar[bool] = False
     by_default: ClassVar[bool] = False
+    afterwards: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def refusal(cls, schemes: Schemes) -> str | None:

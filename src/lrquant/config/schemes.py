@@ -33,14 +33,14 @@ class Schemes:
         return self.default
 
     @property
+    def of_language(self) -> Schemes:
+        """Those of the language part alone."""
+        return dataclasses.replace(self, tower=None)
+
+    @property
     def of_tower(self) -> Schemes:
         """Those of the vision tower, seen as a model of its own."""
         return Schemes(self.tower or FLOATING_POINT, self.patterns)
-
-    @property
-    def of_language(self) -> Schemes:
-        """Those of all but the vision tower."""
-        return Schemes(self.default, self.patterns)
 
     @property
     def every(self) -> tuple[Scheme, ...]:

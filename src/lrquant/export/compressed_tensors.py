@@ -41,9 +41,9 @@ def _refusal(schemes: Schemes) -> str | None:
     quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
         return "weights of 16 bits are not packed; use --format dequantized"
-    reason = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
-    if reason is not None:
-        return reason
+    together = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
+    if together is not None:
+        return together
     for scheme in quantized:
         wanted = _nearest(scheme)
         if wanted != scheme:

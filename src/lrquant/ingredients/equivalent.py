@@ -57,6 +57,7 @@ class Equivalent(Ingredient):
     switch = "let"
     tower_switch = "vision_let"
     by_default = True
+    afterwards = ("tta_let_lr",)
     held_as = ("shift",)
     charts: ClassVar[dict[str, Chart]] = {
         "scale": Chart(

@@ -63,7 +63,7 @@ def describe_run(
         "model": model.fingerprint(),
         **tower,
         "scheme": plan.schemes.default.to_dict(),
-        "schemes": {pattern: scheme.to_dict() for pattern, scheme in plan.schemes.patterns},
+        "schemes": [f"{pattern}={scheme.name}" for pattern, scheme in plan.schemes.patterns],
         "method": _values(plan) | {"save_dtype": config.save_dtype},
         "learning": {**settings, "batch_size": config.batch_size},
         "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
@@ -74,11 +74,12 @@ def describe_run(
 
 
 def _values(plan: Plan) -> JsonObject:
-    """The settings of every ingredient that is learned, as JSON has them."""
+    """The settings that decide what every ingredient of a part learns, as JSON has them."""
     values: JsonObject = {}
     for each in plan.ingredients:
         own = dataclasses.asdict(each)  # type: ignore[call-overload]
-        values |= {name: value for name, value in own.items() if name != each.tower_switch}
+        others = (each.tower_switch, *each.afterwards)
+        values |= {name: value for name, value in own.items() if name not in others}
     return json.loads(json.dumps(values))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def _require_covered(
     for matrix in matrices:
         declared.setdefault(matrix.parameter, []).append(matrix)
     start = f"model family {part.name!r}: "
-    names = [matrix.name for matrix in matrices]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(matrix.name for matrix in matrices)
+    for name in [name for name, count in names.items() if count > 1]:
         raise LRQuantError(f"{start}{name} of block {index} is the name of several matrices")
     for name in sorted(declared.keys() - parameters.keys()):
         raise LRQuantError(f"{start}block {index} has no {name}; the declaration does not fit it")

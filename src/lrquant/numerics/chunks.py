@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 17  # elements worked on at once on a CPU: 512 KiB of float32 stay in cache
+CHUNK_ELEMENTS = 1 << 17  # elements worked on at once on a CPU: 512 KiB of float32 stay in cache
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
     """Slices of rows that keep a chunk in a CPU's cache; one slice elsewhere."""
     rows, columns = matrix.shape
     on_cpu = matrix.device.type == "cpu"
-    step = max(1, _CHUNK_ELEMENTS // columns) if on_cpu else rows
+    step = max(1, CHUNK_ELEMENTS // columns) if on_cpu else rows
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.tokens import token_scales
 
-_EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
+EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8  # torch._int_mm on CUDA: more than 16 rows, sides by eights
 
 
@@ -20,19 +20,20 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     are short enough to be exact.
     """
     if left.device.type == "cuda":
-        return _padded_product(left, right)
+        return padded_product(left, right)
     if left.device.type == "cpu" and torch.cpu._is_vnni_supported():
         return torch._int_mm(left, right.t())
-    return _float_product(left, right)
+    return float_product(left, right)
 
 
-def _float_product(left: Tensor, right: Tensor) -> Tensor:
-    parts = zip(left.split(_EXACT_COLUMNS, 1), right.split(_EXACT_COLUMNS, 1), strict=True)
+def float_product(left: Tensor, right: Tensor) -> Tensor:
+    """The same through float32, `EXACT_COLUMNS` at a time."""
+    parts = zip(left.split(EXACT_COLUMNS, 1), right.split(EXACT_COLUMNS, 1), strict=True)
     sums = [torch.mm(a.float(), b.float().t()).to(torch.int32) for a, b in parts]
     return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
 
 
-def _padded_product(left: Tensor, right: Tensor) -> Tensor:
+def padded_product(left: Tensor, right: Tensor) -> Tensor:
     """torch._int_mm with zeros added until the sizes are those that CUDA takes."""
     tokens, columns = left.shape
     out = right.shape[0]
