@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.measures.numbers import divergence, spread
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
 from lrquant.model.loading import load_model
 from lrquant.pipeline import run
 

@@ -17,7 +17,7 @@ import psutil
 
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import Config
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.preflight import probe

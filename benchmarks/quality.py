@@ -35,8 +35,8 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples, perplexity_windows
 from lrquant.measures.numbers import divergence, number
-from lrquant.measures.perplexity import score, send_through
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
+from lrquant.measures.scoring.predictions import score, send_through
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.pipeline import run

@@ -27,7 +27,7 @@ from lrquant.architectures import architecture_of
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.variants import as_learned
 from lrquant.blocks.workbench import make_workbench
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
 from lrquant.model.loading import load_model
 from lrquant.runs.folder import RunFolder
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GgufConfig, PreTrainedModel
 
 from lrquant import LRQuantError, QuantizedCache
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
 
 
 def main() -> None:

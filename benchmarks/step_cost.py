@@ -28,7 +28,7 @@ from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
-from lrquant.measures.tables import table
+from lrquant.measures.rows import table
 from lrquant.model.device import choose_device, choose_precision
 from lrquant.model.loading import from_module
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -21,51 +21,47 @@ from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.workbench import Workbench, advance_full_precision, make_workbench
 from lrquant.config.config import Config, optional_path, typed_settings
 from lrquant.config.scheme import FLOAT_BITS
-from lrquant.config.schemes import Schemes
 from lrquant.data.calibration import calibration_of
 from lrquant.data.feeds import Feed
-from lrquant.data.prompts import Reader
-from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import check_format, checkpoint_dtype, save_checkpoint
-from lrquant.export.choice import choose_format
-from lrquant.export.format import Format
-from lrquant.export.kernels import check_kernels
+from lrquant.export.checkpoint import save_checkpoint
 from lrquant.export.protected import check_target
-from lrquant.export.targets import verdicts
 from lrquant.files.publishing import heal, target_lock
 from lrquant.files.whole import JsonObject
-from lrquant.ingredients.base.statistics import ChannelStatistics, given_statistics
-from lrquant.learn.checks import check_grids, check_ingredients, check_patterns, parts_of
+from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.identity import describe_method, describe_run, environment
 from lrquant.learn.model import learn_model
-from lrquant.measures.comparison import TaskBoard
-from lrquant.measures.reference import reference_name
-from lrquant.measures.run import evaluate_run, prepare_evaluation
-from lrquant.measures.subject import (
-    Subject,
-    check_comparison,
-    measure_subject,
-    open_reference,
-    open_subject,
+from lrquant.measures.choice import check_measures, measures_anything
+from lrquant.measures.evaluation.evaluation import Evaluation
+from lrquant.measures.evaluation.resolution import (
+    asks_for_measures,
+    default_measures,
+    no_measures,
+    resolve_settings,
 )
-from lrquant.measures.zero_shot import load_tasks
-from lrquant.model.device import dtype_name
+from lrquant.measures.evaluation.telling import (
+    add_measures,
+    measure_base,
+    measure_run,
+    measure_target,
+    source_of,
+)
+from lrquant.measures.subjects.reference import reference_name
+from lrquant.measures.subjects.subject import (
+    QUANTIZED,
+    RunSubject,
+    require_base,
+)
 from lrquant.model.loading import from_module, load_model
 from lrquant.model.model import Model
-from lrquant.model.outer import require_finite
+from lrquant.preflight.prospect import Prospect
+from lrquant.preflight.requirements import requirements
 from lrquant.report.writing import write_report
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
-from lrquant.runs.resolution import (
-    NO_MEASURES,
-    asks_for_measures,
-    measures_anything,
-    resolve_settings,
-)
-from lrquant.runs.results import beside, conditions, of_base
+from lrquant.runs.results import conditions
 from lrquant.runs.tensorboard import with_tensorboard
 
 logger = logging.getLogger("lrquant")
@@ -172,90 +168,67 @@ def _run(
     earlier: MemoryHandler,
 ) -> Run:
     progress = with_tensorboard(progress, config.log_dir)
-    plan = Plan.of(config)
-    logger.info("scheme %s", plan.schemes.describe())
+    prospect = Prospect(config, measure_only, Plan.of(config), model, samples)
+    logger.info("scheme %s", prospect.plan.schemes.describe())
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(config))
-    check_comparison(config)
-    form = None
-    if config.save_dir is not None or (config.target and not measure_only):
-        form = choose_format(plan, config.format, config.target)
-        _tell_runtimes(form, plan.schemes, config.target)
-    tasks = load_tasks(config)
-    model = model or load_model(config.model, optional_path(config.cache_dir))
-    strange = strange_tokenizer(model)
-    if strange is not None:
-        logger.warning("%s", strange)
-    check_patterns(model, plan)
-    for part, own in parts_of(model, plan):
-        check_grids(part, own)
-        check_ingredients(part, own)
-    dtype = None
-    if form is not None:
-        dtype = checkpoint_dtype(model, plan, form)
-        check_format(model, plan, form, dtype)
-        if config.target is not None:
-            check_kernels(model, plan, form, config.target)
-    require_finite(model, dtype)
-    workbench = make_workbench(model, config, plan)
-    logger.info("matrix products in %s on %s", dtype_name(workbench.dtype), workbench.device)
-    evaluation = prepare_evaluation(config, model)
+    _require_all(prospect)
+    workbench = prospect.workbench
+    assert workbench is not None
 
     output = Path(config.output_dir)
     if measure_only:
         folder = RunFolder.open(Path(config.resume or ""))
-        folder.require_same({"model": model.fingerprint()})
+        folder.require_same({"model": workbench.model.fingerprint()})
         if output.resolve() != folder.path.resolve():
             RunFolder(output).begin_results()
     else:
-        folder = _learn(workbench, config, samples, progress, earlier)
+        folder = _learn(workbench, prospect, progress, earlier)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
-        about = _source(model)
-        results = fresh = environment(config, workbench) | about
+        about = environment(config, workbench) | source_of(workbench.model)
         if not measure_only:
-            fresh |= {"learned_with": conditions(fresh)}
-            results = results_folder.add_results(fresh)
-        board = None if tasks is None else TaskBoard(tasks, config, results_folder)
-        for measured in evaluate_run(workbench, config, folder, evaluation, progress, board):
-            fresh = beside(fresh, environment(config, workbench) | about | measured)
-            results = results_folder.add_results(fresh)
-            progress.measured(measured)
-        for measured in _measure_base(config, board, progress):
-            fresh = beside(fresh, measured)
-            results = results_folder.add_results(fresh)
-    if config.save_dir is not None and form is not None:
-        save_checkpoint(workbench, config, folder, Path(config.save_dir), form)
+            about |= {"learned_with": conditions(about)}
+            results_folder.add_results(about)
+        evaluation, reading = prospect.evaluation, prospect.reading
+        assert evaluation is not None and reading is not None
+        evaluation.folder = results_folder
+        folder.require_finished()
+        subject = RunSubject(QUANTIZED, workbench, config, folder)
+        own = measure_run(subject, evaluation, reading, progress)
+        results = add_measures(
+            chain(own, measure_base(evaluation, progress)), about, results_folder
+        )
+    if config.save_dir is not None and prospect.form is not None:
+        save_checkpoint(workbench, config, folder, Path(config.save_dir), prospect.form)
     progress.close()
     learned_or_measured = not measure_only or measures_anything(config)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
-    return Run(folder, config, workbench, _answer(results, config))
+    return Run(folder, config, workbench, results)
 
 
-def _tell_runtimes(form: Format, schemes: Schemes, target: str | None) -> None:
-    """Say what the target, or each runtime that loads the format, will compute."""
-    for exact, text in verdicts(form, schemes, target):
-        logger.log(logging.INFO if exact else logging.WARNING, "%s: %s", form.name, text)
+def _require_all(prospect: Prospect) -> None:
+    """Make every check of a run; the first that refuses it ends the command."""
+    for check in requirements(prospect):
+        for said in check.of():
+            if said.logged:
+                level = logging.INFO if said.state == "ok" else logging.WARNING
+                logger.log(level, "%s", said.logged)
 
 
 def _learn(
-    workbench: Workbench,
-    config: Config,
-    samples: Tensor | Feed | None,
-    progress: Progress,
-    earlier: MemoryHandler,
+    workbench: Workbench, prospect: Prospect, progress: Progress, earlier: MemoryHandler
 ) -> RunFolder:
     """A run folder of which every block is learned."""
-    calibration = calibration_of(config, workbench.model, samples)
-    logger.info("calibration %s", calibration.description)
-    statistics = given_statistics(config)
+    config, calibration = prospect.config, prospect.calibration
+    assert calibration is not None
     identity = describe_run(config, workbench.model, workbench, calibration)
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
-        learn_model(workbench, config, calibration.feed, statistics, folder, progress)
+        learn_model(workbench, config, calibration.feed, prospect.statistics, folder, progress)
     return folder
 
 
@@ -290,12 +263,13 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
     if (Path(target) / "run.json").is_file():
         return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not asks_for_measures(settings):
-        settings["ppl"] = ("wikitext2",)
+        settings |= default_measures()
     if settings.get("tta"):
         raise LRQuantError(f"--tta {target}: needs a run folder; this is a model or checkpoint")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
     config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
-    check_comparison(config)
+    check_measures(config)
+    require_base(config)
     if config.compare is True:
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
     reference_name(target, config)
@@ -309,68 +283,18 @@ def _evaluate(
 ) -> JsonObject:
     if folder is not None:
         folder.begin_results()
-    tasks = load_tasks(config)
-    board = None if tasks is None else TaskBoard(tasks, config, folder)
+    evaluation = Evaluation(config, folder)
     progress = with_tensorboard(progress, config.log_dir)
-    own = _measure_target(target, config, board, progress)
-    results: JsonObject = {}
-    kept: JsonObject = {}
-    for measured in itertools.chain(own, _measure_base(config, board, progress)):
-        results = kept = beside(results, measured)
-        if folder is not None:
-            kept = folder.add_results(results)
+    own = measure_target(target, evaluation, progress)
+    results = add_measures(chain(own, measure_base(evaluation, progress)), {}, folder)
     progress.close()
-    return _answer(kept, config)
-
-
-def _answer(results: JsonObject, config: Config) -> JsonObject:
-    """All results, without the verdict of an earlier command."""
-    asked = config.max_drop is not None
-    return {name: value for name, value in results.items() if asked or name != "max_drop"}
-
-
-def _measure_target(
-    target: str, config: Config, board: TaskBoard | None, progress: Progress
-) -> Iterator[JsonObject]:
-    """Measures of a checkpoint or model, which is let go of when they are done."""
-    reference = open_reference(target, config)
-    subject = open_subject(target, config)
-    for measured in measure_subject(
-        subject, subject.variant, config, board, progress, reference=reference
-    ):
-        progress.measured(measured)
-        about = environment(subject.settings or config, subject) | {"model": target}
-        if reference is not None and isinstance(config.compare, str):
-            measured = of_base(measured, _in_words(config.compare, reference))
-        full = subject if reference is None else reference
-        yield about | _source(full.reader) | measured
-
-
-def _measure_base(
-    config: Config, board: TaskBoard | None, progress: Progress
-) -> Iterator[JsonObject]:
-    """Measures of what `compare` names, if it names anything."""
-    if isinstance(config.compare, str):
-        subject = open_subject(config.compare, config)
-        for measured in measure_subject(subject, "base", config, board, progress):
-            progress.measured(measured)
-            yield of_base(measured, _in_words(config.compare, subject))
-
-
-def _in_words(name: str, subject: Subject) -> str:
-    return f"{name} in {dtype_name(subject.dtype)}"
-
-
-def _source(reader: Reader) -> dict[str, str]:
-    """What "full precision" is, where the model's own weights had been quantised."""
-    origin = reader.source.unpacked_from() if isinstance(reader, Model) else ""
-    return {"unpacked_from": origin} if origin else {}
+    return results
 
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
     given = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
-    return run({**given, **NO_MEASURES}, progress=progress)
+    return run({**given, **no_measures()}, progress=progress)
 
 
 @contextmanager

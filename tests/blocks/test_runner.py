@@ -28,7 +28,7 @@ from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import Ingredient
-from lrquant.measures.perplexity import score, send_through
+from lrquant.measures.scoring.predictions import score, send_through
 
 CPU = torch.device("cpu")
 TOKENS = 12

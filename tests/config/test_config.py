@@ -372,10 +372,3 @@ def test_net_is_the_last_part_of_the_model():
     assert Config(model="/models/llama-7b/").net_name == "llama-7b"
     assert Config(model="org/opt-125m").resolved().net == "opt-125m"
     assert Config(model="org/opt-125m", net="opt").net_name == "opt"
-
-
-def test_sets_by_name_come_before_the_published_five():
-    assert Config(eval_ppl=True).perplexity_sets == ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
-    assert Config(eval_ppl=True, ppl=("c4",)).perplexity_sets == ("c4",)
-    assert Config().perplexity_sets == ()
-    assert Config(ppl=("c4",), agreement=("ptb", "c4")).perplexity_sets == ("c4", "ptb")

@@ -25,12 +25,12 @@ from lrquant.cli import main
 from lrquant.config.config import typed_settings
 from lrquant.config.settings import read_yaml
 from lrquant.data.texts import load_text
-from lrquant.measures.checkpoint import load_checkpoint
+from lrquant.measures.evaluation.resolution import resolve_settings
+from lrquant.measures.subjects.checkpoint import load_checkpoint
 from lrquant.model.loading import load_model
 from lrquant.report.inspection import inspect_folder
 from lrquant.report.writing import write_report
 from lrquant.runs.folder import RunFolder
-from lrquant.runs.resolution import resolve_settings
 
 EXAMPLES = int(os.environ.get("LRQUANT_FUZZ", "15"))
 

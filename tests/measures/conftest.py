@@ -28,14 +28,14 @@ def index():
 
 @pytest.fixture
 def harness(index, monkeypatch):
-    from lrquant.measures import harness_tasks, zero_shot
+    from lrquant.measures.harness import building, scores
 
-    monkeypatch.setattr(harness_tasks, "_all_tasks", lambda: index)
+    monkeypatch.setattr(building, "_all_tasks", lambda: index)
     # what the harness keeps of the machine takes longer than a tiny model's tasks
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
-    find = zero_shot.importlib.util.find_spec
+    find = scores.importlib.util.find_spec
     monkeypatch.setattr(
-        zero_shot.importlib.util, "find_spec", lambda n: None if n == "olmo_eval" else find(n)
+        scores.importlib.util, "find_spec", lambda n: None if n == "olmo_eval" else find(n)
     )
     return index
 

@@ -10,28 +10,30 @@ import torch
 from lrquant import quantize
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import Plan
-from lrquant.blocks.variants import full_precision, unlearned
+from lrquant.blocks.variants import unlearned
+from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
-from lrquant.measures import perplexity
-from lrquant.measures.run import measure
+from lrquant.measures.agreement import MEASURE
+from lrquant.measures.evaluation.evaluation import score_text
+from lrquant.measures.scoring import predictions
+from lrquant.measures.subjects.subject import BlockSubject
 from lrquant.measures.tables import results_table
 from lrquant.runs.progress import Progress
 
 
-def rounded(bench, scheme):
-    """Every block of a bench under a scheme, with nothing learned."""
-    return unlearned(dataclasses.replace(bench, plan=Plan(Schemes(scheme))))
+def under(bench, scheme):
+    return dataclasses.replace(bench, plan=Plan(Schemes(scheme)))
 
 
 def measured(bench, windows, scheme):
+    """Results of a model rounded to nearest, held against its full precision."""
     samples = Samples(windows, "text", "test", "here", "", "a text")
-    variants = {
-        "full_precision": full_precision(bench),
-        "quantized": rounded(bench, scheme),
-    }
-    return measure(bench, samples, variants, Progress(), agreement=True)
+    subject = BlockSubject("full_precision", under(bench, scheme))
+    columns = [("full_precision", subject), ("round_to_nearest", subject)]
+    (scored,) = score_text([MEASURE], columns, samples, Progress(), held=True)
+    return MEASURE.entries(scored, Config())
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -40,13 +42,13 @@ def measured(bench, windows, scheme):
 def test_divergence_is_torch_s(
     make_model, make_bench, token_ids, family, scheme, tokens, monkeypatch
 ):
-    monkeypatch.setattr(perplexity, "HEAD_TOKENS", tokens)
+    monkeypatch.setattr(predictions, "HEAD_TOKENS", tokens)
     module, windows = make_model(family), token_ids(3, 24)
     module.lm_head.weight *= 4  # distributions sharp enough to tell the direction
     bench = make_bench(module)
     parsed = Scheme.parse(scheme)
-    scores = measured(bench, windows, parsed)["agreement"]["text"]["quantized"]
-    quantised = materialize(bench, rounded(bench, parsed))
+    scores = measured(bench, windows, parsed)["agreement"]["text"]["round_to_nearest"]
+    quantised = materialize(bench, unlearned(under(bench, parsed)))
     with torch.no_grad():
         full, other = (model(windows).logits[:, :-1].double() for model in (module, quantised))
     divergence = torch.nn.functional.kl_div(
@@ -69,12 +71,15 @@ def test_the_ratio_and_what_is_said_along_the_window(make_model, make_bench, tok
     module.lm_head.weight *= 4
     bench, parsed = make_bench(module), Scheme.parse("W3A16g16")
     results = measured(bench, windows, parsed)
-    scores, perplexities = results["agreement"]["text"]["quantized"], results["perplexity"]["text"]
-    ratio = perplexities["quantized"] / perplexities["full_precision"]
+    scores, perplexities = (
+        results["agreement"]["text"]["round_to_nearest"],
+        results["perplexity"]["text"],
+    )
+    ratio = perplexities["round_to_nearest"] / perplexities["full_precision"]
     assert scores["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
     spans = [(entry["first"], entry["last"]) for entry in scores["positions"]]
     assert spans == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 23)]
-    quantised = materialize(bench, rounded(bench, parsed))
+    quantised = materialize(bench, unlearned(under(bench, parsed)))
     with torch.no_grad():
         full, other = (model(windows).logits[:, :-1].double() for model in (module, quantised))
     full, other = full.log_softmax(-1), other.log_softmax(-1)
@@ -91,7 +96,7 @@ def test_the_ratio_and_what_is_said_along_the_window(make_model, make_bench, tok
 
 def test_a_model_agrees_with_itself(make_model, make_bench, token_ids):
     scores = measured(make_bench(make_model("llama")), token_ids(2, 16), FLOATING_POINT)
-    found = scores["agreement"]["text"]["quantized"]
+    found = scores["agreement"]["text"]["round_to_nearest"]
     assert abs(found["kl_mean"]) < 1e-6 and found["same_top"] == 1
     assert found["perplexity_ratio"] == pytest.approx(1, rel=1e-6)
 

@@ -9,11 +9,12 @@ import pytest
 
 from lrquant import LRQuantError
 from lrquant.config.config import Config
-from lrquant.measures.comparison import PUBLISHED_TASKS, compared
-from lrquant.measures.subject import check_comparison
+from lrquant.measures.choice import check_measures
+from lrquant.measures.harness.comparison import PUBLISHED_TASKS, compared
+from lrquant.measures.harness.scores import TaskScores
+from lrquant.measures.harness.task_list import Tasks
+from lrquant.measures.subjects.subject import require_base
 from lrquant.measures.tables import results_table
-from lrquant.measures.task_list import Tasks
-from lrquant.measures.zero_shot import TaskScores
 
 GOOD = [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
 POOR = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
@@ -134,8 +135,8 @@ def test_the_verdict_is_on_the_mean_against_base_or_full_precision():
 def test_a_limit_needs_something_to_hold_against_it():
     for settings, needed in (({"tasks": "piqa"}, "--compare"), ({"compare": True}, "--tasks")):
         with pytest.raises(LRQuantError, match=rf"--max_drop 0.1: .* give {needed} too"):
-            check_comparison(Config(max_drop=0.1, **settings))
-    check_comparison(Config(max_drop=0.1, tasks="piqa", compare=True))
+            check_measures(Config(max_drop=0.1, **settings))
+    check_measures(Config(max_drop=0.1, tasks="piqa", compare=True))
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(LRQuantError, match=r"max_drop .*: use a share of accuracy from 0 to 1"):
             Config(max_drop=wrong)
@@ -143,4 +144,4 @@ def test_a_limit_needs_something_to_hold_against_it():
 
 def test_a_base_that_is_not_there_is_refused_early(tmp_path):
     with pytest.raises(LRQuantError, match="no such"):
-        check_comparison(Config(compare=str(tmp_path / "no such")))
+        require_base(Config(compare=str(tmp_path / "no such")))

@@ -18,10 +18,12 @@ from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
-from lrquant.measures import perplexity
-from lrquant.measures import run as measures
-from lrquant.measures.run import measure as measure_set
-from lrquant.measures.run import prepare_evaluation
+from lrquant.measures.evaluation import texts
+from lrquant.measures.evaluation.evaluation import Evaluation, score_text
+from lrquant.measures.perplexity import MEASURE
+from lrquant.measures.scoring import predictions
+from lrquant.measures.subjects import subject as subjects
+from lrquant.measures.subjects.subject import BlockSubject
 from lrquant.model.loading import from_module
 from lrquant.runs.progress import Progress
 
@@ -54,15 +56,19 @@ def windows_of(text, tokenizer, size, limit=-1):
     return windows[:limit] if limit > 0 else windows
 
 
-def rounded(bench, scheme):
-    """Every block of a bench under a scheme, with nothing learned."""
-    return unlearned(dataclasses.replace(bench, plan=Plan(Schemes(scheme))))
+def under(bench, scheme):
+    return dataclasses.replace(bench, plan=Plan(Schemes(scheme)))
 
 
 def measure(bench, windows, scheme=FLOATING_POINT):
     samples = Samples(windows, "text", "test", "here", "", "a text")
-    variants = {"it": rounded(bench, scheme)}
-    return measure_set(bench, samples, variants, Progress())["perplexity"]["text"]["it"]
+    subject = BlockSubject("full_precision", under(bench, scheme))
+    (scored,) = score_text([MEASURE], [("round_to_nearest", subject)], samples, Progress())
+    return scored.scores["round_to_nearest"].perplexity
+
+
+def texts_read(config, model):
+    return Evaluation(config).read(model).texts
 
 
 @pytest.mark.parametrize(("size", "limit"), [(2, 30), (7, -1), (32, 1), (32, 1000), (64, 5)])
@@ -98,7 +104,7 @@ def test_another_text_or_limit_is_seen(make_model, make_bench, token_ids):
 @pytest.mark.parametrize("tokens", [1, 5, 23, 24])
 def test_logits_in_parts_are_the_same(make_model, make_bench, token_ids, monkeypatch, tokens):
     model, windows = make_model("llama-tied"), token_ids(3, 24)
-    monkeypatch.setattr(perplexity, "HEAD_TOKENS", tokens)
+    monkeypatch.setattr(predictions, "HEAD_TOKENS", tokens)
     assert measure(make_bench(model), windows) == pytest.approx(
         straightforward(model, windows), rel=1e-5
     )
@@ -107,7 +113,7 @@ def test_logits_in_parts_are_the_same(make_model, make_bench, token_ids, monkeyp
 @pytest.mark.parametrize("tokens", [1, 24, 50, 10_000])
 def test_windows_in_batches_are_the_same(make_model, make_bench, token_ids, monkeypatch, tokens):
     model, windows = make_model("opt"), token_ids(5, 24)
-    monkeypatch.setattr(measures, "EVALUATION_TOKENS", tokens)
+    monkeypatch.setattr(subjects, "EVALUATION_TOKENS", tokens)
     assert measure(make_bench(model), windows) == pytest.approx(
         straightforward(model, windows), rel=1e-5
     )
@@ -118,7 +124,7 @@ def test_windows_in_batches_are_the_same(make_model, make_bench, token_ids, monk
 def test_quantised_equals_the_materialised_model(make_model, make_bench, token_ids, family, scheme):
     bench, windows = make_bench(make_model(family)), token_ids(3, 24)
     parsed = Scheme.parse(scheme)
-    learned = materialize(bench, rounded(bench, parsed))
+    learned = materialize(bench, unlearned(under(bench, parsed)))
     measured = measure(bench, windows, parsed)
     assert measured == pytest.approx(straightforward(learned, windows), rel=1e-5)
     assert measured != pytest.approx(measure(bench, windows), rel=1e-4)
@@ -140,7 +146,7 @@ def test_learned_equals_the_materialised_model(make_model, tiny_tokenizer, data_
     assert scores["quantized"] == pytest.approx(straightforward(run.load_model(), text), rel=1e-5)
     expected = straightforward(make_model("llama"), text)
     assert scores["full_precision"] == pytest.approx(expected, rel=1e-5)
-    plain = materialize(run.workbench, rounded(run.workbench, Scheme(4, 4)))
+    plain = materialize(run.workbench, unlearned(run.workbench))
     assert scores["round_to_nearest"] == pytest.approx(straightforward(plain, text), rel=1e-5)
     assert list(run.results["perplexity"]) == ["wikitext2", "ptb"]
 
@@ -164,33 +170,27 @@ def test_progress_is_told_each_block(make_model, make_bench, token_ids):
     bench, told = make_bench(make_model("llama")), []
     entry = BlockInputs(bench.model, token_ids(2, 8), 1, bench.device)
     (stream,) = bench.streams(entry, 1)
-    prepare = full_precision(bench)
-    perplexity.send_through(bench.model, prepare, stream, entry, told.append)
+    predictions.send_through(bench.model, full_precision(bench), stream, entry, told.append)
     assert told == [0, 1]
-    runner = prepare(0).runner
-    assert runner.attention is None and set(runner.inputs.values()) == {None}
-    other = rounded(bench, Scheme(4, 4))(0).runner
-    assert other.attention is not None and None not in other.inputs.values()
-    assert bench.view(0, bench.stored(0)).parameters == {}
 
 
 def test_published_sets_that_cannot_be_had_are_left_out_and_named(
     make_model, tiny_tokenizer, data_dir, caplog, monkeypatch
 ):
-    read = measures.perplexity_windows
+    read = texts.perplexity_windows
 
     def offline(name, *rest):
         if name.startswith("c4"):
             raise LRQuantError(f"{name}: not here")
         return read(name, *rest)
 
-    monkeypatch.setattr(measures, "perplexity_windows", offline)
+    monkeypatch.setattr(texts, "perplexity_windows", offline)
     caplog.set_level(logging.WARNING, "lrquant")
     model = from_module(make_model("llama"), tiny_tokenizer)
     config = Config(eval_ppl=True, seqlen=24, data_dir=str(data_dir))
-    assert list(prepare_evaluation(config, model).texts) == ["wikitext2", "ptb", "ptb-new"]
+    assert list(texts_read(config, model)) == ["wikitext2", "ptb", "ptb-new"]
     assert [message.split(" is left out")[0] for message in caplog.messages] == [
-        *("perplexity on c4", "perplexity on c4-new")
+        *("text c4", "text c4-new")
     ]
 
 
@@ -198,14 +198,43 @@ def test_sets_asked_for_by_name_must_be_there(make_model, tiny_tokenizer, data_d
     model = from_module(make_model("llama"), tiny_tokenizer)
     settings = {"seqlen": 24, "data_dir": str(data_dir)}
     with pytest.raises(LRQuantError, match="unknown data set 'nonsense'"):
-        prepare_evaluation(Config(ppl=("wikitext2", "nonsense"), **settings), model)
+        texts_read(Config(ppl=("wikitext2", "nonsense"), **settings), model)
     with pytest.raises(LRQuantError, match="fewer than one window of seqlen 100000"):
-        prepare_evaluation(Config(ppl=("wikitext2",), **settings | {"seqlen": 100000}), model)
+        texts_read(Config(ppl=("wikitext2",), **settings | {"seqlen": 100000}), model)
 
     def nothing(name, *rest):
         raise LRQuantError(f"{name}: not here")
 
-    monkeypatch.setattr(measures, "perplexity_windows", nothing)
+    monkeypatch.setattr(texts, "perplexity_windows", nothing)
     with pytest.raises(LRQuantError, match="wikitext2: not here"):
-        prepare_evaluation(Config(eval_ppl=True, **settings), model)
-    assert prepare_evaluation(Config(**settings), model).texts == {}
+        texts_read(Config(eval_ppl=True, **settings), model)
+    assert texts_read(Config(**settings), model) == {}
+
+
+def test_its_standard_error_is_that_of_the_windows(make_model, make_bench, token_ids):
+    """By the delta method: the loss's own, times the perplexity; a single window tells of none."""
+    model, windows = make_model("llama"), token_ids(5, 24)
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), windows[:, 1:], reduction="none"
+    )
+    spread = float(losses.mean(1).std()) / 5**0.5
+    samples = Samples(windows, "text", "test", "here", "", "a text")
+    subject = BlockSubject("full_precision", make_bench(model))
+    columns = [("full_precision", subject)]
+    scores = score_text([MEASURE], columns, samples, Progress())[0].scores["full_precision"]
+    assert scores.stderr == pytest.approx(scores.perplexity * spread, rel=1e-4)
+    one = dataclasses.replace(samples, ids=windows[:1])
+    scores = score_text([MEASURE], columns, one, Progress())[0].scores["full_precision"]
+    assert scores.stderr is None
+
+
+def test_sets_by_name_come_before_the_published_five():
+    def names(**settings):
+        return [text.name for text in texts.texts_of(Config(**settings))]
+
+    assert names(eval_ppl=True) == ["wikitext2", "ptb", "c4", "ptb-new", "c4-new"]
+    assert names(eval_ppl=True, ppl=("c4",)) == ["c4"]
+    assert names() == []
+    assert names(ppl=("c4",), agreement=("ptb", "c4")) == ["c4", "ptb"]

@@ -11,8 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrquant import LRQuantError, evaluate, quantize
-from lrquant.measures import checkpoint
-from lrquant.measures.tables import COLUMNS, results_table
+from lrquant.measures.rows import COLUMNS
+from lrquant.measures.subjects import subject as subjects
+from lrquant.measures.tables import results_table
 from lrquant.model.model import Model
 from lrquant.pipeline import export
 
@@ -140,7 +141,7 @@ def test_two_models(measured, make_model, tiny_tokenizer, model_folder, tmp_path
 
 def test_a_checkpoint_whose_model_is_not_known(saved, measured, tmp_path, monkeypatch):
     saved("W3A16g16", "compressed-tensors")
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *a: pytest.fail("loaded already"))
+    monkeypatch.setattr(subjects, "load_checkpoint", lambda *a: pytest.fail("loaded already"))
     settings = tmp_path / "saved" / "lrquant.yaml"
     values = yaml.safe_load(settings.read_text())
     settings.write_text(yaml.safe_dump(values | {"model": "/moved/away"}))

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from lrquant import LRQuantError, cli, evaluate, quantize
 from lrquant.files.manifest import MANIFEST
-from lrquant.measures.tables import COLUMNS
+from lrquant.measures.rows import COLUMNS
 from lrquant.pipeline import export
 
 QUICK = {"nsamples": 2, "seqlen": 24, "limit": 4, "epochs": 1, "precision": "float32"}

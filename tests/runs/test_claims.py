@@ -11,11 +11,11 @@ from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import read_plain, write_whole
 from lrquant.ingredients.base.statistics import ChannelStatistics, require_replaceable
+from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.runs.block_file import BlockRecord, LearnedFile
 from lrquant.runs.claims import require_claimable
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.journal import JOURNAL, Journal
-from lrquant.runs.resolution import resolve_settings
 
 IDENTITY = {
     "model": {"blocks": 2},

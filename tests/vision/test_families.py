@@ -23,7 +23,7 @@ from lrquant.config.scheme import FLOATING_POINT
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.measures.perplexity import send_through
+from lrquant.measures.scoring.predictions import send_through
 from lrquant.model.loading import from_module
 from lrquant.model.model import Model
 from lrquant.preflight.load import language_load, tower_load

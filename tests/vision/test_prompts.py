@@ -22,7 +22,7 @@ from lrquant.data.beginnings import Beginning, beginning_by_itself
 from lrquant.data.conversations import read_conversations
 from lrquant.data.prompts import picture_samples
 from lrquant.errors import LRQuantError
-from lrquant.measures.vqa import answer_kind, exact_match, normalized, vqa_accuracy
+from lrquant.measures.scoring.answers import answer_kind, exact_match, normalized, vqa_accuracy
 from lrquant.model.loading import load_model
 from lrquant.preflight import checks
 from lrquant.preflight.checks import preflight

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrquant.config.choices import SettingValues
-from lrquant.config.config import Config, overridden, typed_settings
+from lrquant.config.config import Config, measured_settings, overridden, typed_settings
 from lrquant.config.settings import convert, read_yaml
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
 
 if TYPE_CHECKING:
     from lrquant.cli.screen import Screen
+    from lrquant.runs.results import Results
 
     _Commands = argparse._SubParsersAction["_Parser"]
     _Function = Callable[[argparse.Namespace, Screen], int | None]
@@ -30,9 +31,8 @@ _STATISTICS_SETTINGS = (
     *("calib_images", "calib_image_share", "image_token_weight", "text_column", "bos"),
 )
 _EVALUATE_SETTINGS = (
-    *("vqa", "classify"),
-    *("ppl", "eval_ppl", "agreement", "compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr"),
-    *("tasks", "num_fewshot", "task_batch_size", "max_drop", "limit", "seqlen", "data_dir"),
+    *(entry.name for kind in measured_settings() for entry in dataclasses.fields(kind)),
+    *("compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr", "limit", "seqlen", "data_dir"),
     *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
     *("text_column", "bos"),
 )
@@ -289,7 +289,7 @@ def _inspect(options: argparse.Namespace, screen: Screen) -> None:
     screen.say(inspect_folder(options.target))
 
 
-def _print_results(results: dict[str, object], screen: Screen) -> None:
+def _print_results(results: Results, screen: Screen) -> None:
     from lrquant.measures.tables import results_table
 
     table = results_table(results)
@@ -297,6 +297,6 @@ def _print_results(results: dict[str, object], screen: Screen) -> None:
         screen.say(table)
 
 
-def _exit_code(results: dict[str, object]) -> int:
+def _exit_code(results: Results) -> int:
     verdict = results.get("max_drop")
     return 1 if isinstance(verdict, dict) and not verdict["acceptable"] else 0

@@ -1,17 +1,18 @@
-"""Every setting a user may change: those of the core and those that ingredients bring; YAML."""
+"""Every setting a user may change: those of the core and those that declarations bring; YAML."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 
 from lrquant.config.choices import SettingDict
 from lrquant.config.core import Settings, defaults_of, hints_of
-from lrquant.config.declarations import declarations
+from lrquant.config.declarations import Declaration, declarations
 from lrquant.config.learned import LearnedSettings
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
@@ -25,6 +26,9 @@ from lrquant.config.settings import (
 )
 from lrquant.errors import LRQuantError
 
+T = TypeVar("T")
+Brought = tuple[str, type, object]  # a field: its name, its type, its default and its help
+
 
 @cache
 def ingredient_kinds() -> tuple[type[LearnedSettings], ...]:
@@ -33,8 +37,25 @@ def ingredient_kinds() -> tuple[type[LearnedSettings], ...]:
     return tuple(kind for kind in kinds if issubclass(kind, LearnedSettings))
 
 
+@cache
+def measured_settings() -> tuple[type, ...]:
+    """The settings of every measure: of this package, then of others."""
+    measures = declarations("measures", "lrquant.measures", "MEASURE", Declaration)
+    return tuple(measure.settings for measure in measures)
+
+
 class _Config(Settings):
-    """One run: the settings of `Settings`, and those of every ingredient."""
+    """One run: the settings of `Settings`, and those of every ingredient and measure."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in measured_settings():
+            self.part(kind)  # which refuses values of its own
+
+    def part(self, kind: type[T]) -> T:
+        """The settings of one declaration."""
+        names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names})
 
     def resolved(self) -> Config:
         """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
@@ -56,7 +77,7 @@ class _Config(Settings):
             )
         for kind in kinds:
             on = learned[kind.switch]
-            learned |= config._of(kind).settled() if on else kind.when_off()
+            learned |= config.part(kind).settled() if on else kind.when_off()
             learned[kind.switch] = on
         plus = config.lr_plus and config.epochs > 0 and anything
         return dataclasses.replace(
@@ -112,15 +133,11 @@ class _Config(Settings):
             switches[kind.tower_switch] = _first(getattr(self, kind.tower_switch), default)
         return switches
 
-    def _of(self, kind: type[LearnedSettings]) -> LearnedSettings:
-        names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        return kind(**{name: getattr(self, name) for name in names})
-
     def ingredients(self, tower: bool = False) -> tuple[LearnedSettings, ...]:
         """What a resolved run learns in the language part, or in the vision tower."""
         schemes = self.schemes.of_tower if tower else self.schemes.of_language
         kinds = [kind for kind in ingredient_kinds() if self._is_on(kind, schemes, tower)]
-        return tuple(kind(**self._of(kind).settled()) for kind in kinds)
+        return tuple(kind(**self.part(kind).settled()) for kind in kinds)
 
     def _is_on(self, kind: type[LearnedSettings], schemes: Schemes, tower: bool) -> bool:
         on = bool(getattr(self, kind.switch))
@@ -158,20 +175,35 @@ class _Config(Settings):
         return cls(**typed_settings(read_yaml(path), str(path)))
 
 
+def _brought(kinds: Iterable[type]) -> list[Brought]:
+    """The fields of these classes of settings that `Settings` lacks, each once.
+
+    A declaration may read a setting of another, which then has the same default.
+    """
+    defaults = defaults_of(Settings)
+    brought: list[Brought] = []
+    for kind in kinds:
+        hints = hints_of(kind)
+        for entry in dataclasses.fields(kind):
+            if entry.name not in defaults:
+                own = dataclasses.field(default=entry.default, metadata=entry.metadata)
+                brought.append((entry.name, hints[entry.name], own))
+            elif defaults[entry.name] != entry.default:
+                raise LRQuantError(
+                    f"setting {entry.name} of {kind.__module__}: its default "
+                    f"{shown(entry.default)} is not that of the setting of this name, "
+                    f"{shown(defaults[entry.name])}; name it otherwise"
+                )
+            defaults.setdefault(entry.name, entry.default)
+    return brought
+
+
 if TYPE_CHECKING:
     Config = _Config
 else:
     Config = dataclasses.make_dataclass(
         "Config",
-        [
-            (
-                entry.name,
-                hints_of(kind)[entry.name],
-                dataclasses.field(default=entry.default, metadata=entry.metadata),
-            )
-            for kind in ingredient_kinds()
-            for entry in dataclasses.fields(kind)
-        ],
+        _brought((*ingredient_kinds(), *measured_settings())),
         bases=(_Config,),
         frozen=True,
         namespace={"__module__": __name__, "__doc__": _Config.__doc__},

@@ -1,4 +1,4 @@
-"""The settings that no ingredient brings: their defaults, units, sources and limits."""
+"""The settings that no declaration brings: their defaults, units, sources and limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from lrquant.errors import LRQuantError
 
 PRESETS = ("default", "paper")
 TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
-PUBLISHED_PERPLEXITY_SETS = ("wikitext2", "ptb", "c4", "ptb-new", "c4-new")
 MANY = 2**16  # beyond such limits no machine ends a run, or no generator takes the number
 HEAVIEST = 1e6
 FASTEST = 1e30
@@ -113,37 +112,16 @@ class Settings:
     act_scales: str | None = setting(None, "channel maxima from `lrquant stats` (.pt)")
     act_shifts: str | None = setting(None, "channel midpoints from `lrquant stats` (.pt)")
 
-    eval_ppl: bool = setting(False, "perplexity on every published set that can be had")
-    ppl: tuple[str, ...] = setting((), "perplexity on these sets")
-    agreement: tuple[str, ...] = setting(
-        (), "KL divergence of next-token distributions from full precision on these sets"
-    )
     compare: bool | str = setting(
         False,
         "evaluate full precision and round-to-nearest beside it, or the run, checkpoint or model "
         "that is given",
-    )
-    max_drop: float | None = setting(
-        None, "exit with 1 if the tasks' mean accuracy falls by more than this (0.01: one point)"
-    )
-    vqa: tuple[str, ...] = setting(
-        (), "visual question answering: .jsonl files of conversations with answers"
-    )
-    classify: str | None = setting(
-        None, "accuracy of an image classifier on a folder of pictures, one subfolder a class"
     )
     tta: bool = setting(
         False, "test-time adaptation: measure also with blocks learned again on the test text"
     )
     tta_blocks: int = setting(1, "how many of the last blocks are adapted", limits=(1, 10_000))
     tta_epochs: int = setting(5, "passes over the test text", limits=(1, 10_000))
-    tasks: str = setting("", "zero-shot tasks of lm-evaluation-harness, separated by commas")
-    num_fewshot: int = setting(
-        0, "examples in the prompt of a task, whatever the task says", limits=(0, 1000)
-    )
-    task_batch_size: str = setting(
-        "auto", "requests of a task at once; auto: what fits on a GPU, 8 on a CPU"
-    )
     limit: int = setting(-1, "windows a set and items a task (-1: all)", limits=(-1, 2**31 - 1))
 
     output_dir: str = setting("../log/", "run folder: config, log, blocks, results")
@@ -187,11 +165,6 @@ class Settings:
         refuse_empty(values, defaults_of(type(self)))
         for entry in dataclasses.fields(self):
             _require_allowed(entry.name, values[entry.name], entry)
-        size = self.task_batch_size
-        if size != "auto" and not (size.isdecimal() and 0 < int(size[:9]) <= MANY):
-            raise LRQuantError(
-                f"task_batch_size {size!r}: use auto or a whole number from 1 to {MANY}"
-            )
         if not 0 < self.calib_image_share <= 1:
             raise LRQuantError(
                 f"calib_image_share {self.calib_image_share}: use a share above 0, up to 1; for "
@@ -202,14 +175,8 @@ class Settings:
                 f"image_token_weight {self.image_token_weight}: use a number above 0, up to "
                 f"{HEAVIEST:g}"
             )
-        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
-            raise LRQuantError(
-                f"max_drop {self.max_drop}: use a share of accuracy from 0 to 1 (0.01: one point)"
-            )
         if self.limit == 0:
             raise LRQuantError("limit 0: use a whole number of at least 1, or -1 for all")
-        if self.tasks and not self.tasks.replace(",", " ").strip():
-            raise LRQuantError(f"tasks {self.tasks!r}: names no task; leave it out for none")
         self.schemes  # noqa: B018
 
     @property
@@ -243,12 +210,6 @@ class Settings:
     def net_name(self) -> str:
         """The model's short name."""
         return self.net or (Path(self.model).absolute().name if self.model else "")
-
-    @property
-    def perplexity_sets(self) -> tuple[str, ...]:
-        """Sets asked for by name, or the published five; then those for agreement alone."""
-        sets = self.ppl or (PUBLISHED_PERPLEXITY_SETS if self.eval_ppl else ())
-        return tuple(dict.fromkeys((*sets, *self.agreement)))
 
 
 @cache

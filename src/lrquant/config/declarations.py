@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from lrquant.errors import LRQuantError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a declaration that brings none."""
+
+
+class Declaration:
+    """What brings settings: a frozen dataclass of them, whose fields are made with `setting`.
+
+    It is imported whenever settings are, so neither its file nor what that imports needs torch.
+    """
+
+    settings: type = NoSettings
 
 
 def declarations(group: str, folder: str, attribute: str, kind: type[T]) -> list[T]:

@@ -9,8 +9,8 @@ from lrquant.config.core import TARGETS
 from lrquant.export.format import Format
 from lrquant.export.targets import loading_of
 from lrquant.files.whole import JsonObject
-from lrquant.measures.tables import SPREAD_NOTE, results_table
-from lrquant.runs.results import MEASURES, entries
+from lrquant.measures.rows import SPREAD_NOTE
+from lrquant.measures.tables import measured_entries, results_table
 
 _LOADING = {
     "vllm": "vLLM:\n\n```\nSERVE\n```",
@@ -84,8 +84,8 @@ def _quality(results: JsonObject) -> str:
     text = results_table(results)
     if not text:
         return "Not measured by the run that made it."
-    sets = [entry for kind in MEASURES for _, entry in entries(results, kind)]
-    windows = "; ".join(dict.fromkeys(str(entry["text"]) for entry in sets if "text" in entry))
+    sets = [entry["text"] for entry in measured_entries(results) if "text" in entry]
+    windows = "; ".join(dict.fromkeys(map(str, sets)))
     notes = [f"Measured on: {windows}."] if windows else []
     notes += [SPREAD_NOTE] if "±" in text else []
     return "\n\n".join([text, *notes])

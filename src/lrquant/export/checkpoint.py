@@ -31,7 +31,7 @@ from lrquant.learn.identity import describe_method
 from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
-from lrquant.runs.results import MEASURES, seen_from
+from lrquant.runs.results import VERDICT, Results, kinds, seen_from
 
 INDEX = "model.safetensors.index.json"
 
@@ -101,15 +101,15 @@ def _facts(workbench: Workbench, config: Config, folder: RunFolder, form: Format
         "method": describe_method(config),
         "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
         "precision": folder.identity["precision"],
-        "results": {key: results[key] for key in _RESULTS if key in results},
+        "results": {key: value for key, value in results.items() if key in _said(results)},
         "extra_tensors": sorted(model.source.extra_names()),
     }
 
 
-_RESULTS = (
-    *("method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"),
-    *(*MEASURES, "others", "max_drop"),
-)
+def _said(results: Results) -> set[str]:
+    """What of the run's results a checkpoint repeats."""
+    about = {"method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"}
+    return {*about, *kinds(results), "others", VERDICT}
 
 
 def _write_tensors(

@@ -9,6 +9,7 @@ from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.files.publishing import require_replaceable
 from lrquant.files.whole import require_writable
+from lrquant.measures.choice import measures
 
 _ONLY_HELD = ("the current directory", "a home folder")
 
@@ -31,8 +32,8 @@ def check_target(config: Config, target: Path) -> None:
 
 def _places(config: Config) -> Iterator[tuple[str, Path]]:
     """What must stay as it is, by what to call it; only what is there, links resolved."""
-    data = [config.calib_dataset, config.calib_images, config.classify, *config.ppl]
-    data += [*config.agreement, *config.vqa, config.act_scales, config.act_shifts]
+    data = [config.calib_dataset, config.calib_images, config.act_scales, config.act_shifts]
+    data += [name for measure in measures() for name in measure.reads(config)]
     data += _sets(config.data_dir)
     named: list[tuple[str, str | None]] = [
         ("the run folder", config.output_dir),

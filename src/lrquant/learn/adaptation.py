@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,10 +35,13 @@ from lrquant.runs.progress import Progress
 logger = logging.getLogger("lrquant")
 
 
-def check_adaptation(config: Config, blocks: int, pictures: bool = False) -> None:
+def check_adaptation(
+    config: Config, texts: Sequence[str], blocks: int, pictures: bool = False
+) -> None:
     """Refuse, before any hour is spent, an adaptation that has nothing to learn.
 
-    `pictures` says whether the model takes conversations with some.
+    `texts` names those that are measured, `pictures` says whether the model takes conversations
+    with some.
     """
     if not config.tta:
         return
@@ -48,10 +51,10 @@ def check_adaptation(config: Config, blocks: int, pictures: bool = False) -> Non
         )
     if config.tta_blocks > blocks:
         raise LRQuantError(f"--tta_blocks {config.tta_blocks}: the model has {blocks} blocks")
-    conversations = [name for name in config.perplexity_sets if is_conversations(Path(name))]
+    conversations = [name for name in texts if is_conversations(Path(name))]
     if conversations and pictures:
         raise LRQuantError(f"--tta {conversations[0]}: adapts to text alone, not to conversations")
-    if not config.perplexity_sets:
+    if not texts:
         raise LRQuantError("--tta: no text to adapt to and measure on; give --ppl or --eval_ppl")
 
 

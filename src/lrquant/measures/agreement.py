@@ -1,57 +1,216 @@
-"""How far next-token distributions are from a reference's, over all positions and along them."""
+"""Agreement of next-token distributions with full precision, beside the perplexities of both."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from lrquant.config.settings import setting
+from lrquant.measures.measure import Metric, Scored, TextMeasure
+from lrquant.measures.numbers import divergence, number, share
+from lrquant.measures.rows import COLUMNS, RunResults, Table, Tile, named, table
+from lrquant.runs.results import Entry, Json, Results, entries, figure, record
 
-LARGEST_EXPONENT = 700.0
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from lrquant.config.config import Config
+    from lrquant.data.samples import Samples
+    from lrquant.measures.scoring.divergences import Divergences
+    from lrquant.measures.scoring.predictions import Predictions
 
-def agreement(
-    losses: Tensor, reference_losses: Tensor, divergences: Tensor, same: Tensor
-) -> dict[str, Any]:
-    """What is said of per-position values (windows, positions) or (positions,), float64.
-
-    `kl_mean` and `kl_p99`: mean and 99th percentile of ``KL(reference || model)`` in nats;
-    `same_top`: share of positions at which both prefer one token; `perplexity_ratio`: the model's
-    perplexity by the reference's.  `positions` has the same along the window: position p predicts
-    from p tokens, and each entry spans ``first..last``, twice as many as the one before;
-    samples of several lengths have none.
-    """
-    if losses.dim() == 1:
-        return _summary(losses, reference_losses, divergences, same)
-    positions = []
-    first = 1
-    while first <= losses.shape[1]:
-        last = min(2 * first - 1, losses.shape[1])
-        part = slice(first - 1, last)
-        of_part = (values[:, part] for values in (losses, reference_losses, divergences, same))
-        positions.append({"first": first, "last": last, **_summary(*of_part)})
-        first = last + 1
-    return {**_summary(losses, reference_losses, divergences, same), "positions": positions}
+_WORDS = {"kl_mean": divergence, "kl_p99": divergence}
+_NOTE = (
+    "KL divergence of next-token distributions from the full-precision model, in nats, and how "
+    "often both prefer the same token. KL p99: what 99 % of the predictions do not exceed; of "
+    "fewer than 100, the largest."
+)
 
 
-def perplexity(losses: Tensor) -> float:
-    """``exp`` of the mean of losses in nats; infinite where that is no float."""
-    mean = float(losses.mean())
-    return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
+@dataclass(frozen=True)
+class AgreementSettings:
+    """The texts."""
+
+    agreement: tuple[str, ...] = setting(
+        (), "KL divergence of next-token distributions from full precision on these sets"
+    )
 
 
-def _summary(
-    losses: Tensor, reference_losses: Tensor, divergences: Tensor, same: Tensor
-) -> dict[str, float]:
-    return {
-        "kl_mean": float(divergences.mean()),
-        "kl_p99": _percentile(divergences.flatten(), 0.99),
-        "same_top": float(same.mean()),
-        "perplexity_ratio": perplexity(losses - reference_losses),
+@dataclass(frozen=True)
+class AgreementScores:
+    """A perplexity, and the divergences from full precision; none of full precision itself."""
+
+    perplexity: float
+    divergences: Divergences | None
+
+
+class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
+    """Its texts have their perplexities too, of which it tells the ratio."""
+
+    name = "agreement"
+    settings = AgreementSettings
+    asked_by = ("agreement",)
+    order = 20
+    against_full_precision = True
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "kl_mean": Metric("mean KL"),
+        "kl_p99": Metric("KL p99"),
+        "same_top": Metric("same top token"),
+        "perplexity_ratio": Metric("perplexity ratio"),
     }
 
+    def texts(self, settings: AgreementSettings) -> Sequence[str]:
+        return settings.agreement
 
-def _percentile(values: Tensor, share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
-    rank = max(1, math.ceil(share * values.numel()))
-    return float(values.kthvalue(rank).values)
+    def positions(self, predictions: Predictions) -> Sequence[Tensor]:
+        if predictions.expected is None:
+            return [predictions.losses]
+        return [
+            predictions.losses,
+            predictions.expected_losses,
+            predictions.divergences,
+            predictions.same_top,
+        ]
+
+    def summary(self, values: Sequence[Tensor]) -> AgreementScores:
+        from lrquant.measures.scoring.divergences import divergences, perplexity
+
+        losses, *compared = values
+        return AgreementScores(
+            perplexity(losses), divergences(losses, *compared) if compared else None
+        )
+
+    def as_json(self, scores: AgreementScores) -> Json:
+        if scores.divergences is None:
+            return None
+        values = dataclasses.asdict(scores.divergences)
+        unsaid = {"kl_mean_stderr"} | ({"positions"} if not values["positions"] else set())
+        return {name: value for name, value in values.items() if name not in unsaid}
+
+    def entries(self, scored: Scored[Samples, AgreementScores], config: Config) -> Results:
+        plain = {variant: scores.perplexity for variant, scores in scored.scores.items()}
+        results = {"perplexity": {scored.name: {**scored.about, **plain}}}
+        told = {variant: self.as_json(scores) for variant, scores in scored.scores.items()}
+        told = {variant: values for variant, values in told.items() if values is not None}
+        against = {} if scored.against is None else {"reference": scored.against}
+        if told:
+            results["agreement"] = {scored.name: {**scored.about, **against, **told}}
+        return results
+
+    def log_lines(self, scored: Scored[Samples, AgreementScores], variant: str) -> Iterable[str]:
+        found = scored.scores[variant].divergences
+        if found is not None:
+            error = "" if found.kl_mean_stderr is None else f" ± {found.kl_mean_stderr:.2g}"
+            numbers = ", ".join(f"{key} {getattr(found, key):.4g}" for key in self.metrics)
+            numbers = numbers.replace(",", f"{error},", 1)
+            yield f"{scored.name} agreement, {variant.replace('_', ' ')}: {numbers}"
+
+    def rows(
+        self, results: Results, labels: Mapping[str, str]
+    ) -> tuple[list[str], list[list[str]]]:
+        """One row a text and model; the first cell says which, and with what it should agree."""
+        held_against = _held_against(results)
+        rows = []
+        for name, about, variants in named(results, self.name):
+            against = str(variants.get("reference", "full_precision"))
+            other = f", with {labels[against]}" if len(held_against) > 1 else ""
+            for key in labels:
+                if key in variants:
+                    scores = record(variants[key])
+                    cells = [_cell(part, figure(scores.get(part))) for part in self.metrics]
+                    rows.append([f"{name}{about}, {labels[key]}{other}", *cells])
+        return [metric.words for metric in self.metrics.values()], rows
+
+    def tables(self, results: Results, labels: Mapping[str, str]) -> list[str]:
+        other = {**labels, "full_precision": "model"}  # or held against another
+        head, rows = self.rows(results, other)
+        against = " or ".join(labels[key] for key in _held_against(results))
+        return [table([f"agreement with {against}", *head], rows)] if rows else []
+
+    def report_tables(self, runs: Sequence[RunResults]) -> list[Table]:
+        rows = []
+        head: list[str] = []
+        for run in runs:
+            before = f"{run.name}: " if run.name else ""
+            own = {key: before + label for key, label in run.labels.items()}
+            head, measured = self.rows(run.results, own)
+            rows += measured
+        whole = Table("Agreement with full precision", ["text and model", *head], rows, _NOTE)
+        return [whole, *(_along_windows(runs[0]) if len(runs) == 1 else [])]
+
+    def tiles(self, run: RunResults) -> list[Tile]:
+        tiles = []
+        for text, about, variants in named(run.results, self.name)[:1]:
+            scores = record(variants.get("quantized"))
+            if scores.get("kl_mean") is not None:
+                same = f"same top token {share(figure(scores['same_top']))}"
+                mean = divergence(figure(scores["kl_mean"]))
+                tiles.append(Tile(f"mean KL, {text}{about}", mean, same))
+        return tiles
+
+    def missing(self, results: Results) -> list[str]:
+        if any(True for _ in entries(results, self.name)):
+            return []
+        return ["agreement with full precision: lrquant evaluate RUN --agreement wikitext2"]
+
+
+def _cell(part: str, value: float | str | None) -> str:
+    if part == "perplexity_ratio" and isinstance(value, float) and value >= 10:
+        return number(value)
+    return _WORDS.get(part, share)(value)
+
+
+def _held_against(results: Results) -> list[str]:
+    told = {e.get("reference", "full_precision") for _, e in entries(results, "agreement")}
+    return [key for key in COLUMNS if key in told]
+
+
+def _along_windows(run: RunResults) -> list[Table]:
+    """How agreement goes along the window: a table a text."""
+    tables = []
+    for text, about, variants in named(run.results, "agreement"):
+        along = {key: _spans(record(variants.get(key))) for key in run.labels}
+        along = {key: spans for key, spans in along.items() if spans}
+        if along:
+            title = f"Agreement along the window, {text}{about}"
+            tables.append(_along(title, along, run.labels))
+    return tables
+
+
+def _spans(scores: Entry) -> list[Entry]:
+    positions = scores.get("positions")
+    return [record(span) for span in positions] if isinstance(positions, list) else []
+
+
+_ALONG: dict[str, tuple[str, Callable[[float | str | None], str]]] = {
+    "kl_mean": ("mean KL", divergence),
+    "same_top": ("same top token", share),
+}
+
+
+def _along(title: str, along: Mapping[str, list[Entry]], labels: Mapping[str, str]) -> Table:
+    """Rows of spans of the window, a column for each number and model."""
+    rows = [
+        [
+            _span(span),
+            *(
+                words(figure(along[key][row].get(kind)))
+                for kind, (_, words) in _ALONG.items()
+                for key in along
+            ),
+        ]
+        for row, span in enumerate(next(iter(along.values())))
+    ]
+    heads = [f"{what}, {labels[key]}" for what, _ in _ALONG.values() for key in along]
+    note = "Of predictions from so many tokens of their window."
+    return Table(title, ["tokens read", *heads], rows, note)
+
+
+def _span(span: Entry) -> str:
+    first, last = span["first"], span["last"]
+    return str(first) if first == last else f"{first}–{last}"
+
+
+MEASURE = Agreement()

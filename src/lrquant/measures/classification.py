@@ -2,93 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from lrquant.config.settings import setting
+from lrquant.measures.measure import Metric, ModuleMeasure, Scored, WholeModel
+from lrquant.measures.shares import share
+from lrquant.runs.results import Entry, Json, Results
 
-from lrquant.config.config import Config
-from lrquant.data.conversations import picture_files
-from lrquant.data.feeds import Feed
-from lrquant.data.prompts import Reader, pixel_inputs, require_processor
-from lrquant.errors import LRQuantError
-from lrquant.measures.shares import counted, share
-from lrquant.runs.progress import Progress
+if TYPE_CHECKING:
+    from torch import Tensor
 
-BATCH = 16  # pictures that are classified at once
-
-
-class LabelledPictures:
-    """Pictures with their classes, as a classifier's inputs; at most `limit` of them, spread."""
-
-    def __init__(self, folder: Path, reader: Reader, limit: int = -1) -> None:
-        if not reader.architecture.reads_pixels:
-            raise LRQuantError(f"--classify {folder}: model {reader.name} is no image classifier")
-        require_processor(reader)
-        if not folder.is_dir():
-            raise LRQuantError(f"--classify {folder}: no such folder; give one subfolder a class")
-        files, skipped = picture_files(folder)
-        whole = len(files)
-        if 0 < limit < whole:
-            files = [files[i * len(files) // limit] for i in range(limit)]
-        known = _classes(reader)
-        self.labels = torch.tensor([_label(file, folder, known) for file in files])
-        self.feed = Feed([pixel_inputs(reader, file) for file in files])
-        left_out = f", {len(skipped)} could not be opened" if skipped else ""
-        of = f"{len(files)} of {whole}" if len(files) < whole else f"{whole}"
-        self.description = f"{folder.name}, {of} pictures{left_out}"
-        items = counted(len(files), whole, "pictures")
-        sha256 = self.feed.sha256()
-        self.about = {"text": self.description, "sha256": sha256, "items": items}
+    from lrquant.config.config import Config
+    from lrquant.data.prompts import Reader
+    from lrquant.measures.scoring.classes import LabelledPictures
+    from lrquant.runs.progress import Progress
 
 
-def _classes(reader: Reader) -> dict[str, int]:
-    """Index of each class, by its names and by its number."""
-    found: dict[str, int] = {}
-    for index, names in (reader.skeleton.config.id2label or {}).items():
-        for name in (str(index), str(names), *str(names).split(",")):
-            found.setdefault(name.strip().lower(), int(index))
-    return found
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """The folder of pictures."""
+
+    classify: str | None = setting(
+        None, "accuracy of an image classifier on a folder of pictures, one subfolder a class"
+    )
 
 
-def _label(file: Path, folder: Path, known: dict[str, int]) -> int:
-    name = file.relative_to(folder).parts[0].lower()
-    if name not in known or file.parent == folder:
-        raise LRQuantError(
-            f"--classify {folder}: {file.relative_to(folder)} is in no folder named as one of the "
-            f"model's {len(set(known.values()))} classes or their numbers (such as "
-            f"{next(iter(known))})"
-        )
-    return known[name]
+@dataclass(frozen=True)
+class Classes:
+    """The class that a model finds for each picture, (pictures,) int64, and the right ones."""
+
+    chosen: Tensor
+    labels: Tensor
+
+    def scores(self, reference: Classes | None) -> dict[str, float]:
+        """Share of right classes with its standard error, and of those that a reference finds."""
+        told = share((self.chosen == self.labels).tolist()).named("accuracy")
+        if reference is not None:
+            told["same_top"] = float((self.chosen == reference.chosen).double().mean())
+        return told
 
 
-def read_pictures(config: Config, reader: Reader) -> LabelledPictures | None:
-    """What the settings name to classify, or None."""
-    if config.classify is None:
-        return None
-    return LabelledPictures(Path(config.classify), reader, config.limit)
+class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", Classes]):
+    """A run's classes are held against those of its full precision."""
+
+    name = "classification"
+    settings = ClassificationSettings
+    asked_by = ("classify",)
+    order = 40
+    against_full_precision = True
+    heading = "pictures"
+    column = "share right"
+    unnamed = "classes"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric("accuracy"),
+        "same_top": Metric("same class as full precision", spread=False),
+    }
+
+    def read(
+        self, settings: ClassificationSettings, config: Config, reader: Reader
+    ) -> Mapping[str, LabelledPictures]:
+        from lrquant.measures.scoring.classes import LabelledPictures
+
+        if settings.classify is None:
+            return {}
+        return {"": LabelledPictures(Path(settings.classify), reader, config.limit)}
+
+    def described(self, asked: LabelledPictures) -> str:
+        return asked.description
+
+    def about(self, asked: LabelledPictures) -> Entry:
+        return asked.about
+
+    def score(
+        self,
+        name: str,
+        asked: LabelledPictures,
+        model: WholeModel,
+        config: Config,
+        progress: Progress,
+    ) -> Classes:
+        from lrquant.measures.scoring.classes import predictions
+
+        return Classes(predictions(asked, model, progress), asked.labels)
+
+    def as_json(self, scores: Classes) -> Json:
+        return scores.scores(None)
+
+    def entries(self, scored: Scored[LabelledPictures, Classes], config: Config) -> Results:
+        several = len(scored.scores) > 1
+        full = scored.scores.get("full_precision") if several else None
+        told = {variant: classes.scores(full) for variant, classes in scored.scores.items()}
+        return {self.name: {**scored.about, **told}}
+
+    def log_lines(self, scored: Scored[LabelledPictures, Classes], variant: str) -> Iterable[str]:
+        right = scored.scores[variant].scores(None)["accuracy"]
+        yield f"{variant}: {right:.4f} of the classes are right, {scored.asked.description}"
 
 
-@torch.no_grad()
-def predictions(
-    pictures: LabelledPictures, module: PreTrainedModel, variant: str, progress: Progress
-) -> Tensor:
-    """The class with the largest logit of each picture, (pictures,) int64 on the CPU."""
-    found = []
-    feed = pictures.feed
-    with progress.measuring(f"classes {variant}", len(feed), "pictures") as told:
-        for part in feed.slices(BATCH):
-            inputs = {name: value.to(module.device) for name, value in feed.collate(part).items()}
-            found.append(module(**inputs).logits.argmax(-1).cpu())
-            told(part.stop - 1)
-    return torch.cat(found)
-
-
-def accuracy(pictures: LabelledPictures, found: Tensor, reference: Tensor | None) -> dict[str, Any]:
-    """Share of right classes with its standard error, and of those that a reference finds too."""
-    scores = share("accuracy", (found == pictures.labels).tolist())
-    if reference is not None:
-        scores["same_top"] = float((found == reference).double().mean())
-    return scores
+MEASURE = Classification()

@@ -2,164 +2,114 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from transformers import GenerationMixin, PreTrainedModel
+from lrquant.config.settings import setting
+from lrquant.measures.measure import Metric, ModuleMeasure, Scored, WholeModel
+from lrquant.measures.numbers import share as written
+from lrquant.measures.rows import RunResults, Tile, named
+from lrquant.measures.shares import Share, share
+from lrquant.runs.results import Entry, Json, figure, record
 
-from lrquant.config.config import Config
-from lrquant.data.conversations import Conversation, read_conversations
-from lrquant.data.feeds import Feed
-from lrquant.data.prompts import Reader, prompt_inputs
-from lrquant.data.vocabulary import require_known_tokens
-from lrquant.errors import LRQuantError
-from lrquant.measures.shares import counted, share
-from lrquant.model.sources.checks import first_line
-from lrquant.runs.progress import Progress
-
-logger = logging.getLogger("lrquant")
-ANSWER_TOKENS = 16  # most tokens of a generated answer
-BATCH = 16  # prompts of the same shapes that are answered at once
-PEOPLE = 3  # who must have given an answer for it to count in full
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NOT_WORDS = re.compile(r"(?!-\d)[^\w\s]")  # the sign of a number stays
+if TYPE_CHECKING:
+    from lrquant.config.config import Config
+    from lrquant.data.prompts import Reader
+    from lrquant.measures.scoring.answers import Questions
+    from lrquant.runs.progress import Progress
 
 
-def read_questions(config: Config, reader: Reader) -> dict[str, Questions]:
-    """Every set that the settings name, as a model's inputs, before any hour is spent."""
-    return {name: Questions(Path(name), reader, config.limit) for name in config.vqa}
+@dataclass(frozen=True)
+class AnsweringSettings:
+    """The files of questions."""
 
-
-class Questions:
-    """Questions about pictures with right answers, as a model's inputs."""
-
-    def __init__(self, path: Path, reader: Reader, limit: int = -1) -> None:
-        items = read_conversations(path).items
-        whole = len(items)
-        items = items[:limit] if limit > 0 else items
-        for item in items:
-            if not item.answers or item.answered:
-                raise LRQuantError(
-                    f'{item.origin}: a question needs "answers", and no answer of the assistant '
-                    "among its messages"
-                )
-        self.items: tuple[Conversation, ...] = items
-        self.feed = Feed([prompt_inputs(reader, item) for item in items])
-        require_known_tokens(self.feed, str(path), reader)
-        tokens = sum(sample["input_ids"].shape[1] for sample in self.feed.inputs)
-        of = f"the first {len(items)} of {whole}" if len(items) < whole else f"{whole}"
-        self.description = f"{path.name}, {of} questions, {tokens} tokens"
-        counts = counted(len(items), whole, "questions")
-        answers = json.dumps([item.answers for item in items])
-        sha256 = hashlib.sha256((self.feed.sha256() + answers).encode()).hexdigest()
-        self.about = {"text": self.description, "sha256": sha256, "items": counts}
-
-
-def answer_all(
-    sets: dict[str, Questions],
-    module: PreTrainedModel,
-    reader: Reader,
-    variant: str,
-    progress: Progress,
-) -> Iterator[dict[str, Any]]:
-    """Measures of every set, one by one, as results.json has them."""
-    for name, asked in sets.items():
-        scores = answer_questions(name, asked, module, reader, variant, progress)
-        yield {"vqa": {name: {**asked.about, variant: scores}}}
-
-
-@torch.no_grad()
-def answer_questions(
-    name: str,
-    questions: Questions,
-    module: PreTrainedModel,
-    reader: Reader,
-    variant: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Shares of right answers, greedily generated: `exact_match` and `vqa_accuracy`.
-
-    With their standard errors, over the questions.  `exact_match_KIND` is of the questions of one
-    kind (`answer_kind`), where a set has several.
-    """
-    order = questions.feed.grouped_order()
-    feed = questions.feed.only(order)
-    tokenizer = reader.tokenizer
-    assert tokenizer is not None
-    answers: dict[int, str] = {}
-    with progress.measuring(f"{name} {variant}", len(questions.items), "questions") as told:
-        for part in feed.slices(BATCH):
-            inputs = {key: value.to(module.device) for key, value in feed.collate(part).items()}
-            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-            try:
-                output = _generator(module)(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-            except ValueError as error:  # a way of generating that it names and nobody runs
-                raise LRQuantError(
-                    f"--vqa: the model's generation_config.json asks for what transformers does "
-                    f"not do ({first_line(error)}); take it out"
-                ) from error
-            new = output[:, inputs["input_ids"].shape[1] :]
-            words = tokenizer.batch_decode(new, skip_special_tokens=True)
-            answers |= dict(zip(order[part], words, strict=True))
-            told(len(answers) - 1)
-    pairs = [(answers[i], item.answers) for i, item in enumerate(questions.items)]
-    matches = [exact_match(*pair) for pair in pairs]
-    scores = share("exact_match", matches)
-    kinds = [answer_kind(right) for _, right in pairs]
-    if len(set(kinds)) > 1:
-        for kind in sorted(set(kinds)):
-            of_kind = [match for match, own in zip(matches, kinds, strict=True) if own == kind]
-            scores |= share(f"exact_match_{kind}", of_kind)
-    scores |= share("vqa_accuracy", [vqa_accuracy(*pair) for pair in pairs])
-    logger.info(
-        "%s, %s: %.4f of the answers to %d questions are right, %.4f by the VQA rule",
-        *(name, variant.replace("_", " "), scores["exact_match"], len(pairs)),
-        scores["vqa_accuracy"],
+    vqa: tuple[str, ...] = setting(
+        (), "visual question answering: .jsonl files of conversations with answers"
     )
-    return scores
 
 
-def _generator(module: PreTrainedModel) -> Any:
-    """A model's `generate`; refuses a model that has none."""
-    if not isinstance(module, GenerationMixin):
-        raise LRQuantError(f"--vqa: a {type(module).__name__} generates no text")
-    return getattr(module, "generate")  # noqa: B009
+@dataclass(frozen=True)
+class AnswerScores:
+    """Shares of right answers: of all, of each kind where a set has several, by the VQA rule."""
+
+    exact_match: Share
+    by_kind: Mapping[str, Share]
+    vqa_accuracy: Share
 
 
-def normalized(answer: str) -> str:
-    """Lower case, without punctuation and articles, single spaces: as the VQA evaluation does."""
-    words = " ".join(_NOT_WORDS.sub(" ", answer.lower().replace("'", "")).split())
-    return " ".join(_ARTICLES.sub(" ", words).split()) or words
+class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
+    """Answers are generated greedily."""
+
+    name = "vqa"
+    settings = AnsweringSettings
+    asked_by = ("vqa",)
+    order = 30
+    heading = "pictures"
+    column = "share right"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "exact_match": Metric("exact match"),
+        "exact_match_yes_no": Metric("exact match of yes or no"),
+        "exact_match_number": Metric("exact match of numbers"),
+        "exact_match_other": Metric("exact match of other answers"),
+        "vqa_accuracy": Metric("VQA rule"),
+    }
+
+    def parts(self, settings: AnsweringSettings) -> Iterable[AnsweringSettings]:
+        return [dataclasses.replace(settings, vqa=(name,)) for name in settings.vqa]
+
+    def read(
+        self, settings: AnsweringSettings, config: Config, reader: Reader
+    ) -> Mapping[str, Questions]:
+        from lrquant.measures.scoring.answers import Questions
+
+        return {name: Questions(Path(name), reader, config.limit) for name in settings.vqa}
+
+    def described(self, asked: Questions) -> str:
+        return asked.description
+
+    def about(self, asked: Questions) -> Entry:
+        return asked.about
+
+    def score(
+        self, name: str, asked: Questions, model: WholeModel, config: Config, progress: Progress
+    ) -> AnswerScores:
+        from lrquant.measures.scoring.answers import answer_kind, answers, exact_match, vqa_accuracy
+
+        right = [item.answers for item in asked.items]
+        pairs = list(zip(answers(name, asked, model, progress), right, strict=True))
+        matches = [exact_match(*pair) for pair in pairs]
+        kinds = [answer_kind(each) for each in right]
+        by_kind = {
+            kind: share([match for match, own in zip(matches, kinds, strict=True) if own == kind])
+            for kind in sorted(set(kinds))
+        }
+        by_rule = share([vqa_accuracy(*pair) for pair in pairs])
+        return AnswerScores(share(matches), by_kind if len(by_kind) > 1 else {}, by_rule)
+
+    def as_json(self, scores: AnswerScores) -> Json:
+        told = scores.exact_match.named("exact_match")
+        for kind, part in scores.by_kind.items():
+            told |= part.named(f"exact_match_{kind}")
+        return told | scores.vqa_accuracy.named("vqa_accuracy")
+
+    def log_lines(self, scored: Scored[Questions, AnswerScores], variant: str) -> Iterable[str]:
+        scores = scored.scores[variant]
+        yield (
+            f"{scored.name}, {variant.replace('_', ' ')}: {scores.exact_match.mean:.4f} of the "
+            f"answers to {len(scored.asked.items)} questions are right, "
+            f"{scores.vqa_accuracy.mean:.4f} by the VQA rule"
+        )
+
+    def tiles(self, run: RunResults) -> list[Tile]:
+        tiles = []
+        for name, about, variants in named(run.results, self.name)[:1]:
+            if "quantized" in variants:
+                right = written(figure(record(variants["quantized"]).get("exact_match")))
+                tiles.append(Tile(f"right answers, {Path(name).name}{about}", right, ""))
+        return tiles
 
 
-def answer_kind(right: Sequence[str]) -> str:
-    """What most of the right answers are, as VQA's own results are split: yes_no, number, other."""
-    kinds = Counter(
-        "yes_no" if answer in ("yes", "no") else "number" if answer.isdecimal() else "other"
-        for answer in map(normalized, right)
-    )
-    return kinds.most_common(1)[0][0]
-
-
-def exact_match(answer: str, right: Sequence[str]) -> float:
-    """1 if the answer is one of the right ones."""
-    return float(normalized(answer) in map(normalized, right))
-
-
-def vqa_accuracy(answer: str, right: Sequence[str]) -> float:
-    """``mean over the people of min(1, matches among the others / 3)`` (VQA, ICCV 2015).
-
-    With at most 3 people, one match does.
-    """
-    matches = [normalized(answer) == normalized(other) for other in right]
-    if len(right) <= PEOPLE:
-        return float(any(matches))
-    others = [sum(matches) - match for match in matches]
-    return sum(min(1.0, count / PEOPLE) for count in others) / len(right)
+MEASURE = Answering()

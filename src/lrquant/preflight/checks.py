@@ -10,28 +10,16 @@ import torch
 
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
-from lrquant.blocks.workbench import Workbench, make_workbench
-from lrquant.config.config import Config, optional_path
-from lrquant.data.calibration import calibration_of
-from lrquant.data.prompts import takes_pictures
+from lrquant.blocks.workbench import Workbench
+from lrquant.config.config import Config
 from lrquant.data.samples import Samples
-from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.files.whole import JsonObject
-from lrquant.ingredients.base.statistics import given_statistics
-from lrquant.learn.adaptation import check_adaptation
-from lrquant.learn.checks import check_grids, check_ingredients
-from lrquant.learn.model import require_pictures
-from lrquant.measures.run import prepare_evaluation
-from lrquant.measures.subject import check_comparison
-from lrquant.measures.zero_shot import load_tasks
-from lrquant.model.device import dtype_name
-from lrquant.model.loading import load_model
+from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.model.model import Model
-from lrquant.model.outer import require_finite
 from lrquant.preflight.estimate import (
     Seconds,
+    checkpoint_size,
     estimate_memory,
     learning_seconds,
     measuring_seconds,
@@ -42,9 +30,9 @@ from lrquant.preflight.findings import Preflight
 from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
-from lrquant.preflight.runtime import check_shapes, chosen_format
+from lrquant.preflight.prospect import Prospect
+from lrquant.preflight.requirements import requirements
 from lrquant.runs.folder import RunFolder
-from lrquant.runs.resolution import resolve_settings
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
 
@@ -57,61 +45,28 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     """
     config, measure_only = resolve_settings(settings)
     done = Preflight(config)
-    plan = Plan.of(config)
-    form = chosen_format(done)
-    with done.checking("model"):
-        model = model or load_model(config.model, optional_path(config.cache_dir))
-        text = f"{model.architecture.name}, {len(model.blocks)} blocks"
-        done.add("model", "ok", f"{text}, {model.parameters / 1e6:.1f} M parameters")
-        _check_kind(done, model)
-    if model is None:
+    run = Prospect(config, measure_only, Plan.of(config), model, apart=True)
+    for check in requirements(run):
+        with done.checking(check.what, check.more):
+            for said in check.of():
+                done.add(said.what or check.what, said.state, said.text)
+    if run.model is None:
         check_places(done)
         done.add("all else", "not checked", "needs the model")
         return done
-    with done.checking("weights"):
-        require_finite(model, None if form is None else checkpoint_dtype(model, plan, form))
-    fits = check_shapes(done, model, form) and _check_length(done, model)
-    if fits:
-        with done.checking("ingredients"):
-            check_ingredients(model, plan)
-    workbench = _check_device(done, model)
-    calibration = None if measure_only else _check_calibration(done, model)
-    _check_tower(done, model, calibration)
-    texts = _check_evaluation(done, model)
-    finished = len(model.blocks) if measure_only else 0
+    fits = _check_packing(done, run, run.model) and _check_length(done, run.model)
+    finished = len(run.model.blocks) if measure_only else 0
     if not measure_only:
-        finished = check_run_folder(done, model, workbench, calibration)
+        finished = check_run_folder(done, run.model, run.workbench, run.calibration)
     check_places(done)
-    if model.architecture.reads_pixels and calibration is None:
+    if run.model.architecture.reads_pixels and run.calibration is None:
         done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
-    elif fits and workbench is not None:
-        _estimate(done, workbench, calibration, texts, finished)
+    elif fits and run.workbench is not None:
+        texts = list(run.texts.values())
+        _estimate(done, run.workbench, run.calibration, texts, finished)
     else:
         done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return done
-
-
-def _check_kind(done: Preflight, model: Model) -> None:
-    """What is to be known of the weights and of the tokenizer."""
-    packed, strange = model.source.unpacked_from(), strange_tokenizer(model)
-    if packed:
-        text = f"unpacked from {packed}: full precision is that of these"
-        done.add("weights", "warning", text)
-    if strange is not None:
-        done.add("tokenizer", "warning", strange)
-
-
-def _check_tower(done: Preflight, model: Model, calibration: Samples | None) -> None:
-    """Whether the vision tower can have the scheme that is asked for, and pictures to learn on."""
-    scheme = done.config.vision_quantization
-    if scheme is None:
-        return
-    with done.checking("vision tower"):
-        tower = model.require_tower()
-        check_grids(tower, Plan.of(done.config).tower)
-        if calibration is not None:
-            require_pictures(done.config, calibration.feed)
-        done.add("vision tower", "ok", f"{len(tower.blocks)} blocks at {scheme.name}")
 
 
 def _check_length(done: Preflight, model: Model) -> bool:
@@ -125,64 +80,17 @@ def _check_length(done: Preflight, model: Model) -> bool:
     return False
 
 
-def _check_device(done: Preflight, model: Model) -> Workbench | None:
-    with done.checking("device"):
-        workbench = make_workbench(model, done.config)
-        text = f"matrix products in {dtype_name(workbench.dtype)} on {workbench.device}"
-        done.add("device", "ok", text)
-        return workbench
-    return None
-
-
-def _check_calibration(done: Preflight, model: Model) -> Samples | None:
-    """The calibration text, and given statistics."""
-    with done.checking("statistics"):
-        given_statistics(done.config)
-    with done.checking("calibration"):
-        calibration = calibration_of(done.config, model, None)
-        done.add("calibration", "ok", calibration.description)
-        return calibration
-    return None
-
-
-def _check_evaluation(done: Preflight, model: Model) -> list[Samples]:
-    """Each text and task by itself, so that all that are missing are named."""
-    config = done.config
-    alone: JsonObject = {"ppl": (), "agreement": (), "eval_ppl": False, "tasks": ""}
-    alone |= {"tta": False, "vqa": (), "classify": None}
-    with done.checking("evaluation"):
-        check_comparison(config)
-    parts: list[JsonObject] = [
-        {"ppl": (name,)} for name in dict.fromkeys((*config.ppl, *config.agreement))
-    ]
-    parts += [{"eval_ppl": True}] if config.eval_ppl and not config.ppl else []
-    parts += [{"vqa": (name,)} for name in config.vqa]
-    parts += [{"classify": config.classify}] if config.classify else []
-    parts += [{"tasks": name.strip()} for name in config.tasks.split(",") if name.strip()]
-    found: dict[str, Samples] = {}
-    for part in parts:
-        with done.checking("evaluation"):
-            wanted = dataclasses.replace(config, **{**alone, **part})
-            tasks = load_tasks(wanted)
-            read = prepare_evaluation(wanted, model)
-            for text in read.texts.values():
-                done.add("evaluation", "ok", text.description)
-            for each in (*read.questions.values(), read.pictures):
-                if each is not None:
-                    done.add("evaluation", "ok", f"{each.description}; its time is not estimated")
-            found |= read.texts
-            missing = [name for name in wanted.perplexity_sets if name not in read.texts]
-            if missing:
-                done.add("evaluation", "warning", f"left out: {', '.join(missing)}")
-            if tasks is not None:
-                said = f"task {wanted.tasks}"
-                said += "".join(f", {tasks.sets[n]}" for n in tasks.names if n in tasks.sets)
-                done.add("evaluation", "ok", f"{said}; its time is not estimated")
-    if config.tta:
-        with done.checking("evaluation"):
-            check_adaptation(config, len(model.blocks), takes_pictures(model))
-            done.add("evaluation", "ok", f"adapting the last {config.tta_blocks} blocks to each")
-    return list(found.values())
+def _check_packing(done: Preflight, run: Prospect, model: Model) -> bool:
+    """What a checkpoint will take; whether all shapes fit."""
+    if "groups" not in run.passed or run.form is None:
+        return "groups" in run.passed
+    with done.checking("packing"):
+        settings = len(run.config.to_yaml().encode())
+        size = done.checkpoint = checkpoint_size(model, run.plan, run.form, settings)
+        bits = f"{size.bits_per_weight:.3f} bits a weight"
+        done.add("packing", "ok", f"{run.form.name}: {bits}")
+        return True
+    return False
 
 
 def _estimate(

@@ -27,7 +27,8 @@ from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.export.format import Format
 from lrquant.export.parts import Part
 from lrquant.learn.checks import parts_of
-from lrquant.measures.perplexity import HEAD_TOKENS
+from lrquant.measures.choice import texts_against_full_precision
+from lrquant.measures.scoring.predictions import HEAD_TOKENS
 from lrquant.model.model import Model
 from lrquant.preflight.load import Load
 from lrquant.preflight.probe import BlockCosts
@@ -192,7 +193,8 @@ def estimate_memory(
     model, config, dtype = load.workbench.model, load.config, load.workbench.dtype
     streams = stream_bytes(load) * in_memory
     tokens = max((text.tokens for text in texts), default=0)
-    kept = 2 if config.agreement else 1
+    compared = bool(texts_against_full_precision(config))
+    kept = 2 if compared else 1
     states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
     stored = model_dtype(model)
     outer = _outer_elements(model)
@@ -201,7 +203,7 @@ def estimate_memory(
     head = 0
     if tokens:
         vocabulary = model.config.vocab_size
-        logits = min(HEAD_TOKENS, config.seqlen) * vocabulary * 4 * (4 if config.agreement else 2)
+        logits = min(HEAD_TOKENS, config.seqlen) * vocabulary * 4 * (4 if compared else 2)
         head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
     reached = max(costs.peak_memory - costs.streams, held)
     return Memory(
@@ -262,7 +264,7 @@ def measuring_seconds(
     for text in texts:
         tokens = text.tokens
         plain, quantized = costs.full / costs.rows, costs.held / costs.rows
-        agreed = text.name in config.agreement
+        agreed = text.name in texts_against_full_precision(config)
         full = bool(config.compare or agreed)
         others = 1 + bool(config.compare)
         head = plain * vocabulary / linears

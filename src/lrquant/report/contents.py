@@ -14,9 +14,11 @@ from lrquant.config.scheme import Scheme
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.identity import describe_method, method_name
+from lrquant.measures.choice import measures
+from lrquant.measures.tables import kinds_in_order
 from lrquant.report.repeat import repeating_command
 from lrquant.runs.folder import BlockRecord, RunFolder
-from lrquant.runs.results import MEASURES, entries, seen_from
+from lrquant.runs.results import VERDICT, seen_from
 from lrquant.version import __version__
 
 FORMAT = 1
@@ -33,7 +35,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
     records = folder.records()
     results = seen_from(folder.results(), folder.identity["precision"])
     blocks = [_block(folder, record) for record in records]
-    kept = (*MEASURES, "others", "max_drop")
+    kept = (*kinds_in_order(results), "others", VERDICT)
     measured = {name: results[name] for name in kept if results.get(name)}
     contents = {
         "format": FORMAT,
@@ -161,20 +163,7 @@ def _missing(contents: JsonObject) -> list[str]:
             f"errors, activations and histograms of {_spans(bare)}: learned without the report's "
             "measurements (--no-report, or an earlier version); learn again to have them"
         )
-    if not results.get("perplexity"):
-        missing.append("perplexity: lrquant evaluate RUN --ppl wikitext2 --compare")
-    elif results["perplexity"].keys() - {
-        text
-        for text, scores in entries(results, "perplexity")
-        if {"full_precision", "round_to_nearest"} <= scores.keys()
-    }:
-        missing.append(
-            "full precision or round-to-nearest beside a perplexity: lrquant evaluate RUN --compare"
-        )
-    if not results.get("agreement"):
-        missing.append("agreement with full precision: lrquant evaluate RUN --agreement wikitext2")
-    if not results.get("tasks"):
-        missing.append("zero-shot tasks: lrquant evaluate RUN --tasks piqa,arc_easy")
+    missing += [text for measure in measures() for text in measure.missing(results)]
     return missing
 
 

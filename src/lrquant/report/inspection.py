@@ -10,7 +10,8 @@ from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.export.verification import Verified, verify
 from lrquant.files.manifest import MANIFEST, read_manifest
 from lrquant.files.whole import JsonObject, read_json
-from lrquant.measures.tables import results_table, table
+from lrquant.measures.rows import table
+from lrquant.measures.tables import results_table
 from lrquant.model.sources.checks import first_line
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder

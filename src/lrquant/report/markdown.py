@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lrquant.measures.tables import table
+from lrquant.measures.rows import Table, table
 from lrquant.report.result_sections import adaptation_table, result_tables
 from lrquant.report.sections import (
-    Table,
     block_table,
     facts,
     linear_table,

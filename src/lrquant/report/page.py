@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from rich.filesize import decimal
 
-from lrquant.measures.numbers import divergence, duration, number, share
-from lrquant.measures.tables import named
+from lrquant.measures.numbers import duration
+from lrquant.measures.rows import Table
 from lrquant.report import charts, comparison_charts, tensor_charts
-from lrquant.report.result_sections import adaptation_table, labels, result_tables
+from lrquant.report.result_sections import adaptation_table, result_tables, result_tiles
 from lrquant.report.sections import (
-    Table,
     block_table,
     facts,
     linear_table,
@@ -23,8 +21,6 @@ from lrquant.report.sections import (
 )
 from lrquant.report.values import Contents
 from lrquant.runs.folder import RunFolder
-
-_TILES = 2  # texts whose perplexities stand at the top
 
 
 def run_page(contents: Contents, folder: RunFolder) -> str:
@@ -95,32 +91,9 @@ def _filled(table: Table) -> list[Table]:
 
 def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that people look for first."""
-    run, results = contents["run"], contents["results"]
-    columns = labels(contents)
-    tiles = []
-    for text, about, scores in named(results, "perplexity")[:_TILES]:
-        beside = _beside(columns, {key: number(scores.get(key)) for key in columns})
-        tiles.append((f"perplexity, {text}{about}", number(scores.get("quantized")) or "–", beside))
-    for text, about, variants in named(results, "agreement")[:1]:
-        scores = variants.get("quantized", {})
-        if scores.get("kl_mean") is not None:
-            same = f"same top token {share(scores['same_top'])}"
-            tiles.append((f"mean KL, {text}{about}", divergence(scores["kl_mean"]), same))
-    for name, about, variants in named(results, "vqa")[:1]:
-        if "quantized" in variants:
-            right = share(variants["quantized"]["exact_match"])
-            tiles.append((f"right answers, {Path(name).name}{about}", right, ""))
-    for label, about, means in named(results, "task_means")[-1:]:
-        means = means.get("acc_norm", {})  # the plain accuracy where a task has no other
-        beside = _beside(columns, {k: share(means[k]["mean"]) for k in columns if k in means})
-        if "quantized" in means:
-            tiles.append((f"{label}{about}", share(means["quantized"]["mean"]), beside))
+    run = contents["run"]
+    tiles = [(tile.label, tile.value, tile.note) for tile in result_tiles(contents)]
     each = run["seconds"] / max(run["learned_blocks"], 1)
     tiles.append(("learning time", duration(run["seconds"]), f"{duration(each)} a block"))
     tiles.append(("peak memory", decimal(run["peak_memory_bytes"]), run["device"] or ""))
     return tiles
-
-
-def _beside(columns: dict[str, str], values: dict[str, str]) -> str:
-    compared = ("full_precision", "round_to_nearest")
-    return ", ".join(f"{columns[key]} {values[key]}" for key in compared if values.get(key))

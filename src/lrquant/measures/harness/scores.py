@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-evaluation-harness (the extra `lrquant[eval]`)."""
+"""Scores of tasks: what the harness says of a model in memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from lrquant.config.config import Config
 from lrquant.data.beginnings import beginning_by_itself, beginning_of
-from lrquant.data.prompts import Reader, require_processor
+from lrquant.data.prompts import require_processor
 from lrquant.errors import LRQuantError
+from lrquant.measures.harness.settings import TaskSettings
+from lrquant.measures.harness.task_list import Document, Tasks
+from lrquant.measures.measure import WholeModel
 from lrquant.measures.shares import counted
-from lrquant.measures.task_list import Tasks
+from lrquant.runs.results import Entry, Json, record
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
 
 logger = logging.getLogger("lrquant")
 NEEDED = ("lm_eval", "accelerate")  # the harness does not ask for the second by itself
@@ -31,25 +35,30 @@ CPU_BATCH = 8  # a larger one gains nothing there, and trying costs five forward
 class TaskScores:
     """One model's scores: the harness's whole output, and each item's value of each metric."""
 
-    output: dict[str, Any]
-    items: dict[str, dict[str, list[Any]]]
+    output: Mapping[str, Json]
+    items: Mapping[str, Mapping[str, Sequence[object]]]
 
     @property
-    def results(self) -> dict[str, dict[str, Any]]:
+    def results(self) -> dict[str, Entry]:
         """Metrics by task and group, as the harness names them ("acc,none")."""
-        return self.output["results"]
+        return {name: record(value) for name, value in record(self.output["results"]).items()}
 
-    def items_of(self, tasks: Sequence[str]) -> dict[str, Any] | None:
+    def shots_of(self, task: str) -> int:
+        """How many examples were in the prompt."""
+        shots = record(self.output.get("n-shot")).get(task, 0)
+        return shots if isinstance(shots, int) else 0
+
+    def items_of(self, tasks: Sequence[str]) -> dict[str, int | str] | None:
         """How many items of these tasks were scored, of how many; None if it is not told."""
-        counts = [self.output.get("n-samples", {}).get(task) for task in tasks]
-        known = [count for count in counts if count is not None]
-        if len(known) < len(tasks):
+        samples = record(self.output.get("n-samples"))
+        counts = [record(samples.get(task)) for task in tasks]
+        if not all(counts):
             return None
-        return counted(
-            sum(count["effective"] for count in known),
-            sum(count["original"] for count in known),
-            "items",
+        scored, whole = (
+            sum(n for n in (count[name] for count in counts) if isinstance(n, int))
+            for name in ("effective", "original")
         )
+        return counted(scored, whole, "items")
 
     def to_json(self) -> str:
         """The harness's own JSON."""
@@ -58,20 +67,18 @@ class TaskScores:
         return json.dumps(self.output, indent=1, default=handle_non_serializable) + "\n"
 
 
-def load_tasks(config: Config) -> Tasks | None:
-    """The tasks that the settings name with their sets, or None; what can't be had is refused."""
-    if not config.tasks:
-        return None
+def load_tasks(settings: TaskSettings, config: Config) -> Tasks:
+    """The tasks that the settings name, with their sets; what can't be had is refused."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise LRQuantError(
-            f"--tasks {config.tasks}: {' and '.join(missing)} of lm-evaluation-harness not "
+            f"--tasks {settings.tasks}: {' and '.join(missing)} of lm-evaluation-harness not "
             "installed; pip install 'lrquant[eval]'"
         )
-    from lrquant.measures.harness_tasks import build_tasks
+    from lrquant.measures.harness.building import build_tasks
 
     with quiet_harness():
-        tasks = build_tasks(task_names(config.tasks), config)
+        tasks = build_tasks(task_names(settings.tasks), settings, config)
     for name, text in tasks.sets.items():
         if name not in tasks.parents:
             logger.info("task %s: %s", name, text)
@@ -79,37 +86,37 @@ def load_tasks(config: Config) -> Tasks | None:
 
 
 def score_tasks(
-    tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config
+    tasks: Tasks, model: WholeModel, settings: TaskSettings, config: Config
 ) -> TaskScores:
     """What the harness finds for a model in memory."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    if reader.tokenizer is None:
+    if model.reader.tokenizer is None:
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
     with quiet_harness(), no_commit_of_this_folder():
         output = simple_evaluate(
-            _wrapped(tasks, module, reader, config),
+            _wrapped(tasks, model, settings.task_batch_size, config.bos),
             tasks=list(tasks.loaded),
-            num_fewshot=config.num_fewshot,
+            num_fewshot=settings.num_fewshot,
             limit=None if config.limit < 0 else config.limit,
             task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
         )
     samples = output.pop("samples")
-    return TaskScores(output, {task: _items(found) for task, found in samples.items()})
+    return TaskScores(output, {task: _items(rows) for task, rows in samples.items()})
 
 
-def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Config) -> Any:
+def _wrapped(tasks: Tasks, model: WholeModel, size: str, bos: str) -> HFLM:
     """The model as the harness runs it: with its processor where tasks show pictures."""
     import torch
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
 
+    module, reader = model.module, model.reader
     if not tasks.with_pictures:
-        size = config.task_batch_size
         assert reader.tokenizer is not None
         model_type = reader.architecture.part(reader.skeleton.config).model_type
-        beginning = beginning_of(reader.tokenizer, model_type, config.bos)
+        beginning = beginning_of(reader.tokenizer, model_type, bos)
         return HFLM(
             pretrained=module,
             tokenizer=beginning_by_itself(reader.tokenizer, beginning),
@@ -132,9 +139,9 @@ def _wrapped(tasks: Tasks, module: PreTrainedModel, reader: Reader, config: Conf
         )
 
 
-def _items(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _items(samples: list[Document]) -> dict[str, list[object]]:
     """Values of each "metric,filter" in the order of the items."""
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[object]] = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         for metric in sample["metrics"]:
             values.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])

@@ -6,11 +6,16 @@ import difflib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+
+Document: TypeAlias = dict[str, Any]  # one item of a set, as its file has it
 _QUESTION_SETS = ("pope", "scienceqa", "textvqa", "vqav2", "gqa", "vizwiz", "okvqa")
 
 
@@ -25,7 +30,7 @@ class Tasks:
     """
 
     names: tuple[str, ...]
-    loaded: tuple[Any, ...]
+    loaded: tuple[Task | Group, ...]
     sets: dict[str, str]
     members: dict[str, tuple[str, ...]]
     parents: dict[str, str]

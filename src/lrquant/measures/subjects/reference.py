@@ -9,20 +9,21 @@ import torch
 from lrquant.config.config import Config, optional_path
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.measures.checkpoint import is_checkpoint, settings_of
+from lrquant.measures.choice import text_measures
+from lrquant.measures.subjects.checkpoint import is_checkpoint, settings_of
 from lrquant.model.sources import resolve_model
 
 
 def reference_name(target: str, config: Config) -> str | None:
-    """What `--agreement` holds a checkpoint or model against; None if it is not asked for.
+    """What a measure holds a checkpoint or model against; None if none asks for it.
 
     That is `--compare` where it names a floating-point model, else the model that the checkpoint
     was made from.
     """
-    if not config.agreement:
+    where = _asked_as(config)
+    if where is None:
         return None
     cache = optional_path(config.cache_dir)
-    where = f"--agreement {','.join(config.agreement)}"
     if isinstance(config.compare, str) and not _is_quantized(config.compare, cache):
         return config.compare
     if not is_checkpoint(target, cache):
@@ -51,13 +52,22 @@ def reference_name(target: str, config: Config) -> str | None:
     return settings.model
 
 
-def require_same_tokens(windows: Samples, others: Samples) -> None:
+def _asked_as(config: Config) -> str | None:
+    """The flag that asks for full precision to be held against, with its texts."""
+    for measure in text_measures():
+        texts = measure.texts(measure.settings_of(config))
+        if measure.against_full_precision and texts:
+            return f"--{measure.asked_by[0]} {','.join(texts)}"
+    return None
+
+
+def require_same_tokens(windows: Samples, others: Samples, asked_by: str) -> None:
     """Refuse a reference that reads a text as other tokens: it predicts something else."""
     pairs = zip(windows.feed.inputs, others.feed.inputs, strict=False)
     same = len(windows.feed) == len(others.feed)
     if not (same and all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in pairs)):
         raise LRQuantError(
-            f"--agreement {windows.name}: the two models read this text as different tokens; give "
+            f"--{asked_by} {windows.name}: the two models read this text as different tokens; give "
             "the full-precision model that the other was made from as --compare MODEL"
         )
 

@@ -27,7 +27,7 @@ from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.manifest import MANIFEST, SETTINGS, read_manifest, require_whole
 from lrquant.files.whole import read_json
-from lrquant.measures.perplexity import single_samples
+from lrquant.measures.scoring.predictions import single_samples
 from lrquant.model.device import choose_device
 from lrquant.model.loading import load_processor
 from lrquant.model.reading import read_config, read_tokenizer, reading

@@ -1,0 +1,1 @@
+"""Measuring: every measure that is asked for, on every variant of a subject."""

@@ -1,0 +1,217 @@
+"""One command's evaluation: every measure that it asks for, on every variant of its subjects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from lrquant.config.config import Config
+from lrquant.data.prompts import Reader
+from lrquant.data.samples import Samples
+from lrquant.learn.identity import dtype_name
+from lrquant.measures.choice import AnyMeasure, AnyModule, AnyText, module_measures, text_measures
+from lrquant.measures.evaluation.texts import read_texts, texts_of
+from lrquant.measures.measure import Scored, WholeModel, items_of_text
+from lrquant.measures.scoring.predictions import score
+from lrquant.measures.subjects.reference import require_same_tokens
+from lrquant.measures.subjects.subject import ADAPTED, FULL_PRECISION, ROUND_TO_NEAREST, Subject
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.progress import Progress
+from lrquant.runs.results import Results, entries, kinds, named_entries
+
+logger = logging.getLogger("lrquant")
+
+
+@dataclass
+class Board:
+    """A measure of whole models, with its sets and the scores of each so far."""
+
+    measure: AnyModule
+    sets: Mapping[str, object]
+    scores: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def scored(self, name: str) -> Scored[object, object]:
+        """One set's scores."""
+        asked = self.sets[name]
+        return Scored(name, asked, self.measure.about(asked), self.scores.setdefault(name, {}))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model is measured on."""
+
+    texts: Mapping[str, Samples]
+    boards: list[Board]
+
+
+class Evaluation:
+    """The measures that the settings ask for.
+
+    Sets that need no model are read when it is made, before any model is opened; their scores of
+    all subjects stand side by side.  What a measure keeps of a variant goes to `folder`, if
+    one is set.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
+        self.config, self.folder = config, folder
+        self._alone = [
+            Board(measure, measure.read_alone(measure.settings_of(config), config))
+            for measure in module_measures()
+            if measure.asked(config)
+        ]
+
+    def read(self, reader: Reader) -> Reading:
+        """What is measured of a model.  Raises LRQuantError before any hour is spent."""
+        config = self.config
+        boards = [
+            Board(measure, measure.read(measure.settings_of(config), config, reader))
+            for measure in module_measures()
+            if measure.asked(config)
+        ]
+        return Reading(read_texts(texts_of(config), config, reader), boards)
+
+    def measure(
+        self,
+        subject: Subject,
+        reading: Reading,
+        progress: Progress,
+        reference: Subject | None = None,
+    ) -> Iterator[Results]:
+        """Measures of a subject as results.json has them, each when it is done.
+
+        So none is lost with another.  With a `reference`, another model in full precision, measures
+        that are held against full precision are held against that.
+        """
+        others: Mapping[str, Samples] = {}
+        if reference is not None:
+            others = read_texts(texts_of(self.config), self.config, reference.reader)
+        for name, text in reading.texts.items():
+            measures = self._of_text(name)
+            comparing = [measure for measure in measures if measure.against_full_precision]
+            if reference is not None and comparing:
+                require_same_tokens(text, others[name], comparing[0].asked_by[0])
+            against = reference if comparing else None
+            yield from self._measure_text(measures, subject, text, progress, against)
+        yield from self._measure_modules(subject, reading, progress)
+
+    def _of_text(self, name: str) -> list[AnyText]:
+        """The measures that ask for a text."""
+        return [m for m in text_measures() if name in m.texts(m.settings_of(self.config))]
+
+    def _measure_text(
+        self,
+        measures: list[AnyText],
+        subject: Subject,
+        text: Samples,
+        progress: Progress,
+        reference: Subject | None,
+    ) -> Iterator[Results]:
+        adapted = subject.adapt(text, progress)
+        if adapted is not None:
+            outcome = {**items_of_text(text), "adapted": adapted[0], **adapted[1]}
+            yield {"test_time_adaptation": {text.name: outcome}}
+        compared = any(measure.against_full_precision for measure in measures)
+        columns = self._columns(subject, compared, reference)
+        columns += [(ADAPTED, subject)] if adapted is not None else []
+        logger.info("measuring on %s", text.description)
+        scored = score_text(measures, columns, text, progress, held=compared)
+        about: dict[str, str] = {}
+        if reference is not None and reference.dtype != subject.dtype:
+            about["reference_precision"] = dtype_name(reference.dtype)
+        if adapted is not None:
+            about["adapted"] = adapted[0]
+        against = None if reference is None else reference.own
+        for measure, scores in zip(measures, scored, strict=True):
+            results = measure.entries(replace(scores, against=against), self.config)
+            yield _with(results, about)
+
+    def _columns(
+        self, subject: Subject, compared: bool, reference: Subject | None
+    ) -> list[tuple[str, Subject]]:
+        """The variants of a text in order, what others are held against first."""
+        if reference is not None:
+            return [(reference.own, reference), (subject.own, subject)]
+        wanted = {FULL_PRECISION: compared or self.config.compare is True}
+        wanted[ROUND_TO_NEAREST] = self.config.compare is True
+        beside = [name for name in subject.beside if wanted[name]]
+        return [(name, subject) for name in (*beside, subject.own)]
+
+    def _measure_modules(
+        self, subject: Subject, reading: Reading, progress: Progress
+    ) -> Iterator[Results]:
+        boards = [board for board in (*self._alone, *reading.boards) if board.sets]
+        boards.sort(key=lambda board: board.measure.order)
+        for variant in (subject.own, *subject.beside):
+            wanted = [board for board in boards if self._wants(board.measure, subject, variant)]
+            if not wanted:
+                continue
+            whole = WholeModel(subject.module(variant), subject.reader, variant)
+            for board in wanted:
+                for name in board.sets:
+                    self._score(board, name, whole, progress)
+                    if not board.measure.against_full_precision:
+                        yield board.measure.entries(board.scored(name), self.config)
+        for board in boards:
+            if board.measure.against_full_precision:
+                for name in board.sets:
+                    yield board.measure.entries(board.scored(name), self.config)
+
+    def _wants(self, measure: AnyMeasure, subject: Subject, variant: str) -> bool:
+        """Whether a measure of whole models is taken of a variant."""
+        if variant == FULL_PRECISION and measure.against_full_precision:
+            return True
+        return variant == subject.own or self.config.compare is True
+
+    def _score(self, board: Board, name: str, model: WholeModel, progress: Progress) -> None:
+        """Score one variant on one set, keep what is to be kept of it, and say so."""
+        measure, scored = board.measure, board.scored(name)
+        scores = measure.score(name, scored.asked, model, self.config, progress)
+        board.scores[name][model.variant] = scores
+        if self.folder is not None:
+            date = datetime.now().isoformat(timespec="seconds").replace(":", "-")
+            for file, text in measure.files(model.variant, scores).items():
+                self.folder.write_text(f"tasks/{file}_{date}.json", text)
+        for line in measure.log_lines(board.scored(name), model.variant):
+            logger.info("%s", line)
+
+
+def score_text(
+    measures: list[AnyText],
+    columns: list[tuple[str, Subject]],
+    text: Samples,
+    progress: Progress,
+    *,
+    held: bool = False,
+) -> list[Scored[Samples, object]]:
+    """Scores of several measures on one text, of each column.
+
+    With `held`, the others are held against the first one, whose final hidden states alone are
+    kept; the columns of one subject share its head.
+    """
+    tables: list[dict[str, object]] = [{} for _ in measures]
+    scored = [Scored(text.name, text, items_of_text(text), table) for table in tables]
+    heads = {id(subject): subject.head() for _, subject in columns}
+    first, kept = columns[0][1], None
+    for index, (column, subject) in enumerate(columns):
+        states = subject.final_states(column, text, progress)
+        head, other = heads[id(subject)], heads[id(first)]
+        scores = score(measures, head, states, text.feed, kept, other)
+        kept = states if held and not index else kept
+        del states  # before those of the next column are made
+        for measure, told, table, own in zip(measures, scored, tables, scores, strict=True):
+            table[column] = own
+            for line in measure.log_lines(told, column):
+                logger.info("%s", line)
+    return scored
+
+
+def _with(results: Results, about: Mapping[str, str]) -> Results:
+    """Results each of whose entries says this too."""
+    if not about:
+        return results
+    return {
+        kind: named_entries({name: {**entry, **about} for name, entry in entries(results, kind)})
+        for kind in kinds(results)
+    }

@@ -1,0 +1,73 @@
+"""The settings of a command, over those of the finished run that it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from lrquant.config.choices import SettingDict
+from lrquant.config.config import Config, measured_settings, typed_settings, with_preset
+from lrquant.config.settings import require_one_scheme
+from lrquant.measures.choice import measures
+from lrquant.numerics.grids.schemes import weight_grid
+from lrquant.numerics.losses import terms_of
+from lrquant.runs.folder import RunFolder
+
+_HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "tta_let_lr", "seqlen")
+_WHERE = ("output_dir", "save_dir", "format", "target", "save_dtype", "report", "log_dir")
+_WITH = ("overwrite", "text_column", "bos", "device", "precision", "offload", "data_dir")
+_SETTINGS = (*_HOW, *_WHERE, *_WITH, "cache_dir", "model")
+
+
+def resolve_settings(settings: SettingDict) -> tuple[Config, bool]:
+    """The run that `settings` ask for, and whether a finished one is only measured."""
+    settings = typed_settings(settings, "settings")
+    require_one_scheme(settings)
+    measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
+    if measure_only:
+        settings = _settings_of_finished_run(settings)
+    config = Config(**with_preset(settings)).resolved()
+    _require_declared(config)
+    return config, measure_only
+
+
+def _require_declared(config: Config) -> None:
+    """Refuse losses and grids that neither this package nor another declares."""
+    terms_of(config.loss)
+    for scheme in config.schemes.every:
+        weight_grid(scheme)
+
+
+def _settings_of_finished_run(given: SettingDict) -> SettingDict:
+    """The run's own settings, with what was given of how to measure."""
+    own = RunFolder.open(Path(str(given["resume"]))).config
+    names = (*measure_settings(), *_SETTINGS)
+    chosen = {name: given[name] for name in names if given.get(name) is not None}
+    places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
+    places |= {"log_dir": None, "overwrite": False}
+    places |= {"target": None} if given.get("format") else {}
+    replaced = no_measures() if asks_for_measures(given) else {}
+    return dataclasses.asdict(own) | replaced | places | chosen
+
+
+def asks_for_measures(settings: Mapping[str, object]) -> bool:
+    """Whether settings by name ask for any measure."""
+    return any(settings.get(name) for measure in measures() for name in measure.asked_by)
+
+
+def default_measures() -> SettingDict:
+    """The settings that ask for what is measured where no measure is asked for."""
+    return {name: value for m in measures() for name, value in m.by_default.items()}
+
+
+def measure_settings() -> list[str]:
+    """Names of the settings that measures bring."""
+    return [entry.name for kind in measured_settings() for entry in dataclasses.fields(kind)]
+
+
+def no_measures() -> SettingDict:
+    """The settings that ask for no measure at all."""
+    asking = {name for m in measures() for name in (*m.asked_by, *m.of_one_command)}
+    names = {*asking, "compare", "limit", "tta"}
+    return {e.name: e.default for e in dataclasses.fields(Config) if e.name in names}

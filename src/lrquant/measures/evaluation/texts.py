@@ -1,0 +1,78 @@
+"""The texts that measures ask for, read before any hour is spent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrquant.config.config import Config
+from lrquant.data.beginnings import beginning_of
+from lrquant.data.conversations import is_conversations
+from lrquant.data.prompts import Reader, picture_samples, takes_pictures
+from lrquant.data.samples import Samples, perplexity_windows
+from lrquant.data.vocabulary import require_known_tokens
+from lrquant.errors import LRQuantError
+from lrquant.measures.choice import text_measures
+
+logger = logging.getLogger("lrquant")
+
+
+@dataclass(frozen=True)
+class AskedText:
+    """A text by name; `needed` says whether it must be there, or is left out where it is not."""
+
+    name: str
+    needed: bool
+
+
+def texts_of(config: Config) -> list[AskedText]:
+    """Every text that a measure asks for, once, in the order of the measures."""
+    needed: dict[str, bool] = {}
+    for measure in text_measures():
+        settings = measure.settings_of(config)
+        for name in measure.texts(settings):
+            needed[name] = needed.get(name, False) or measure.needs(settings)
+    return [AskedText(name, must) for name, must in needed.items()]
+
+
+def read_texts(asked: Iterable[AskedText], config: Config, reader: Reader) -> dict[str, Samples]:
+    """Texts by name: windows of one model's tokens, or conversations (.jsonl).
+
+    Those that are not needed and can't be had are named in the log and left out, as long as one is
+    left.
+    """
+    texts: dict[str, Samples] = {}
+    missing: list[LRQuantError] = []
+    for text in asked:
+        try:
+            texts[text.name] = _read(text.name, config, reader)
+        except LRQuantError as error:
+            if text.needed:
+                raise
+            missing.append(error)
+            logger.warning("text %s is left out: %s", text.name, error)
+    if missing and not texts:
+        raise missing[0]
+    for name, samples in texts.items():
+        require_known_tokens(samples.feed, name, reader)
+    return texts
+
+
+def _read(name: str, config: Config, reader: Reader) -> Samples:
+    if reader.tokenizer is None:
+        raise LRQuantError("no tokenizer: perplexity needs one")
+    if is_conversations(Path(name)) and takes_pictures(reader):
+        return picture_samples(Path(name), reader, config.limit)
+    model_type = reader.architecture.part(reader.skeleton.config).model_type
+    return perplexity_windows(
+        name,
+        reader.tokenizer,
+        config.seqlen,
+        config.limit,
+        Path(config.data_dir) if config.data_dir else None,
+        Path(config.cache_dir) if config.cache_dir else None,
+        beginning_of(reader.tokenizer, model_type, config.bos),
+        config.text_column,
+    )

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: its tasks, their sets, their scores side by side."""

@@ -1,0 +1,1 @@
+"""The mathematics of measures, apart from their declarations: these need torch."""

@@ -1,0 +1,1 @@
+"""What is measured: a run, a checkpoint, a model."""

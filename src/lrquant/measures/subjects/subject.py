@@ -1,0 +1,241 @@
+"""A run, a checkpoint or a model as it is measured: its variants, and what makes its inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.materialize import materialize
+from lrquant.blocks.plan import FULL_PRECISION as UNQUANTIZED
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.runner import Variant
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.variants import as_learned, full_precision, unlearned
+from lrquant.blocks.workbench import Workbench, make_workbench
+from lrquant.config.config import Config, optional_path
+from lrquant.data.prompts import Reader
+from lrquant.data.samples import Samples
+from lrquant.learn.adaptation import adapt, describe_adaptation
+from lrquant.measures.scoring.predictions import send_through
+from lrquant.measures.subjects.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
+from lrquant.measures.subjects.reference import reference_name
+from lrquant.model.loading import load_model
+from lrquant.model.model import Model
+from lrquant.model.sources import resolve_model
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.progress import Progress
+from lrquant.runs.results import Entry
+
+EVALUATION_TOKENS = 2048  # tokens of one forward, in windows
+FULL_PRECISION, ROUND_TO_NEAREST = "full_precision", "round_to_nearest"
+QUANTIZED, ADAPTED, BASE = "quantized", "test_time_adapted", "base"
+
+
+class Subject(ABC):
+    """What is measured.
+
+    `own` names the column of the model itself in results, and `beside` others that it can be told
+    of: its full precision, and the same rounded to nearest.
+    """
+
+    own: str
+    beside: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def reader(self) -> Reader:
+        """What makes its inputs."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Config | None:
+        """What it was learned with, if anything."""
+
+    @abstractmethod
+    def final_states(self, variant: str, text: Samples, progress: Progress) -> Stream:
+        """Hidden states of a text after the last block."""
+
+    @abstractmethod
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """What makes logits (batch, tokens, vocabulary) of final hidden states."""
+
+    @abstractmethod
+    def module(self, variant: str) -> PreTrainedModel:
+        """A variant as a whole transformers model."""
+
+    def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
+        """Learn again on a text: how, and what came of it; None where nothing is to be adapted.
+
+        The text's final states are then also to be had of the variant `ADAPTED`.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class BlockSubject(Subject):
+    """A model of which one block is in memory at a time, as learned where there is a run."""
+
+    own: str
+    workbench: Workbench
+    config: Config | None = None
+    folder: RunFolder | None = None
+
+    @property
+    def reader(self) -> Model:
+        return self.workbench.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.workbench.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.workbench.dtype
+
+    @property
+    def settings(self) -> Config | None:
+        return self.config
+
+    def final_states(self, variant: str, text: Samples, progress: Progress) -> Stream:
+        entry = entry_of(self.workbench, text)
+        (stream,) = self.workbench.streams(entry, 1)
+        blocks = len(self.reader.blocks)
+        with progress.measuring(f"{text.name} {variant}", blocks) as told:
+            send_through(self.reader, self._prepared(variant, text.name), stream, entry, told)
+        return stream
+
+    def head(self) -> Head:
+        return Head(self.reader, self.device, self.dtype)
+
+    def module(self, variant: str) -> PreTrainedModel:
+        return materialize(self.workbench, self._prepared(variant))
+
+    def _prepared(self, variant: str, text: str = "") -> Variant:
+        """How a variant's blocks are made ready; `text` is what the adapted one was adapted to."""
+        if variant == ROUND_TO_NEAREST:
+            return unlearned(self.workbench)
+        if self.folder is None or variant == FULL_PRECISION:
+            return full_precision(self.workbench)
+        if variant != ADAPTED:
+            return as_learned(self.workbench, self.folder)
+        last = 0 if self.config is None else self.config.tta_blocks
+        return as_learned(self.workbench, self.folder, text, last)
+
+
+@dataclass(frozen=True)
+class RunSubject(BlockSubject):
+    """The run that a command is about: its full precision and round-to-nearest can be beside."""
+
+    beside: ClassVar[tuple[str, ...]] = (FULL_PRECISION, ROUND_TO_NEAREST)
+
+    def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
+        assert self.config is not None and self.folder is not None
+        if not self.config.tta:
+            return None
+        outcome = adapt(self.workbench, self.config, self.folder, text, progress)
+        return describe_adaptation(self.config), outcome
+
+
+@dataclass(frozen=True)
+class CheckpointSubject(Subject):
+    """A checkpoint, whole in memory as transformers loads it: it has one variant."""
+
+    own: str
+    checkpoint: Checkpoint
+
+    @property
+    def reader(self) -> Checkpoint:
+        return self.checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        return self.checkpoint.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.dtype
+
+    @property
+    def settings(self) -> Config | None:
+        return self.checkpoint.settings
+
+    def final_states(self, variant: str, text: Samples, progress: Progress) -> Stream:
+        with progress.measuring(f"{text.name} checkpoint", len(text.feed), "windows") as told:
+            return self.checkpoint.final_states(text, told)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        return self.checkpoint.head
+
+    def module(self, variant: str) -> PreTrainedModel:
+        return self.checkpoint.module
+
+
+def open_subject(name: str, config: Config, own: str | None = None) -> Subject:
+    """The run folder, checkpoint or model that `name` is; `config` says where it computes.
+
+    `own` is what its column is called, where that is not what it is.
+    """
+    if (Path(name) / "run.json").is_file():
+        return _run(own or QUANTIZED, name, config)
+    if is_checkpoint(name, optional_path(config.cache_dir)):
+        return CheckpointSubject(own or QUANTIZED, load_checkpoint(name, config))
+    return _model(own or FULL_PRECISION, name, config)
+
+
+def require_base(config: Config) -> None:
+    """Refuse early to compare with what is neither a finished run nor a model."""
+    if not isinstance(config.compare, str):
+        return
+    if (Path(config.compare) / "run.json").is_file():
+        RunFolder.open(Path(config.compare)).require_finished()
+    else:
+        resolve_model(config.compare, optional_path(config.cache_dir))
+
+
+def open_reference(target: str, config: Config) -> Subject | None:
+    """The full-precision model that `target` is to be held against, if a measure asks for one."""
+    name = reference_name(target, config)
+    if name is None:
+        return None
+    return _model(BASE if name == config.compare else FULL_PRECISION, name, config)
+
+
+def _run(own: str, name: str, config: Config) -> Subject:
+    folder = RunFolder.open(Path(name))
+    folder.require_finished()
+    model = load_model(folder.config.model, optional_path(config.cache_dir))
+    workbench = make_workbench(model, config, Plan.of(folder.config))
+    folder.require_same({"model": model.fingerprint()})
+    return BlockSubject(own, workbench, folder.config, folder)
+
+
+def _model(own: str, name: str, config: Config) -> Subject:
+    model = load_model(name, optional_path(config.cache_dir))
+    return BlockSubject(own, make_workbench(model, config, UNQUANTIZED))
+
+
+def entry_of(workbench: Workbench, text: Samples) -> BlockInputs:
+    """What goes into the first block: text in batches of `EVALUATION_TOKENS`, pictures singly."""
+    size = 1
+    if text.prompts is None:
+        size = max(1, EVALUATION_TOKENS // text.ids.shape[1])
+    return BlockInputs(workbench.model, text.feed, size, workbench.device)

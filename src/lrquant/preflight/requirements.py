@@ -1,0 +1,206 @@
+"""What a run needs, check by check: `check` collects what each says, `quantize` stops at the first.
+
+A check is a function that raises LRQuantError where a run would not get through, and else says what
+there is to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from lrquant.blocks.workbench import make_workbench
+from lrquant.config.config import optional_path
+from lrquant.config.scheme import Scheme
+from lrquant.data.calibration import calibration_of
+from lrquant.data.prompts import takes_pictures
+from lrquant.data.vocabulary import strange_tokenizer
+from lrquant.export.checkpoint import checkpoint_dtype
+from lrquant.export.choice import choose_format
+from lrquant.export.targets import loading_of, verdicts
+from lrquant.ingredients.base.statistics import given_statistics
+from lrquant.learn.adaptation import check_adaptation
+from lrquant.learn.checks import check_grids, check_ingredients
+from lrquant.learn.identity import dtype_name
+from lrquant.learn.model import require_pictures
+from lrquant.measures.choice import AnyModule, check_measures, module_measures
+from lrquant.measures.evaluation.evaluation import Evaluation
+from lrquant.measures.evaluation.texts import AskedText, read_texts, texts_of
+from lrquant.measures.subjects.subject import require_base
+from lrquant.model.loading import load_model
+from lrquant.model.model import Model
+from lrquant.model.outer import require_finite
+from lrquant.preflight.prospect import Check, Prospect, Said, State
+from lrquant.preflight.shapes import groups, patterns, shapes
+
+NOT_ESTIMATED = "its time is not estimated"
+
+
+def requirements(run: Prospect) -> Iterator[Check]:
+    """Every check in order; each is to be made before the next is asked for.
+
+    The walk ends where there is no model.
+    """
+    yield Check("evaluation", lambda: _settings_of_measures(run))
+    yield Check("format", lambda: _format(run))
+    yield from _sets_alone(run)
+    yield Check("model", lambda: _model(run))
+    model = run.model
+    if model is None:
+        return
+    yield Check("weights", lambda: _weights(run, model))
+    yield Check("schemes", lambda: patterns(run, model))
+    yield from groups(run, model)
+    if "groups" in run.passed:
+        if run.form is not None:
+            yield from shapes(run, model, run.form)
+        yield Check("ingredients", lambda: _ingredients(run, model))
+    yield Check("device", lambda: _device(run, model))
+    if not run.measure_only:
+        yield Check("statistics", lambda: _statistics(run))
+        yield Check("calibration", lambda: _calibration(run, model))
+    scheme = run.config.vision_quantization
+    if scheme is not None:
+        yield Check("vision tower", lambda: _tower(run, model, scheme))
+    yield from _sets(run, model)
+    if run.config.tta:
+        yield Check("evaluation", lambda: _adaptation(run, model))
+
+
+def _settings_of_measures(run: Prospect) -> Iterator[Said]:
+    check_measures(run.config)
+    require_base(run.config)
+    yield from ()
+
+
+def _format(run: Prospect) -> Iterator[Said]:
+    """Which format; how the target, or each runtime that loads it, takes the scheme in it."""
+    config, plan = run.config, run.plan
+    named = (config.target, config.format) if not run.measure_only else ()
+    if config.save_dir is None and not any(named):
+        yield Said("none: no --save_dir and no --target")
+        return
+    form = run.form = choose_format(plan, config.format, config.target)
+    yield Said(form.name + ("" if config.target is None else f", which {config.target} loads"))
+    for exact, text in verdicts(form, plan.schemes, config.target):
+        state: State = "ok" if exact else "warning"
+        yield Said(text, state, f"{form.name}: {text}", "runtime")
+    if config.target is not None:
+        for note in loading_of(form, plan.schemes, config.target).notes:
+            yield Said(note, "warning", what="runtime")
+
+
+def _model(run: Prospect) -> Iterator[Said]:
+    """What is to be known of the model, its weights and its tokenizer."""
+    model = run.model = run.model or load_model(
+        run.config.model, optional_path(run.config.cache_dir)
+    )
+    text = f"{model.architecture.name}, {len(model.blocks)} blocks"
+    yield Said(f"{text}, {model.parameters / 1e6:.1f} M parameters")
+    packed, strange = model.source.unpacked_from(), strange_tokenizer(model)
+    if packed:
+        text = f"unpacked from {packed}: full precision is that of these"
+        yield Said(text, "warning", what="weights")
+    if strange is not None:
+        yield Said(strange, "warning", strange, "tokenizer")
+
+
+def _weights(run: Prospect, model: Model) -> Iterator[Said]:
+    form = run.form
+    require_finite(model, None if form is None else checkpoint_dtype(model, run.plan, form))
+    yield from ()
+
+
+def _ingredients(run: Prospect, model: Model) -> Iterator[Said]:
+    check_ingredients(model, run.plan)
+    yield from ()
+
+
+def _device(run: Prospect, model: Model) -> Iterator[Said]:
+    bench = run.workbench = make_workbench(model, run.config)
+    text = f"matrix products in {dtype_name(bench.dtype)} on {bench.device}"
+    yield Said(text, logged=text)
+
+
+def _statistics(run: Prospect) -> Iterator[Said]:
+    run.statistics = given_statistics(run.config)
+    yield from ()
+
+
+def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
+    calibration = run.calibration = calibration_of(run.config, model, run.samples)
+    text = calibration.description
+    yield Said(text, logged=f"calibration {text}")
+
+
+def _tower(run: Prospect, model: Model, scheme: Scheme) -> Iterator[Said]:
+    """Whether the vision tower can have its scheme, and pictures to learn on."""
+    tower, plan = model.require_tower(), run.plan.tower
+    check_grids(tower, plan)
+    check_ingredients(tower, plan)
+    if run.calibration is not None:
+        require_pictures(run.config, run.calibration.feed)
+    yield Said(f"{len(tower.blocks)} blocks at {scheme.name}")
+
+
+def _sets_alone(run: Prospect) -> Iterator[Check]:
+    """The sets that need no model."""
+    if not run.apart:
+        yield Check("evaluation", lambda: _evaluation(run))
+        return
+    for measure in module_measures():
+        for settings in measure.parts(measure.settings_of(run.config)):
+            yield Check("evaluation", partial(_read, run, measure, settings, None))
+
+
+def _evaluation(run: Prospect) -> Iterator[Said]:
+    run.evaluation = Evaluation(run.config)
+    yield from ()
+
+
+def _sets(run: Prospect, model: Model) -> Iterator[Check]:
+    """The texts and sets that become a model's inputs."""
+    if not run.apart:
+        yield Check("evaluation", lambda: _reading(run, model))
+        return
+    texts = texts_of(run.config)
+    apart = [[text] for text in texts if text.needed]
+    apart.append([text for text in texts if not text.needed])
+    for group in filter(None, apart):
+        yield Check("evaluation", partial(_texts, run, model, group))
+    for measure in module_measures():
+        for settings in measure.parts(measure.settings_of(run.config)):
+            yield Check("evaluation", partial(_read, run, measure, settings, model))
+
+
+def _reading(run: Prospect, model: Model) -> Iterator[Said]:
+    assert run.evaluation is not None
+    run.reading = run.evaluation.read(model)
+    yield from ()
+
+
+def _texts(run: Prospect, model: Model, group: list[AskedText]) -> Iterator[Said]:
+    texts = read_texts(group, run.config, model)
+    run.texts |= texts
+    for samples in texts.values():
+        yield Said(samples.description)
+    missing = [text.name for text in group if text.name not in texts]
+    if missing:
+        yield Said(f"left out: {', '.join(missing)}", "warning")
+
+
+def _read(
+    run: Prospect, measure: AnyModule, settings: object, model: Model | None
+) -> Iterator[Said]:
+    if model is None:
+        sets = measure.read_alone(settings, run.config)
+    else:
+        sets = measure.read(settings, run.config, model)
+    for asked in sets.values():
+        yield Said(f"{measure.described(asked)}; {NOT_ESTIMATED}")
+
+
+def _adaptation(run: Prospect, model: Model) -> Iterator[Said]:
+    texts = [text.name for text in texts_of(run.config)]
+    check_adaptation(run.config, texts, len(model.blocks), takes_pictures(model))
+    yield Said(f"adapting the last {run.config.tta_blocks} blocks to each")

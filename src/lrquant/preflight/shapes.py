@@ -1,0 +1,91 @@
+"""Whether schemes, the model's shapes, the format and the target's kernels go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from lrquant.blocks.plan import plan_block, require_groups
+from lrquant.config.schemes import Schemes
+from lrquant.errors import LRQuantError
+from lrquant.export.checkpoint import check_format, checkpoint_dtype
+from lrquant.export.format import Format
+from lrquant.export.kernels import check_kernels, fused_matrices
+from lrquant.learn.checks import check_grids, check_patterns
+from lrquant.model.model import Model
+from lrquant.numerics.grids.schemes import weight_grid
+from lrquant.preflight.prospect import Check, Prospect, Said
+
+
+def patterns(run: Prospect, model: Model) -> Iterator[Said]:
+    """Whether every pattern of schemes names a matrix."""
+    check_patterns(model, run.plan)
+    run.passed.add("schemes")
+    yield from ()
+
+
+def groups(run: Prospect, model: Model) -> Iterator[Check]:
+    """Whether groups divide the columns: a check for each number of them that they do not."""
+    odd = _odd_groups(model, run.plan.schemes)
+
+    def refuse(reason: str) -> Iterator[Said]:
+        raise LRQuantError(reason)
+
+    def all_fit() -> Iterator[Said]:
+        check_grids(model, run.plan)
+        size = run.plan.schemes.default.group_size
+        per = f"groups of {size} divide" if size else "one scale a row of"
+        names = {matrix.name for i in range(len(model.blocks)) for matrix in model.matrices(i)}
+        run.passed.add("groups")
+        yield Said(f"{per} all {len(names)} linears")
+
+    for reason, *others in odd:
+        more = f"; nor those of {', '.join(others)}" if others else ""
+        yield Check("groups", partial(refuse, reason), more)
+    if not odd and "schemes" in run.passed:
+        yield Check("groups", all_fit)
+
+
+def _odd_groups(model: Model, schemes: Schemes) -> list[list[str]]:
+    """What is wrong with the groups of matrices of the first block, and which others are alike.
+
+    A list for each width of inputs that its groups do not divide: the error, then names.
+    """
+    stored = model.blocks[0].state_dict()
+    block = plan_block(model, 0, schemes)
+    odd: dict[int, list[str]] = {}
+    for name, matrix in block.matrices.items():
+        columns = matrix.of(stored[matrix.parameter]).shape[1]
+        if columns in odd:
+            odd[columns].append(name)
+            continue
+        try:
+            require_groups(name, columns, weight_grid(block.schemes[name]))
+        except LRQuantError as error:
+            odd[columns] = [str(error)]
+    return list(odd.values())
+
+
+def shapes(run: Prospect, model: Model, form: Format) -> Iterator[Check]:
+    """What the format and the target's kernels ask of shapes."""
+    plan, target = run.plan, run.config.target
+
+    def held() -> Iterator[Said]:
+        check_format(model, plan, form, checkpoint_dtype(model, plan, form))
+        yield from ()
+
+    def kernels(target: str) -> Iterator[Said]:
+        multiple = check_kernels(model, plan, form, target)
+        if multiple > 1:
+            yield Said(f"in and out of all linears divide by {multiple}, for {target}")
+
+    def fused() -> Iterator[Said]:
+        """Linears that read one norm are fused by runtimes, and so have one scheme."""
+        names = [" + ".join(each) for each in fused_matrices(model, 0) if len(each) > 1]
+        if names:
+            yield Said(f"one scheme for {', '.join(names)}")
+
+    yield Check("format", held)
+    if target is not None:
+        yield Check("kernels", lambda: kernels(target))
+        yield Check("fused", fused)
