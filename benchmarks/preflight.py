@@ -66,7 +66,7 @@ def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
     return [
         *(f"{seconds:.0f}", f"{took:.0f}", f"{seconds / took:.2f}"),
         *(f"{memory.peak / 1e6:.0f}", f"{peak / 1e6:.0f}"),
-        *(f"{run_bytes(model, config) / 1e6:.2f}", f"{files / 1e6:.2f}"),
+        *(f"{run_bytes(model, workbench.plan, config.report) / 1e6:.2f}", f"{files / 1e6:.2f}"),
     ]
 
 

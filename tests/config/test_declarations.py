@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lrquant
 from lrquant.config.declarations import declarations
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
@@ -28,9 +32,9 @@ def package(tmp_path, monkeypatch):
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[lrquant.formats]\ntoy = {value}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(sys.modules, "toy_format", raising=False)
 
-    return install
+    yield install
+    sys.modules.pop("toy_format", None)
 
 
 def names() -> list[str]:
@@ -56,3 +60,35 @@ def test_what_is_no_declaration_is_refused_by_its_name(package, value, said):
     package(value)
     with pytest.raises(LRQuantError, match=f"'toy' of lrquant.formats: .*{said.split(':')[-1]}"):
         names()
+
+
+SETTINGS = """
+from dataclasses import dataclass
+from lrquant.config.declarations import Declaration
+from lrquant.config.settings import setting
+@dataclass(frozen=True)
+class Brought:
+    seqlen: int = setting(7, "another default than that of the core")
+class Toy(Declaration):
+    settings = Brought
+TOY = Toy()
+"""
+
+
+def test_a_setting_of_two_defaults_is_refused_by_its_name(tmp_path):
+    """In a process of its own: settings come with the package."""
+    (tmp_path / "toy_settings.py").write_text(SETTINGS)
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lrquant.measures]\ntoy = toy_settings:TOY\n")
+    paths = os.pathsep.join([str(tmp_path), str(Path(lrquant.__file__).parents[1])])
+    process = subprocess.run(
+        [sys.executable, "-m", "lrquant", "quantize", "--help"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "setting seqlen of toy_settings: its default 7 is not that" in process.stderr

@@ -17,13 +17,14 @@ import pytest
 
 from lrquant import architectures
 from lrquant.export.choice import formats
+from lrquant.measures.choice import measures
 from lrquant.numerics.grids.grid import grid_kinds
 from lrquant.numerics.losses import losses
 
 DOCS = Path(__file__).parents[2] / "docs"
 CACHES = (
     *(architectures.architectures, architectures.language_parts, architectures.towers),
-    *(formats, grid_kinds, losses),
+    *(formats, grid_kinds, losses, measures),
 )
 
 
@@ -36,7 +37,7 @@ def blocks_of(page: str, language: str) -> list[str]:
 def write_package(page: str, place: Path) -> list[str]:
     """Write the modules that a page names as `FILE.py`, in order, and its entry points."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    names = re.findall(r"all of (?:an ingredient that [^`]*|a grid [^`]*)?`?(toy_\w+)\.py`", text)
+    names = re.findall(r"all of (?:an? [^`]*)?`?(toy_\w+)\.py`", text)
     names = names or re.findall(r"`(toy_\w+)\.py`", text)
     code = [block for block in blocks_of(page, "python") if block.startswith('"""')]
     entries = "".join(
