@@ -1,4 +1,4 @@
-"""What `lrquant check` would have estimated for finished runs, beside what they took.
+"""Estimates of `lrquant check` for finished runs, beside what they took.
 
     python benchmarks/preflight.py RUN [RUN ...] [--processor-time]
 

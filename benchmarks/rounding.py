@@ -1,4 +1,4 @@
-"""Whether a native checkpoint differs from the learned model by more than float32 rounding does.
+"""A native checkpoint beside the learned model: do they differ by more than float32 rounding does?
 
     python benchmarks/rounding.py RUN CHECKPOINT --text FILE [--windows 12 --tokens 512]
 

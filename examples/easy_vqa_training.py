@@ -1,4 +1,4 @@
-"""How make_easy_vqa_model.py's tower and projector learn, and its language model's adapter."""
+"""Training of make_easy_vqa_model.py's tower and projector, and of its language model's adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every file in architectures/ must keep: a new family needs a tiny config in conftest.py."""
+"""The contract of every file in architectures/: a new family needs a tiny config in conftest.py."""
 
 from __future__ import annotations
 

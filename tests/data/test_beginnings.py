@@ -1,4 +1,4 @@
-"""What windows begin with: BOS where a model was trained with it, the stream of the field else."""
+"""The beginning of windows: BOS where a model was trained with it, the stream of the field else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of runtimes: in the run's log, in the model card, of models of two parts."""
+"""Runtimes in words: in the run's log, in the model card, of models of two parts."""
 
 from __future__ import annotations
 

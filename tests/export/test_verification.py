@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and what is found when it is not so."""
+"""Verification of a checkpoint: what it says of itself, and what is named where it is not so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: which other settings are those of another run."""
+"""A run's identity: which other settings are those of another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How numbers are written: what differs looks different, and what is not known is not shown."""
+"""Numbers as people read them: what differs looks different, what is not known is not shown."""
 
 from __future__ import annotations
 

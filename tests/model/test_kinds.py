@@ -1,4 +1,4 @@
-"""What a model folder is: whatever is no whole model in floating point is named in one line."""
+"""Kinds of model folders: whatever is no whole model in floating point is named in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of weights and of tokens on a grid share.
+"""Fixtures that the tests of weights and of tokens on a grid share.
 
 ``special``       (kind, row) of each kind of row that is hard to quantise, (64,)
 ``round_trip``    round_trip(groups, upper, lower, grid, offset) -> the affine quantizer written

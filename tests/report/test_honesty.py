@@ -1,4 +1,4 @@
-"""What a report must not hide: other models, other windows, parts of sets, unpacked weights."""
+"""The honesty of a report: other models, other windows, parts of sets, unpacked weights."""
 
 from __future__ import annotations
 

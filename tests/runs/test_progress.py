@@ -1,4 +1,4 @@
-"""What is seen while a run is under way: on a terminal, in a file, in TensorBoard."""
+"""Progress while a run is under way: on a terminal, in a file, in TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model hands to its blocks: first hidden states, arguments, what it adds between them."""
+"""Inputs of a model's blocks: first hidden states, arguments, what is added between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command writes on standard output, also on one that is full or closed."""
+"""The screen: what a command writes on standard output, also on one that is full or closed."""
 
 from __future__ import annotations
 

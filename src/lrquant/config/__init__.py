@@ -1,1 +1,1 @@
-"""What a user may say: every setting, schemes, presets."""
+"""Settings: all that a user may say, schemes, presets."""

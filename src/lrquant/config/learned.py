@@ -1,4 +1,4 @@
-"""What settings say of an ingredient: when it is learned, and what its own settings come to."""
+"""The settings of an ingredient: when it is learned, and what they come to."""
 
 from __future__ import annotations
 

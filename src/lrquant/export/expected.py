@@ -1,4 +1,4 @@
-"""What a checkpoint must hold: zeros of a model's shapes, packed by the format itself."""
+"""The tensors that a checkpoint must hold: zeros of a model's shapes, packed by the format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target's kernels ask of linears, fused as runtimes fuse them: sizes, and one scheme."""
+"""A target's kernels and what they ask of linears, fused as runtimes do: sizes, one scheme."""
 
 from __future__ import annotations
 

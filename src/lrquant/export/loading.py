@@ -1,4 +1,4 @@
-"""What a runtime makes of a checkpoint: whether it loads, and what it then computes."""
+"""Loading of a checkpoint by a runtime: whether it does, and what it then computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM and transformers compute of packed integers.
+"""vLLM and transformers as they compute packed integers.
 
 Each statement says of itself how it is known: "tried" (tests/clients/verdicts.py), "source" (read
 in the version's Python) or "docs".  vLLM is 0.32, transformers 5.23 with compressed-tensors 0.20.

@@ -1,4 +1,4 @@
-"""What travels along with a checkpoint's tensors: tokenizer, processor, chat template, generation.
+"""Files beside a checkpoint's tensors: tokenizer, processor, chat template, generation.
 
 They are copied from the source folder byte for byte, as every library re-writes them its own way.
 """

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says: its files, names, shapes, dtypes and values."""
+"""Verification that a checkpoint is what it says: its files, names, shapes, dtypes and values."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is learned of a block: one file each."""
+"""Ingredients: all that can be learned of a block, one file each."""

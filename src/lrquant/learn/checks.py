@@ -1,4 +1,4 @@
-"""Whether a model takes what is planned of it, before any weight is read."""
+"""Checks that a model takes what is planned of it, before any weight is read."""
 
 from __future__ import annotations
 

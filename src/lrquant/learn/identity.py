@@ -1,4 +1,4 @@
-"""What a run is, in words for people and in values that decide whether it may be resumed."""
+"""A run's identity, in words for people and in values that decide whether it may be resumed."""
 
 from __future__ import annotations
 

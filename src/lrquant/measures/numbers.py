@@ -1,4 +1,4 @@
-"""How numbers are written for people: one function for each kind, small differences kept."""
+"""Numbers written for people: one function for each kind, small differences kept."""
 
 from __future__ import annotations
 

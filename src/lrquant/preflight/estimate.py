@@ -1,4 +1,4 @@
-"""How much memory, disk and time a run needs: formulas over shapes and a probe's measured costs."""
+"""Memory, disk and time of a run: formulas over shapes and a probe's measured costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pre-flight finds, check by check, and what it estimates."""
+"""Findings of a pre-flight, check by check, and its estimates."""
 
 from __future__ import annotations
 

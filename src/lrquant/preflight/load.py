@@ -1,4 +1,4 @@
-"""What each part of a model is to learn on: hidden states in all, and one batch to probe with."""
+"""The load of each part of a model: all hidden states to learn on, and one batch to probe with."""
 
 from __future__ import annotations
 

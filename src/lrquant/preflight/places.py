@@ -1,4 +1,4 @@
-"""Whether the output places can be written, hold nothing of others, and have the space."""
+"""The output places: that they can be written, hold nothing of others, and have the space."""
 
 from __future__ import annotations
 

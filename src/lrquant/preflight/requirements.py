@@ -1,4 +1,4 @@
-"""What a run needs, check by check: `check` collects what each says, `quantize` stops at the first.
+"""The checks of a run in order: `check` collects what each says, `quantize` stops at the first.
 
 A check is a function that raises LRQuantError where a run would not get through, and else says what
 there is to know.

@@ -1,4 +1,4 @@
-"""Whether schemes, the model's shapes, the format and the target's kernels go together."""
+"""Checks that schemes, the model's shapes, the format and the target's kernels go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measured, beside what it measured before and what another model reaches.
+"""Results of a run, beside what it measured before and what another model reaches.
 
 `results.json` says under what conditions its last command measured (`CONDITIONS`), and has one
 entry for each text, task or set of each kind of measure (`kinds`).  Measures stand in one entry

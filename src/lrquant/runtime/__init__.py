@@ -1,1 +1,1 @@
-"""What a checkpoint in the native format runs on: its linears, its attention, its cache."""
+"""The runtime of checkpoints in the native format: their linears, their attention, their cache."""

@@ -1,4 +1,4 @@
-"""How transformers loads and saves the native format, once this module is imported.
+"""Loading and saving of the native format by transformers, once this module is imported.
 
 It may be imported in the middle of transformers' own imports: all that needs transformers' models
 is imported by who first loads a checkpoint.

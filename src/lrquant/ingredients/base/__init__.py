@@ -1,1 +1,1 @@
-"""What ingredients are told of a block, and where they leave what they fold."""
+"""The block as ingredients see it, and the folds that they leave in it."""

@@ -1,4 +1,4 @@
-"""What ingredients may know of a block: shapes, grids and sites; at the start statistics too."""
+"""A block as ingredients know it: shapes, grids and sites; at the start statistics too."""
 
 from __future__ import annotations
 

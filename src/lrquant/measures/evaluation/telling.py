@@ -1,4 +1,4 @@
-"""What a command tells of its subjects: each measure with its conditions, then those of a base."""
+"""Results of a command's subjects: each measure with its conditions, then those of a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the sets of zero-shot tasks come from: a folder, a hub cache, or the hub."""
+"""The sets of zero-shot tasks, and their source: a folder, a hub cache, or the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may say of tasks."""
+"""The settings of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of losses and of divergences from a reference, over all positions and along them."""
+"""Summaries of losses and of divergences from a reference, over all positions and along them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is measured: a run, a checkpoint, a model."""
+"""Subjects of measures: a run, a checkpoint, a model."""
