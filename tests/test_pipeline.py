@@ -558,7 +558,7 @@ def test_a_finished_run_is_not_learned_again(reference, learn, tmp_path, monkeyp
         ({"let_lr": 0.1}, "method let_lr differs: the run has 0.005, this command 0.1"),
         ({"epochs": 3}, "learning epochs differs: the run has 2, this command 3"),
         ({"batch_size": 2}, "learning batch_size differs: the run has 1, this command 2"),
-        ({"let": False, "lwc": True}, "method let differs: the run has True, this command None"),
+        ({"let": False, "lwc": True}, "method let differs: the run has True, this command nothing"),
         ({"precision": "bfloat16"}, "precision differs: the run has 'float32'"),
         ({"samples": "flipped"}, "data sha256 differs"),
         ({"model": "other"}, "model weights differs"),
@@ -726,13 +726,15 @@ def test_samples_must_be_token_ids(learn, tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_model_in_memory_needs_tokens_or_a_tokenizer(model, tmp_path, tiny_tokenizer, data_dir):
+def test_a_model_in_memory_needs_tokens_or_a_tokenizer(
+    model, tmp_path, tiny_tokenizer, token_ids, data_dir
+):
     settings = {"output_dir": str(tmp_path), "epochs": 0, "data_dir": str(data_dir)}
     settings |= {"report": False}
     with pytest.raises(LRQuantError, match="no tokenizer"):
         quantize(model, "W4A4", **settings)
     with pytest.raises(LRQuantError, match="no tokenizer: perplexity needs one"):
-        quantize(model, "W4A4", ppl="wikitext2", **settings)
+        quantize(model, "W4A4", ppl="wikitext2", samples=token_ids(1, TOKENS), **settings)
     short = {"nsamples": 2, "seqlen": TOKENS, "ppl": "wikitext2", "limit": 2}
     run = quantize(model, "W4A4", tokenizer=tiny_tokenizer, **settings, **short)
     assert "wikitext2" in run.results["perplexity"]

@@ -26,9 +26,11 @@ from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
+from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import Ingredient
+from lrquant.measures.perplexity import MEASURE as PERPLEXITY
 from lrquant.measures.scoring.predictions import score, send_through
 
 CPU = torch.device("cpu")
@@ -356,7 +358,9 @@ def test_perplexity_is_that_of_the_model(variant, make_model, make_bench, token_
     (stream,) = bench.streams(entry, 1)
     plain = Variant(lambda index: prepare(bench, index, FLOATING_POINT))
     send_through(bench.model, plain, stream, entry)
-    found = score(Head(bench.model, CPU, torch.float32), stream, ids)["perplexity"]
+    feed = Feed.of_tokens(ids)
+    (scores,) = score([PERPLEXITY], Head(bench.model, CPU, torch.float32), stream, feed)
+    found = scores.perplexity
     logits = module(ids).logits[:, :-1].reshape(-1, module.config.vocab_size).double()
     loss = nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
     assert found == pytest.approx(math.exp(loss), rel=1e-4)

@@ -200,7 +200,8 @@ def test_every_setting_is_a_flag_with_underscores_or_dashes(entry, monkeypatch):
         **{"bool": [], "bool | None": [], "let_shift": ["never"], "loss": ["nlc"]},
         **{"precision": ["float32"], "offload": ["disk"]},
     }
-    value = given.get(entry.name, given.get(str(entry.type), ["3"]))
+    kind = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
+    value = given.get(entry.name, given.get(kind, ["3"]))
     results = []
     for flag in flags_of(entry.name):
         seen.clear()

@@ -188,6 +188,8 @@ def test_a_missing_tensor_is_refused(learn, tmp_path, name):
 
 
 def test_the_dense_factor_is_refused_before_learning(learn, tmp_path):
-    with pytest.raises(LRQuantError, match="learn with --rotation_sharing site"):
+    with pytest.raises(
+        LRQuantError, match="learn with --rotation_sharing site, or linear for --format lrquant"
+    ):
         learn("llama", "W4A4", rotation_sharing="weight")
     assert list(tmp_path.iterdir()) == []

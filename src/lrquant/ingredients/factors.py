@@ -177,12 +177,14 @@ class ScaleFactors(Ingredient):
         kind = {"linear": "input factor", "weight": "dense factor"}.get(str(self.rotation_sharing))
         if kind is None or (block is not None and not block.quantized):
             return {}
-        return {
-            kind: (
-                f"--rotation_sharing {self.rotation_sharing} leaves a factor to run time; learn "
-                "with --rotation_sharing site"
+        if kind == "dense factor":
+            why = (
+                "multiplies the decoded weight, which no integer product can carry; learn with "
+                "--rotation_sharing site, or linear for --format lrquant"
             )
-        }
+        else:
+            why = "leaves a factor to run time; learn with --rotation_sharing site"
+        return {kind: f"--rotation_sharing {self.rotation_sharing} {why}"}
 
     def check(self, matrices: dict[str, MatrixShape]) -> None:
         """Above the rank of a matrix a factor of rows and columns can't be more than it is."""

@@ -55,6 +55,8 @@ def requirements(run: Prospect) -> Iterator[Check]:
         if run.form is not None:
             yield from shapes(run, model, run.form)
         yield Check("ingredients", lambda: _ingredients(run, model))
+    if run.config.tta:
+        yield Check("evaluation", lambda: _adaptation(run, model))
     yield Check("device", lambda: _device(run, model))
     if not run.measure_only:
         yield Check("statistics", lambda: _statistics(run))
@@ -63,8 +65,6 @@ def requirements(run: Prospect) -> Iterator[Check]:
     if scheme is not None:
         yield Check("vision tower", lambda: _tower(run, model, scheme))
     yield from _sets(run, model)
-    if run.config.tta:
-        yield Check("evaluation", lambda: _adaptation(run, model))
 
 
 def _settings_of_measures(run: Prospect) -> Iterator[Said]:

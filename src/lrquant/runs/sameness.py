@@ -27,8 +27,15 @@ def difference(own: Mapping[str, object], wanted: Mapping[str, object]) -> str |
             continue
         if key.startswith("data ") and run.get("calibration") != command.get("calibration"):
             key = "calibration"
-        return f"its {key} differs: the run has {run.get(key)!r}, this command {command.get(key)!r}"
+        return (
+            f"its {key} differs: the run has {_said(run, key)}, this command {_said(command, key)}"
+        )
     return None
+
+
+def _said(values: Mapping[str, object], key: str) -> str:
+    """A value for an error's line; what is not learned has no settings."""
+    return repr(values[key]) if key in values else "nothing"
 
 
 def _flat(identity: Mapping[str, object]) -> dict[str, object]:
