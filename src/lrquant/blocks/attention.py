@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,6 +23,17 @@ def mark_quantized(states: Tensor) -> Tensor:
     """Say of states that they lie on their grid: attention takes them as they are."""
     setattr(states, _QUANTIZED, True)
     return states
+
+
+def with_own_config(module: nn.Module) -> PretrainedConfig:
+    """The configuration that a module's attention reads, from now on its own, and no other's."""
+    configs = [getattr(each, "config", None) for each in module.modules()]
+    shared = next(config for config in configs if isinstance(config, PretrainedConfig))
+    own = copy.copy(shared)
+    for each in module.modules():
+        if getattr(each, "config", None) is shared:
+            setattr(each, "config", own)  # noqa: B010
+    return own
 
 
 def attention_name(grid: Grid | None, dtype: torch.dtype | None = None) -> str:

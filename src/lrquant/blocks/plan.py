@@ -69,8 +69,19 @@ class BlockPlan:
 
     @property
     def attention(self) -> Grid | None:
-        """The grid of Q, K and V: they follow the scheme of the block's first matrix."""
-        return attention_grid(next(iter(self.schemes.values())))
+        """The grid of Q, K and V."""
+        return attention_grid(self.attention_scheme)
+
+    @property
+    def attention_scheme(self) -> Scheme:
+        """That of Q, K and V: they follow the block's first matrix."""
+        return next(iter(self.schemes.values()))
+
+    @property
+    def attention_module(self) -> str:
+        """Full name of the module that attends: the one that holds the block's first matrix."""
+        first = next(iter(self.matrices.values()))
+        return f"{self.name}.{first.parameter.rsplit('.', 2)[0]}"
 
     @property
     def inputs(self) -> dict[str, Grid | None]:

@@ -142,6 +142,7 @@ def _write_tensors(
         file = "model" if bench is workbench else "model-tower"
         names: list[str] = []
         linears: dict[str, Scheme] = {}
+        attentions: dict[str, Scheme] = {}
         for index in range(len(bench.model.blocks)):
             view = learned_view(bench, learned, index)
             prefix = bench.model.block_name(index) + "."
@@ -149,7 +150,9 @@ def _write_tensors(
             write(f"{file}-{index:04d}.safetensors", {prefix + n: t for n, t in tensors.items()})
             names += [prefix + name for name in sorted(tensors)]
             linears |= linear_schemes(view.plan)
-        parts.append(Part(bench.model.architecture.blocks, bench.plan.schemes, linears, names))
+            attentions[view.plan.attention_module] = view.plan.attention_scheme
+        blocks = bench.model.architecture.blocks
+        parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
     return parts

@@ -126,11 +126,10 @@ def _layout(scheme: Scheme) -> str:
 
 
 def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObject:
-    """One group of linears a scheme; names are more exact than the class, so they come first."""
+    """One group of linears a scheme; the class comes last, or readers warn of names after it."""
     first = parts[0].scheme
     alike = all(part.scheme == first and not part.mixed for part in parts)
-    groups = [_group(first, ["Linear"])]
-    alone: list[str] = []
+    groups, alone = [], []
     for number, part in enumerate(parts):
         for scheme, names in part.groups.items():
             if scheme.floating_point:
@@ -139,6 +138,7 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObjec
                 groups.append(_group(scheme, [_blocks_pattern(part)]))
             elif scheme != first:
                 groups.append(_group(scheme, names))
+    groups.append(_group(first, ["Linear"]))
     layouts = {group.format for group in groups}
     whole = QuantizationConfig(
         config_groups={f"group_{number}": group for number, group in enumerate(groups)},

@@ -19,6 +19,7 @@ from lrquant.export.format import Format
 from lrquant.export.loading import Loading
 from lrquant.export.parts import Part
 from lrquant.files.whole import JsonObject
+from lrquant.numerics.grids.schemes import attention_grid
 from lrquant.runtime.linear import IntegerLinear
 from lrquant.runtime.loading import NAME, VERSION, NativeConfig
 
@@ -63,9 +64,21 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObjec
     values["ignore"] = [*outside, *alone]
     if others:
         values["others"] = others
+    attentions = [group for part in parts for group in _other_attentions(part)]
+    if attentions:
+        values["attentions"] = attentions
     if towers:
         values["tower"] = {"blocks": parts[1].blocks, **towers[0]}
     return values
+
+
+def _other_attentions(part: Part) -> list[JsonObject]:
+    """Attentions whose Q, K and V are not on the grid that the part's scheme says."""
+    usual, groups = attention_grid(part.scheme), dict[Scheme, list[str]]()
+    for name, scheme in part.attentions.items():
+        if attention_grid(scheme) != usual:
+            groups.setdefault(scheme, []).append(name)
+    return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in groups.items()]
 
 
 def _part_config(part: Part) -> JsonObject:

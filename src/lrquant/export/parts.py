@@ -15,13 +15,14 @@ class Part:
     """Blocks under some schemes: the path of their list, and what is in them by full names.
 
     `linears` has the scheme of each module whose weight is on a grid, or that reads quantised
-    activations; `names` are all tensors.
+    activations, `attentions` that of Q, K and V of each attention; `names` are all tensors.
     """
 
     blocks: str
     schemes: Schemes
     linears: Mapping[str, Scheme] = field(default_factory=dict)
     names: Sequence[str] = ()
+    attentions: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:

@@ -6,7 +6,6 @@ is imported by who first loads a checkpoint.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 NAME = "lrquant"
 VERSION = 1
-_OWN = "_lrquant_own_config"
 
 
 @register_quantization_config(NAME)
@@ -39,7 +37,7 @@ class NativeConfig(QuantizationConfigMixin):
     `scheme` are the fields of `Scheme`; `ignore` names the linears that stay as they are; `biases`,
     `shifts` and `input_factors` name the modules of a block that have such a tensor.  `tower` has
     the same for a quantised vision tower, and the path of its `blocks`; `others` lists schemes of
-    their own for `modules` by full name.
+    their own for `modules` by full name, `attentions` those of Q, K and V of such attentions.
     """
 
     def __init__(
@@ -53,6 +51,7 @@ class NativeConfig(QuantizationConfigMixin):
         input_factors: list[str] | None = None,
         tower: JsonObject | None = None,
         others: list[JsonObject] | None = None,
+        attentions: list[JsonObject] | None = None,
         **unknown: object,
     ) -> None:
         if format_version > VERSION:
@@ -72,6 +71,8 @@ class NativeConfig(QuantizationConfigMixin):
             self.tower = tower
         if others:
             self.others = others
+        if attentions:
+            self.attentions = attentions
 
     def part_of(self, module: str) -> _Part:
         """What a module of this name is quantised as."""
@@ -79,28 +80,29 @@ class NativeConfig(QuantizationConfigMixin):
         part = vars(self)
         if tower is not None and module.startswith(tower["blocks"] + "."):
             part = tower
-        scheme = self._other_schemes().get(module) or Scheme(**part["scheme"])
-        return _Part(scheme, part["biases"], part["shifts"], part["input_factors"])
-
-    def _other_schemes(self) -> dict[str, Scheme]:
-        return {
-            name: Scheme(**group["scheme"])
-            for group in getattr(self, "others", ())
-            for name in group["modules"]
-        }
+        usual = Scheme(**part["scheme"])
+        scheme = self._schemes("others").get(module, usual)
+        return _Part(scheme, usual, part["biases"], part["shifts"], part["input_factors"])
 
     @property
-    def attention(self) -> set[int]:
-        """All bits that Q, K and V have anywhere."""
-        groups = [self.scheme, *(group["scheme"] for group in getattr(self, "others", ()))]
-        return {Scheme(**group).attention_bits for group in groups}
+    def other_attentions(self) -> dict[str, Scheme]:
+        """Attentions by full name that have another scheme than that of their part."""
+        return self._schemes("attentions")
+
+    def _schemes(self, groups: str) -> dict[str, Scheme]:
+        return {
+            name: Scheme(**group["scheme"])
+            for group in getattr(self, groups, ())
+            for name in group["modules"]
+        }
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Scheme of a part of the model, and the modules of its blocks that have extra tensors."""
+    """Scheme of a module, that of its part, and the modules of blocks that have extra tensors."""
 
     scheme: Scheme
+    usual: Scheme
     biases: list[str]
     shifts: list[str]
     input_factors: list[str]
@@ -125,12 +127,14 @@ class NativeQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             part = config.part_of(name)
             if isinstance(module, nn.Linear) and name not in config.ignore:
-                _set_attention(model, name, part.scheme, own=len(config.attention) > 1)
+                _set_attention(model, name, part.usual)
                 self._replace(model, name, module, part)
             elif _ends_with(name, part.shifts):
                 empty = torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
                 module.register_parameter("shift", nn.Parameter(empty, requires_grad=False))
                 module.register_forward_hook(_shifted)
+        for name, scheme in config.other_attentions.items():
+            _set_own_attention(model.get_submodule(name), scheme)
 
     def _replace(self, model: nn.Module, name: str, module: nn.Linear, part: _Part) -> None:
         if part.scheme.weight_bits == FLOAT_BITS:
@@ -177,27 +181,21 @@ def _integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
     return {name: module for name, module in modules if isinstance(module, IntegerLinear)}
 
 
-def _set_attention(model: nn.Module, linear: str, scheme: Scheme, own: bool) -> None:
-    """Quantise Q, K and V of the attention that a linear is in, if it is in one.
-
-    With `own`, where attentions differ, each has a configuration of its own, set by its first
-    linear.
-    """
+def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:
+    """Quantise Q, K and V of all attentions alike, if a linear is in one."""
     from lrquant.blocks.attention import attention_name
 
-    module = model.get_submodule(linear.rpartition(".")[0])
-    config = getattr(module, "config", None)
-    if config is None:
-        return
-    if own and getattr(module, _OWN, False):
-        return
-    if own:
-        config = copy.copy(config)
-        setattr(module, "config", config)  # noqa: B010
-        setattr(module, _OWN, True)
+    config = getattr(model.get_submodule(linear.rpartition(".")[0]), "config", None)
     grid = attention_grid(scheme)
-    if grid is not None:
+    if config is not None and grid is not None:
         config._attn_implementation = attention_name(grid)
+
+
+def _set_own_attention(attention: nn.Module, scheme: Scheme) -> None:
+    """Quantise Q, K and V of one attention, which then has a configuration of its own."""
+    from lrquant.blocks.attention import attention_name, with_own_config
+
+    with_own_config(attention)._attn_implementation = attention_name(attention_grid(scheme))
 
 
 def _refuse_missing(model: PreTrainedModel) -> None:
