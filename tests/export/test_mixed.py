@@ -14,6 +14,7 @@ from lrquant import LRQuantError, evaluate, quantize
 from lrquant.export.verification import verify
 from lrquant.preflight.checks import preflight
 from lrquant.report.inspection import inspect_folder
+from lrquant.report.preflight import preflight_text
 
 DOWN, ENDS = "mlp.down_proj=W4A16g16-sym", "layers.0=W8A16g16-sym"
 LEFT = "layers.1.self_attn.o_proj=W16A16"
@@ -123,7 +124,7 @@ def test_what_is_estimated_is_what_is_written(learn, model_folder, tmp_path, mix
     settings = {"model": str(folder), "scheme": scheme, "scheme_for": patterns, "epochs": 1}
     settings |= {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
     settings |= {"data_dir": data_dir, "nsamples": 2, "seqlen": 16, "format": form}
-    settings |= {"precision": "float32", "report": False}
+    settings |= {"precision": "float32", "report": True}
     checked = preflight(settings)
     assert not checked.failed
     quantize(**settings)
@@ -132,6 +133,14 @@ def test_what_is_estimated_is_what_is_written(learn, model_folder, tmp_path, mix
     assert verified.bits_per_weight == pytest.approx(checked.checkpoint.bits_per_weight)
     said = inspect_folder(tmp_path / "saved")
     assert f"{verified.bits_per_weight:.3f}" in said
+    page = (tmp_path / "run" / "report.md").read_text()
+    for pattern in patterns:
+        words = pattern.replace("=", ": ")
+        assert words in said and words in inspect_folder(tmp_path / "run") and words in page
+        assert (
+            words in preflight_text(checked) and words in (tmp_path / "saved/README.md").read_text()
+        )
+    assert "--scheme-for" in page.replace("_", "-"), "the command that repeats the run"
     measured = evaluate(
         str(tmp_path / "saved"),
         ppl=("wikitext2",),

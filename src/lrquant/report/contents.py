@@ -54,7 +54,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
 
 def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> JsonObject:
     identity, config = folder.identity, folder.config
-    scheme = Scheme(**identity["scheme"])
+    schemes = config.schemes.of_language
     return {
         "folder": folder.path.resolve().name,
         "name": config.net_name,
@@ -63,9 +63,9 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> 
         "weights": identity["model"]["weights"],
         "blocks": identity["model"]["blocks"],
         "learned_blocks": len(records),
-        "scheme": scheme.name,
-        "scheme_in_words": scheme.describe(),
-        "activations_quantised": not scheme.weight_only,
+        "scheme": schemes.name,
+        "scheme_in_words": schemes.describe(),
+        "activations_quantised": not schemes.weight_only,
         "tower": Scheme(**identity["tower"]["scheme"]).describe() if "tower" in identity else "",
         "method": results.get("method", describe_method(config)),
         "method_name": results.get("method_name", method_name(config)),

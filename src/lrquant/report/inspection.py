@@ -36,7 +36,7 @@ def _inspect_run(folder: RunFolder) -> str:
     lines = [
         f"run {folder.path}: {len(records)} of {blocks} blocks, {state}",
         f"model: {config.model} ({identity['model']['model_type']})",
-        f"scheme: {Scheme(**identity['scheme']).describe()}",
+        f"scheme: {config.schemes.describe()}",
         f"learning: {_pairs(identity['method'])}; {_pairs(identity['learning'])}",
         f"calibration: {identity['calibration']}",
         f"precision: {identity['precision']}",

@@ -14,7 +14,7 @@ def preflight_text(preflight: Preflight) -> str:
     width = max(len(finding.what) for finding in preflight.findings)
     lines = [
         f"model: {config.model}",
-        f"scheme: {config.quantization.describe()}",
+        f"scheme: {config.schemes.describe()}",
         f"method: {describe_method(config)}",
         "",
         *(
@@ -40,7 +40,7 @@ def preflight_values(preflight: Preflight) -> dict[str, object]:
     }
     return {
         "model": preflight.config.model,
-        "scheme": preflight.config.scheme,
+        "scheme": preflight.config.schemes.name,
         "target": preflight.config.target,
         "passed": not preflight.failed,
         "findings": [dataclasses.asdict(finding) for finding in preflight.findings],
