@@ -17,14 +17,13 @@ import pytest
 
 from lrquant import architectures
 from lrquant.export.choice import formats
-from lrquant.measures.choice import measures
 from lrquant.numerics.grids.grid import grid_kinds
 from lrquant.numerics.losses import losses
 
 DOCS = Path(__file__).parents[2] / "docs"
 CACHES = (
     *(architectures.architectures, architectures.language_parts, architectures.towers),
-    *(formats, grid_kinds, losses, measures),
+    *(formats, grid_kinds, losses),
 )
 
 

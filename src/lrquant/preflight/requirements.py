@@ -58,13 +58,13 @@ def requirements(run: Prospect) -> Iterator[Check]:
     if run.config.tta:
         yield Check("evaluation", lambda: _adaptation(run, model))
     yield Check("device", lambda: _device(run, model))
+    yield from _sets(run, model)
     if not run.measure_only:
         yield Check("statistics", lambda: _statistics(run))
         yield Check("calibration", lambda: _calibration(run, model))
     scheme = run.config.vision_quantization
     if scheme is not None:
         yield Check("vision tower", lambda: _tower(run, model, scheme))
-    yield from _sets(run, model)
 
 
 def _settings_of_measures(run: Prospect) -> Iterator[Said]:

@@ -9,6 +9,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.progress import Progress, Together
+from lrquant.runs.results import entries, kinds
 
 _OF_A_BLOCK = ("initial_loss", "final_loss", "seconds", "peak_memory_bytes")
 
@@ -19,7 +20,7 @@ def with_tensorboard(progress: Progress, folder: str | None) -> Progress:
 
 
 class TensorBoardLog(Progress):
-    """learning/loss by step over all blocks; block/… by block; perplexity/…, agreement/…, tasks/….
+    """learning/loss by step over all blocks; block/… by block; and of measures, as perplexity/….
 
     Flushed after each block and each measure, so that a kill loses little.
     """
@@ -63,8 +64,8 @@ class TensorBoardLog(Progress):
         self._writer.flush()
 
     def measured(self, results: JsonObject) -> None:
-        for kind in ("perplexity", "agreement", "tasks"):
-            for name, variants in results.get(kind, {}).items():
+        for kind in kinds(results):
+            for name, variants in entries(results, kind):
                 for variant, scores in variants.items():
                     self._add(f"{kind}/{name} {variant}", scores)
         self._writer.flush()
