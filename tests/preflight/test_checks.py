@@ -12,6 +12,7 @@ import pytest
 
 from lrquant import LRQuantError
 from lrquant.cli import main
+from lrquant.model.sources.skeleton import SkeletonSource
 from lrquant.pipeline import quantize
 from lrquant.preflight import checks, places
 from lrquant.preflight.checks import preflight as check
@@ -313,3 +314,17 @@ def test_a_file_of_settings(settings, tmp_path, capsys):
     path.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     assert main(["check", "--config", str(path)]) == 0
     assert "W4A16g16" in capsys.readouterr().out
+
+
+def test_each_warning_can_be_reached(settings, monkeypatch):
+    """A tokenizer of another model, unpacked weights, and a disk that is nearly full."""
+    monkeypatch.setattr(SkeletonSource, "unpacked_from", lambda self: "Q4_1")
+    monkeypatch.setattr("lrquant.data.vocabulary.FAR", 0.0)
+    done = check(settings)
+    warned = dict(found(done, "warning"))
+    assert "unpacked from Q4_1" in warned["weights"] and not done.failed
+    assert "is it the model's own?" in warned["tokenizer"]
+    for share, state in ((0.5, "ok"), (0.95, "warning"), (2, "failed")):
+        space = SPACE(1, 1, int(done.run_bytes / share) + 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, space=space: space)
+        assert "disk" in dict(found(check(settings), state))
