@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import Config
+from lrquant.config.groups import Computing, Learning
 from lrquant.measures.rows import table
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
@@ -53,13 +55,14 @@ def main() -> None:
 
 
 def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
-    workbench = make_workbench(model, config)
-    load = language_load(workbench, config, None)
+    plan, learning = Plan.of(config.quantizing), config.part(Learning)
+    workbench = make_workbench(model, plan, config.part(Computing), Path(config.output_dir))
+    load = language_load(workbench, learning, None, [config.seqlen] * config.nsamples)
     costs = probe.probe_block(load)
     before = psutil.Process().memory_info().rss
-    memory = estimate_memory(load, costs, before, True, [])
+    memory = estimate_memory(load, costs, before, True)
     records = folder.records()
-    seconds = learning_seconds(load, costs)
+    seconds = learning_seconds(load, costs, given=config.act_scales is not None)
     took = sum(record.seconds for record in records)
     peak = max(record.peak_memory_bytes for record in records)
     files = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())

@@ -24,13 +24,14 @@ import torch
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.plan import Plan
+from lrquant.blocks.plan import FULL_PRECISION, Plan
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.variants import as_learned, full_precision, unlearned
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.config import Config, preset
+from lrquant.config.groups import Computing
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples, perplexity_windows
@@ -125,7 +126,8 @@ class _Bench:
         self.common = {"model": options.model, "data_dir": options.data_dir}
         self.common |= {"calib_dataset": options.calib}
         config = Config(**self.common, precision=options.precision)
-        self.bench: Workbench = make_workbench(self.model, config)
+        computing, scratch = config.part(Computing), Path(config.output_dir)
+        self.bench: Workbench = make_workbench(self.model, FULL_PRECISION, computing, scratch)
         self.precision = options.precision
         data_dir = Path(options.data_dir) if options.data_dir else None
         self.texts = {
@@ -150,7 +152,7 @@ class _Bench:
             given |= {"precision": self.precision}
             run(given | ({"resume": str(place)} if place.is_dir() else {}), self.model)
             learned = RunFolder.open(place)
-            plan = Plan.of(learned.config.resolved())
+            plan = Plan.of(learned.config.resolved().quantizing)
             prepare = as_learned(dataclasses.replace(self.bench, plan=plan), learned)
         for text in missing:
             scores = self._scores(self.texts[text], prepare)

@@ -25,8 +25,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.plan import Plan
 from lrquant.blocks.variants import as_learned
 from lrquant.blocks.workbench import make_workbench
+from lrquant.config.groups import Computing
 from lrquant.measures.rows import table
 from lrquant.model.loading import load_model
 from lrquant.runs.folder import RunFolder
@@ -41,7 +43,8 @@ def main() -> None:
     folder = RunFolder.open(Path(options.run))
     config = dataclasses.replace(folder.config, precision="float32", device="cpu")
     model = load_model(config.model, None)
-    bench = make_workbench(model, config)
+    plan, computing = Plan.of(config.quantizing), config.part(Computing)
+    bench = make_workbench(model, plan, computing, Path(config.output_dir))
     learned = materialize(bench, as_learned(bench, folder)).eval()
     native = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="float32").eval()
     assert model.tokenizer is not None

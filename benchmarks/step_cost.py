@@ -23,10 +23,11 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizers
+from lrquant.learn.fit import BlockData, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
 from lrquant.measures.rows import table
 from lrquant.model.device import choose_device, choose_precision
@@ -106,14 +107,14 @@ def _learning_step(
 ) -> Callable[[], None]:
     view = bench.view(0, bench.stored(0))
     view.initialize(observed)
-    settings = FitSettings(1, 0.0, "mse+nlc", dynamic_weights=plus)
-    optimizers = make_optimizers(view, settings.weight_decay)
-    objective = Objective(torch.ones(2), settings.dynamic_weights, settings.ema_init)
+    learning = Learning(1, 0.0, "mse+nlc", dynamic_weights=plus)
+    optimizers = make_optimizers(view, learning.weight_decay)
+    objective = Objective(torch.ones(2), learning.dynamic_weights, learning.ema_init)
     runner = bench.runner(0, view)
 
     def step() -> None:
         with runner:
-            learning_step(view, runner, data, 0, optimizers, objective, settings.loss)
+            learning_step(view, runner, data, 0, optimizers, objective, learning.loss)
 
     return step
 

@@ -1,4 +1,4 @@
-"""The rooms of the house: an import goes only downwards, and every file is in a room."""
+"""The rooms of the house: what a file may import and name, and that every file is in a room."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ ROOMS = (  # from the ground up: a room imports nothing that stands after it
 )
 GROUND = ("errors", "version")  # which every room may import
 ENTRANCE = ("__init__", "__main__", "cli", "pipeline")
+WITH_CONFIG = (  # which may take a whole `Config`: entrances, and what keeps or repeats a run
+    *("config", "cli", "__init__", "pipeline", "runs.folder", "report.repeat"),
+    *("preflight.checks", "preflight.prospect", "preflight.findings"),
+    *("measures.evaluation.evaluation", "measures.evaluation.resolution"),
+    *("measures.evaluation.telling", "measures.subjects"),
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -28,6 +34,20 @@ def imports_of(path: Path) -> set[str]:
             names = [name.name for name in node.names]
             modules |= {n.removeprefix("lrquant.") for n in names if n.startswith("lrquant.")}
     return modules
+
+
+def names_config(source: str) -> bool:
+    """Whether a file names the class of all settings: imports it, or says it of an argument."""
+    tree = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in tree if isinstance(node, ast.Name)}
+    names |= {node.attr for node in tree if isinstance(node, ast.Attribute)}
+    names |= {each.name for n in tree if isinstance(n, ast.ImportFrom) for each in n.names}
+    quoted = {node.value for node in tree if isinstance(node, ast.Constant)}
+    return bool({"Config", "_Config"} & (names | quoted))
+
+
+def is_in(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
 
 
 def room_of(module: str) -> str:
@@ -74,6 +94,13 @@ def test_no_import_circle():
     assert circles(FILES) == []
 
 
+def test_settings_stop_at_the_entrances():
+    """A room is given values, or a group of them, by name."""
+    naming = {module_of(path) for path in ROOT.rglob("*.py") if names_config(path.read_text())}
+    assert [m for m in sorted(naming) if not any(is_in(m, place) for place in WITH_CONFIG)] == []
+    assert [place for place in WITH_CONFIG if not any(is_in(m, place) for m in naming)] == []
+
+
 def test_every_file_is_in_a_room():
     assert {room_of(m) for m in FILES} <= {*ROOMS, *GROUND, *ENTRANCE}
     assert {path.name for path in ROOT.iterdir() if path.is_dir()} - {"__pycache__"} == {
@@ -91,3 +118,12 @@ def test_an_arrow_that_runs_up_and_a_circle_are_seen():
     assert upward("numerics.weights", {"learn.fit", "config.scheme"}) == ["learn.fit"]
     assert upward("learn.fit", {"pipeline"}) == ["pipeline"]
     assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a", "b"]
+
+
+def test_a_room_that_names_all_settings_is_seen():
+    assert names_config("def read(config: Config) -> None: ...")
+    assert names_config("def read(config: 'Config') -> None: ...")
+    assert names_config("from lrquant.config.config import Config as Settings")
+    assert not names_config("from transformers import PretrainedConfig")
+    assert is_in("measures.subjects.subject", "measures.subjects")
+    assert not is_in("measures.tasks", "measures.subjects")

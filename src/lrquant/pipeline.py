@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
-from lrquant.blocks.plan import Plan
+from lrquant.blocks.plan import FULL_PRECISION, Plan
 from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.workbench import Workbench, advance_full_precision, make_workbench
 from lrquant.config.config import Config, optional_path, typed_settings
+from lrquant.config.groups import Calibrating, Computing, Learning, Places, Sources, StatisticsFiles
 from lrquant.config.scheme import FLOAT_BITS
 from lrquant.data.calibration import calibration_of
 from lrquant.data.feeds import Feed
@@ -141,11 +142,11 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
     A finished run that is exported is only read: its blocks carry what they belong to.
     """
     output = Path(config.output_dir)
-    if not measure_only or measures_anything(config):
+    if not measure_only or measures_anything(config.measuring):
         locks.enter_context(held(output))
         in_place = output.resolve() == Path(config.resume or "").resolve()
         if not measure_only and config.resume is None:
-            RunFolder(output).require_replaceable(config)
+            RunFolder(output).require_replaceable(config.overwrite)
         elif measure_only and not in_place:
             require_claimable(output, "results")
         else:
@@ -156,7 +157,7 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
     if config.save_dir is not None:
         locks.enter_context(target_lock(Path(config.save_dir)))
         heal(Path(config.save_dir))
-        check_target(config, Path(config.save_dir))
+        check_target(config.part(Places), Path(config.save_dir))
 
 
 def _run(
@@ -168,11 +169,12 @@ def _run(
     earlier: MemoryHandler,
 ) -> Run:
     progress = with_tensorboard(progress, config.log_dir)
-    prospect = Prospect(config, measure_only, Plan.of(config), model, samples)
-    logger.info("scheme %s", prospect.plan.schemes.describe())
+    prospect = Prospect(config, measure_only, Plan.of(config.quantizing), model, samples)
+    plan, learning = prospect.plan, config.part(Learning)
+    logger.info("scheme %s", plan.schemes.describe())
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
-    logger.info("method %s", describe_method(config))
+    logger.info("method %s", describe_method(plan, learning))
     _require_all(prospect)
     workbench = prospect.workbench
     assert workbench is not None
@@ -187,7 +189,8 @@ def _run(
         folder = _learn(workbench, prospect, progress, earlier)
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
-        about = environment(config, workbench) | source_of(workbench.model)
+        about = environment(config.model, plan, learning, config.seed, workbench)
+        about |= source_of(workbench.model)
         if not measure_only:
             about |= {"learned_with": conditions(about)}
             results_folder.add_results(about)
@@ -201,9 +204,9 @@ def _run(
             chain(own, measure_base(evaluation, progress)), about, results_folder
         )
     if config.save_dir is not None and prospect.form is not None:
-        save_checkpoint(workbench, config, folder, Path(config.save_dir), prospect.form)
+        save_checkpoint(workbench, config.origin, folder, Path(config.save_dir), prospect.form)
     progress.close()
-    learned_or_measured = not measure_only or measures_anything(config)
+    learned_or_measured = not measure_only or measures_anything(config.measuring)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
@@ -224,11 +227,13 @@ def _learn(
     """A run folder of which every block is learned."""
     config, calibration = prospect.config, prospect.calibration
     assert calibration is not None
-    identity = describe_run(config, workbench.model, workbench, calibration)
+    learning, given = config.part(Learning), config.part(StatisticsFiles)
+    identity = describe_run(workbench, learning, calibration, given)
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
-        learn_model(workbench, config, calibration.feed, prospect.statistics, folder, progress)
+        feed, statistics = calibration.feed, prospect.statistics
+        learn_model(workbench, learning, feed, statistics, folder, progress, config.report)
     return folder
 
 
@@ -236,8 +241,9 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     """Channel statistics of every block's linears on the calibration text, in full precision."""
     progress = progress or Progress()
     model = load_model(config.model, optional_path(config.cache_dir))
-    workbench = make_workbench(model, config)
-    calibration = calibration_of(config, model, None)
+    computing, scratch = config.part(Computing), Path(config.output_dir)
+    workbench = make_workbench(model, FULL_PRECISION, computing, scratch)
+    calibration = calibration_of(config.part(Calibrating), config.part(Sources), model, None)
     logger.info("calibration %s", calibration.description)
     entry = BlockInputs(model, calibration.feed, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)
@@ -268,7 +274,7 @@ def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> 
         raise LRQuantError(f"--tta {target}: needs a run folder; this is a model or checkpoint")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
     config = Config(**{**settings, "wbits": FLOAT_BITS, "abits": FLOAT_BITS}).resolved()
-    check_measures(config)
+    check_measures(config.measuring, bool(config.compare))
     require_base(config)
     if config.compare is True:
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")

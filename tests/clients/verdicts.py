@@ -172,7 +172,8 @@ def write(model, scheme: str, form: str, ids: Tensor, place: Path) -> dict[str, 
         expected = {LEARNED: log_probabilities(run.load_model().float(), ids)}
         if "A16" not in scheme:
             dense = Path(scratch) / "dense"
-            save_checkpoint(run.workbench, run.config, run.folder, dense, formats()["dequantized"])
+            form, origin = formats()["dequantized"], run.config.origin
+            save_checkpoint(run.workbench, origin, run.folder, dense, form)
             weights = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
             expected[WEIGHTS] = log_probabilities(weights, ids)
             expected[STEPS] = in_steps(weights, run.config.quantization.activation_bits, ids)

@@ -100,7 +100,7 @@ def test_16_leaves_matrices_alone():
 def test_a_matrix_that_is_left_alone_keeps_its_weight(make_model, make_bench):
     config = Config(scheme="W2A16", scheme_for=("mlp.down_proj=W16A16",)).resolved()
     module = make_model("llama")
-    bench = make_bench(module, plan=Plan.of(config))
+    bench = make_bench(module, plan=Plan.of(config.quantizing))
     frozen = bench.nearest.view(0, bench.stored(0)).freeze()
     tensors, block = frozen.tensors(torch.float32), module.model.layers[0]
     assert "mlp.down_proj" not in frozen.matrices and len(frozen.matrices) == 6

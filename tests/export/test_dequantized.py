@@ -164,7 +164,7 @@ def test_a_run_is_not_replaced_by_its_checkpoint(learn, tmp_path):
     with pytest.raises(LRQuantError, match="holds files that are no checkpoint"):
         elsewhere = Config(model="m", output_dir=str(tmp_path / "elsewhere"))
         form = choose_format(run.workbench.plan, run.config.format, None)
-        save_checkpoint(run.workbench, elsewhere, run.folder, run.folder.path, form)
+        save_checkpoint(run.workbench, elsewhere.origin, run.folder, run.folder.path, form)
     assert run.folder.finished_blocks() == 2
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_run_leaves_no_folder(learn, tmp_path):
     run.folder.block_path(1).write_bytes(b"x")
     with pytest.raises(LRQuantError, match="changed or damaged"):
         form = choose_format(run.workbench.plan, run.config.format, None)
-        save_checkpoint(run.workbench, run.config, run.folder, tmp_path / "saved", form)
+        save_checkpoint(run.workbench, run.config.origin, run.folder, tmp_path / "saved", form)
     assert not list(tmp_path.glob("saved*"))
 
 

@@ -43,9 +43,8 @@ def export(run, place, change=lambda tensors: tensors):
     def tensors(frozen, dtype):
         return change(form.tensors(frozen, dtype))
 
-    save_checkpoint(
-        run.workbench, run.config, run.folder, place, dataclasses.replace(form, tensors=tensors)
-    )
+    changed = dataclasses.replace(form, tensors=tensors)
+    save_checkpoint(run.workbench, run.config.origin, run.folder, place, changed)
 
 
 def refused(run, place, words, change=lambda tensors: tensors):
@@ -128,7 +127,7 @@ def test_a_quantization_config_of_other_bits_is_found(learned, tmp_path):
 
     wrong = dataclasses.replace(form, quantization_config=other)
     with pytest.raises(LRQuantError, match="read back"):
-        save_checkpoint(run.workbench, run.config, run.folder, tmp_path / "wrong", wrong)
+        save_checkpoint(run.workbench, run.config.origin, run.folder, tmp_path / "wrong", wrong)
     assert not (tmp_path / "wrong").exists()
 
 

@@ -18,7 +18,7 @@ def config_of(scheme, target, **settings):
 
 
 def chosen(config):
-    return choose_format(Plan.of(config), config.format, config.target)
+    return choose_format(Plan.of(config.quantizing), config.format, config.target)
 
 
 @pytest.mark.parametrize("target", ["vllm", "transformers"])

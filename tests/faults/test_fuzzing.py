@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from lrquant import Config, LRQuantError, quantize
 from lrquant.cli import main
 from lrquant.config.config import typed_settings
+from lrquant.config.groups import Computing
 from lrquant.config.settings import read_yaml
 from lrquant.data.texts import load_text
 from lrquant.measures.evaluation.resolution import resolve_settings
@@ -319,11 +320,11 @@ def test_checkpoints(run, copied, pick, damage, picks, new):
     place = copied(run[1])
     spoil(some_file(place, pick), damage, picks, new)
     outcome(lambda: inspect_folder(place))
-    config = Config(device="cpu", precision="float32")
-    loaded = outcome(lambda: load_checkpoint(str(place), config))
+    computing = Computing("cpu", "float32", "auto")
+    loaded = outcome(lambda: load_checkpoint(str(place), computing))
     if loaded is not None:
         ids = torch.tensor([[5, 6, 7]])
-        expected = load_checkpoint(str(run[1]), config).module(ids).logits
+        expected = load_checkpoint(str(run[1]), computing).module(ids).logits
         assert torch.equal(loaded.module(ids).logits, expected)
 
 

@@ -138,7 +138,7 @@ def saved(run, place: Path, names) -> dict[str, str]:
     """A digest of a run's checkpoint in each of some formats."""
     digests = {}
     for name in names:
-        save_checkpoint(run.workbench, run.config, run.folder, place / name, formats()[name])
+        save_checkpoint(run.workbench, run.config.origin, run.folder, place / name, formats()[name])
         digests[name] = digest_of(sorted((place / name).glob("*.safetensors")))
     return digests
 

@@ -11,13 +11,14 @@ import torch
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import SMALLEST_FACTOR
 from lrquant.learn import fit
-from lrquant.learn.fit import BlockData, FitSettings, fit_block
+from lrquant.learn.fit import BlockData, fit_block
 from lrquant.learn.objective import Objective
 
 BATCHES = 4
@@ -46,7 +47,7 @@ def block(make_model, make_bench, token_ids):
 
 
 def settings(**changes):
-    return FitSettings(**({"epochs": 3} | changes))
+    return Learning(**({"epochs": 3} | changes))
 
 
 def learn(prepared, **changes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lrquant import LRQuantError, quantize
@@ -32,3 +34,14 @@ def test_patterns_in_another_order_are_another_run(learn, tmp_path):
         learn(*reversed(patterns), resume=resume)
     with pytest.raises(LRQuantError, match="its schemes differs"):
         learn(patterns[0], resume=resume)
+
+
+def test_how_it_was_learned_is_told_by_these_names_in_this_order(learn, tmp_path):
+    """So that a run of an earlier version goes on."""
+    learn(batch_size=2, wd=0.5, window=2)
+    learning = json.loads((tmp_path / "run" / "run.json").read_text())["learning"]
+    assert list(learning.items()) == [
+        *(("epochs", 1), ("weight_decay", 0.5), ("loss", "mse+nlc"), ("window", 2)),
+        *(("two_branch", False), ("dynamic_weights", False), ("ema_init", "first")),
+        *(("keep_best", True), ("batch_size", 2)),
+    ]

@@ -11,10 +11,11 @@ import torch
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, fit_block
+from lrquant.learn.fit import BlockData, fit_block
 from lrquant.learn.team import ALONE
 
 SIZE = 2
@@ -63,7 +64,7 @@ def learned(make_model, make_bench, token_ids):
         view.initialize(statistics)
         data = BlockData(0, entry, inputs, (target,), team=team)
         with bench.runner(0, view) as runner:
-            report = fit_block(view, runner, data, FitSettings(3, loss="mse", keep_best=True))
+            report = fit_block(view, runner, data, Learning(3, loss="mse", keep_best=True))
         return report, view.parameters
 
     return learn

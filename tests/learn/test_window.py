@@ -11,10 +11,11 @@ from lrquant import quantize
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, fit_block
+from lrquant.learn.fit import BlockData, fit_block
 from lrquant.learn.stage import units_of
 from lrquant.learn.window import Window
 
@@ -50,9 +51,9 @@ def test_a_window_of_one_is_a_block_bit_for_bit(window):
     (one, data), (other, same) = window(1), window(1)
     (view,), (runner,) = one.views, one.runners
     with runner:
-        report = fit_block(view, runner, dataclasses.replace(data), FitSettings(3))
+        report = fit_block(view, runner, dataclasses.replace(data), Learning(3))
     with other:
-        reported = fit_block(other, other, same, FitSettings(3))
+        reported = fit_block(other, other, same, Learning(3))
     assert report.epoch_losses == reported.epoch_losses
     assert other.parameters.keys() == {f"0.{name}" for name in view.parameters}
     assert all(torch.equal(t, other.parameters[f"0.{n}"]) for n, t in view.parameters.items())
@@ -61,7 +62,7 @@ def test_a_window_of_one_is_a_block_bit_for_bit(window):
 def test_blocks_learned_together_lower_the_error_after_the_last(window):
     together, data = window(2)
     with together:
-        report = fit_block(together, together, data, FitSettings(12, keep_best=True))
+        report = fit_block(together, together, data, Learning(12, keep_best=True))
     assert min(report.held_losses) < report.initial_loss
     with together, torch.no_grad():
         joint = float(data.terms(together, together.tensors(), "mse+nlc").sum())

@@ -11,7 +11,6 @@ from lrquant import quantize
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.variants import unlearned
-from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
@@ -33,7 +32,7 @@ def measured(bench, windows, scheme):
     subject = BlockSubject("full_precision", under(bench, scheme))
     columns = [("full_precision", subject), ("round_to_nearest", subject)]
     (scored,) = score_text([MEASURE], columns, samples, Progress(), held=True)
-    return MEASURE.entries(scored, Config())
+    return MEASURE.entries(scored, MEASURE.settings())
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -132,11 +132,16 @@ def test_the_verdict_is_on_the_mean_against_base_or_full_precision():
     assert gained["drop"] == pytest.approx(-drop) and gained["acceptable"]
 
 
+def checked(**settings):
+    config = Config(**settings)
+    check_measures(config.measuring, bool(config.compare))
+
+
 def test_a_limit_needs_something_to_hold_against_it():
     for settings, needed in (({"tasks": "piqa"}, "--compare"), ({"compare": True}, "--tasks")):
         with pytest.raises(LRQuantError, match=rf"--max_drop 0.1: .* give {needed} too"):
-            check_measures(Config(max_drop=0.1, **settings))
-    check_measures(Config(max_drop=0.1, tasks="piqa", compare=True))
+            checked(max_drop=0.1, **settings)
+    checked(max_drop=0.1, tasks="piqa", compare=True)
     for wrong in (-0.1, 1.5, math.nan):
         with pytest.raises(LRQuantError, match=r"max_drop .*: use a share of accuracy from 0 to 1"):
             Config(max_drop=wrong)

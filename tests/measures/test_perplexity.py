@@ -232,7 +232,7 @@ def test_its_standard_error_is_that_of_the_windows(make_model, make_bench, token
 
 def test_sets_by_name_come_before_the_published_five():
     def names(**settings):
-        return [text.name for text in texts.texts_of(Config(**settings))]
+        return [text.name for text in texts.texts_of(Config(**settings).measuring)]
 
     assert names(eval_ppl=True) == ["wikitext2", "ptb", "c4", "ptb-new", "c4-new"]
     assert names(eval_ppl=True, ppl=("c4",)) == ["c4"]

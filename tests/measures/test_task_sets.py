@@ -10,7 +10,9 @@ from datasets import Dataset
 
 from lrquant import LRQuantError
 from lrquant.config.config import Config
+from lrquant.config.groups import Sources
 from lrquant.measures.harness.sets import find_set
+from lrquant.measures.harness.settings import TaskSettings
 from lrquant.measures.tasks import MEASURE
 
 NINE = "piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande,sciq,openbookqa,social_iqa"
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("harness")
 def load(folder, tasks="piqa", **settings):
     places = {"data_dir": None if folder is None else str(folder)}
     config = Config(tasks=tasks, **places, **settings)
-    return MEASURE.read_alone(MEASURE.settings_of(config), config)[tasks]
+    return MEASURE.read_alone(config.part(TaskSettings), config.part(Sources))[tasks]
 
 
 def prompts(tasks, name, **settings):

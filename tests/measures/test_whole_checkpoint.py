@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lrquant import LRQuantError
-from lrquant.config.config import Config
+from lrquant.config.groups import Computing
 from lrquant.files.manifest import MANIFEST, SETTINGS
 from lrquant.files.publishing import HASHES
 from lrquant.measures.subjects.checkpoint import load_checkpoint
@@ -45,7 +45,7 @@ def foreign(checkpoint):
 
 
 def load(folder):
-    return load_checkpoint(str(folder), Config(model=str(folder), output_dir="x"))
+    return load_checkpoint(str(folder), Computing("auto", "auto", "auto"))
 
 
 def refused(folder, *words):

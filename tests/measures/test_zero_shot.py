@@ -16,10 +16,12 @@ from lrquant.blocks.plan import Plan
 from lrquant.blocks.variants import full_precision, unlearned
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
+from lrquant.config.groups import Sources
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.beginnings import Beginning, beginning_by_itself
 from lrquant.measures.harness import scores as harness_scores
+from lrquant.measures.harness.settings import TaskSettings
 from lrquant.measures.harness.task_list import Tasks
 from lrquant.measures.measure import WholeModel
 from lrquant.measures.tables import results_table
@@ -29,13 +31,15 @@ from lrquant.runs.progress import Progress
 
 
 def load_tasks(config):
-    (tasks,) = MEASURE.read_alone(MEASURE.settings_of(config), config).values()
+    (tasks,) = MEASURE.read_alone(config.part(TaskSettings), config.part(Sources)).values()
     return tasks
 
 
 def score_tasks(tasks, module, reader, config):
     whole = WholeModel(module, reader, "quantized")
-    return MEASURE.score("", tasks, whole, config, Progress())
+    return MEASURE.score(
+        "", tasks, whole, config.part(TaskSettings), config.part(Sources), Progress()
+    )
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch, absent)
     expected = rf"--tasks piqa: .*{absent}.* pip install 'lrquant\[eval\]'"
     with pytest.raises(LRQuantError, match=expected):
         load_tasks(Config(tasks="piqa"))
-    assert MEASURE.read_alone(MEASURE.settings_of(Config()), Config()) == {}
+    assert MEASURE.read_alone(TaskSettings(), Config().part(Sources)) == {}
 
 
 def test_unknown_tasks_are_named_with_near_ones(harness):

@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import resolve_trust_remote_code
 import lrquant
 from lrquant import LRQuantError, evaluate
 from lrquant.cli import main
+from lrquant.config.groups import Computing
 from lrquant.measures.subjects.checkpoint import load_checkpoint
 from lrquant.model.loading import load_model
 from lrquant.model.reading import own_code, read_processor
@@ -94,8 +95,8 @@ def test_no_command_asks_or_runs(tmp_path, laid, yes, command, capsys, monkeypat
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_checkpoints_code_does_not_run(tmp_path, laid, yes, place):
-    config = lrquant.Config(device="cpu", precision="float32")
-    checkpoint = load_checkpoint(str(laid(place)), config)
+    computing = Computing("cpu", "float32", "auto")
+    checkpoint = load_checkpoint(str(laid(place)), computing)
     ids = checkpoint.module.generate(torch.tensor([[5]]), max_new_tokens=1, do_sample=False)
     assert not ran(tmp_path) and ids.shape == (1, 2)
 
@@ -137,8 +138,8 @@ def test_a_configs_attention_names_no_code_of_the_hub(laid):
     values = json.loads((folder / "config.json").read_text())
     values |= {"attn_implementation": "someone/kernels", "_attn_implementation": "someone/kernels"}
     (folder / "config.json").write_text(json.dumps(values))
-    config = lrquant.Config(device="cpu", precision="float32")
-    assert load_checkpoint(str(folder), config).module.config._attn_implementation == "sdpa"
+    computing = Computing("cpu", "float32", "auto")
+    assert load_checkpoint(str(folder), computing).module.config._attn_implementation == "sdpa"
     assert load_model(str(folder)).skeleton.config._attn_implementation == "sdpa"
 
 

@@ -16,13 +16,14 @@ from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.clipping import Clipping
 from lrquant.ingredients.equivalent import Equivalent
 from lrquant.ingredients.factors import ScaleFactors
-from lrquant.learn.fit import BlockData, FitSettings, fit_block
+from lrquant.learn.fit import BlockData, fit_block
 
 PAGE = "add-an-ingredient.md"
 OWN = {
@@ -105,7 +106,7 @@ def test_learning_moves_every_parameter_and_lowers_the_loss(name, ingredient, pr
     view, runner, data = prepared(ingredient(name))
     before = {key: values.clone() for key, values in view.parameters.items()}
     with runner:
-        report = fit_block(view, runner, data, FitSettings(epochs=8, keep_best=True))
+        report = fit_block(view, runner, data, Learning(epochs=8, keep_best=True))
     assert report.best_epoch and report.held_losses[report.best_epoch - 1] < report.initial_loss
     assert not any(torch.equal(before[key], values) for key, values in view.parameters.items())
     assert frozen_differs(view) == []

@@ -13,6 +13,7 @@ from lrquant import quantize
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.data.samples import Samples
 from lrquant.export.checkpoint import INDEX
 from lrquant.export.choice import formats
@@ -26,7 +27,7 @@ from lrquant.preflight.estimate import (
     run_bytes,
     stream_bytes,
 )
-from lrquant.preflight.load import Load
+from lrquant.preflight.load import Load, TextLoad
 from lrquant.preflight.probe import BlockCosts
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
@@ -42,7 +43,8 @@ def load_of(make_model, make_bench):
     """load_of(model, settings, samples, tokens, dtype) -> what its blocks are to learn on"""
 
     def make(model, config, samples, tokens, dtype=torch.float32):
-        return Load(make_bench(model, dtype, Plan.of(config)), config, samples * tokens, None)
+        bench = make_bench(model, dtype, Plan.of(config.quantizing))
+        return Load(bench, config.part(Learning), samples * tokens, None)
 
     return make
 
@@ -78,7 +80,7 @@ def written(model_folder, text_file, tmp_path):
 def estimated(run):
     form = formats()[run.config.format or "compressed-tensors"]
     settings = len(run.config.to_yaml().encode())
-    return checkpoint_size(run.workbench.model, Plan.of(run.config), form, settings)
+    return checkpoint_size(run.workbench.model, Plan.of(run.config.quantizing), form, settings)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings, rep
 def test_nothing_learned_takes_no_space(make_model):
     config = Config(scheme="W16A16", epochs=0).resolved()
     model = from_module(make_model("llama"))
-    assert learned_bytes(shape_view(model, 0, Plan.of(config))) == 0
+    assert learned_bytes(shape_view(model, 0, Plan.of(config.quantizing))) == 0
 
 
 def test_the_size_of_hidden_states(make_model, load_of):
@@ -175,8 +177,8 @@ def texts(windows, tokens, name="a"):
 def test_the_memory_of_each_phase(make_model, load_of):
     """Hidden 32, vocabulary 264, untied, float32: values added up by hand."""
     config = Config(scheme="W4A4").resolved()
-    load = load_of(make_model("llama"), dataclasses.replace(config, seqlen=16), 10, 16)
-    memory = estimate_memory(load, COSTS, 5_000, True, texts(6, 16))
+    load = load_of(make_model("llama"), config, 10, 16)
+    memory = estimate_memory(load, COSTS, 5_000, True, TextLoad(texts(6, 16), 16))
     streams = 2 * 10 * 16 * 32 * 4
     embedding = 4 * (264 * 32 + 32)  # and the last norm
     assert memory.embedding == 5_000 + streams + embedding
@@ -189,11 +191,11 @@ def test_the_memory_of_each_phase(make_model, load_of):
 
 def test_memory_of_other_settings(make_model, load_of):
     model = make_model("llama", torch.bfloat16)
-    config = Config(scheme="W4A4", seqlen=16, lr_plus=True).resolved()
+    config = Config(scheme="W4A4", lr_plus=True).resolved()
 
-    def memory(config, dtype=torch.bfloat16, inside=True, windows=()):
+    def memory(config, dtype=torch.bfloat16, inside=True, windows=(), against=()):
         load = load_of(model, config, 10, 16, dtype)
-        return estimate_memory(load, COSTS, 5_000, inside, windows)
+        return estimate_memory(load, COSTS, 5_000, inside, TextLoad(windows, 16, against))
 
     streams = 3 * 10 * 16 * 32 * 2
     assert memory(config).learning == 8_000 + streams
@@ -203,9 +205,8 @@ def test_memory_of_other_settings(make_model, load_of):
     assert memory(config).embedding == 5_000 + streams + copies
     assert memory(config).measuring == 5_000, "nothing is measured"
     plain = memory(config, windows=texts(2, 16)).measuring
-    agreed = dataclasses.replace(config, agreement=("a",))
     more = 2 * 16 * 32 * 2 + 2 * 16 * 264 * 4  # a second stream, and the reference's logits
-    assert memory(agreed, windows=texts(2, 16)).measuring == plain + more
+    assert memory(config, windows=texts(2, 16), against={"a"}).measuring == plain + more
 
 
 def test_the_time_of_learning(make_model, load_of):
@@ -231,29 +232,28 @@ def test_the_time_of_learning(make_model, load_of):
 
 def test_the_time_of_measuring(make_model):
     model = from_module(make_model("llama"))
-    config = Config(scheme="W4A16").resolved()
     linears = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     head = 264 * 32 / linears * 2.0 / 16  # seconds a token, by the share of products
     quantized = 2 * 4.0 / 16
-    once = measuring_seconds(model, config, COSTS, texts(5, 8))
+    once = measuring_seconds(model, COSTS, TextLoad(texts(5, 8), 8), True)
     assert once == pytest.approx(40 * (quantized + head) + 2 * 1.25)
-    assert measuring_seconds(model, config, COSTS, []) == 0
-    compared = dataclasses.replace(config, compare=True)
+    assert measuring_seconds(model, COSTS, TextLoad([], 8), True) == 0
+    compared = TextLoad(texts(5, 8), 8, compared=True)
     more = 40 * (2 * quantized + 2 * 2.0 / 16 + 3 * head) + 3 * 2 * 1.25
-    assert measuring_seconds(model, compared, COSTS, texts(5, 8)) == pytest.approx(more)
+    assert measuring_seconds(model, COSTS, compared, True) == pytest.approx(more)
 
 
 def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):
     model = load_model(str(model_folder("llama")))
     config = Config(scheme="W4A16", model=model.name).resolved()
     form = formats()["compressed-tensors"]
-    with_tokenizer = checkpoint_size(model, Plan.of(config), form, 0).outside
+    with_tokenizer = checkpoint_size(model, Plan.of(config.quantizing), form, 0).outside
     before = {path.name for path in Path(model.name).iterdir()}
     written = [path for path in Path(model.name).glob("*tokenizer*") if path.is_file()]
     size = sum(path.stat().st_size for path in written)
     for path in written:
         path.unlink()
-    without = checkpoint_size(model, Plan.of(config), form, 0).outside
+    without = checkpoint_size(model, Plan.of(config.quantizing), form, 0).outside
     assert with_tokenizer - without == pytest.approx(size, abs=100)  # the name of its class
     left = {path.name for path in Path(model.name).iterdir()}
     assert left == before - {path.name for path in written}, "the model's own folder is left alone"

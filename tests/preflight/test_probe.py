@@ -10,6 +10,7 @@ import torch
 from lrquant import LRQuantError
 from lrquant.blocks.plan import Plan
 from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.preflight import probe
 from lrquant.preflight.load import language_load
 from lrquant.preflight.probe import LONGEST, REPEATS, probe_block
@@ -17,7 +18,8 @@ from lrquant.preflight.probe import LONGEST, REPEATS, probe_block
 
 def load_of(bench, config):
     """What the blocks of a bench are to learn on, under the plan of settings."""
-    return language_load(dataclasses.replace(bench, plan=Plan.of(config)), config, None)
+    bench = dataclasses.replace(bench, plan=Plan.of(config.quantizing))
+    return language_load(bench, config.part(Learning), None, [config.seqlen] * config.nsamples)
 
 
 @pytest.fixture

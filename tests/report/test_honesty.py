@@ -165,13 +165,10 @@ def test_a_model_card_says_what_full_precision_was():
         **{"auto_class": "AutoModelForCausalLM", "base_model": "m", "scheme": "W4A16", "tower": ""},
         **{"method": "x", "precision": "float32", "calibration": {"text": "t", "sha256": "s"}},
     }
-    card = model_card(
-        config, choose_format(Plan.of(config), None, None), {**facts_of_it, "results": results}
-    )
+    form = choose_format(Plan.of(config.quantizing), None, None)
+    card = model_card(config.schemes, 2, form, {**facts_of_it, "results": results})
     assert "- Full precision: the base model as unpacked from Q4_1" in card
     assert "full precision (unpacked from Q4_1)" in card and "wikitext2, n = 4 of 632" in card
     del results["unpacked_from"]
-    plain = model_card(
-        config, choose_format(Plan.of(config), None, None), {**facts_of_it, "results": results}
-    )
+    plain = model_card(config.schemes, 2, form, {**facts_of_it, "results": results})
     assert "unpacked" not in plain

@@ -19,6 +19,7 @@ from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import FLOATING_POINT
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
@@ -208,13 +209,13 @@ def test_a_tower_in_floating_point_is_saved_as_it_is(language_family, learn, tmp
 
 def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_bench):
     config = Config(scheme="W4A4", vision_scheme="W8A8", batch_size=2).resolved()
-    bench = make_bench(make_vision(language_family), plan=Plan.of(config))
+    bench = make_bench(make_vision(language_family), plan=Plan.of(config.quantizing))
     feed = make_feed(language_family)
     samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
-    load = tower_load(bench, config, samples)
+    load = tower_load(bench, config.part(Learning), samples)
     costs = probe_block(load)
     entry = BlockInputs(bench.model.tower, feed, 2, bench.device)
     assert load.rows == entry.shape[0] >= costs.rows > 0
     assert costs.step > 0 and load.workbench.plan.schemes.default.name == "W8A8"
     tokens = sum(sample["input_ids"].shape[1] for sample in feed.inputs)
-    assert language_load(bench, config, samples).rows == tokens
+    assert language_load(bench, config.part(Learning), samples, []).rows == tokens

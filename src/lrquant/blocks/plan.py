@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
-from lrquant.config.config import Config, ingredient_kinds
+from lrquant.config.config import ingredient_kinds
+from lrquant.config.groups import Quantizing
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
@@ -34,15 +35,14 @@ class Plan:
     scale_dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, config: Config) -> Plan:
+    def of(cls, asked: Quantizing) -> Plan:
         """What resolved settings ask for."""
-        dtype = None if config.save_dtype is None else getattr(torch, config.save_dtype)
+        dtype = None if asked.save_dtype is None else getattr(torch, asked.save_dtype)
         language, tower = (
-            cast(tuple[Ingredient, ...], config.ingredients(tower=part)) for part in (False, True)
+            cast(tuple[Ingredient, ...], part)
+            for part in (asked.ingredients, asked.tower_ingredients)
         )
-        if config.vision_scheme is None:
-            tower = ()
-        return cls(config.schemes, language, tower, dtype)
+        return cls(asked.schemes, language, tower, dtype)
 
     @property
     def tower(self) -> Plan:
@@ -53,6 +53,16 @@ class Plan:
     def unlearned(self) -> Plan:
         """The same schemes with nothing learned: weights are rounded to nearest."""
         return Plan(self.schemes, scale_dtype=self.scale_dtype)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether what is learned of the language part needs statistics, whatever files give."""
+        return any(each.needs_statistics for each in self.ingredients)
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether what is learned of the language part makes use of given statistics."""
+        return any(each.reads_statistics for each in self.ingredients)
 
 
 FULL_PRECISION = Plan(Schemes(FLOATING_POINT))

@@ -17,7 +17,7 @@ from lrquant.blocks.plan import FULL_PRECISION, Plan, plan_block
 from lrquant.blocks.runner import BlockRunner, Observer
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
-from lrquant.config.config import Config
+from lrquant.config.groups import Computing
 from lrquant.model.device import choose_device, choose_precision
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
@@ -92,12 +92,13 @@ class Workbench:
         return "host" if needed < 0.7 * psutil.virtual_memory().available else "disk"
 
 
-def make_workbench(model: Model, config: Config, plan: Plan | None = None) -> Workbench:
-    """Device, precision, room for hidden states and, unless it is given, the plan of settings."""
-    device = choose_device(config.device)
-    dtype = choose_precision(config.precision, device)
-    scratch = Path(config.output_dir)
-    return Workbench(model, device, dtype, config.offload, scratch, plan or Plan.of(config))
+def make_workbench(
+    model: Model, plan: Plan, computing: Computing, scratch: Path | None = None
+) -> Workbench:
+    """A model where it is to compute; hidden states on disk live in the folder `scratch`."""
+    device = choose_device(computing.device)
+    dtype = choose_precision(computing.precision, device)
+    return Workbench(model, device, dtype, computing.offload, scratch, plan)
 
 
 def shape_view(model: Model, index: int, plan: Plan) -> BlockView:

@@ -13,6 +13,7 @@ import yaml
 from lrquant.config.choices import SettingDict
 from lrquant.config.core import Settings, defaults_of, hints_of
 from lrquant.config.declarations import Declaration, declarations
+from lrquant.config.groups import SETTING, Learning, MeasureSettings, Origin, Places, Quantizing
 from lrquant.config.learned import LearnedSettings
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
@@ -53,9 +54,29 @@ class _Config(Settings):
             self.part(kind)  # which refuses values of its own
 
     def part(self, kind: type[T]) -> T:
-        """The settings of one declaration."""
-        names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        return kind(**{name: getattr(self, name) for name in names})
+        """The settings of one declaration, or of one group, which may call them otherwise."""
+        names = {
+            entry.name: entry.metadata.get(SETTING, entry.name)
+            for entry in dataclasses.fields(kind)  # type: ignore[arg-type]
+        }
+        return kind(**{own: getattr(self, name) for own, name in names.items()})
+
+    @property
+    def measuring(self) -> MeasureSettings:
+        """The settings of every measure."""
+        return {kind: self.part(kind) for kind in measured_settings()}
+
+    @property
+    def origin(self) -> Origin:
+        """What a checkpoint of this run tells of it."""
+        learning, places = self.part(Learning), self.part(Places)
+        return Origin(self.net_name, learning, self.seed, self.to_yaml(), places)
+
+    @property
+    def quantizing(self) -> Quantizing:
+        """What is quantised, and what is learned for it, as resolved settings say."""
+        tower = () if self.vision_scheme is None else self.ingredients(tower=True)
+        return Quantizing(self.schemes, self.ingredients(), tower, self.save_dtype)
 
     def resolved(self) -> Config:
         """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
@@ -208,6 +229,11 @@ else:
         frozen=True,
         namespace={"__module__": __name__, "__doc__": _Config.__doc__},
     )
+
+
+def quantizing_in(path: Path) -> Quantizing:
+    """What the settings that a checkpoint carries quantise."""
+    return Config.from_yaml(path).quantizing
 
 
 @cache

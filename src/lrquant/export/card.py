@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from lrquant.config.config import Config
 from lrquant.config.core import TARGETS
+from lrquant.config.schemes import Schemes
 from lrquant.export.format import Format
 from lrquant.export.targets import loading_of
 from lrquant.files.whole import JsonObject
@@ -38,7 +38,7 @@ _PIPELINES = {
 }
 
 
-def model_card(config: Config, form: Format, facts: JsonObject) -> str:
+def model_card(schemes: Schemes, seed: int, form: Format, facts: JsonObject) -> str:
     """A model card in Markdown, from the manifest's facts."""
     calibration = facts["calibration"]
     front = [
@@ -46,12 +46,12 @@ def model_card(config: Config, form: Format, facts: JsonObject) -> str:
         "library_name: transformers",
         f"pipeline_tag: {_PIPELINES[facts['auto_class']]}",
         f"base_model: {json.dumps(facts['base_model'])}",
-        f"tags: [lrquant, {form.name}, {config.quantization.name.lower()}]",
+        f"tags: [lrquant, {form.name}, {schemes.default.name.lower()}]",
         "---",
     ]
     parts = [
         "\n".join(front),
-        f"# {facts['base_model']}, {config.quantization.name}",
+        f"# {facts['base_model']}, {schemes.default.name}",
         f"Quantised after training with lrquant. Format: {form.name}.",
         "\n".join(
             [
@@ -60,14 +60,14 @@ def model_card(config: Config, form: Format, facts: JsonObject) -> str:
                 f"- Method: {facts['method']}",
                 f"- Calibration: {calibration['text']}; SHA-256 of the tokens "
                 f"`{calibration['sha256']}`",
-                f"- Seed {config.seed}; matrix products in {facts['precision']}",
+                f"- Seed {seed}; matrix products in {facts['precision']}",
                 *_base(facts["results"]),
             ]
         ),
         "## Quality",
         _quality(facts["results"]),
         "## Loading",
-        *_loading(config, form, facts["auto_class"]),
+        *_loading(schemes, form, facts["auto_class"]),
         "Settings of the run: `lrquant.yaml`. Facts and the hash of each file: `lrquant.json`; "
         "`lrquant inspect FOLDER` compares them.",
     ]
@@ -91,11 +91,11 @@ def _quality(results: JsonObject) -> str:
     return "\n\n".join([text, *notes])
 
 
-def _loading(config: Config, form: Format, auto_class: str) -> list[str]:
+def _loading(schemes: Schemes, form: Format, auto_class: str) -> list[str]:
     """How each runtime that takes it loads it, what it then computes, and what it has to say."""
     ways = []
     for target in TARGETS:
-        loading = loading_of(form, config.schemes, target)
+        loading = loading_of(form, schemes, target)
         if loading.refusal is None:
             serve = loading.serve or "vllm serve FOLDER"
             way = _LOADING[target].replace("CLASS", auto_class).replace("SERVE", serve)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrquant.blocks.plan import BlockPlan, Plan
 from lrquant.blocks.workbench import Workbench, learned_view, shape_view
-from lrquant.config.config import Config
+from lrquant.config.groups import Origin
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.export.card import model_card
@@ -64,21 +64,22 @@ def checkpoint_dtype(model: Model, plan: Plan, form: Format) -> torch.dtype:
 
 @torch.no_grad()
 def save_checkpoint(
-    workbench: Workbench, config: Config, folder: RunFolder, target: Path, form: Format
+    workbench: Workbench, origin: Origin, folder: RunFolder, target: Path, form: Format
 ) -> None:
     """Publish `target` as a Hugging Face checkpoint, one shard a block, when it is whole."""
     model, plan = workbench.model, workbench.plan
-    check_target(config, target)
+    check_target(origin.places, target)
     dtype = checkpoint_dtype(model, plan, form)
     check_format(model, plan, form, dtype)
     try:
-        with published(target, config.overwrite) as place:
+        with published(target, origin.places.overwrite) as place:
             parts = _write_tensors(workbench, folder, place, form)
             write_small_files(model, plan, place, form, parts)
-            (place / SETTINGS).write_text(config.to_yaml(), encoding="utf-8")
+            (place / SETTINGS).write_text(origin.settings, encoding="utf-8")
             read_back(_quantized(workbench, folder), place, form, dtype)
-            facts = _facts(workbench, config, folder, form)
-            (place / "README.md").write_text(model_card(config, form, facts), encoding="utf-8")
+            facts = _facts(workbench, origin, folder, form)
+            card = model_card(plan.schemes, origin.seed, form, facts)
+            (place / "README.md").write_text(card, encoding="utf-8")
             write_manifest(place, facts)
     except (OSError, SafetensorError) as error:
         raise LRQuantError(
@@ -87,18 +88,18 @@ def save_checkpoint(
         ) from error
 
 
-def _facts(workbench: Workbench, config: Config, folder: RunFolder, form: Format) -> JsonObject:
+def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format) -> JsonObject:
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
     model, schemes = workbench.model, workbench.plan.schemes
-    results = RunFolder(Path(config.output_dir)).results()
+    results = RunFolder(Path(origin.places.output_dir)).results()
     results = seen_from(results, folder.identity["precision"])
     return {
         "format": form.name,
         "scheme": schemes.describe(),
         "tower": schemes.tower.describe() if schemes.tower else "",
         "auto_class": model.architecture.auto_class.__name__,
-        "base_model": config.net_name,
-        "method": describe_method(config),
+        "base_model": origin.net_name,
+        "method": describe_method(workbench.plan, origin.learning),
         "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
         "precision": folder.identity["precision"],
         "results": {key: value for key, value in results.items() if key in _said(results)},

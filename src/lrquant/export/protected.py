@@ -5,41 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrquant.config.config import Config
+from lrquant.config.groups import Places
 from lrquant.errors import LRQuantError
 from lrquant.files.publishing import require_replaceable
 from lrquant.files.whole import require_writable
-from lrquant.measures.choice import measures
+from lrquant.measures.choice import read_by_measures
 
 _ONLY_HELD = ("the current directory", "a home folder")
 
 
-def check_target(config: Config, target: Path) -> None:
+def check_target(places: Places, target: Path) -> None:
     """Refuse, before any hour is spent, what could not be written or would destroy other files."""
     place = target.resolve()
-    if place == Path(config.output_dir).resolve():
+    if place == Path(places.output_dir).resolve():
         raise LRQuantError(f"--save_dir {target}: this is the run folder; use another one")
-    for what, other in _places(config):
+    for what, other in _kept(places):
         inside = what not in _ONLY_HELD and other.is_dir() and other in place.parents
         if place == other or place in other.parents or inside:
             said = "lies in" if inside and place != other else "is, or holds,"
             raise LRQuantError(f"--save_dir {target}: {said} {what} ({other}); use another folder")
     if (place / ".git").exists() or ".git" in place.parts:
         raise LRQuantError(f"--save_dir {target}: is, or lies in, a repository; use a new folder")
-    require_replaceable(place, config.overwrite)
+    require_replaceable(place, places.overwrite)
     require_writable(place.parent, "--save_dir")
 
 
-def _places(config: Config) -> Iterator[tuple[str, Path]]:
+def _kept(places: Places) -> Iterator[tuple[str, Path]]:
     """What must stay as it is, by what to call it; only what is there, links resolved."""
-    data = [config.calib_dataset, config.calib_images, config.act_scales, config.act_shifts]
-    data += [name for measure in measures() for name in measure.reads(config)]
-    data += _sets(config.data_dir)
+    data = [places.calib_dataset, places.calib_images, places.act_scales, places.act_shifts]
+    data += read_by_measures(places.measuring)
+    data += _sets(places.data_dir)
     named: list[tuple[str, str | None]] = [
-        ("the run folder", config.output_dir),
-        ("the run that is resumed", config.resume),
-        ("the model", config.model),
-        ("what is compared with", config.compare if isinstance(config.compare, str) else None),
+        ("the run folder", places.output_dir),
+        ("the run that is resumed", places.resume),
+        ("the model", places.model),
+        ("what is compared with", places.compare if isinstance(places.compare, str) else None),
         *(("the data", path) for path in data),
         ("the current directory", "."),
     ]

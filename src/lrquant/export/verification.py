@@ -13,7 +13,7 @@ from lrquant.architectures import architecture_of
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
-from lrquant.config.config import Config
+from lrquant.config.config import quantizing_in
 from lrquant.errors import LRQuantError
 from lrquant.export.choice import formats
 from lrquant.export.expected import bits_of_weights, expected_block
@@ -51,16 +51,17 @@ def verify(place: Path) -> Verified:
     manifest = read_manifest(place)
     problems = changed_files(place, manifest)
     source = SafetensorsSource(place)
-    config = Config.from_yaml(place / SETTINGS)
+    asked = quantizing_in(place / SETTINGS)
     model = _model(place, source)
-    expected, bits = _expected(model, config, manifest["format"])
+    plan = Plan.of(asked)
+    expected, bits = _expected(model, plan, manifest["format"])
     names = source.names()
     problems += [f"{name}: missing" for name in sorted(expected.keys() - names)]
     extra = set(manifest.get("extra_tensors", []))
     problems += [
         f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
     ]
-    used = _used_bits(model, config)
+    used = _used_bits(model, plan)
     tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     stored, elements = 0, count_parameters(model.skeleton, tied)
     for name in sorted(names):
@@ -80,13 +81,12 @@ def _model(place: Path, source: SafetensorsSource) -> Model:
     return Model(str(place), skeleton, None, source, architecture, place)
 
 
-def _expected(model: Model, config: Config, name: str) -> tuple[dict[str, Tensor], float]:
+def _expected(model: Model, plan: Plan, name: str) -> tuple[dict[str, Tensor], float]:
     """Every tensor that the checkpoint must hold, on the meta device; bits per weight."""
     if name not in formats():
         raise LRQuantError(f"{model.name}: written as {name!r}, which this lrquant does not know")
     form, dtype = formats()[name], _dtype(model)
     expected: dict[str, Tensor] = {}
-    plan = Plan.of(config)
     parts = parts_of(model, plan)
     bits = weights = 0
     for part, own in parts:
@@ -132,10 +132,10 @@ def _added(part: Model) -> JsonObject:
     return tower if tower.get("blocks") == part.architecture.blocks else found
 
 
-def _used_bits(model: Model, config: Config) -> dict[str, int]:
+def _used_bits(model: Model, plan: Plan) -> dict[str, int]:
     """How many bits of a row's last word hold codes, by name; 0 if all do."""
     used = {}
-    for part, own in parts_of(model, Plan.of(config)):
+    for part, own in parts_of(model, plan):
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             for name, shape in view.shapes.quantized.items():

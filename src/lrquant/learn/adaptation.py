@@ -16,18 +16,16 @@ from pathlib import Path
 import torch
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.plan import Plan
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, advance_full_precision, learned_view
-from lrquant.config.config import Config
+from lrquant.config.groups import Adapting, Learning
 from lrquant.data.conversations import is_conversations
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
-from lrquant.learn.fit import BlockData, FitSettings, advance_quantized, fit_block
-from lrquant.learn.identity import fit_settings
+from lrquant.learn.fit import BlockData, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
@@ -36,21 +34,23 @@ logger = logging.getLogger("lrquant")
 
 
 def check_adaptation(
-    config: Config, texts: Sequence[str], blocks: int, pictures: bool = False
+    adapting: Adapting,
+    ingredients: Sequence[Ingredient],
+    texts: Sequence[str],
+    blocks: int,
+    pictures: bool = False,
 ) -> None:
     """Refuse, before any hour is spent, an adaptation that has nothing to learn.
 
-    `texts` names those that are measured, `pictures` says whether the model takes conversations
-    with some.
+    `texts` names those that are measured, `blocks` is how many the model has, `pictures` says
+    whether it takes conversations with some.
     """
-    if not config.tta:
-        return
-    if not config.ingredients():
+    if not ingredients:
         raise LRQuantError(
             "--tta: the run learns nothing that could be adapted; give --lwc, --let or --lr-plus"
         )
-    if config.tta_blocks > blocks:
-        raise LRQuantError(f"--tta_blocks {config.tta_blocks}: the model has {blocks} blocks")
+    if adapting.blocks > blocks:
+        raise LRQuantError(f"--tta_blocks {adapting.blocks}: the model has {blocks} blocks")
     conversations = [name for name in texts if is_conversations(Path(name))]
     if conversations and pictures:
         raise LRQuantError(f"--tta {conversations[0]}: adapts to text alone, not to conversations")
@@ -60,36 +60,33 @@ def check_adaptation(
 
 def adapt(
     workbench: Workbench,
-    config: Config,
+    learning: Learning,
+    adapting: Adapting,
     folder: RunFolder,
     text: Samples,
     progress: Progress,
 ) -> JsonObject:
-    """Learn the last `tta_blocks` blocks again on `text`, from the run's own parameters.
+    """Learn the last blocks again on `text`, from the run's own parameters.
 
     Each is compared with the full-precision block on that block's true inputs in the
     full-precision model, both streams having gone through all blocks before it; the loss is the
     run's `loss` on that one branch, unweighted.  Returns how it was done and what came of it.
     """
-    settings = dataclasses.replace(
-        fit_settings(config),
-        epochs=config.tta_epochs,
-        window=1,
-        two_branch=False,
-        dynamic_weights=False,
+    again = dataclasses.replace(
+        learning, epochs=adapting.epochs, window=1, two_branch=False, dynamic_weights=False
     )
-    entry = BlockInputs(workbench.model, text.feed, config.batch_size, workbench.device)
+    entry = BlockInputs(workbench.model, text.feed, learning.batch_size, workbench.device)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
     blocks = len(workbench.model.blocks)
     with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
         stage = Adaptation(
-            *(workbench, settings, folder, text, blocks - config.tta_blocks),
+            *(workbench, again, folder, text, blocks - adapting.blocks),
             *(entry, full, quantized, told),
         )
         carry_out(stage)
-    return {"epochs": config.tta_epochs, "learned": stage.learned, "blocks": stage.records}
+    return {"epochs": adapting.epochs, "learned": stage.learned, "blocks": stage.records}
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Adaptation:
     """
 
     workbench: Workbench
-    settings: FitSettings
+    learning: Learning
     folder: RunFolder
     text: Samples
     first: int
@@ -129,8 +126,9 @@ class Adaptation:
     @property
     def _about(self) -> JsonObject:
         """What must be the same for an adapted block to be kept."""
-        settings = json.loads(json.dumps(dataclasses.asdict(self.settings)))
-        return {"text": self.text.sha256, "first": self.first, "learned": self.learned, **settings}
+        how = json.loads(json.dumps(dataclasses.asdict(self.learning)))
+        del how["batch_size"]  # that of the run, which has no other
+        return {"text": self.text.sha256, "first": self.first, "learned": self.learned, **how}
 
     def kept(self) -> int:
         """The blocks that stay as the run learned them, and those adapted before; others go."""
@@ -152,7 +150,7 @@ class Adaptation:
         view = learned_view(self.workbench, self.folder, unit.start, adapted)
         data = self._advance_full(unit.start, view)
         with self.workbench.runner(unit.start, view) as runner:
-            advance_quantized(view, runner, data, self.settings.loss)
+            advance_quantized(view, runner, data, self.learning.loss)
         self.told(unit.start)
 
     def learn(self, unit: range) -> None:
@@ -162,8 +160,8 @@ class Adaptation:
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:
-            report = fit_block(view, runner, data, self.settings)
-            final = float(advance_quantized(view, runner, data, self.settings.loss).sum())
+            report = fit_block(view, runner, data, self.learning)
+            final = float(advance_quantized(view, runner, data, self.learning.loss).sum())
         record: JsonObject = {
             "block": index,
             "initial_loss": report.initial_loss,
@@ -187,7 +185,7 @@ class Adaptation:
         return BlockData(index, self.entry, self.quantized, (full,))
 
 
-def describe_adaptation(config: Config) -> str:
+def describe_adaptation(adapting: Adapting, ingredients: Sequence[Ingredient]) -> str:
     """How long and how much is learned again, in words."""
-    rates = [f"{each.name}_lr {each.adapted().rate:g}" for each in Plan.of(config).ingredients]
-    return ", ".join([f"last {config.tta_blocks}, {config.tta_epochs} epochs", *rates])
+    rates = [f"{each.name}_lr {each.adapted().rate:g}" for each in ingredients]
+    return ", ".join([f"last {adapting.blocks}, {adapting.epochs} epochs", *rates])

@@ -13,6 +13,7 @@ from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
+from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
 from lrquant.learn.objective import Objective, loss_terms
 from lrquant.learn.team import ALONE, Team
@@ -22,20 +23,6 @@ Progress = Callable[[int, float], None]
 Learnable = BlockView | Window
 Runner = BlockRunner | Window
 Optimizers = list[torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How blocks are learned, `window` of them together; ingredients bring rates and optimizers."""
-
-    epochs: int
-    weight_decay: float = 0.0
-    loss: str = "mse+nlc"
-    window: int = 1
-    two_branch: bool = False
-    dynamic_weights: bool = False
-    ema_init: str = "first"
-    keep_best: bool = False
 
 
 @dataclass
@@ -124,7 +111,7 @@ def fit_block(
     view: Learnable,
     runner: Runner,
     data: BlockData,
-    settings: FitSettings,
+    learning: Learning,
     progress: Progress = lambda step, loss: None,
 ) -> FitReport:
     """Learn the view's parameters in place.
@@ -137,13 +124,13 @@ def fit_block(
     _check_stored(view, data.index)
     with torch.no_grad():
         tensors = view.tensors()
-    initial = data.terms(runner, tensors, settings.loss)
-    objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
+    initial = data.terms(runner, tensors, learning.loss)
+    objective = Objective(initial, learning.dynamic_weights, learning.ema_init)
     report = FitReport(objective, objective.measure(initial))
     if not math.isfinite(report.initial_loss):
         raise LRQuantError(_first_non_finite(runner, tensors, data))
-    if settings.epochs and view.parameters:
-        _Learning(view, runner, data, settings, report, progress).run()
+    if learning.epochs and view.parameters:
+        _Fit(view, runner, data, learning, report, progress).run()
     return report
 
 
@@ -152,7 +139,7 @@ def advance_quantized(view: Learnable, runner: Runner, data: BlockData, kind: st
     return data.terms(runner, view.frozen_tensors(), kind, advance=True)
 
 
-class _Learning:
+class _Fit:
     """The epochs of one block."""
 
     def __init__(
@@ -160,27 +147,27 @@ class _Learning:
         view: Learnable,
         runner: Runner,
         data: BlockData,
-        settings: FitSettings,
+        learning: Learning,
         report: FitReport,
         progress: Progress,
     ) -> None:
         self.view, self.runner, self.data = view, runner, data
-        self.settings, self.report, self.progress = settings, report, progress
+        self.learning, self.report, self.progress = learning, report, progress
         self.start = self.best = _copy(view.parameters)
 
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
-        report, settings = self.report, self.settings
-        optimizers = make_optimizers(self.view, settings.weight_decay)
+        report, learning = self.report, self.learning
+        optimizers = make_optimizers(self.view, learning.weight_decay)
         best_loss, best_epoch = report.initial_loss, 0
-        for epoch in range(1, settings.epochs + 1):
+        for epoch in range(1, learning.epochs + 1):
             mean = self._epoch(optimizers, epoch)
             if mean is None:
                 self._go_back(f"epoch {epoch}")
                 break
             report.epoch_losses.append(mean)
             held = mean
-            if settings.keep_best:
+            if learning.keep_best:
                 held = self._held_loss()
                 if not math.isfinite(held):
                     self._go_back(f"epoch {epoch}, after its last step")
@@ -189,11 +176,11 @@ class _Learning:
             if held <= best_loss:
                 self.best, best_loss, best_epoch = _copy(self.view.parameters), held, epoch
         else:
-            if settings.keep_best:
+            if learning.keep_best:
                 self.view.parameters = self.best
             elif not math.isfinite(self._first_loss()):
-                self._go_back(f"epoch {settings.epochs}, after its last step")
-        report.best_epoch = best_epoch if settings.keep_best else None
+                self._go_back(f"epoch {learning.epochs}, after its last step")
+        report.best_epoch = best_epoch if learning.keep_best else None
         self.view.parameters = _copy(self.view.parameters)
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
@@ -208,7 +195,7 @@ class _Learning:
                 batch,
                 optimizers,
                 self.report.objective,
-                self.settings.loss,
+                self.learning.loss,
             )
             value = _mean(value, self.data.team)
             if not math.isfinite(value):
@@ -221,14 +208,14 @@ class _Learning:
 
     @torch.no_grad()
     def _held_loss(self) -> float:
-        terms = self.data.terms(self.runner, self.view.tensors(), self.settings.loss)
+        terms = self.data.terms(self.runner, self.view.tensors(), self.learning.loss)
         return self.report.objective.measure(terms)
 
     @torch.no_grad()
     def _first_loss(self) -> float:
         """Loss of the first batch: what the last step, which no other step follows, has led to."""
         tensors = self.view.tensors()
-        _, terms = self.data.batch_terms(self.runner, tensors, 0, self.settings.loss)
+        _, terms = self.data.batch_terms(self.runner, tensors, 0, self.learning.loss)
         return self.report.objective.measure(terms)
 
     def _go_back(self, event: str) -> None:

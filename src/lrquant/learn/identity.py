@@ -14,47 +14,42 @@ import transformers
 
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench, peak_memory
-from lrquant.config.config import Config
+from lrquant.config.groups import Learning, StatisticsFiles
 from lrquant.data.samples import Samples
 from lrquant.files.whole import JsonObject
-from lrquant.learn.fit import FitSettings
 from lrquant.model.device import dtype_name
-from lrquant.model.model import Model
 from lrquant.version import __version__
 
 
-def describe_method(config: Config) -> str:
+def describe_method(plan: Plan, learning: Learning) -> str:
     """One line for people: what is learned, how long."""
-    learned = [ingredient.description for ingredient in Plan.of(config).ingredients]
+    learned = [ingredient.description for ingredient in plan.ingredients]
     if not learned:
         return "round to nearest: nothing is learned"
-    branches = ", two branches" if config.two_branch else ""
-    weights = f", dynamic weights from {config.ema_init}" if config.dynamic_weights else ""
-    kept = ", best epoch kept" if config.keep_best else ""
+    branches = ", two branches" if learning.two_branch else ""
+    weights = f", dynamic weights from {learning.ema_init}" if learning.dynamic_weights else ""
+    kept = ", best epoch kept" if learning.keep_best else ""
+    epochs = f"{learning.epochs} epoch{'' if learning.epochs == 1 else 's'}"
     return (
-        f"{method_name(config)}: {' and '.join(learned)}; loss {config.loss}{branches}{weights}; "
-        f"{config.epochs} epoch{'' if config.epochs == 1 else 's'}{kept}"
+        f"{method_name(plan, learning)}: {' and '.join(learned)}; "
+        f"loss {learning.loss}{branches}{weights}; {epochs}{kept}"
     )
 
 
-def method_name(config: Config) -> str:
+def method_name(plan: Plan, learning: Learning) -> str:
     """LRQuant+ with any of its three parts, else LRQuant."""
-    factors = any(ingredient.plus for ingredient in Plan.of(config).ingredients)
-    return "LRQuant+" if factors or config.two_branch or config.dynamic_weights else "LRQuant"
+    plus = any(ingredient.plus for ingredient in plan.ingredients)
+    return "LRQuant+" if plus or learning.two_branch or learning.dynamic_weights else "LRQuant"
 
 
 def describe_run(
-    config: Config, model: Model, workbench: Workbench, calibration: Samples
+    workbench: Workbench, learning: Learning, calibration: Samples, given: StatisticsFiles
 ) -> JsonObject:
     """What must be the same for a run to be resumed, and `calibration` in words."""
-    settings = dataclasses.asdict(fit_settings(config))
-    plan = workbench.plan
-    read = any(ingredient.reads_statistics for ingredient in plan.ingredients)
-    statistics = [
-        hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for path in (config.act_scales, config.act_shifts)
-        if path is not None and read
-    ]
+    model, plan = workbench.model, workbench.plan
+    read = given.named if plan.reads_statistics else ()
+    statistics = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in read]
+    dtype = None if plan.scale_dtype is None else dtype_name(plan.scale_dtype)
     tower = {}
     if plan.schemes.tower is not None and model.tower is not None:
         blocks, scheme = len(model.tower.blocks), plan.schemes.tower.to_dict()
@@ -64,8 +59,8 @@ def describe_run(
         **tower,
         "scheme": plan.schemes.default.to_dict(),
         "schemes": [f"{pattern}={scheme.name}" for pattern, scheme in plan.schemes.patterns],
-        "method": _values(plan) | {"save_dtype": config.save_dtype},
-        "learning": {**settings, "batch_size": config.batch_size},
+        "method": _values(plan) | {"save_dtype": dtype},
+        "learning": dataclasses.asdict(learning),
         "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
         "statistics": statistics,
         "precision": dtype_name(workbench.dtype),
@@ -93,18 +88,18 @@ class Place(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def environment(config: Config, place: Place) -> JsonObject:
-    """What a reader needs to repeat the numbers.
+def environment(model: str, plan: Plan, learning: Learning, seed: int, place: Place) -> JsonObject:
+    """What a reader needs to repeat the numbers of `model`, a name.
 
     On a CPU also the threads and instructions that torch uses: sums are split by them.
     """
     on_cpu = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     return {
-        "model": config.model,
-        "scheme": config.schemes.name,
-        "method": describe_method(config),
-        "method_name": method_name(config),
-        "seed": config.seed,
+        "model": model,
+        "scheme": plan.schemes.name,
+        "method": describe_method(plan, learning),
+        "method_name": method_name(plan, learning),
+        "seed": seed,
         "device": str(place.device),
         "precision": dtype_name(place.dtype),
         **(on_cpu if place.device.type == "cpu" else {}),
@@ -116,17 +111,3 @@ def environment(config: Config, place: Place) -> JsonObject:
         },
         "peak_memory_bytes": peak_memory(place.device),
     }
-
-
-def fit_settings(config: Config) -> FitSettings:
-    """How blocks are learned."""
-    return FitSettings(
-        epochs=config.epochs,
-        window=config.window,
-        weight_decay=config.wd,
-        loss=config.loss,
-        two_branch=bool(config.two_branch),
-        dynamic_weights=bool(config.dynamic_weights),
-        ema_init=config.ema_init,
-        keep_best=config.keep_best,
-    )

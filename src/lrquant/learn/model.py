@@ -20,13 +20,12 @@ from lrquant.blocks.workbench import (
     advance_full_precision,
     peak_memory,
 )
-from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.diagnostics import measure_block
-from lrquant.learn.fit import BlockData, FitReport, FitSettings, advance_quantized, fit_block
-from lrquant.learn.identity import fit_settings
+from lrquant.learn.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
 from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
@@ -39,33 +38,37 @@ logger = logging.getLogger("lrquant")
 
 def learn_model(
     workbench: Workbench,
-    config: Config,
+    learning: Learning,
     feed: Feed,
     given: ChannelStatistics | None,
     folder: RunFolder,
     progress: Progress,
+    diagnosed: bool = True,
 ) -> None:
     """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
 
-    The language part learns on what the quantised tower gives it.
+    The language part learns on what the quantised tower gives it.  `diagnosed` says whether what a
+    block looks like is kept for a report.
     """
     tower = workbench.tower
     plain = learned = full_precision(workbench).tower
-    if config.vision_scheme is not None and tower is not None:
-        pictures = require_pictures(config, feed)
+    scheme = workbench.plan.schemes.tower
+    if scheme is not None and tower is not None:
+        pictures = require_pictures(feed, scheme.name)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
-        learn_blocks(tower, config, pictures, None, folder.tower, progress)
+        learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed)
         learned = as_learned(workbench, folder).tower
         logger.info("language part: %d blocks", len(workbench.model.blocks))
-    learn_blocks(workbench, config, feed, given, folder, progress, (plain, learned))
+    towers = plain, learned
+    learn_blocks(workbench, learning, feed, given, folder, progress, diagnosed, towers)
 
 
-def require_pictures(config: Config, feed: Feed) -> Feed:
-    """The samples with pictures, on which the tower learns; refuses if there are none."""
+def require_pictures(feed: Feed, scheme: str) -> Feed:
+    """The samples with pictures, on which a tower learns `scheme`; refuses if there are none."""
     pictures = feed.with_pictures()
     if not len(pictures):
         raise LRQuantError(
-            f"--vision-scheme {config.vision_scheme}: no calibration sample has a picture; give "
+            f"--vision-scheme {scheme}: no calibration sample has a picture; give "
             "some with --calib-images"
         )
     return pictures
@@ -73,11 +76,12 @@ def require_pictures(config: Config, feed: Feed) -> Feed:
 
 def learn_blocks(
     workbench: Workbench,
-    config: Config,
+    learning: Learning,
     feed: Feed,
     given: ChannelStatistics | None,
     folder: PartFolder,
     progress: Progress,
+    diagnosed: bool = True,
     towers: tuple[Prepare | None, Prepare | None] = (None, None),
 ) -> None:
     """Learn every block that the folder does not hold yet, in order.
@@ -98,9 +102,8 @@ def learn_blocks(
             "are learned again",
             *(len(later), later[0]),
         )
-    settings = fit_settings(config)
-    entry = BlockInputs(workbench.model, feed, config.batch_size, workbench.device)
-    full, quantized, *homologous = workbench.streams(entry, 3 if settings.two_branch else 2)
+    entry = BlockInputs(workbench.model, feed, learning.batch_size, workbench.device)
+    full, quantized, *homologous = workbench.streams(entry, 3 if learning.two_branch else 2)
     before_full, before_quantized = towers
     entry.embed(full, before_full)
     if before_quantized is before_full:
@@ -109,13 +112,13 @@ def learn_blocks(
         entry.embed(quantized, before_quantized)
     for stream in homologous:
         stream.added = quantized.added
-    learning = BlockLearning(
-        *(workbench, settings, given, folder, progress, config.report),
+    stage = BlockLearning(
+        *(workbench, learning, given, folder, progress, diagnosed),
         *(entry, full, quantized, homologous),
     )
     memory = partial(peak_memory, workbench.device)
-    with progress.blocks(blocks, settings.epochs, len(entry.batches), memory):
-        carry_out(learning)
+    with progress.blocks(blocks, learning.epochs, len(entry.batches), memory):
+        carry_out(stage)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class BlockLearning:
     """
 
     workbench: Workbench
-    settings: FitSettings
+    learning: Learning
     given: ChannelStatistics | None
     folder: PartFolder
     progress: Progress
@@ -139,7 +142,7 @@ class BlockLearning:
     @property
     def units(self) -> list[range]:
         """Windows of as many blocks as the settings say."""
-        return units_of(len(self.workbench.model.blocks), self.settings.window)
+        return units_of(len(self.workbench.model.blocks), self.learning.window)
 
     def kept(self) -> int:
         """How many windows are finished, as far as they follow one another."""
@@ -153,13 +156,13 @@ class BlockLearning:
             view.load(self.folder.load_block(index))
             data = BlockData(index, self.entry, self.quantized, (self.full,))
             with self.workbench.runner(index, view) as runner:
-                advance_quantized(view, runner, data, self.settings.loss)
+                advance_quantized(view, runner, data, self.learning.loss)
             self.progress.finished(index, None)
 
     def learn(self, unit: range) -> None:
         """Learn a window, keep its blocks, and send both streams through them."""
         started = time.monotonic()
-        bench, loss = self.workbench, self.settings.loss
+        bench, loss = self.workbench, self.learning.loss
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)
         data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit))
@@ -168,7 +171,7 @@ class BlockLearning:
         single = len(unit) == 1
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
-            report = fit_block(view, runner, data, self.settings, stepper)
+            report = fit_block(view, runner, data, self.learning, stepper)
         if self.diagnosed and single:
             seen = measure_block(bench, views[0], data, report.objective.measure, loss)
             self.folder.save_diagnostics(unit.start, seen.figures, seen.tensors)
@@ -201,10 +204,8 @@ class BlockLearning:
     @property
     def _observed(self) -> bool:
         """Whether statistics are gathered on the way."""
-        ingredients = self.workbench.plan.ingredients
-        return any(each.needs_statistics for each in ingredients) or (
-            self.given is None and any(each.reads_statistics for each in ingredients)
-        )
+        plan = self.workbench.plan
+        return plan.needs_statistics or (self.given is None and plan.reads_statistics)
 
     def _advance_full(
         self, index: int, observer: WeightedObserver | None

@@ -16,7 +16,6 @@ from lrquant.runs.results import Entry, Json, Results, entries, figure, record
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lrquant.config.config import Config
     from lrquant.data.samples import Samples
     from lrquant.measures.scoring.divergences import Divergences
     from lrquant.measures.scoring.predictions import Predictions
@@ -89,7 +88,9 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
         unsaid = {"kl_mean_stderr"} | ({"positions"} if not values["positions"] else set())
         return {name: value for name, value in values.items() if name not in unsaid}
 
-    def entries(self, scored: Scored[Samples, AgreementScores], config: Config) -> Results:
+    def entries(
+        self, scored: Scored[Samples, AgreementScores], settings: AgreementSettings
+    ) -> Results:
         plain = {variant: scores.perplexity for variant, scores in scored.scores.items()}
         results = {"perplexity": {scored.name: {**scored.about, **plain}}}
         told = {variant: self.as_json(scores) for variant, scores in scored.scores.items()}

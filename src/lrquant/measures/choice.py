@@ -10,7 +10,7 @@ from lrquant.errors import LRQuantError
 from lrquant.measures.measure import Measure, ModuleMeasure, TextMeasure
 
 if TYPE_CHECKING:
-    from lrquant.config.config import Config
+    from lrquant.config.groups import MeasureSettings
 
 AnyMeasure: TypeAlias = "Measure[object, object, object]"
 AnyText: TypeAlias = "TextMeasure[object, object]"
@@ -40,18 +40,23 @@ def module_measures() -> list[AnyModule]:
     return [measure for measure in measures() if isinstance(measure, ModuleMeasure)]
 
 
-def texts_against_full_precision(config: Config) -> set[str]:
+def texts_against_full_precision(measuring: MeasureSettings) -> set[str]:
     """Texts of which a measure is held against full precision."""
     comparing = [measure for measure in text_measures() if measure.against_full_precision]
-    return {name for each in comparing for name in each.texts(each.settings_of(config))}
+    return {name for each in comparing for name in each.texts(measuring[each.settings])}
 
 
-def measures_anything(config: Config) -> bool:
+def measures_anything(measuring: MeasureSettings) -> bool:
     """Whether the settings ask for any measure."""
-    return any(measure.asked(config) for measure in measures())
+    return any(measure.asked(measuring[measure.settings]) for measure in measures())
 
 
-def check_measures(config: Config) -> None:
-    """Refuse settings of measures that contradict each other."""
+def check_measures(measuring: MeasureSettings, compared: bool) -> None:
+    """Refuse settings of measures that contradict each other, or what is `compared` or not."""
     for measure in measures():
-        measure.check(config)
+        measure.check(measuring[measure.settings], compared)
+
+
+def read_by_measures(measuring: MeasureSettings) -> list[str]:
+    """The texts, files and folders that the settings of measures name."""
+    return [name for each in measures() for name in each.reads(measuring[each.settings])]

@@ -15,7 +15,7 @@ from lrquant.runs.results import Entry, Json, Results
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lrquant.config.config import Config
+    from lrquant.config.groups import Sources
     from lrquant.data.prompts import Reader
     from lrquant.measures.scoring.classes import LabelledPictures
     from lrquant.runs.progress import Progress
@@ -62,13 +62,13 @@ class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", C
     }
 
     def read(
-        self, settings: ClassificationSettings, config: Config, reader: Reader
+        self, settings: ClassificationSettings, sources: Sources, reader: Reader
     ) -> Mapping[str, LabelledPictures]:
         from lrquant.measures.scoring.classes import LabelledPictures
 
         if settings.classify is None:
             return {}
-        return {"": LabelledPictures(Path(settings.classify), reader, config.limit)}
+        return {"": LabelledPictures(Path(settings.classify), reader, sources.limit)}
 
     def described(self, asked: LabelledPictures) -> str:
         return asked.description
@@ -81,7 +81,8 @@ class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", C
         name: str,
         asked: LabelledPictures,
         model: WholeModel,
-        config: Config,
+        settings: ClassificationSettings,
+        sources: Sources,
         progress: Progress,
     ) -> Classes:
         from lrquant.measures.scoring.classes import predictions
@@ -91,7 +92,9 @@ class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", C
     def as_json(self, scores: Classes) -> Json:
         return scores.scores(None)
 
-    def entries(self, scored: Scored[LabelledPictures, Classes], config: Config) -> Results:
+    def entries(
+        self, scored: Scored[LabelledPictures, Classes], settings: ClassificationSettings
+    ) -> Results:
         several = len(scored.scores) > 1
         full = scored.scores.get("full_precision") if several else None
         told = {variant: classes.scores(full) for variant, classes in scored.scores.items()}

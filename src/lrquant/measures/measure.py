@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from lrquant.config.config import Config
+    from lrquant.config.groups import Sources
     from lrquant.data.prompts import Reader
     from lrquant.data.samples import Samples
     from lrquant.measures.scoring.predictions import Predictions
@@ -95,18 +95,12 @@ class Measure(Declaration, ABC, Generic[S, A, R]):
         """Its names in results.json."""
         return (self.name,)
 
-    def settings_of(self, config: Config) -> S:
-        """What the settings of a run say of this measure."""
-        return config.part(self.settings)
-
-    def asked(self, config: Config) -> bool:
-        """Whether the settings ask for it."""
-        settings = self.settings_of(config)
+    def asked(self, settings: S) -> bool:
+        """Whether its settings ask for it."""
         return any(getattr(settings, name) for name in self.asked_by)
 
-    def reads(self, config: Config) -> list[str]:
+    def reads(self, settings: S) -> list[str]:
         """What its settings name: texts, files and folders, none of which is ever written over."""
-        settings = self.settings_of(config)
         values = [getattr(settings, name) for name in self.asked_by]
         return [
             str(name)
@@ -116,10 +110,11 @@ class Measure(Declaration, ABC, Generic[S, A, R]):
             if name
         ]
 
-    def check(self, config: Config) -> None:
+    def check(self, settings: S, compared: bool) -> None:
         """Refuse, before anything is read, settings that contradict each other (LRQuantError).
 
-        It is called whether the measure is asked for or not.
+        `compared` says whether another model is measured beside.  It is called whether the measure
+        is asked for or not.
         """
 
     @abstractmethod
@@ -143,7 +138,7 @@ class Measure(Declaration, ABC, Generic[S, A, R]):
         values = dataclasses.asdict(scores)  # type: ignore[call-overload]
         return {key: value for key, value in values.items() if value is not None}
 
-    def entries(self, scored: Scored[A, R], config: Config) -> Results:
+    def entries(self, scored: Scored[A, R], settings: S) -> Results:
         """What results.json says of one set, by kind."""
         told = {variant: self.as_json(scores) for variant, scores in scored.scores.items()}
         entry = {**scored.about, **told}
@@ -243,11 +238,11 @@ class ModuleMeasure(Measure[S, A, R]):
         """The same settings set by set, so that a check tells of each."""
         return [settings]
 
-    def read_alone(self, settings: S, config: Config) -> Mapping[str, A]:
+    def read_alone(self, settings: S, sources: Sources) -> Mapping[str, A]:
         """Sets that need no model.  Raises LRQuantError for what is not to be had."""
         return {}
 
-    def read(self, settings: S, config: Config, reader: Reader) -> Mapping[str, A]:
+    def read(self, settings: S, sources: Sources, reader: Reader) -> Mapping[str, A]:
         """Sets as inputs of a model.  Raises LRQuantError for what is not to be had."""
         return {}
 
@@ -261,7 +256,8 @@ class ModuleMeasure(Measure[S, A, R]):
         name: str,
         asked: A,
         model: WholeModel,
-        config: Config,
+        settings: S,
+        sources: Sources,
         progress: Progress,
     ) -> R:
         """The scores of one variant of a model on the set `name`."""

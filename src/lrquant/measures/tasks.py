@@ -16,7 +16,7 @@ from lrquant.measures.shares import of_how_many
 from lrquant.runs.results import Json, Results, entries, figure, record
 
 if TYPE_CHECKING:
-    from lrquant.config.config import Config
+    from lrquant.config.groups import Sources
     from lrquant.measures.harness.scores import TaskScores
     from lrquant.measures.harness.task_list import Tasks
     from lrquant.runs.progress import Progress
@@ -35,10 +35,9 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
     def kinds(self) -> tuple[str, ...]:
         return ("tasks", "task_means")
 
-    def check(self, config: Config) -> None:
+    def check(self, settings: TaskSettings, compared: bool) -> None:
         """Refuse a limit of the loss where there would be no loss to hold against it."""
-        settings = self.settings_of(config)
-        if settings.max_drop is not None and not (settings.tasks and config.compare):
+        if settings.max_drop is not None and not (settings.tasks and compared):
             needed = "--compare" if settings.tasks else "--tasks"
             raise LRQuantError(
                 f"--max_drop {settings.max_drop:g}: says how much accuracy may be lost; give "
@@ -49,21 +48,27 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
         names = [name.strip() for name in settings.tasks.split(",")]
         return [dataclasses.replace(settings, tasks=name) for name in names if name]
 
-    def read_alone(self, settings: TaskSettings, config: Config) -> Mapping[str, Tasks]:
+    def read_alone(self, settings: TaskSettings, sources: Sources) -> Mapping[str, Tasks]:
         from lrquant.measures.harness.scores import load_tasks
 
-        return {settings.tasks: load_tasks(settings, config)} if settings.tasks else {}
+        return {settings.tasks: load_tasks(settings, sources)} if settings.tasks else {}
 
     def described(self, asked: Tasks) -> str:
         sets = "".join(f", {asked.sets[name]}" for name in asked.names if name in asked.sets)
         return f"task {','.join(asked.names)}{sets}"
 
     def score(
-        self, name: str, asked: Tasks, model: WholeModel, config: Config, progress: Progress
+        self,
+        name: str,
+        asked: Tasks,
+        model: WholeModel,
+        settings: TaskSettings,
+        sources: Sources,
+        progress: Progress,
     ) -> TaskScores:
         from lrquant.measures.harness.scores import score_tasks
 
-        return score_tasks(asked, model, self.settings_of(config), config)
+        return score_tasks(asked, model, settings, sources)
 
     def as_json(self, scores: TaskScores) -> Json:
         return scores.results
@@ -71,10 +76,10 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
     def files(self, variant: str, scores: TaskScores) -> Mapping[str, str]:
         return {variant: scores.to_json()}
 
-    def entries(self, scored: Scored[Tasks, TaskScores], config: Config) -> Results:
+    def entries(self, scored: Scored[Tasks, TaskScores], settings: TaskSettings) -> Results:
         from lrquant.measures.harness.comparison import compared
 
-        return compared(scored.asked, scored.scores, self.settings_of(config).max_drop)
+        return compared(scored.asked, scored.scores, settings.max_drop)
 
     def log_lines(self, scored: Scored[Tasks, TaskScores], variant: str) -> Iterable[str]:
         from lrquant.measures.harness.comparison import of_what

@@ -16,7 +16,7 @@ from lrquant.measures.shares import Share, share
 from lrquant.runs.results import Entry, Json, figure, record
 
 if TYPE_CHECKING:
-    from lrquant.config.config import Config
+    from lrquant.config.groups import Sources
     from lrquant.data.prompts import Reader
     from lrquant.measures.scoring.answers import Questions
     from lrquant.runs.progress import Progress
@@ -61,11 +61,11 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
         return [dataclasses.replace(settings, vqa=(name,)) for name in settings.vqa]
 
     def read(
-        self, settings: AnsweringSettings, config: Config, reader: Reader
+        self, settings: AnsweringSettings, sources: Sources, reader: Reader
     ) -> Mapping[str, Questions]:
         from lrquant.measures.scoring.answers import Questions
 
-        return {name: Questions(Path(name), reader, config.limit) for name in settings.vqa}
+        return {name: Questions(Path(name), reader, sources.limit) for name in settings.vqa}
 
     def described(self, asked: Questions) -> str:
         return asked.description
@@ -74,7 +74,13 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
         return asked.about
 
     def score(
-        self, name: str, asked: Questions, model: WholeModel, config: Config, progress: Progress
+        self,
+        name: str,
+        asked: Questions,
+        model: WholeModel,
+        settings: AnsweringSettings,
+        sources: Sources,
+        progress: Progress,
     ) -> AnswerScores:
         from lrquant.measures.scoring.answers import answer_kind, answers, exact_match, vqa_accuracy
 

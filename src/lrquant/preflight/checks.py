@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -12,9 +14,12 @@ from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
+from lrquant.config.groups import Adapting, Learning, Places, StatisticsFiles
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
+from lrquant.learn.identity import describe_run
+from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.model.model import Model
 from lrquant.preflight.estimate import (
@@ -27,7 +32,7 @@ from lrquant.preflight.estimate import (
     stream_bytes,
 )
 from lrquant.preflight.findings import Preflight
-from lrquant.preflight.load import language_load, tower_load
+from lrquant.preflight.load import TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import probe_block
 from lrquant.preflight.prospect import Prospect
@@ -45,20 +50,21 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     """
     config, measure_only = resolve_settings(settings)
     done = Preflight(config)
-    run = Prospect(config, measure_only, Plan.of(config), model, apart=True)
+    run = Prospect(config, measure_only, Plan.of(config.quantizing), model, apart=True)
     for check in requirements(run):
         with done.checking(check.what, check.more):
             for said in check.of():
                 done.add(said.what or check.what, said.state, said.text)
+    places = config.part(Places)
     if run.model is None:
-        check_places(done)
+        check_places(done, places, config.save_dir)
         done.add("all else", "not checked", "needs the model")
         return done
     fits = _check_packing(done, run, run.model) and _check_length(done, run.model)
     finished = len(run.model.blocks) if measure_only else 0
     if not measure_only:
-        finished = check_run_folder(done, run.model, run.workbench, run.calibration)
-    check_places(done)
+        finished = check_run_folder(done, places, len(run.model.blocks), _identity(run))
+    check_places(done, places, config.save_dir)
     if run.model.architecture.reads_pixels and run.calibration is None:
         done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and run.workbench is not None:
@@ -67,6 +73,15 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     else:
         done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return done
+
+
+def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
+    """What the run is, as far as it has been opened and read."""
+    bench, calibration = run.workbench, run.calibration
+    if bench is None or calibration is None:
+        return None
+    learning, given = run.config.part(Learning), run.config.part(StatisticsFiles)
+    return partial(describe_run, bench, learning, calibration, given)
 
 
 def _check_length(done: Preflight, model: Model) -> bool:
@@ -102,37 +117,49 @@ def _estimate(
 ) -> None:
     """Measure one block of each part, and hold memory, disk and time against what there is."""
     config, model = done.config, workbench.model
+    learning, given = config.part(Learning), config.act_scales is not None
     with done.checking("memory"):
-        load = language_load(workbench, config, calibration)
-        tower = tower_load(workbench, config, calibration)
+        lengths = [config.seqlen] * config.nsamples
+        load = language_load(workbench, learning, calibration, lengths)
+        tower = tower_load(workbench, learning, calibration)
         done.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
     if done.stream_bytes is None:
         return
     place = workbench.place(done.stream_bytes)
     with done.checking("disk"):
+        on_disk = done.stream_bytes if place == "disk" else 0
         done.run_bytes = run_bytes(model, workbench.plan, config.report)
-        check_disk(done, done.stream_bytes if place == "disk" else 0)
+        check_disk(done, config.output_dir, config.save_dir, on_disk)
     with done.checking("memory"):
         _require_room(workbench)
         cuda = workbench.device.type == "cuda"
         inside = place == "device" or (place == "host" and not cuda)
         before = 0 if cuda else psutil.Process().memory_info().rss
-        learning, in_tower = 0.0, 0
+        seconds, in_tower = 0.0, 0
         if tower is not None and finished < len(model.blocks):
             costs = probe_block(tower)
-            learning = learning_seconds(tower, costs, _finished_in_tower(config))
-            in_tower = estimate_memory(tower, costs, before, inside, []).peak
+            in_tower = estimate_memory(tower, costs, before, inside).peak
+            seconds = learning_seconds(tower, costs, _finished_in_tower(config), given)
         costs = done.costs = probe_block(load)
         if finished < len(model.blocks):
-            learning += learning_seconds(load, costs, finished)
-        done.seconds = Seconds(learning, measuring_seconds(model, config, costs, texts))
-        memory = estimate_memory(load, costs, before, inside, texts)
+            seconds += learning_seconds(load, costs, finished, given)
+        measured = _text_load(config, texts)
+        measuring = measuring_seconds(model, costs, measured, learning.keep_best)
+        done.seconds = Seconds(seconds, measuring)
+        memory = estimate_memory(load, costs, before, inside, measured)
         done.memory = dataclasses.replace(memory, tower=in_tower)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
         done.compare("memory", done.memory.peak, free, where, _MEND)
         if cuda and place == "host":
             free = psutil.virtual_memory().available
             done.compare("memory", done.stream_bytes, free, "on the host", _MEND)
+
+
+def _text_load(config: Config, texts: list[Samples]) -> TextLoad:
+    """What is to be measured of the texts."""
+    adapting = config.part(Adapting) if config.tta else None
+    against = texts_against_full_precision(config.measuring)
+    return TextLoad(texts, config.seqlen, against, bool(config.compare), adapting)
 
 
 def _finished_in_tower(config: Config) -> int:

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
-from lrquant.config.config import Config
 from lrquant.config.scheme import Scheme
-from lrquant.data.samples import Samples
 from lrquant.export.checkpoint import (
     checkpoint_dtype,
     linear_schemes,
@@ -27,10 +25,9 @@ from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.export.format import Format
 from lrquant.export.parts import Part
 from lrquant.learn.checks import parts_of
-from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.scoring.predictions import HEAD_TOKENS
 from lrquant.model.model import Model
-from lrquant.preflight.load import Load
+from lrquant.preflight.load import Load, TextLoad
 from lrquant.preflight.probe import BlockCosts
 
 _LENGTH = 8  # bytes in front of a safetensors header
@@ -93,7 +90,7 @@ class Seconds:
 
 def stream_bytes(load: Load) -> int:
     """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream."""
-    count = 3 if load.config.two_branch else 2
+    count = 3 if load.learning.two_branch else 2
     bench = load.workbench
     return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
 
@@ -181,7 +178,7 @@ def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
 
 
 def estimate_memory(
-    load: Load, costs: BlockCosts, held: int, in_memory: bool, texts: Iterable[Samples]
+    load: Load, costs: BlockCosts, held: int, in_memory: bool, measured: TextLoad | None = None
 ) -> Memory:
     """Peak of each phase on a CPU, bytes: what the process has before (`held`), and what is added.
 
@@ -190,20 +187,21 @@ def estimate_memory(
     the hidden states of the largest text, everything outside the blocks, and logits of
     `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
     """
-    model, config, dtype = load.workbench.model, load.config, load.workbench.dtype
+    model, dtype = load.workbench.model, load.workbench.dtype
     streams = stream_bytes(load) * in_memory
+    texts = [] if measured is None else measured.texts
     tokens = max((text.tokens for text in texts), default=0)
-    compared = bool(texts_against_full_precision(config))
-    kept = 2 if compared else 1
+    against = measured is not None and bool(measured.against)
+    kept = 2 if against else 1
     states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
     stored = model_dtype(model)
     outer = _outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
     copies = (4 + beside) * outer["embedding"]
     head = 0
-    if tokens:
+    if measured is not None and tokens:
         vocabulary = model.config.vocab_size
-        logits = min(HEAD_TOKENS, config.seqlen) * vocabulary * 4 * (4 if compared else 2)
+        logits = min(HEAD_TOKENS, measured.seqlen) * vocabulary * 4 * (4 if against else 2)
         head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
     reached = max(costs.peak_memory - costs.streams, held)
     return Memory(
@@ -223,58 +221,57 @@ def _outer_elements(model: Model) -> dict[str, int]:
     return counts
 
 
-def learning_seconds(load: Load, costs: BlockCosts, finished: int = 0) -> float:
+def learning_seconds(
+    load: Load, costs: BlockCosts, finished: int = 0, given: bool = False
+) -> float:
     """Time to learn the blocks that are not `finished`, and to pass through those that are.
 
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
+    `given` says that files give statistics.
     """
-    config, blocks = load.config, len(load.workbench.model.blocks)
+    learning, blocks = load.learning, len(load.workbench.model.blocks)
     batches = load.rows / costs.rows
-    learned = load.workbench.plan.ingredients
-    observed = any(each.needs_statistics for each in learned) or (
-        config.act_scales is None and any(each.reads_statistics for each in learned)
-    )
+    plan = load.workbench.plan
+    observed = plan.needs_statistics or (not given and plan.reads_statistics)
     passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
     block = costs.read + costs.start + costs.weights + costs.freeze
     block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
-    block += batches * costs.full * bool(config.two_branch)
+    block += batches * costs.full * learning.two_branch
     if costs.step:
         epoch = batches * costs.step
-        epoch += (batches * costs.held + costs.weights) * config.keep_best
-        block += config.epochs * epoch
+        epoch += (batches * costs.held + costs.weights) * learning.keep_best
+        block += learning.epochs * epoch
     return finished * passed + (blocks - finished) * block
 
 
 def measuring_seconds(
-    model: Model, config: Config, costs: BlockCosts, texts: Iterable[Samples]
+    model: Model, costs: BlockCosts, measured: TextLoad, keep_best: bool
 ) -> float:
     """Time to measure perplexities: passes of every variant, and heads by their share of products.
 
     Zero-shot tasks are not in it: their number of tokens is the harness's.
     """
-    texts = list(texts)
-    if not texts:
+    if not measured.texts:
         return 0.0
     blocks = len(model.blocks)
     shapes = model.blocks[0].state_dict()
     linears = sum(matrix.of(shapes[matrix.parameter]).numel() for matrix in model.matrices(0))
     vocabulary = model.config.vocab_size * model.hidden_size
     total = 0.0
-    for text in texts:
+    for text in measured.texts:
         tokens = text.tokens
         plain, quantized = costs.full / costs.rows, costs.held / costs.rows
-        agreed = text.name in texts_against_full_precision(config)
-        full = bool(config.compare or agreed)
-        others = 1 + bool(config.compare)
+        agreed = text.name in measured.against
+        full = measured.compared or agreed
+        others = 1 + measured.compared
         head = plain * vocabulary / linears
         passes = full * plain + others * quantized
         total += tokens * (blocks * passes + (full + others + agreed * others) * head)
         total += blocks * (full + others) * (costs.read + costs.freeze)
-        if config.tta:
-            adapted = config.tta_epochs * (costs.step + config.keep_best * costs.held) + costs.held
-            batches = tokens / costs.rows
-            total += batches * (
-                blocks * (costs.full + 2 * costs.held) + config.tta_blocks * adapted
-            )
+        if measured.adapting is not None:
+            adapting, batches = measured.adapting, tokens / costs.rows
+            adapted = adapting.epochs * (costs.step + keep_best * costs.held) + costs.held
+            passes = blocks * (costs.full + 2 * costs.held)
+            total += batches * (passes + adapting.blocks * adapted)
     return total

@@ -22,11 +22,10 @@ from lrquant.blocks.workbench import (
     advance_full_precision,
     peak_memory,
 )
-from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, FitSettings, learning_step, make_optimizers
-from lrquant.learn.identity import fit_settings
+from lrquant.learn.fit import BlockData, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
 from lrquant.model.sources import WeightSource
 from lrquant.preflight.load import Load
@@ -91,13 +90,12 @@ def probe_block(load: Load) -> BlockCosts:
     Scheme, method, device and precision are those of its settings; no weight outside that block is
     read and nothing is written.  Raises LRQuantError if the device's memory is short.
     """
-    workbench, config = load.workbench, load.config
+    workbench, learning = load.workbench, load.learning
     model = workbench.model
     source = _FirstBlock(model.source, model.block_name(0) + ".")
     bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
-    settings = fit_settings(config)
-    entry = BlockInputs(bench.model, load.batch, config.batch_size, bench.device)
-    streams = bench.streams(entry, 3 if settings.two_branch else 2)
+    entry = BlockInputs(bench.model, load.batch, learning.batch_size, bench.device)
+    streams = bench.streams(entry, 3 if learning.two_branch else 2)
     entry.embed(streams[0])
     shape = *entry.batches[0].shape, model.hidden_size
     hidden = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
@@ -106,7 +104,7 @@ def probe_block(load: Load) -> BlockCosts:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     try:
-        return _measure(_Clock(bench.device), bench, config, settings, entry, streams)
+        return _measure(_Clock(bench.device), bench, learning, entry, streams)
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
             f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "
@@ -146,8 +144,7 @@ class _Clock:
 def _measure(
     clock: _Clock,
     bench: Workbench,
-    config: Config,
-    settings: FitSettings,
+    learning: Learning,
     entry: BlockInputs,
     streams: list[Stream],
 ) -> BlockCosts:
@@ -166,10 +163,10 @@ def _measure(
     with torch.no_grad():
         weights, tensors = clock.once(view.tensors)
     with bench.runner(0, view) as runner:
-        held = clock.repeated(lambda: data.terms(runner, tensors, settings.loss))
+        held = clock.repeated(lambda: data.terms(runner, tensors, learning.loss))
         step = 0.0
-        if settings.epochs and view.parameters:
-            step = _step_seconds(clock, view, runner, data, settings)
+        if learning.epochs and view.parameters:
+            step = _step_seconds(clock, view, runner, data, learning)
     freeze, _ = clock.once(lambda: view.freeze().tensors(view.dtype))
     return BlockCosts(
         read=read,
@@ -187,12 +184,12 @@ def _measure(
 
 
 def _step_seconds(
-    clock: _Clock, view: BlockView, runner: BlockRunner, data: BlockData, settings: FitSettings
+    clock: _Clock, view: BlockView, runner: BlockRunner, data: BlockData, learning: Learning
 ) -> float:
     with torch.no_grad():
-        initial = data.terms(runner, view.tensors(), settings.loss)
-    objective = Objective(initial, settings.dynamic_weights, settings.ema_init)
-    optimizers = make_optimizers(view, settings.weight_decay)
+        initial = data.terms(runner, view.tensors(), learning.loss)
+    objective = Objective(initial, learning.dynamic_weights, learning.ema_init)
+    optimizers = make_optimizers(view, learning.weight_decay)
     return clock.repeated(
-        lambda: learning_step(view, runner, data, 0, optimizers, objective, settings.loss)
+        lambda: learning_step(view, runner, data, 0, optimizers, objective, learning.loss)
     )

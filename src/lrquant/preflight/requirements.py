@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import optional_path
+from lrquant.config.groups import Adapting, Calibrating, Computing, Sources, StatisticsFiles
 from lrquant.config.scheme import Scheme
 from lrquant.data.calibration import calibration_of
 from lrquant.data.prompts import takes_pictures
@@ -68,7 +70,7 @@ def requirements(run: Prospect) -> Iterator[Check]:
 
 
 def _settings_of_measures(run: Prospect) -> Iterator[Said]:
-    check_measures(run.config)
+    check_measures(run.config.measuring, bool(run.config.compare))
     require_base(run.config)
     yield from ()
 
@@ -117,18 +119,22 @@ def _ingredients(run: Prospect, model: Model) -> Iterator[Said]:
 
 
 def _device(run: Prospect, model: Model) -> Iterator[Said]:
-    bench = run.workbench = make_workbench(model, run.config)
+    computing, scratch = run.config.part(Computing), Path(run.config.output_dir)
+    bench = run.workbench = make_workbench(model, run.plan, computing, scratch)
     text = f"matrix products in {dtype_name(bench.dtype)} on {bench.device}"
     yield Said(text, logged=text)
 
 
 def _statistics(run: Prospect) -> Iterator[Said]:
-    run.statistics = given_statistics(run.config)
+    files = run.config.part(StatisticsFiles)
+    run.statistics = given_statistics(files, run.plan.reads_statistics)
     yield from ()
 
 
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
-    calibration = run.calibration = calibration_of(run.config, model, run.samples)
+    calibrating, sources = run.config.part(Calibrating), run.config.part(Sources)
+    calibration = calibration_of(calibrating, sources, model, run.samples)
+    run.calibration = calibration
     text = calibration.description
     yield Said(text, logged=f"calibration {text}")
 
@@ -139,7 +145,7 @@ def _tower(run: Prospect, model: Model, scheme: Scheme) -> Iterator[Said]:
     check_grids(tower, plan)
     check_ingredients(tower, plan)
     if run.calibration is not None:
-        require_pictures(run.config, run.calibration.feed)
+        require_pictures(run.calibration.feed, run.config.vision_scheme or scheme.name)
     yield Said(f"{len(tower.blocks)} blocks at {scheme.name}")
 
 
@@ -149,7 +155,7 @@ def _sets_alone(run: Prospect) -> Iterator[Check]:
         yield Check("evaluation", lambda: _evaluation(run))
         return
     for measure in module_measures():
-        for settings in measure.parts(measure.settings_of(run.config)):
+        for settings in measure.parts(run.config.measuring[measure.settings]):
             yield Check("evaluation", partial(_read, run, measure, settings, None))
 
 
@@ -163,13 +169,13 @@ def _sets(run: Prospect, model: Model) -> Iterator[Check]:
     if not run.apart:
         yield Check("evaluation", lambda: _reading(run, model))
         return
-    texts = texts_of(run.config)
+    texts = texts_of(run.config.measuring)
     apart = [[text] for text in texts if text.needed]
     apart.append([text for text in texts if not text.needed])
     for group in filter(None, apart):
         yield Check("evaluation", partial(_texts, run, model, group))
     for measure in module_measures():
-        for settings in measure.parts(measure.settings_of(run.config)):
+        for settings in measure.parts(run.config.measuring[measure.settings]):
             yield Check("evaluation", partial(_read, run, measure, settings, model))
 
 
@@ -180,7 +186,7 @@ def _reading(run: Prospect, model: Model) -> Iterator[Said]:
 
 
 def _texts(run: Prospect, model: Model, group: list[AskedText]) -> Iterator[Said]:
-    texts = read_texts(group, run.config, model)
+    texts = read_texts(group, run.config.part(Sources), model)
     run.texts |= texts
     for samples in texts.values():
         yield Said(samples.description)
@@ -192,15 +198,17 @@ def _texts(run: Prospect, model: Model, group: list[AskedText]) -> Iterator[Said
 def _read(
     run: Prospect, measure: AnyModule, settings: object, model: Model | None
 ) -> Iterator[Said]:
+    sources = run.config.part(Sources)
     if model is None:
-        sets = measure.read_alone(settings, run.config)
+        sets = measure.read_alone(settings, sources)
     else:
-        sets = measure.read(settings, run.config, model)
+        sets = measure.read(settings, sources, model)
     for asked in sets.values():
         yield Said(f"{measure.described(asked)}; {NOT_ESTIMATED}")
 
 
 def _adaptation(run: Prospect, model: Model) -> Iterator[Said]:
-    texts = [text.name for text in texts_of(run.config)]
-    check_adaptation(run.config, texts, len(model.blocks), takes_pictures(model))
-    yield Said(f"adapting the last {run.config.tta_blocks} blocks to each")
+    texts = [text.name for text in texts_of(run.config.measuring)]
+    adapting, learned = run.config.part(Adapting), run.plan.ingredients
+    check_adaptation(adapting, learned, texts, len(model.blocks), takes_pictures(model))
+    yield Said(f"adapting the last {adapting.blocks} blocks to each")

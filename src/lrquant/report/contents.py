@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.blocks.plan import Plan
 from lrquant.config.config import ingredient_kinds
+from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
@@ -55,6 +57,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
 def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> JsonObject:
     identity, config = folder.identity, folder.config
     schemes = config.schemes.of_language
+    plan, learning = Plan.of(config.quantizing), config.part(Learning)
     return {
         "folder": folder.path.resolve().name,
         "name": config.net_name,
@@ -67,8 +70,8 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> 
         "scheme_in_words": schemes.describe(),
         "activations_quantised": not schemes.weight_only,
         "tower": Scheme(**identity["tower"]["scheme"]).describe() if "tower" in identity else "",
-        "method": results.get("method", describe_method(config)),
-        "method_name": results.get("method_name", method_name(config)),
+        "method": results.get("method", describe_method(plan, learning)),
+        "method_name": results.get("method_name", method_name(plan, learning)),
         "calibration": identity["calibration"],
         "data": identity["data"],
         "statistics": identity["statistics"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from lrquant.blocks.plan import Plan
+from lrquant.config.groups import Learning
 from lrquant.learn.identity import describe_method
 from lrquant.preflight.findings import Preflight
 
@@ -15,7 +17,7 @@ def preflight_text(preflight: Preflight) -> str:
     lines = [
         f"model: {config.model}",
         f"scheme: {config.schemes.describe()}",
-        f"method: {describe_method(config)}",
+        f"method: {describe_method(Plan.of(config.quantizing), config.part(Learning))}",
         "",
         *(
             f"{finding.state:<11}  {finding.what:<{width}}  {finding.text}"

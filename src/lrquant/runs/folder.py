@@ -54,7 +54,7 @@ class RunFolder(PartFolder):
         """
         folder = cls(path)
         if resume is None:
-            folder.require_replaceable(config)
+            folder.require_replaceable(config.overwrite)
             return cls.create(path, config, identity)
         source = cls(resume)
         if resume.resolve() == path.resolve():
@@ -64,7 +64,7 @@ class RunFolder(PartFolder):
         with held(resume) if os.access(resume, os.W_OK) else nullcontext():
             source._go_on(config, identity)
             if config.overwrite or not folder._is_run_of(identity):
-                folder.require_replaceable(config)
+                folder.require_replaceable(config.overwrite)
                 cls.create(path, config, identity)
             folder.copy_blocks(source)
             folder.tower.copy_blocks(source.tower)
@@ -102,11 +102,11 @@ class RunFolder(PartFolder):
                 "learn again in another --output_dir"
             )
 
-    def require_replaceable(self, config: Config) -> None:
+    def require_replaceable(self, overwrite: bool) -> None:
         """Refuse to replace learned blocks without `overwrite`, or what is not of a run at all."""
         require_claimable(self.path, "run")
         learned = self._all_finished_blocks()
-        if learned and not config.overwrite:
+        if learned and not overwrite:
             raise LRQuantError(
                 f"run folder {self.path}: holds a run of {learned} learned blocks; go on with "
                 "--resume, replace it with --overwrite, or use another --output_dir"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrquant.config.config import Config, optional_path
+from lrquant.config.groups import StatisticsFiles
 from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.files.whole import read_plain, write_whole
 
@@ -158,12 +158,16 @@ def _load(path: Path) -> dict[str, Tensor]:
 logger = logging.getLogger("lrquant")
 
 
-def given_statistics(config: Config) -> ChannelStatistics | None:
-    """The statistics files that the settings name, or None."""
-    if config.act_scales is None:
+def given_statistics(files: StatisticsFiles, wanted: bool) -> ChannelStatistics | None:
+    """What the files hold, None without any, or if what is learned makes no use of it.
+
+    They are read, and refused, even where they are not `wanted`.
+    """
+    if files.maxima is None:
         return None
-    statistics = load_statistics(Path(config.act_scales), optional_path(config.act_shifts))
-    if not any(each.reads_statistics for each in config.ingredients()):  # type: ignore[attr-defined]
+    shifts = None if files.midpoints is None else Path(files.midpoints)
+    statistics = load_statistics(Path(files.maxima), shifts)
+    if not wanted:
         return None
-    logger.info("statistics %s", ", ".join(filter(None, (config.act_scales, config.act_shifts))))
+    logger.info("statistics %s", ", ".join(files.named))
     return statistics

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lrquant.config.config import Config
+from lrquant.config.groups import MeasureSettings, Sources
 from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
 from lrquant.learn.identity import dtype_name
@@ -26,9 +27,10 @@ logger = logging.getLogger("lrquant")
 
 @dataclass
 class Board:
-    """A measure of whole models, with its sets and the scores of each so far."""
+    """A measure of whole models, with its settings, its sets, and the scores of each so far."""
 
     measure: AnyModule
+    settings: object
     sets: Mapping[str, object]
     scores: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -36,6 +38,10 @@ class Board:
         """One set's scores."""
         asked = self.sets[name]
         return Scored(name, asked, self.measure.about(asked), self.scores.setdefault(name, {}))
+
+    def entries(self, name: str) -> Results:
+        """What results.json says of one set."""
+        return self.measure.entries(self.scored(name), self.settings)
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,22 @@ class Evaluation:
 
     def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
         self.config, self.folder = config, folder
+        self.measuring, self.sources = config.measuring, config.part(Sources)
         self._alone = [
-            Board(measure, measure.read_alone(measure.settings_of(config), config))
-            for measure in module_measures()
-            if measure.asked(config)
+            Board(measure, settings, measure.read_alone(settings, self.sources))
+            for measure, settings in _asked(self.measuring)
         ]
 
     def read(self, reader: Reader) -> Reading:
         """What is measured of a model.  Raises LRQuantError before any hour is spent."""
-        config = self.config
         boards = [
-            Board(measure, measure.read(measure.settings_of(config), config, reader))
-            for measure in module_measures()
-            if measure.asked(config)
+            Board(measure, settings, measure.read(settings, self.sources, reader))
+            for measure, settings in _asked(self.measuring)
         ]
-        return Reading(read_texts(texts_of(config), config, reader), boards)
+        return Reading(self._texts(reader), boards)
+
+    def _texts(self, reader: Reader) -> dict[str, Samples]:
+        return read_texts(texts_of(self.measuring), self.sources, reader)
 
     def measure(
         self,
@@ -86,7 +93,7 @@ class Evaluation:
         """
         others: Mapping[str, Samples] = {}
         if reference is not None:
-            others = read_texts(texts_of(self.config), self.config, reference.reader)
+            others = self._texts(reference.reader)
         for name, text in reading.texts.items():
             measures = self._of_text(name)
             comparing = [measure for measure in measures if measure.against_full_precision]
@@ -98,7 +105,7 @@ class Evaluation:
 
     def _of_text(self, name: str) -> list[AnyText]:
         """The measures that ask for a text."""
-        return [m for m in text_measures() if name in m.texts(m.settings_of(self.config))]
+        return [m for m in text_measures() if name in m.texts(self.measuring[m.settings])]
 
     def _measure_text(
         self,
@@ -124,8 +131,8 @@ class Evaluation:
             about["adapted"] = adapted[0]
         against = None if reference is None else reference.own
         for measure, scores in zip(measures, scored, strict=True):
-            results = measure.entries(replace(scores, against=against), self.config)
-            yield _with(results, about)
+            settings = self.measuring[measure.settings]
+            yield _with(measure.entries(replace(scores, against=against), settings), about)
 
     def _columns(
         self, subject: Subject, compared: bool, reference: Subject | None
@@ -152,11 +159,11 @@ class Evaluation:
                 for name in board.sets:
                     self._score(board, name, whole, progress)
                     if not board.measure.against_full_precision:
-                        yield board.measure.entries(board.scored(name), self.config)
+                        yield board.entries(name)
         for board in boards:
             if board.measure.against_full_precision:
                 for name in board.sets:
-                    yield board.measure.entries(board.scored(name), self.config)
+                    yield board.entries(name)
 
     def _wants(self, measure: AnyMeasure, subject: Subject, variant: str) -> bool:
         """Whether a measure of whole models is taken of a variant."""
@@ -167,7 +174,8 @@ class Evaluation:
     def _score(self, board: Board, name: str, model: WholeModel, progress: Progress) -> None:
         """Score one variant on one set, keep what is to be kept of it, and say so."""
         measure, scored = board.measure, board.scored(name)
-        scores = measure.score(name, scored.asked, model, self.config, progress)
+        how = board.settings, self.sources
+        scores = measure.score(name, scored.asked, model, *how, progress)
         board.scores[name][model.variant] = scores
         if self.folder is not None:
             date = datetime.now().isoformat(timespec="seconds").replace(":", "-")
@@ -175,6 +183,12 @@ class Evaluation:
                 self.folder.write_text(f"tasks/{file}_{date}.json", text)
         for line in measure.log_lines(board.scored(name), model.variant):
             logger.info("%s", line)
+
+
+def _asked(measuring: MeasureSettings) -> list[tuple[AnyModule, object]]:
+    """The measures of whole models that the settings ask for, each with its own."""
+    pairs = [(measure, measuring[measure.settings]) for measure in module_measures()]
+    return [(measure, settings) for measure, settings in pairs if measure.asked(settings)]
 
 
 def score_text(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from lrquant.blocks.plan import Plan
+from lrquant.config.config import Config
+from lrquant.config.groups import Learning
 from lrquant.data.prompts import Reader
-from lrquant.learn.identity import dtype_name, environment
+from lrquant.files.whole import JsonObject
+from lrquant.learn.identity import Place, dtype_name, environment
 from lrquant.measures.evaluation.evaluation import Evaluation, Reading
 from lrquant.measures.subjects.subject import (
     BASE,
@@ -51,7 +55,7 @@ def measure_run(
     config = evaluation.config
     source = source_of(subject.reader)
     measured = evaluation.measure(subject, reading, progress)
-    return _told(measured, progress, lambda: environment(config, subject) | source)
+    return _told(measured, progress, lambda: _conditions(config, subject) | source)
 
 
 def measure_target(target: str, evaluation: Evaluation, progress: Progress) -> Iterator[Results]:
@@ -62,7 +66,7 @@ def measure_target(target: str, evaluation: Evaluation, progress: Progress) -> I
     source = source_of((reference or subject).reader)
 
     def about() -> Results:
-        return environment(subject.settings or config, subject) | {"model": target} | source
+        return _conditions(subject.settings or config, subject) | {"model": target} | source
 
     reading = evaluation.read(subject.reader)
     measured = evaluation.measure(subject, reading, progress, reference)
@@ -80,6 +84,12 @@ def measure_base(evaluation: Evaluation, progress: Progress) -> Iterator[Results
         reading = evaluation.read(subject.reader)
         for measured in _told(evaluation.measure(subject, reading, progress), progress, dict):
             yield of_base(measured, _in_words(name, subject))
+
+
+def _conditions(config: Config, place: Place) -> JsonObject:
+    """What a reader needs to repeat the numbers."""
+    plan, learning = Plan.of(config.quantizing), config.part(Learning)
+    return environment(config.model, plan, learning, config.seed, place)
 
 
 def _in_words(name: str, subject: Subject) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrquant.config.config import Config
+from lrquant.config.groups import MeasureSettings, Sources
 from lrquant.data.beginnings import beginning_of
 from lrquant.data.conversations import is_conversations
 from lrquant.data.prompts import Reader, picture_samples, takes_pictures
@@ -27,17 +27,17 @@ class AskedText:
     needed: bool
 
 
-def texts_of(config: Config) -> list[AskedText]:
+def texts_of(measuring: MeasureSettings) -> list[AskedText]:
     """Every text that a measure asks for, once, in the order of the measures."""
     needed: dict[str, bool] = {}
     for measure in text_measures():
-        settings = measure.settings_of(config)
+        settings = measuring[measure.settings]
         for name in measure.texts(settings):
             needed[name] = needed.get(name, False) or measure.needs(settings)
     return [AskedText(name, must) for name, must in needed.items()]
 
 
-def read_texts(asked: Iterable[AskedText], config: Config, reader: Reader) -> dict[str, Samples]:
+def read_texts(asked: Iterable[AskedText], sources: Sources, reader: Reader) -> dict[str, Samples]:
     """Texts by name: windows of one model's tokens, or conversations (.jsonl).
 
     Those that are not needed and can't be had are named in the log and left out, as long as one is
@@ -47,7 +47,7 @@ def read_texts(asked: Iterable[AskedText], config: Config, reader: Reader) -> di
     missing: list[LRQuantError] = []
     for text in asked:
         try:
-            texts[text.name] = _read(text.name, config, reader)
+            texts[text.name] = _read(text.name, sources, reader)
         except LRQuantError as error:
             if text.needed:
                 raise
@@ -60,19 +60,19 @@ def read_texts(asked: Iterable[AskedText], config: Config, reader: Reader) -> di
     return texts
 
 
-def _read(name: str, config: Config, reader: Reader) -> Samples:
+def _read(name: str, sources: Sources, reader: Reader) -> Samples:
     if reader.tokenizer is None:
         raise LRQuantError("no tokenizer: perplexity needs one")
     if is_conversations(Path(name)) and takes_pictures(reader):
-        return picture_samples(Path(name), reader, config.limit)
+        return picture_samples(Path(name), reader, sources.limit)
     model_type = reader.architecture.part(reader.skeleton.config).model_type
     return perplexity_windows(
         name,
         reader.tokenizer,
-        config.seqlen,
-        config.limit,
-        Path(config.data_dir) if config.data_dir else None,
-        Path(config.cache_dir) if config.cache_dir else None,
-        beginning_of(reader.tokenizer, model_type, config.bos),
-        config.text_column,
+        sources.seqlen,
+        sources.limit,
+        sources.data_folder,
+        sources.cache_folder,
+        beginning_of(reader.tokenizer, model_type, sources.bos),
+        sources.text_column,
     )

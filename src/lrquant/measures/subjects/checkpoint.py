@@ -23,6 +23,7 @@ from lrquant.architectures import Architecture, architecture_of
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.stubs import stubs
 from lrquant.config.config import Config
+from lrquant.config.groups import Computing
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.manifest import MANIFEST, SETTINGS, read_manifest, require_whole
@@ -122,13 +123,13 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
     return bool(values.get("quantization_config")) or (files.folder / SETTINGS).is_file()
 
 
-def load_checkpoint(name: str, config: Config) -> Checkpoint:
+def load_checkpoint(name: str, computing: Computing, cache_dir: Path | None = None) -> Checkpoint:
     """Load it in the dtype that it is stored in, or that `--precision` says.
 
     Refused are files that this project wrote and that changed since, tensors that are missing,
     left over or of another shape, and what transformers would leave out without a word.
     """
-    folder = resolve_model(name, Path(config.cache_dir) if config.cache_dir else None).folder
+    folder = resolve_model(name, cache_dir).folder
     if (folder / MANIFEST).exists():
         require_whole(folder)
     _refuse_ignored(name, folder)
@@ -140,13 +141,13 @@ def load_checkpoint(name: str, config: Config) -> Checkpoint:
     with reading("the checkpoint", folder, mend), quiet_loading():
         module, report = architecture.auto_class.from_pretrained(
             folder,
-            dtype=dtypes.get(config.precision, "auto"),
+            dtype=dtypes.get(computing.precision, "auto"),
             config=read,
             output_loading_info=True,
             trust_remote_code=False,
         )
     _refuse_parts(name, folder, report)
-    nn.Module.to(module, choose_device(config.device))
+    nn.Module.to(module, choose_device(computing.device))
     processor = load_processor(folder, architecture)
     module = module.eval().requires_grad_(False)
     return Checkpoint(name, module, tokenizer, settings_of(folder), processor)

@@ -54,8 +54,9 @@ def reference_name(target: str, config: Config) -> str | None:
 
 def _asked_as(config: Config) -> str | None:
     """The flag that asks for full precision to be held against, with its texts."""
+    measuring = config.measuring
     for measure in text_measures():
-        texts = measure.texts(measure.settings_of(config))
+        texts = measure.texts(measuring[measure.settings])
         if measure.against_full_precision and texts:
             return f"--{measure.asked_by[0]} {','.join(texts)}"
     return None

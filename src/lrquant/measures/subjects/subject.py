@@ -22,6 +22,7 @@ from lrquant.blocks.streams import Stream
 from lrquant.blocks.variants import as_learned, full_precision, unlearned
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.config import Config, optional_path
+from lrquant.config.groups import Adapting, Computing, Learning
 from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
 from lrquant.learn.adaptation import adapt, describe_adaptation
@@ -151,8 +152,9 @@ class RunSubject(BlockSubject):
         assert self.config is not None and self.folder is not None
         if not self.config.tta:
             return None
-        outcome = adapt(self.workbench, self.config, self.folder, text, progress)
-        return describe_adaptation(self.config), outcome
+        learning, adapting = self.config.part(Learning), self.config.part(Adapting)
+        outcome = adapt(self.workbench, learning, adapting, self.folder, text, progress)
+        return describe_adaptation(adapting, self.workbench.plan.ingredients), outcome
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,10 @@ def open_subject(name: str, config: Config, own: str | None = None) -> Subject:
     """
     if (Path(name) / "run.json").is_file():
         return _run(own or QUANTIZED, name, config)
-    if is_checkpoint(name, optional_path(config.cache_dir)):
-        return CheckpointSubject(own or QUANTIZED, load_checkpoint(name, config))
+    cache = optional_path(config.cache_dir)
+    if is_checkpoint(name, cache):
+        loaded = load_checkpoint(name, config.part(Computing), cache)
+        return CheckpointSubject(own or QUANTIZED, loaded)
     return _model(own or FULL_PRECISION, name, config)
 
 
@@ -223,14 +227,18 @@ def _run(own: str, name: str, config: Config) -> Subject:
     folder = RunFolder.open(Path(name))
     folder.require_finished()
     model = load_model(folder.config.model, optional_path(config.cache_dir))
-    workbench = make_workbench(model, config, Plan.of(folder.config))
+    workbench = _workbench(model, Plan.of(folder.config.quantizing), config)
     folder.require_same({"model": model.fingerprint()})
     return BlockSubject(own, workbench, folder.config, folder)
 
 
 def _model(own: str, name: str, config: Config) -> Subject:
     model = load_model(name, optional_path(config.cache_dir))
-    return BlockSubject(own, make_workbench(model, config, UNQUANTIZED))
+    return BlockSubject(own, _workbench(model, UNQUANTIZED, config))
+
+
+def _workbench(model: Model, plan: Plan, config: Config) -> Workbench:
+    return make_workbench(model, plan, config.part(Computing), Path(config.output_dir))
 
 
 def entry_of(workbench: Workbench, text: Samples) -> BlockInputs:
