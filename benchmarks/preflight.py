@@ -62,7 +62,7 @@ def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
     before = psutil.Process().memory_info().rss
     memory = estimate_memory(load, costs, before, True)
     records = folder.records()
-    seconds = learning_seconds(load, costs, given=config.act_scales is not None)
+    seconds = learning_seconds(load, costs, with_statistics=config.act_scales is not None)
     took = sum(record.seconds for record in records)
     peak = max(record.peak_memory_bytes for record in records)
     files = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())

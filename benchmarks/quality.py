@@ -35,7 +35,9 @@ from lrquant.config.groups import Computing
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples, perplexity_windows
+from lrquant.measures.agreement import MEASURE as AGREEMENT
 from lrquant.measures.numbers import divergence, number
+from lrquant.measures.perplexity import MEASURE as PERPLEXITY
 from lrquant.measures.rows import table
 from lrquant.measures.scoring.predictions import score, send_through
 from lrquant.model.loading import load_model
@@ -184,14 +186,19 @@ class _Bench:
             self._full(windows, reference)
         (stream,) = bench.streams(entry, 1)
         send_through(self.model, prepare, stream, entry)
-        return score(self._head, stream, windows.ids, self._references[windows.name])
+        reference = self._references[windows.name]
+        (scores,) = score([AGREEMENT], self._head, stream, windows.feed, reference)
+        assert scores.divergences is not None
+        return {"perplexity": scores.perplexity, "kl_mean": scores.divergences.kl_mean}
 
     def _full(self, windows: Samples, reference: Stream) -> None:
         if ("full precision", windows.name) in self.measures():
             return
         assert self._head is not None
-        row = {"row": "full precision", "text": windows.name, "windows": windows.description}
-        row |= score(self._head, reference, windows.ids)
+        row: dict[str, Any] = {"row": "full precision", "text": windows.name}
+        row["windows"] = windows.description
+        (scores,) = score([PERPLEXITY], self._head, reference, windows.feed)
+        row["perplexity"] = scores.perplexity
         with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 

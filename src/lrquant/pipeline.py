@@ -227,8 +227,8 @@ def _learn(
     """A run folder of which every block is learned."""
     config, calibration = prospect.config, prospect.calibration
     assert calibration is not None
-    learning, given = config.part(Learning), config.part(StatisticsFiles)
-    identity = describe_run(workbench, learning, calibration, given)
+    learning, files = config.part(Learning), config.part(StatisticsFiles)
+    identity = describe_run(workbench, learning, calibration, files)
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
@@ -299,8 +299,8 @@ def _evaluate(
 
 def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
     """Write another checkpoint of a finished run without learning or measuring again."""
-    given = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
-    return run({**given, **no_measures()}, progress=progress)
+    asked = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
+    return run({**asked, **no_measures()}, progress=progress)
 
 
 @contextmanager

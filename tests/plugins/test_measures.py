@@ -90,10 +90,25 @@ def test_a_package_that_has_gone_leaves_what_it_measured(child, model_folder, da
     learning = ("--model", model_folder("llama"), "--scheme", "W4A16", "--nsamples", "2")
     learning += ("--epochs", "0", "--output_dir", run, "--no-report", "--data_dir", data_dir)
     child("-m", "lrquant", "quantize", *learning, *SETTINGS)
+    target = ("-m", "lrquant", "inspect", run)
+    assert "guesses" in child(*target)
+    with pytest.raises(AssertionError, match="'guesses'; install the package that declares it"):
+        child(*target, without=True)
     before = json.loads((run / "results.json").read_text())["guesses"]
     said = child("-c", LATER, run, without=True)
     assert "guesses" not in said and "perplexity" in said
     assert json.loads((run / "results.json").read_text())["guesses"] == before
+
+
+def test_a_run_that_did_not_use_it_needs_no_package(child, model_folder, data_dir, tmp_path):
+    learning = ("--model", model_folder("llama"), "--scheme", "W4A16", "--nsamples", "2")
+    places = ("--output_dir", tmp_path / "run", "--save_dir", tmp_path / "saved")
+    how = ("--epochs", "0", "--no-report", "--data_dir", data_dir, "--seqlen", "24")
+    child("-m", "lrquant", "quantize", *learning, *places, *how)
+    for folder in ("run", "saved"):
+        assert "weights 4 bits" in child(
+            "-m", "lrquant", "inspect", tmp_path / folder, without=True
+        )
 
 
 def test_it_keeps_the_contract(child):

@@ -73,14 +73,14 @@ def _declared(attribute: str) -> list[Architecture]:
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The family that serves `config.model_type`; refuses what no family declares."""
-    known = architectures()
+    families = architectures()
     model_type = getattr(config, "model_type", None)
-    if model_type not in known:
+    if model_type not in families:
         raise LRQuantError(
-            f"model family {model_type!r} is not declared; known: {', '.join(sorted(known))}; "
+            f"model family {model_type!r} is not declared; known: {', '.join(sorted(families))}; "
             "docs/add-an-architecture.md says how to add one"
         )
-    architecture = known[model_type]
+    architecture = families[model_type]
     reason = architecture.refusal(config)
     if reason is not None:
         raise LRQuantError(f"model family {model_type!r}: {reason}")

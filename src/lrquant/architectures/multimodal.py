@@ -42,10 +42,10 @@ def _kept(text: PretrainedConfig, block: int) -> tuple[str, ...]:
 
 def _refusal(config: PretrainedConfig) -> str | None:
     text = config.get_text_config()
-    known = language_parts()
-    if text.model_type not in known:
+    parts = language_parts()
+    if text.model_type not in parts:
         return (
             f"its language part {text.model_type!r} is not declared; known: "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(parts))}"
         )
-    return known[text.model_type].refusal(text)
+    return parts[text.model_type].refusal(text)

@@ -30,16 +30,16 @@ def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     heads = config.num_attention_heads
     head_dim = config.hidden_size // heads
     q, k, v = _ATTENTION_INPUTS
-    found = [
+    sites = [
         value_output_site(v, "self_attn.out_proj", heads, heads, head_dim),
         query_key_site(q, k, heads, heads, head_dim, rotary=None),
     ]
     if config.do_layer_norm_before and config.layer_norm_elementwise_affine:
-        found.insert(0, norm_site("self_attn_layer_norm", _ATTENTION_INPUTS, config.hidden_size))
-        found.insert(1, norm_site("final_layer_norm", ("fc1",), config.hidden_size))
+        sites.insert(0, norm_site("self_attn_layer_norm", _ATTENTION_INPUTS, config.hidden_size))
+        sites.insert(1, norm_site("final_layer_norm", ("fc1",), config.hidden_size))
     if config.activation_function == "relu":
-        found.append(up_down_site("fc1", "fc2", config.ffn_dim))
-    return tuple(found)
+        sites.append(up_down_site("fc1", "fc2", config.ffn_dim))
+    return tuple(sites)
 
 
 ARCHITECTURE = Architecture(

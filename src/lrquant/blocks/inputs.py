@@ -94,17 +94,17 @@ class BlockInputs:
 
     def _first_shapes(self, samples: Sequence[slice]) -> list[tuple[int, ...]]:
         """Leading shapes of the first block's hidden states, a batch each."""
-        found: list[tuple[int, ...]] = []
+        shapes: list[tuple[int, ...]] = []
 
         def visit(hidden: Tensor, arguments: Arguments) -> Tensor:
-            found.append(tuple(hidden.shape[:-1]))
+            shapes.append(tuple(hidden.shape[:-1]))
             raise _Recorded
 
         cpu = torch.device("cpu")
         tensors = self._model.outer_tensors(cpu, torch.float32, head=False)
         for part in samples:
             self._forward(tensors, self.feed.collate(part), cpu, [visit])
-        return found
+        return shapes
 
     @torch.no_grad()
     def _forward(
@@ -144,8 +144,8 @@ class BlockInputs:
         """How much each token of a batch counts, (samples, tokens) float32; None: all alike."""
         if self._model.architecture.reads_pixels:
             return None
-        found = self.feed.batch_weights(self.batches[batch].samples)
-        return None if found is None else found.to(self._device)
+        weights = self.feed.batch_weights(self.batches[batch].samples)
+        return None if weights is None else weights.to(self._device)
 
 
 def _check_length(model: Model, tokens: int) -> None:

@@ -141,5 +141,5 @@ class BlockRunner:
 
 def _attention_config(block: nn.Module) -> PretrainedConfig:
     """The configuration from which a block's attention takes its implementation."""
-    found = [getattr(module, "config", None) for module in block.modules()]
-    return next(config for config in found if isinstance(config, PretrainedConfig))
+    configs = [getattr(module, "config", None) for module in block.modules()]
+    return next(config for config in configs if isinstance(config, PretrainedConfig))

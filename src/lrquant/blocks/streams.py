@@ -29,13 +29,13 @@ class Batch(NamedTuple):
 
 def batches_of(samples: Sequence[slice], shapes: Sequence[tuple[int, ...]]) -> list[Batch]:
     """Batches one after the other in a stream."""
-    found: list[Batch] = []
+    batches: list[Batch] = []
     start = 0
     for part, shape in zip(samples, shapes, strict=True):
         end = start + math.prod(shape)
-        found.append(Batch(part, slice(start, end), tuple(shape)))
+        batches.append(Batch(part, slice(start, end), tuple(shape)))
         start = end
-    return found
+    return batches
 
 
 class Stream:

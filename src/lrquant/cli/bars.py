@@ -24,7 +24,7 @@ class BarProgress(Progress):
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[done]}"),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
@@ -44,7 +44,7 @@ class BarProgress(Progress):
         self._skipped = 0
         with self._bars:
             self._task = self._bars.add_task(
-                "learning", total=blocks * self._steps, done=f"0/{blocks} blocks", note=""
+                "learning", total=blocks * self._steps, count=f"0/{blocks} blocks", note=""
             )
             yield
             self._bars.remove_task(self._task)
@@ -52,33 +52,33 @@ class BarProgress(Progress):
     def stepper(self, block: int) -> Callable[[int, float], None]:
         before = (block - self._skipped) * self._steps
 
-        def step(done: int, loss: float) -> None:
-            epoch = -(-done // self._batches)
+        def step(step_count: int, loss: float) -> None:
+            epoch = -(-step_count // self._batches)
             note = (
                 f"block {block}, epoch {epoch}/{self._epochs}, loss {loss:.4g}, "
                 f"peak {decimal(self._memory())}"
             )
-            self._bars.update(self._task, completed=before + done, note=note)
+            self._bars.update(self._task, completed=before + step_count, note=note)
 
         return step
 
     def finished(self, block: int, record: BlockRecord | None) -> None:
-        done = f"{block + 1}/{self._blocks} blocks"
+        count = f"{block + 1}/{self._blocks} blocks"
         if record is None:  # took no time to learn: left out of what time is reckoned by
             self._skipped = block + 1
             total = (self._blocks - self._skipped) * self._steps
-            self._bars.update(self._task, total=total, done=done)
+            self._bars.update(self._task, total=total, count=count)
             return
         completed = (block + 1 - self._skipped) * self._steps
-        self._bars.update(self._task, completed=completed, done=done)
+        self._bars.update(self._task, completed=completed, count=count)
 
     @contextmanager
     def measuring(
         self, what: str, steps: int, unit: str = "blocks"
     ) -> Iterator[Callable[[int], None]]:
         with self._bars:
-            task = self._bars.add_task(what, total=steps, done=f"0/{steps} {unit}", note="")
+            task = self._bars.add_task(what, total=steps, count=f"0/{steps} {unit}", note="")
             yield lambda step: self._bars.update(
-                task, completed=step + 1, done=f"{step + 1}/{steps} {unit}"
+                task, completed=step + 1, count=f"{step + 1}/{steps} {unit}"
             )
             self._bars.remove_task(task)

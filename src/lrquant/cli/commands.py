@@ -216,21 +216,21 @@ def _check(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.report.preflight import preflight_text, preflight_values
 
     logging.getLogger("lrquant").setLevel(logging.ERROR)  # what is left out is a finding
-    done = preflight(_settings_of_a_run(options))
+    report = preflight(_settings_of_a_run(options))
     if options.json:
-        screen.say(json.dumps(preflight_values(done), indent=1))
+        screen.say(json.dumps(preflight_values(report), indent=1))
     else:
-        screen.say(preflight_text(done))
-    if done.failed:
-        what = ", ".join(dict.fromkeys(finding.what for finding in done.failed))
-        raise LRQuantError(f"check: {len(done.failed)} of {len(done.findings)} failed: {what}")
+        screen.say(preflight_text(report))
+    if report.failed:
+        what = ", ".join(dict.fromkeys(finding.what for finding in report.failed))
+        raise LRQuantError(f"check: {len(report.failed)} of {len(report.findings)} failed: {what}")
 
 
 def _with_published_statistics(settings: SettingValues) -> SettingValues:
     """Use ./act_scales/NET.pt and ./act_shifts/NET.pt where the published tool leaves them."""
     net = _config(settings).net_name
-    found = {name: Path(name) / f"{net}.pt" for name in ("act_scales", "act_shifts")}
-    present = {name: str(path) for name, path in found.items() if path.is_file()}
+    files = {name: Path(name) / f"{net}.pt" for name in ("act_scales", "act_shifts")}
+    present = {name: str(path) for name, path in files.items() if path.is_file()}
     return {**present, **settings}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -171,12 +172,22 @@ class _Config(Settings):
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of this file.
 
-        Not `overwrite`: that is asked for once, and not by who repeats the settings.
+        Not `overwrite`: that is asked for once, and not by who repeats the settings.  Those that
+        other packages bring stand there only where they say something, so that nobody needs a
+        package that was not used.
         """
         asked = dataclasses.replace(self, overwrite=False)
+        unused = {
+            entry.name
+            for kind in (*ingredient_kinds(), *measured_settings())
+            if not kind.__module__.startswith("lrquant.")
+            for entry in dataclasses.fields(kind)
+            if getattr(self, entry.name) == entry.default
+        }
         values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(asked).items()
+            if name not in unused
         }
         values["scheme_for"] = self._patterns_as_mapping()
         return yaml.safe_dump(values, sort_keys=False)
@@ -272,7 +283,9 @@ def typed_settings(values: SettingDict, origin: str) -> SettingDict:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            raise LRQuantError(f"{origin}: unknown setting {shown(key)}")
+            near = difflib.get_close_matches(name, hints, 1)
+            mend = f"the nearest is {near[0]}" if near else "install the package that declares it"
+            raise LRQuantError(f"{origin}: unknown setting {shown(key)}; {mend}")
         if name in settings:
             raise LRQuantError(f"{origin}: {key}: given twice, with dashes and with underscores")
         settings[name] = convert(hints[name], value, f"{origin}: {key}")

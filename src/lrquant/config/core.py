@@ -197,8 +197,8 @@ class Settings:
         """The scheme of the vision tower, None where it stays in floating point."""
         if self.vision_scheme is None:
             return None
-        given = Scheme.parse(self.vision_scheme)
-        return dataclasses.replace(given, activation_symmetric=self.activation_symmetric)
+        scheme = Scheme.parse(self.vision_scheme)
+        return dataclasses.replace(scheme, activation_symmetric=self.activation_symmetric)
 
     @property
     def schemes(self) -> Schemes:

@@ -55,10 +55,10 @@ def require_one_scheme(settings: SettingValues) -> None:
         return
     scheme = Scheme.parse(str(settings["scheme"]))
     for name, attribute in SPELLED_OUT.items():
-        named, given = getattr(scheme, attribute), settings.get(name)
-        if named not in (None, False) and given not in (None, named):
+        named, value = getattr(scheme, attribute), settings.get(name)
+        if named not in (None, False) and value not in (None, named):
             raise LRQuantError(
-                f"scheme {scheme.name} and {name} {given} disagree; give one of them"
+                f"scheme {scheme.name} and {name} {value} disagree; give one of them"
             )
 
 

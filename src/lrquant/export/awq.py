@@ -34,7 +34,7 @@ def _refusal(schemes: Schemes) -> str | None:
     """Why the format can't hold a model, with the nearest that it can."""
     scheme = schemes.default
     size = scheme.group_size
-    nearest = min(GROUP_SIZES, key=lambda known: abs(math.log2(known / size))) if size else None
+    nearest = min(GROUP_SIZES, key=lambda other: abs(math.log2(other / size))) if size else None
     wanted = Scheme(BITS, FLOAT_BITS, nearest, scheme.symmetric)
     if wanted.name != scheme.name:
         return (

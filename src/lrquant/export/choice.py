@@ -24,19 +24,19 @@ def choose_format(plan: Plan, name: str | None, target: str | None) -> Format:
 
     With a `target` that is one which the target loads, `DEFAULT` before others; without, `DEFAULT`.
     """
-    known = formats()
+    choices = formats()
     if target is not None and name is None:
-        return chosen_for_target(plan, target, known, DEFAULT)
+        return chosen_for_target(plan, target, choices, DEFAULT)
     other = "" if name else "; or --format dequantized"
     name = name or DEFAULT
-    if name not in known:
-        raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(known))}")
-    reason = refusal_of(known[name], plan)
+    if name not in choices:
+        raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(choices))}")
+    reason = refusal_of(choices[name], plan)
     if reason is not None:
         raise LRQuantError(f"--format {name}: {reason}{other}")
     if target is not None:
-        reason = loading_refusal(known[name], plan.schemes, target)
+        reason = loading_refusal(choices[name], plan.schemes, target)
         if reason is not None:
-            mend = mended(plan, target, [known[name]]) or "leave --format or --target out"
+            mend = mended(plan, target, [choices[name]]) or "leave --format or --target out"
             raise LRQuantError(f"--format {name} with --target {target}: {reason}; {mend}")
-    return known[name]
+    return choices[name]

@@ -156,28 +156,28 @@ def _compare_block(
     name: str, decoded: dict[str, Tensor], frozen: FrozenBlock, dtype: torch.dtype, place: Path
 ) -> None:
     expected = frozen.dense()
-    found = dict(decoded)
-    for factor in [key for key in found if key.endswith(INPUT_FACTOR_SUFFIX)]:
+    written = dict(decoded)
+    for factor in [key for key in written if key.endswith(INPUT_FACTOR_SUFFIX)]:
         weight = factor.removesuffix(INPUT_FACTOR_SUFFIX) + ".weight"
-        found[weight] = found[weight] * found.pop(factor)
-    if odd := sorted(found.keys() ^ expected.keys()):
+        written[weight] = written[weight] * written.pop(factor)
+    if odd := sorted(written.keys() ^ expected.keys()):
         _refuse(place, f"{name}.{odd[0]} is missing or left over")
     for key, tensor in expected.items():
-        _require_rounded(f"{name}.{key}", found[key], tensor, dtype, place)
+        _require_rounded(f"{name}.{key}", written[key], tensor, dtype, place)
 
 
 def _require_rounded(
-    name: str, found: Tensor, expected: Tensor, dtype: torch.dtype, place: Path
+    name: str, written: Tensor, expected: Tensor, dtype: torch.dtype, place: Path
 ) -> None:
     """Each value equals what was measured, to one rounding to `dtype`."""
-    if found.shape != expected.shape:
-        _refuse(place, f"{name} is {list(found.shape)}, not {list(expected.shape)}")
+    if written.shape != expected.shape:
+        _refuse(place, f"{name} is {list(written.shape)}, not {list(expected.shape)}")
     if not expected.is_floating_point():
-        if not torch.equal(found, expected.to(found.device)):
+        if not torch.equal(written, expected.to(written.device)):
             _refuse(place, f"{name} differs")
         return
     relative = torch.finfo(dtype).eps
-    pairs = zip(found.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True)
+    pairs = zip(written.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True)
     for part, other in pairs:
         wanted = other.cpu().float()
         distance = (part.cpu().float() - wanted).abs_()
@@ -240,17 +240,17 @@ def _compare_heads(workbench: Workbench, written: Model, dtype: torch.dtype, pla
     model, device = workbench.model, workbench.device
     generator = torch.Generator().manual_seed(0)
     states = torch.randn((1, _HEAD_TOKENS, model.hidden_size), generator=generator).to(device)
-    found, expected = (Head(m, device, workbench.dtype)(states) for m in (written, model))
-    _require_alike("the head's output", found, expected, dtype, place)
+    own, expected = (Head(m, device, workbench.dtype)(states) for m in (written, model))
+    _require_alike("the head's output", own, expected, dtype, place)
 
 
 def _require_alike(
-    what: str, found: Tensor, expected: Tensor, dtype: torch.dtype | None, place: Path
+    what: str, written: Tensor, expected: Tensor, dtype: torch.dtype | None, place: Path
 ) -> None:
     """Outputs agree to the rounding of weights to `dtype`; None: to that of float32 sums."""
     allowed = _SAME if dtype is None else max(_SAME, 16 * torch.finfo(dtype).eps)
-    found, expected = found.float(), expected.float()
-    distance = float((found - expected).abs().max() / expected.abs().max().clamp_min(_UNDERFLOW))
+    written, expected = written.float(), expected.float()
+    distance = float((written - expected).abs().max() / expected.abs().max().clamp_min(_UNDERFLOW))
     if not distance <= allowed:
         _refuse(place, f"{what} is {distance:.2g} of the largest value off")
 

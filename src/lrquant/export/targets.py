@@ -24,13 +24,13 @@ _WHOLE_ROW = (
 )
 
 
-def chosen_for_target(plan: Plan, target: str, known: dict[str, Format], first: str) -> Format:
+def chosen_for_target(plan: Plan, target: str, forms: dict[str, Format], first: str) -> Format:
     """The first format, `first` before all others, that the target loads and that holds the plan.
 
     Dense weights do for what is learned at 16 bits; for less they are chosen by name alone.  Raises
     LRQuantError with what cannot be held and the nearest settings that can.
     """
-    packed = sorted(known.values(), key=lambda form: (form.name != first, form.name))
+    packed = sorted(forms.values(), key=lambda form: (form.name != first, form.name))
     packed = [form for form in packed if not _dense(form, plan)]
     for form in packed:
         if _reason(form, plan, target) is None:

@@ -69,8 +69,8 @@ def verify(place: Path) -> Verified:
         stored += tensor.nbytes
         elements += tensor.numel() * (name in extra)
         if name in expected:
-            found = _tensor_problems(name, tensor, expected[name], used.get(name, 0))
-            problems += [f"{name}: {text}" for text in found]
+            sentences = _tensor_problems(name, tensor, expected[name], used.get(name, 0))
+            problems += [f"{name}: {text}" for text in sentences]
     return Verified(problems, bits, stored, _BF16 * elements)
 
 
@@ -126,10 +126,10 @@ def _of_block(modules: list[str], block: str) -> list[str]:
 
 def _added(part: Model) -> JsonObject:
     """Biases and shifts that the native format added, as its quantization_config names them."""
-    found = getattr(part.skeleton.config, "quantization_config", None) or {}
-    found = found if isinstance(found, dict) else vars(found)
-    tower = found.get("tower") or {}
-    return tower if tower.get("blocks") == part.architecture.blocks else found
+    values = getattr(part.skeleton.config, "quantization_config", None) or {}
+    values = values if isinstance(values, dict) else vars(values)
+    tower = values.get("tower") or {}
+    return tower if tower.get("blocks") == part.architecture.blocks else values
 
 
 def _used_bits(model: Model, plan: Plan) -> dict[str, int]:

@@ -131,8 +131,8 @@ class _Variant:
         for name, matrix in self.seen.items():
             module = str(matrix.reads)
             rows = slice(*(matrix.rows or (None,)))
-            given, expected = seen.outputs[module][:, rows], reference.outputs[module][:, rows]
-            read, output = view.in_stored_units(name, seen.inputs[module], given)
+            own, expected = seen.outputs[module][:, rows], reference.outputs[module][:, rows]
+            read, output = view.in_stored_units(name, seen.inputs[module], own)
             bias = view.stored.get(str(matrix.bias))
             bias = None if bias is None else matrix.of_bias(bias).float()
             own = functional.linear(read, view.weight(name).float(), bias)
@@ -267,12 +267,12 @@ def weight_histogram(weight: Tensor) -> Tensor:
 def _pictures(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pictures of each input before and after, once for linears that read the same."""
     tensors: dict[str, Tensor] = {}
-    known: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for name in before:
         pair = before[name], after[name]
-        if any(all(map(torch.equal, pair, other)) for other in known):
+        if any(all(map(torch.equal, pair, other)) for other in pairs):
             continue
-        known.append(pair)
+        pairs.append(pair)
         tensors |= {f"inputs.{name}.before": pair[0], f"inputs.{name}.after": pair[1]}
     return tensors
 

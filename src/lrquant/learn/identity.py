@@ -43,11 +43,11 @@ def method_name(plan: Plan, learning: Learning) -> str:
 
 
 def describe_run(
-    workbench: Workbench, learning: Learning, calibration: Samples, given: StatisticsFiles
+    workbench: Workbench, learning: Learning, calibration: Samples, files: StatisticsFiles
 ) -> JsonObject:
     """What must be the same for a run to be resumed, and `calibration` in words."""
     model, plan = workbench.model, workbench.plan
-    read = given.named if plan.reads_statistics else ()
+    read = files.named if plan.reads_statistics else ()
     statistics = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in read]
     dtype = None if plan.scale_dtype is None else dtype_name(plan.scale_dtype)
     tower = {}

@@ -40,7 +40,7 @@ def learn_model(
     workbench: Workbench,
     learning: Learning,
     feed: Feed,
-    given: ChannelStatistics | None,
+    statistics: ChannelStatistics | None,
     folder: RunFolder,
     progress: Progress,
     diagnosed: bool = True,
@@ -60,7 +60,7 @@ def learn_model(
         learned = as_learned(workbench, folder).tower
         logger.info("language part: %d blocks", len(workbench.model.blocks))
     towers = plain, learned
-    learn_blocks(workbench, learning, feed, given, folder, progress, diagnosed, towers)
+    learn_blocks(workbench, learning, feed, statistics, folder, progress, diagnosed, towers)
 
 
 def require_pictures(feed: Feed, scheme: str) -> Feed:
@@ -78,7 +78,7 @@ def learn_blocks(
     workbench: Workbench,
     learning: Learning,
     feed: Feed,
-    given: ChannelStatistics | None,
+    statistics: ChannelStatistics | None,
     folder: PartFolder,
     progress: Progress,
     diagnosed: bool = True,
@@ -86,8 +86,8 @@ def learn_blocks(
 ) -> None:
     """Learn every block that the folder does not hold yet, in order.
 
-    Statistics are those `given`, or gathered from each block's full-precision pass.  `towers` is
-    what stands before the first block of the full-precision and of the quantised model.
+    `statistics` are those of files, else gathered in each block's full-precision pass.  `towers`
+    stand before the first block of the full-precision and of the quantised model.
     """
     blocks = len(workbench.model.blocks)
     finished = folder.finished_blocks()
@@ -113,7 +113,7 @@ def learn_blocks(
     for stream in homologous:
         stream.added = quantized.added
     stage = BlockLearning(
-        *(workbench, learning, given, folder, progress, diagnosed),
+        *(workbench, learning, statistics, folder, progress, diagnosed),
         *(entry, full, quantized, homologous),
     )
     memory = partial(peak_memory, workbench.device)
@@ -130,7 +130,7 @@ class BlockLearning:
 
     workbench: Workbench
     learning: Learning
-    given: ChannelStatistics | None
+    statistics: ChannelStatistics | None
     folder: PartFolder
     progress: Progress
     diagnosed: bool
@@ -192,8 +192,9 @@ class BlockLearning:
         for index in unit:
             statistics = ChannelStatistics()
             stored, view = self._advance_full(index, statistics.observe if self._observed else None)
-            if self.given is not None:
-                statistics.maxima, statistics.midpoints = self.given.maxima, self.given.midpoints
+            if self.statistics is not None:
+                of_files = self.statistics
+                statistics.maxima, statistics.midpoints = of_files.maxima, of_files.midpoints
             for stream in self.homologous:
                 advance_full_precision(bench, index, stored, self.entry, before, stream)
                 before = stream
@@ -205,7 +206,7 @@ class BlockLearning:
     def _observed(self) -> bool:
         """Whether statistics are gathered on the way."""
         plan = self.workbench.plan
-        return plan.needs_statistics or (self.given is None and plan.reads_statistics)
+        return plan.needs_statistics or (self.statistics is None and plan.reads_statistics)
 
     def _advance_full(
         self, index: int, observer: WeightedObserver | None

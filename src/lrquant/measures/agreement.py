@@ -101,10 +101,10 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
         return results
 
     def log_lines(self, scored: Scored[Samples, AgreementScores], variant: str) -> Iterable[str]:
-        found = scored.scores[variant].divergences
-        if found is not None:
-            error = "" if found.kl_mean_stderr is None else f" ± {found.kl_mean_stderr:.2g}"
-            numbers = ", ".join(f"{key} {getattr(found, key):.4g}" for key in self.metrics)
+        summary = scored.scores[variant].divergences
+        if summary is not None:
+            error = "" if summary.kl_mean_stderr is None else f" ± {summary.kl_mean_stderr:.2g}"
+            numbers = ", ".join(f"{key} {getattr(summary, key):.4g}" for key in self.metrics)
             numbers = numbers.replace(",", f"{error},", 1)
             yield f"{scored.name} agreement, {variant.replace('_', ' ')}: {numbers}"
 

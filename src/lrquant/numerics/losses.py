@@ -31,13 +31,13 @@ def losses() -> dict[str, Loss]:
 
 def terms_of(kind: str) -> list[Loss]:
     """The terms of a loss, their names joined by +; LRQuantError for one that nobody declares."""
-    known = losses()
+    terms = losses()
     for name in kind.split("+"):
-        if name not in known:
+        if name not in terms:
             raise LRQuantError(
-                f"loss {kind!r}: use one of {', '.join(known)}, or several joined by +"
+                f"loss {kind!r}: use one of {', '.join(terms)}, or several joined by +"
             )
-    return [known[name] for name in kind.split("+")]
+    return [terms[name] for name in kind.split("+")]
 
 
 def mean_squared_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -49,30 +49,30 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     for settings that contradict each other; all else is a finding.
     """
     config, measure_only = resolve_settings(settings)
-    done = Preflight(config)
+    report = Preflight(config)
     run = Prospect(config, measure_only, Plan.of(config.quantizing), model, apart=True)
     for check in requirements(run):
-        with done.checking(check.what, check.more):
+        with report.checking(check.what, check.more):
             for said in check.of():
-                done.add(said.what or check.what, said.state, said.text)
+                report.add(said.what or check.what, said.state, said.text)
     places = config.part(Places)
     if run.model is None:
-        check_places(done, places, config.save_dir)
-        done.add("all else", "not checked", "needs the model")
-        return done
-    fits = _check_packing(done, run, run.model) and _check_length(done, run.model)
+        check_places(report, places, config.save_dir)
+        report.add("all else", "not checked", "needs the model")
+        return report
+    fits = _check_packing(report, run, run.model) and _check_length(report, run.model)
     finished = len(run.model.blocks) if measure_only else 0
     if not measure_only:
-        finished = check_run_folder(done, places, len(run.model.blocks), _identity(run))
-    check_places(done, places, config.save_dir)
+        finished = check_run_folder(report, places, len(run.model.blocks), _identity(run))
+    check_places(report, places, config.save_dir)
     if run.model.architecture.reads_pixels and run.calibration is None:
-        done.add("memory, disk, time", "not checked", "need pictures to calibrate on")
+        report.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and run.workbench is not None:
         texts = list(run.texts.values())
-        _estimate(done, run.workbench, run.calibration, texts, finished)
+        _estimate(report, run.workbench, run.calibration, texts, finished)
     else:
-        done.add("memory, disk, time", "not checked", "need sizes that fit and a device")
-    return done
+        report.add("memory, disk, time", "not checked", "need sizes that fit and a device")
+    return report
 
 
 def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
@@ -80,57 +80,57 @@ def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
     bench, calibration = run.workbench, run.calibration
     if bench is None or calibration is None:
         return None
-    learning, given = run.config.part(Learning), run.config.part(StatisticsFiles)
-    return partial(describe_run, bench, learning, calibration, given)
+    learning, files = run.config.part(Learning), run.config.part(StatisticsFiles)
+    return partial(describe_run, bench, learning, calibration, files)
 
 
-def _check_length(done: Preflight, model: Model) -> bool:
+def _check_length(report: Preflight, model: Model) -> bool:
     """Whether the model has as many positions as a sample has tokens."""
     if model.architecture.reads_pixels:
         return True
-    with done.checking("seqlen"):
-        ids = torch.zeros((1, done.config.seqlen), dtype=torch.int64)
+    with report.checking("seqlen"):
+        ids = torch.zeros((1, report.config.seqlen), dtype=torch.int64)
         BlockInputs(model, ids, 1, torch.device("cpu"))
         return True
     return False
 
 
-def _check_packing(done: Preflight, run: Prospect, model: Model) -> bool:
+def _check_packing(report: Preflight, run: Prospect, model: Model) -> bool:
     """What a checkpoint will take; whether all shapes fit."""
     if "groups" not in run.passed or run.form is None:
         return "groups" in run.passed
-    with done.checking("packing"):
+    with report.checking("packing"):
         settings = len(run.config.to_yaml().encode())
-        size = done.checkpoint = checkpoint_size(model, run.plan, run.form, settings)
+        size = report.checkpoint = checkpoint_size(model, run.plan, run.form, settings)
         bits = f"{size.bits_per_weight:.3f} bits a weight"
-        done.add("packing", "ok", f"{run.form.name}: {bits}")
+        report.add("packing", "ok", f"{run.form.name}: {bits}")
         return True
     return False
 
 
 def _estimate(
-    done: Preflight,
+    report: Preflight,
     workbench: Workbench,
     calibration: Samples | None,
     texts: list[Samples],
     finished: int,
 ) -> None:
     """Measure one block of each part, and hold memory, disk and time against what there is."""
-    config, model = done.config, workbench.model
-    learning, given = config.part(Learning), config.act_scales is not None
-    with done.checking("memory"):
+    config, model = report.config, workbench.model
+    learning, with_files = config.part(Learning), config.act_scales is not None
+    with report.checking("memory"):
         lengths = [config.seqlen] * config.nsamples
         load = language_load(workbench, learning, calibration, lengths)
         tower = tower_load(workbench, learning, calibration)
-        done.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
-    if done.stream_bytes is None:
+        report.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
+    if report.stream_bytes is None:
         return
-    place = workbench.place(done.stream_bytes)
-    with done.checking("disk"):
-        on_disk = done.stream_bytes if place == "disk" else 0
-        done.run_bytes = run_bytes(model, workbench.plan, config.report)
-        check_disk(done, config.output_dir, config.save_dir, on_disk)
-    with done.checking("memory"):
+    place = workbench.place(report.stream_bytes)
+    with report.checking("disk"):
+        on_disk = report.stream_bytes if place == "disk" else 0
+        report.run_bytes = run_bytes(model, workbench.plan, config.report)
+        check_disk(report, config.output_dir, config.save_dir, on_disk)
+    with report.checking("memory"):
         _require_room(workbench)
         cuda = workbench.device.type == "cuda"
         inside = place == "device" or (place == "host" and not cuda)
@@ -139,20 +139,20 @@ def _estimate(
         if tower is not None and finished < len(model.blocks):
             costs = probe_block(tower)
             in_tower = estimate_memory(tower, costs, before, inside).peak
-            seconds = learning_seconds(tower, costs, _finished_in_tower(config), given)
-        costs = done.costs = probe_block(load)
+            seconds = learning_seconds(tower, costs, _finished_in_tower(config), with_files)
+        costs = report.costs = probe_block(load)
         if finished < len(model.blocks):
-            seconds += learning_seconds(load, costs, finished, given)
+            seconds += learning_seconds(load, costs, finished, with_files)
         measured = _text_load(config, texts)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
-        done.seconds = Seconds(seconds, measuring)
+        report.seconds = Seconds(seconds, measuring)
         memory = estimate_memory(load, costs, before, inside, measured)
-        done.memory = dataclasses.replace(memory, tower=in_tower)
+        report.memory = dataclasses.replace(memory, tower=in_tower)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
-        done.compare("memory", done.memory.peak, free, where, _MEND)
+        report.compare("memory", report.memory.peak, free, where, _MEND)
         if cuda and place == "host":
             free = psutil.virtual_memory().available
-            done.compare("memory", done.stream_bytes, free, "on the host", _MEND)
+            report.compare("memory", report.stream_bytes, free, "on the host", _MEND)
 
 
 def _text_load(config: Config, texts: list[Samples]) -> TextLoad:

@@ -222,18 +222,18 @@ def _outer_elements(model: Model) -> dict[str, int]:
 
 
 def learning_seconds(
-    load: Load, costs: BlockCosts, finished: int = 0, given: bool = False
+    load: Load, costs: BlockCosts, finished: int = 0, with_statistics: bool = False
 ) -> float:
     """Time to learn the blocks that are not `finished`, and to pass through those that are.
 
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
-    `given` says that files give statistics.
+    `with_statistics` says that files give statistics.
     """
     learning, blocks = load.learning, len(load.workbench.model.blocks)
     batches = load.rows / costs.rows
     plan = load.workbench.plan
-    observed = plan.needs_statistics or (not given and plan.reads_statistics)
+    observed = plan.needs_statistics or (not with_statistics and plan.reads_statistics)
     passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
     block = costs.read + costs.start + costs.weights + costs.freeze
     block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)

@@ -125,7 +125,7 @@ def quantiles(values: Tensor) -> list[float]:
 
 def _worst_linears(blocks: list[JsonObject]) -> list[JsonObject]:
     """The linears that add most error themselves."""
-    found = [
+    entries = [
         {
             "block": block["block"],
             "linear": linear,
@@ -138,17 +138,17 @@ def _worst_linears(blocks: list[JsonObject]) -> list[JsonObject]:
         for linear, snr in block["figures"]["linears"].items()
         if snr["own_snr"]["learned"] is not None
     ]
-    return sorted(found, key=lambda entry: entry["own_snr"])[:_WORST]
+    return sorted(entries, key=lambda entry: entry["own_snr"])[:_WORST]
 
 
 def _worst_blocks(blocks: list[JsonObject]) -> list[JsonObject]:
     """The blocks that add most error to their output."""
-    found = [
+    entries = [
         {"block": block["block"], "error_made": block["figures"]["error_made"]["learned"]}
         for block in blocks
         if block["figures"] and block["figures"]["error_made"]["learned"] is not None
     ]
-    return sorted(found, key=lambda entry: -entry["error_made"])[:3]
+    return sorted(entries, key=lambda entry: -entry["error_made"])[:3]
 
 
 def _missing(contents: JsonObject) -> list[str]:

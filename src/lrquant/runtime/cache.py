@@ -27,8 +27,8 @@ class QuantizedCache(Cache):
 
     def __init__(self, config: PretrainedConfig) -> None:
         quantization = getattr(config, "quantization_config", None)
-        given = getattr(quantization, "scheme", None)
-        grid = attention_grid(Scheme(**given)) if given else None
+        values = getattr(quantization, "scheme", None)
+        grid = attention_grid(Scheme(**values)) if values else None
         if grid is None or getattr(quantization, "others", None):
             raise LRQuantError(
                 "QuantizedCache: this model's K and V are not quantised; leave past_key_values out"

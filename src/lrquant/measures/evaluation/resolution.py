@@ -39,15 +39,15 @@ def _require_declared(config: Config) -> None:
         weight_grid(scheme)
 
 
-def _settings_of_finished_run(given: SettingDict) -> SettingDict:
+def _settings_of_finished_run(asked: SettingDict) -> SettingDict:
     """The run's own settings, with what was given of how to measure."""
-    own = RunFolder.open(Path(str(given["resume"]))).config
+    own = RunFolder.open(Path(str(asked["resume"]))).config
     names = (*measure_settings(), *_SETTINGS)
-    chosen = {name: given[name] for name in names if given.get(name) is not None}
-    places = {"output_dir": given["resume"], "resume": given["resume"], "save_dir": None}
+    chosen = {name: asked[name] for name in names if asked.get(name) is not None}
+    places = {"output_dir": asked["resume"], "resume": asked["resume"], "save_dir": None}
     places |= {"log_dir": None, "overwrite": False}
-    places |= {"target": None} if given.get("format") else {}
-    replaced = no_measures() if asks_for_measures(given) else {}
+    places |= {"target": None} if asked.get("format") else {}
+    replaced = no_measures() if asks_for_measures(asked) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
 
 

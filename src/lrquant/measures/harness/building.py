@@ -39,16 +39,16 @@ class LocalTask(ConfigurableTask):
         path, name = str(self.DATASET_PATH), self.DATASET_NAME
         try:
             for folder in self._folders:
-                found = find_set(path, name, folder)
-                if found is not None:
-                    self.dataset, self.origin = found
+                pair = find_set(path, name, folder)
+                if pair is not None:
+                    self.dataset, self.origin = pair
                     self._leave_out_lacking()
                     return
             cached = {} if self._cache_dir is None else {"cache_dir": self._cache_dir}
             super().download({**cached, **(dataset_kwargs or {})}, **kwargs)
         except FAILURES as error:
-            given = self._folders[0] if self._folders else None
-            raise unavailable(str(self.config.task), path, name, given, error) from error
+            first = self._folders[0] if self._folders else None
+            raise unavailable(str(self.config.task), path, name, first, error) from error
 
     def _leave_out_lacking(self) -> None:
         config, shots = self.config, self.fewshot_cfg

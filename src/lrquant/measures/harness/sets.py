@@ -104,9 +104,9 @@ def _saved_splits(place: Path) -> dict[str, Dataset]:
     """Splits under `place` by name, each a folder that `save_to_disk` wrote."""
     if not place.is_dir():
         return {}
-    found = sorted(entry for entry in place.iterdir() if (entry / "state.json").is_file())
+    splits = sorted(entry for entry in place.iterdir() if (entry / "state.json").is_file())
     try:
-        return {entry.name: datasets.load_from_disk(str(entry)) for entry in found}
+        return {entry.name: datasets.load_from_disk(str(entry)) for entry in splits}
     except FAILURES as error:
         raise LRQuantError(
             f"{place}: cannot be read as saved sets ({one_line(error)}); make or get them again"

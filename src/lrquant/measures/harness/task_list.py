@@ -38,15 +38,15 @@ class Tasks:
     with_pictures: frozenset[str] = frozenset()
 
 
-def require_known(names: list[str], known: list[str]) -> None:
+def require_known(names: list[str], tasks: list[str]) -> None:
     """Refuse names of which the harness has no task, with the nearest that it has."""
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in tasks]
     if not unknown:
         return
     if unknown[0].lower() in _QUESTION_SETS:
         advice = "; give its items as a .jsonl of questions and answers to --vqa"
     else:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
+        near = difflib.get_close_matches(unknown[0], tasks, n=3)
         advice = f"; near {unknown[0]}: {', '.join(near)}" if near else ""
     raise LRQuantError(f"--tasks: the harness has no task {', '.join(unknown)}{advice}")
 
