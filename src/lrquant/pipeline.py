@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from logging.handlers import MemoryHandler
@@ -61,12 +60,12 @@ from lrquant.report.writing import write_report
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import RunFolder
+from lrquant.runs.log import kept_log
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import conditions
 from lrquant.runs.tensorboard import with_tensorboard
 
 logger = logging.getLogger("lrquant")
-_KEPT_LINES = 10_000
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def run(
     With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
-    with _kept_log() as earlier, ExitStack() as locks:
+    with kept_log(logger) as earlier, ExitStack() as locks:
         config, measure_only = resolve_settings(settings)
         _claim_places(config, measure_only, locks)
         return _run(config, measure_only, model, samples, progress or Progress(), earlier)
@@ -301,17 +300,3 @@ def export(finished: str, save_dir: str, progress: Progress | None = None, **set
     """Write another checkpoint of a finished run without learning or measuring again."""
     asked = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
     return run({**asked, **no_measures()}, progress=progress)
-
-
-@contextmanager
-def _kept_log() -> Iterator[MemoryHandler]:
-    """Keep the log until there is a run folder to write it to."""
-    handler = MemoryHandler(_KEPT_LINES, flushLevel=logging.CRITICAL + 1)
-    level = logger.level
-    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
-    logger.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -76,7 +76,8 @@ def test_units_cover_all_blocks():
     assert units_of(3, 1) == [range(0, 1), range(1, 2), range(2, 3)]
 
 
-def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_path, precision):
     module = make_model("llama", num_hidden_layers=5)
 
     def run(place, **settings):
@@ -85,7 +86,7 @@ def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_pa
             "W3A4",
             samples=token_ids(3, 12),
             output_dir=str(tmp_path / place),
-            **{"epochs": 1, "window": 2, "lr_plus": True, "precision": "float32"},
+            **{"epochs": 1, "window": 2, "lr_plus": True, "precision": precision},
             **settings,
         )
 
@@ -102,7 +103,7 @@ def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_pa
         "W3A4",
         samples=token_ids(3, 12),
         output_dir=str(tmp_path / "single"),
-        **{"epochs": 1, "lr_plus": True, "precision": "float32"},
+        **{"epochs": 1, "lr_plus": True, "precision": precision},
     )
     assert single.folder.load_block(1).keys() == whole.folder.load_block(1).keys()
     assert not all(

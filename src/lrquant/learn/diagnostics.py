@@ -125,6 +125,17 @@ class _Variant:
             values = values if factor is None else values * factor
             seen.pictures[name] = largest_magnitudes(values if values.dim() == 2 else values[0])
 
+    def add(
+        self, output: Tensor, terms: Tensor, homologous: Tensor, target: Tensor, count: int
+    ) -> None:
+        """Add a batch of `count` samples: its output beside those of the full-precision block on
+        the same inputs (`homologous`) and on its own (`target`), and its loss terms."""
+        self.made.add(output, homologous)
+        self.total.add(output, target)
+        cosines = functional.cosine_similarity(output.double(), target.double(), dim=-1)
+        self.cosine += float(cosines.mean()) * count
+        self.terms = self.terms + terms.double() * count
+
     def compare(self, seen: _Seen, reference: _Seen) -> None:
         """Add the error of each matrix's output, in the units of the model's own weights."""
         view = self.view
@@ -174,11 +185,7 @@ def measure_block(
             with variant.watched(first=not batch) as (runner, seen):
                 output, terms = data.batch_terms(runner, variant.tensors, batch, kind)
             variant.compare(seen, reference)
-            variant.made.add(output, homologous)
-            variant.total.add(output, target)
-            cosines = functional.cosine_similarity(output.double(), target.double(), dim=-1)
-            variant.cosine += float(cosines.mean()) * count
-            variant.terms = variant.terms + terms.double() * count
+            variant.add(output, terms, homologous, target, count)
             if name == "learned" and not batch:
                 tensors |= _pictures(reference.pictures, seen.pictures)
         samples += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class BlockLearning:
     def learn(self, unit: range) -> None:
         """Learn a window, keep its blocks, and send both streams through them."""
         started = time.monotonic()
-        bench, loss = self.workbench, self.learning.loss
+        bench, before = self.workbench, self._copied_full(unit)
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)
         data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit))
@@ -172,18 +173,36 @@ class BlockLearning:
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
             report = fit_block(view, runner, data, self.learning, stepper)
-        if self.diagnosed and single:
-            seen = measure_block(bench, views[0], data, report.objective.measure, loss)
-            self.folder.save_diagnostics(unit.start, seen.figures, seen.tensors)
-        runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
-        with runners[0] if single else Window(unit.start, views, runners) as runner:
-            view = views[0] if isinstance(runner, BlockRunner) else runner
-            final = advance_quantized(view, runner, data, loss)
+        for index, view in zip(unit, views, strict=True):
+            data = BlockData(index, self.entry, self.quantized, targets)
+            if self.diagnosed:
+                self._diagnose(view, data, before, report)
+            with bench.runner(index, view) as runner:
+                final = advance_quantized(view, runner, data, self.learning.loss)
         seconds = (time.monotonic() - started) / len(unit)
         final_loss = report.objective.measure(final)
         for index, view in zip(unit, views, strict=True):
             record = _record(self.folder, view, index, report, final_loss, seconds, bench)
             self.progress.finished(index, record)
+
+    def _copied_full(self, unit: range) -> Stream | None:
+        """The full-precision stream as it is before a window, whose figures it is needed for."""
+        if not self.diagnosed or len(unit) == 1:
+            return None
+        (copy,) = self.workbench.streams(self.entry, 1)
+        copy.copy(self.full)
+        return copy
+
+    def _diagnose(
+        self, view: BlockView, data: BlockData, before: Stream | None, report: FitReport
+    ) -> None:
+        """Keep figures of a learned block; `before` moves on, where the target is not after it."""
+        bench = self.workbench
+        if before is not None:
+            advance_full_precision(bench, data.index, view.stored, self.entry, before, before)
+            data = dataclasses.replace(data, targets=(before,))
+        seen = measure_block(bench, view, data, report.objective.measure, self.learning.loss)
+        self.folder.save_diagnostics(data.index, seen.figures, seen.tensors)
 
     def _started_views(self, unit: range) -> list[BlockView]:
         """Views of a window's blocks at their start; the full-precision streams have moved on."""

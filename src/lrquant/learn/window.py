@@ -46,10 +46,14 @@ class Window:
     def __call__(
         self, tensors: dict[str, Tensor], hidden_states: Tensor, steps: Sequence[Step]
     ) -> Tensor:
-        """Output (batch, tokens, hidden) of the last block, with `tensors` for parameters."""
+        """Output (batch, tokens, hidden) of the last block, with `tensors` for parameters.
+
+        Between blocks states have the dtype of streams, as they have where blocks run one by one.
+        """
         for index, (runner, step) in enumerate(zip(self.runners, steps, strict=True), self.first):
             own = _of(tensors, index)
-            states = hidden_states if step.added is None else hidden_states + step.added
+            states = hidden_states if index == self.first else hidden_states.to(self.dtype).float()
+            states = states if step.added is None else states + step.added
             hidden_states = runner(own, states, step.arguments)
         return hidden_states
 

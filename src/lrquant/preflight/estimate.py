@@ -89,8 +89,11 @@ class Seconds:
 
 
 def stream_bytes(load: Load) -> int:
-    """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream."""
-    count = 3 if load.learning.two_branch else 2
+    """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream.
+
+    Figures of a window's blocks need the states before it once more.
+    """
+    count = 2 + load.learning.two_branch + (load.learning.window > 1)
     bench = load.workbench
     return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
 

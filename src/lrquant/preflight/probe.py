@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import (
@@ -25,8 +24,9 @@ from lrquant.blocks.workbench import (
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, learning_step, make_optimizers
+from lrquant.learn.fit import BlockData, Learnable, Runner, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
+from lrquant.learn.window import Window
 from lrquant.model.sources import WeightSource
 from lrquant.preflight.load import Load
 
@@ -85,9 +85,9 @@ class _FirstBlock(WeightSource):
 
 
 def probe_block(load: Load) -> BlockCosts:
-    """Learn block 0 for a few steps on random hidden states of the shape of the load's batch.
+    """Learn the first window for a few steps, on random hidden states of the shape of a batch.
 
-    Scheme, method, device and precision are those of its settings; no weight outside that block is
+    Scheme, method, device and precision are those of its settings; no weight outside block 0 is
     read and nothing is written.  Raises LRQuantError if the device's memory is short.
     """
     workbench, learning = load.workbench, load.learning
@@ -164,9 +164,11 @@ def _measure(
         weights, tensors = clock.once(view.tensors)
     with bench.runner(0, view) as runner:
         held = clock.repeated(lambda: data.terms(runner, tensors, learning.loss))
-        step = 0.0
-        if learning.epochs and view.parameters:
+        step, alone = 0.0, learning.window == 1
+        if learning.epochs and view.parameters and alone:
             step = _step_seconds(clock, view, runner, data, learning)
+    if learning.epochs and view.parameters and not alone:
+        step = _window_step_seconds(clock, bench, data, learning, view)
     freeze, _ = clock.once(lambda: view.freeze().tensors(view.dtype))
     return BlockCosts(
         read=read,
@@ -183,8 +185,26 @@ def _measure(
     )
 
 
+def _window_step_seconds(
+    clock: _Clock, bench: Workbench, data: BlockData, learning: Learning, first: BlockView
+) -> float:
+    """A block's share of a step of the first window."""
+    views, full = [first], data.targets[0]
+    for index in range(1, min(learning.window, len(bench.model.blocks))):
+        stored, statistics = bench.stored(index), ChannelStatistics()
+        observe = statistics.observe
+        advance_full_precision(bench, index, stored, data.entry, data.inputs, full, observe)
+        view = bench.view(index, stored)
+        view.initialize(statistics)
+        views.append(view)
+    runners = [bench.runner(index, view) for index, view in enumerate(views)]
+    data = dataclasses.replace(data, blocks=len(views))
+    with Window(0, views, runners) as window:
+        return _step_seconds(clock, window, window, data, learning) / len(views)
+
+
 def _step_seconds(
-    clock: _Clock, view: BlockView, runner: BlockRunner, data: BlockData, learning: Learning
+    clock: _Clock, view: Learnable, runner: Runner, data: BlockData, learning: Learning
 ) -> float:
     with torch.no_grad():
         initial = data.terms(runner, view.tensors(), learning.loss)

@@ -10,6 +10,8 @@ from logging.handlers import MemoryHandler
 from lrquant.files.whole import LogFile
 from lrquant.runs.journal import Journal
 
+_KEPT_LINES = 10_000
+
 
 @contextmanager
 def logged(journal: Journal, logger: logging.Logger, earlier: MemoryHandler) -> Iterator[None]:
@@ -32,3 +34,17 @@ def logged(journal: Journal, logger: logging.Logger, earlier: MemoryHandler) -> 
     finally:
         logger.removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def kept_log(logger: logging.Logger) -> Iterator[MemoryHandler]:
+    """Keep the log until there is a run folder to write it to."""
+    handler = MemoryHandler(_KEPT_LINES, flushLevel=logging.CRITICAL + 1)
+    level = logger.level
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
