@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks.attention import with_own_config
 from lrquant.blocks.head import cast_outer_linears
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.workbench import Workbench
@@ -34,9 +33,7 @@ def materialize(workbench: Workbench, variant: Variant) -> PreTrainedModel:
     for part, prepare in parts:
         for index in range(len(part.blocks)):
             prepared = prepare(index)
-            block = module.get_submodule(part.block_name(index))
-            with_own_config(block)
-            runner = prepared.runner.on(block)
+            runner = prepared.runner.on(module.get_submodule(part.block_name(index)))
             own = runner.bind(prepared.tensors)
             state.update({f"{part.block_name(index)}.{name}": t for name, t in own.items()})
             runner.__enter__()

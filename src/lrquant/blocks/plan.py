@@ -130,7 +130,9 @@ class BlockPlan:
         folded = {f.module for site in self.sites for f in site.folds if f.axis != "norm"}
         able = {name for name, matrix in self.matrices.items() if matrix.bias is not None}
         biased = frozenset(modules | own)
-        return BlockShapes(matrices, self.sites, biased, device, frozenset(folded - able - biased))
+        unbiased = frozenset(folded - able - biased)
+        alone = frozenset(n for n, scheme in self.schemes.items() if scheme.floating_point)
+        return BlockShapes(matrices, self.sites, biased, device, unbiased, alone)
 
 
 def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:

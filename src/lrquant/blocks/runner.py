@@ -66,6 +66,8 @@ class BlockRunner:
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.config = _attention_config(block)
+        self._attention_before = self.config._attn_implementation
+        self._attention_name = attention_name(attention, dtype)
         self.dtype, self.observer = dtype, observer
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, Grid | None, Tensor] | None = None
@@ -79,16 +81,15 @@ class BlockRunner:
         for name in self.shifted:
             norm = self.block.get_submodule(name)
             self._handles.append(norm.register_forward_hook(partial(self._after_norm, name)))
-        self._handles.append(self.block.register_forward_hook(self._after_block))
-        self._attention_before = self.config._attn_implementation
-        self.config._attn_implementation = attention_name(self.attention, self.dtype)
+        self._handles.append(self.block.register_forward_pre_hook(self._before_block))
+        after = self.block.register_forward_hook(self._after_block, always_call=True)
+        self._handles.append(after)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.config._attn_implementation = self._attention_before
 
     def __call__(
         self, tensors: dict[str, Tensor], hidden_states: Tensor, arguments: Arguments
@@ -135,7 +136,13 @@ class BlockRunner:
     def _after_norm(self, name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + self._extras[name + SHIFT_SUFFIX]
 
+    def _before_block(self, module: nn.Module, inputs: object) -> None:
+        """All blocks may read one configuration: it says this block's attention while it runs."""
+        self._attention_before = self.config._attn_implementation
+        self.config._attn_implementation = self._attention_name
+
     def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
+        self.config._attn_implementation = self._attention_before
         self._last = None
 
 

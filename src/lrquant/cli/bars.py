@@ -49,16 +49,18 @@ class BarProgress(Progress):
             yield
             self._bars.remove_task(self._task)
 
-    def stepper(self, block: int) -> Callable[[int, float], None]:
+    def stepper(self, block: int, together: int = 1) -> Callable[[int, float], None]:
         before = (block - self._skipped) * self._steps
+
+        blocks = f"block {block}" if together == 1 else f"blocks {block} to {block + together - 1}"
 
         def step(step_count: int, loss: float) -> None:
             epoch = -(-step_count // self._batches)
             note = (
-                f"block {block}, epoch {epoch}/{self._epochs}, loss {loss:.4g}, "
+                f"{blocks}, epoch {epoch}/{self._epochs}, loss {loss:.4g}, "
                 f"peak {decimal(self._memory())}"
             )
-            self._bars.update(self._task, completed=before + step_count, note=note)
+            self._bars.update(self._task, completed=before + together * step_count, note=note)
 
         return step
 

@@ -39,8 +39,10 @@ class Schemes:
 
     @property
     def of_tower(self) -> Schemes:
-        """Those of the vision tower, seen as a model of its own."""
-        return Schemes(self.tower or FLOATING_POINT, self.patterns)
+        """Those of the vision tower, seen as a model of its own; patterns hold where it has one."""
+        if self.tower is None:
+            return Schemes(FLOATING_POINT)
+        return Schemes(self.tower, self.patterns)
 
     @property
     def every(self) -> tuple[Scheme, ...]:

@@ -32,7 +32,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, that each 4 bits of a 
 
 def _refusal(schemes: Schemes) -> str | None:
     """Why the format can't hold a model, with the nearest that it can."""
-    scheme = schemes.default
+    quantized = [scheme for scheme in schemes.of_language.every if not scheme.floating_point]
+    scheme = quantized[0] if quantized else schemes.default
     size = scheme.group_size
     nearest = min(GROUP_SIZES, key=lambda other: abs(math.log2(other / size))) if size else None
     wanted = Scheme(BITS, FLOAT_BITS, nearest, scheme.symmetric)

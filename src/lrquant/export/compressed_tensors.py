@@ -49,11 +49,15 @@ def _refusal(schemes: Schemes) -> str | None:
         if wanted != scheme:
             symmetric = " --activation_symmetric" if wanted.activation_symmetric else ""
             of_tower = scheme == schemes.tower != schemes.default
-            flag = "--vision-scheme" if of_tower else "--scheme"
+            flag = f"--vision-scheme {wanted.name}" if of_tower else f"--scheme {wanted.name}"
             start = f"--vision-scheme {scheme.name}: " if of_tower else ""
+            named = [pattern for pattern, own in schemes.patterns if own == scheme]
+            if scheme != schemes.default and named:
+                flag = " ".join(f"--scheme-for '{each}={wanted.name}'" for each in named)
+                start = f"--scheme-for {named[0]}: "
             return (
-                f"{start}{scheme.describe()}: the nearest that it holds is {flag} {wanted.name}"
-                f"{symmetric}, to be asked for before learning"
+                f"{start}{scheme.describe()}: the nearest that it holds is {flag}{symmetric}, to "
+                "be asked for before learning"
             )
     return None
 
@@ -83,6 +87,13 @@ def _tower_refusal(schemes: Schemes) -> str | None:
     language, tower = schemes.default, schemes.tower
     if tower is None:
         return None
+    others = {s for _, s in schemes.patterns if not s.floating_point and s != language}
+    if tower == language and others and language.activation_bits == FLOAT_BITS:
+        return (
+            f"--vision-scheme {tower.name} beside --scheme-for: transformers decodes a tower of "
+            "packed weights by one scheme for the whole model; leave the tower in floating point, "
+            "give it W8A8-sym-qkv16, or use --format lrquant"
+        )
     if tower == language:
         if language.activation_bits == FLOAT_BITS or _layout(language) == "int-quantized":
             return None

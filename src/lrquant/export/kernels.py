@@ -38,6 +38,7 @@ def _require_multiple(model: Model, index: int, plan: Plan, multiple: int, targe
     odd = [
         f"{' + '.join(names)} ({columns} to {rows})"
         for names in fused_matrices(model, index)
+        if any(shapes[name].grid is not None for name in names)
         for rows in [sum(shapes[name].rows for name in names)]
         for columns in [shapes[names[0]].columns]
         if rows % multiple or columns % multiple

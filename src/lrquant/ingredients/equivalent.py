@@ -94,8 +94,13 @@ class Equivalent(Ingredient):
         return True
 
     def sites(self, block: BlockShapes) -> tuple[Site, ...]:
-        """The sites of a block that are learned."""
-        return tuple(site for site in block.sites if site.kind in self.let_sites)
+        """The sites of a block that are learned: between modules of which one is quantised."""
+        quantized = block.matrices.keys() - block.alone
+        return tuple(
+            site
+            for site in block.sites
+            if site.kind in self.let_sites and any(f.module in quantized for f in site.folds)
+        )
 
     def shifts(self, site: Site, block: BlockShapes) -> bool:
         """Whether a shift is learned at a site: never where a module has no place for a bias."""

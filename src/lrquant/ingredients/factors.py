@@ -105,8 +105,13 @@ class ScaleFactors(Ingredient):
 
     def sites(self, block: BlockShapes) -> tuple[Site, ...]:
         """The norm sites that have an r2 of their own, folded into the norm."""
-        shared = self.rotation_sharing == "site" and block.quantized
-        return tuple(site for site in block.sites if shared and site.kind == "norm")
+        if self.rotation_sharing != "site":
+            return ()
+        return tuple(
+            site
+            for site in block.sites
+            if site.kind == "norm" and any(f.module in block.quantized for f in site.consumers)
+        )
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
@@ -147,12 +152,18 @@ class ScaleFactors(Ingredient):
         return parameters
 
     def fold(self, block: BlockShapes, parameters: Parameters, factors: Factors) -> None:
-        """The shared input factors go into the norms; consumers read inputs so much larger."""
+        """The shared input factors go into the norms; consumers read inputs so much larger.
+
+        Those in floating point take it back, and stay what they were.
+        """
         for site in self.sites(block):
             shared = parameters[f"rotation.{site.name}.input"]
             multiply(factors.norms, site.producer.module, shared)
             for fold in site.consumers:
-                multiply(factors.carried, fold.module, shared)
+                if fold.module in block.quantized:
+                    multiply(factors.carried, fold.module, shared)
+                else:
+                    multiply(factors.columns, fold.module, shared.reciprocal())
 
     def recipe(self, matrix: str, parameters: Parameters) -> Recipe | None:
         from lrquant.numerics.recipe import Recipe

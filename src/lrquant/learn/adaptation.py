@@ -27,6 +27,7 @@ from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.fit import BlockData, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
+from lrquant.model.device import dtype_name
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 
@@ -128,7 +129,10 @@ class Adaptation:
         """What must be the same for an adapted block to be kept."""
         how = json.loads(json.dumps(dataclasses.asdict(self.learning)))
         del how["batch_size"]  # that of the run, which has no other
-        return {"text": self.text.sha256, "first": self.first, "learned": self.learned, **how}
+        bench = self.workbench
+        where = {"precision": dtype_name(bench.dtype), "device": bench.device.type}
+        of = {"text": self.text.sha256, "run": self.folder.hash_of(len(bench.model.blocks))}
+        return {**of, "first": self.first, "learned": self.learned, **where, **how}
 
     def kept(self) -> int:
         """The blocks that stay as the run learned them, and those adapted before; others go."""

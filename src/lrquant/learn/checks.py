@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import shape_view
+from lrquant.config.schemes import matches
+from lrquant.errors import LRQuantError
 from lrquant.model.model import Model
 
 
@@ -16,9 +18,17 @@ def parts_of(model: Model, plan: Plan) -> list[tuple[Model, Plan]]:
 
 
 def check_patterns(model: Model, plan: Plan) -> None:
-    """Refuse a pattern of schemes that names no matrix."""
-    parts = parts_of(model, plan)
-    plan.schemes.require_used([name for part, _ in parts for name in part.matrix_names()])
+    """Refuse a pattern of schemes that names no matrix, or those of a tower without a scheme."""
+    names = [name for part, _ in parts_of(model, plan) for name in part.matrix_names()]
+    tower = model.tower.matrix_names() if model.tower is not None else []
+    for pattern, scheme in plan.schemes.patterns:
+        alone = not any(matches(pattern, name) for name in names)
+        if alone and any(matches(pattern, name) for name in tower):
+            raise LRQuantError(
+                f"--scheme-for {pattern}: names matrices of the vision tower, which has no scheme; "
+                f"give one, such as --vision-scheme {scheme.name}"
+            )
+    plan.schemes.require_used(names)
 
 
 def check_grids(model: Model, plan: Plan) -> None:

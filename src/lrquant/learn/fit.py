@@ -276,12 +276,13 @@ def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_stored(view: Learnable, index: int) -> None:
     """Refuse damaged weights by name: torch's attention on a CPU turns NaN queries into zeros."""
-    for name, tensor in view.stored.items():
-        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
-            raise LRQuantError(
-                f"block {index}: {name} holds a value that is not finite; the model's weights are "
-                "damaged, download them again"
-            )
+    for number, block in enumerate(view.views, index):
+        for name, tensor in block.stored.items():
+            if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+                raise LRQuantError(
+                    f"block {number}: {name} holds a value that is not finite; the model's weights "
+                    "are damaged, download them again"
+                )
 
 
 def _first_non_finite(runner: Runner, tensors: dict[str, Tensor], data: BlockData) -> str:
@@ -299,8 +300,11 @@ def _first_non_finite(runner: Runner, tensors: dict[str, Tensor], data: BlockDat
             if seen:
                 break
     runner.observer = before
-    where = f"the input of {seen[0]}" if seen else "the block's output"
+    block, where = data.index + data.blocks - 1, "the block's output"
+    if seen:
+        own, _, module = seen[0].partition(".") if isinstance(runner, Window) else ("", "", seen[0])
+        block, where = int(own or block), f"the input of {module}"
     return (
-        f"block {data.index}: {where} is not finite before any learning; check the model's "
-        "weights, or use --precision float32"
+        f"block {block}: {where} is not finite before any learning; check the model's weights, or "
+        "use --precision float32"
     )

@@ -167,7 +167,7 @@ class BlockLearning:
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)
         data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit))
-        stepper = self.progress.stepper(unit.start)
+        stepper = self.progress.stepper(unit.start, len(unit))
         runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
         single = len(unit) == 1
         with runners[0] if single else Window(unit.start, views, runners) as runner:

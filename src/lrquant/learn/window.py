@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Window:
     ) -> None:
         self.first, self.views, self.runners = first, tuple(views), tuple(runners)
         self._hooks = ExitStack()
+        self._observer: Observer | None = None
 
     def __enter__(self) -> Window:
         for runner in self.runners:
@@ -59,13 +61,14 @@ class Window:
 
     @property
     def observer(self) -> Observer | None:
-        """Who is told of the inputs of all blocks."""
-        return self.runners[0].observer
+        """Who is told of the inputs of all blocks, by names that begin with the block's index."""
+        return self._observer
 
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
-        for runner in self.runners:
-            runner.observer = observer
+        self._observer = observer
+        for index, runner in enumerate(self.runners, self.first):
+            runner.observer = None if observer is None else partial(_tell, observer, index)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +109,10 @@ class Window:
             for index, part in enumerate(parts, self.first)
             for name, tensor in part.items()
         }
+
+
+def _tell(observer: Observer, index: int, name: str, values: Tensor) -> None:
+    observer(f"{index}.{name}", values)
 
 
 def _of(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:

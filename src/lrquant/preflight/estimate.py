@@ -126,6 +126,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings: int) -> Ch
     for part, own in parts_of(model, plan):
         linears: dict[str, Scheme] = {}
         names: list[str] = []
+        attentions: dict[str, Scheme] = {}
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             tensors = expected_block(view, form, dtype)
@@ -136,8 +137,9 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings: int) -> Ch
                 block_bits, block_weights = bits_of_weights(tensors, view)
                 bits, weights = bits + block_bits, weights + block_weights
             linears |= linear_schemes(view.plan)
+            attentions[view.plan.attention_module] = view.plan.attention_scheme
             names += [prefix + name for name in tensors]
-        parts.append(Part(part.architecture.blocks, own.schemes, linears, names))
+        parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions))
     return CheckpointSize(
         blocks=total,
         outside=_outside_bytes(model, dtype, [part.blocks for part in parts])

@@ -47,22 +47,24 @@ def groups(run: Prospect, model: Model) -> Iterator[Check]:
 
 
 def _odd_groups(model: Model, schemes: Schemes) -> list[list[str]]:
-    """What is wrong with the groups of matrices of the first block, and which others are alike.
+    """What is wrong with the groups of matrices, and which others are alike.
 
-    A list for each width of inputs that its groups do not divide: the error, then names.
+    A list for each size of groups that does not divide a width of inputs: the error, then names.
     """
-    stored = model.blocks[0].state_dict()
-    block = plan_block(model, 0, schemes)
-    odd: dict[int, list[str]] = {}
-    for name, matrix in block.matrices.items():
-        columns = matrix.of(stored[matrix.parameter]).shape[1]
-        if columns in odd:
-            odd[columns].append(name)
-            continue
-        try:
-            require_groups(name, columns, weight_grid(block.schemes[name]))
-        except LRQuantError as error:
-            odd[columns] = [str(error)]
+    odd: dict[tuple[int, int | None], list[str]] = {}
+    for index in range(len(model.blocks)):
+        stored, block = model.blocks[index].state_dict(), plan_block(model, index, schemes)
+        for name, matrix in block.matrices.items():
+            columns = matrix.of(stored[matrix.parameter]).shape[1]
+            wrong = odd.get((columns, block.schemes[name].group_size))
+            if wrong is not None and name not in wrong and name not in wrong[0]:
+                wrong.append(name)
+            if wrong is not None:
+                continue
+            try:
+                require_groups(name, columns, weight_grid(block.schemes[name]))
+            except LRQuantError as error:
+                odd[columns, block.schemes[name].group_size] = [str(error)]
     return list(odd.values())
 
 

@@ -100,6 +100,10 @@ class PartFolder:
         """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
         self._save(self._adapted_name(text, index), parameters, about)
 
+    def hash_of(self, blocks: int) -> str:
+        """The SHA-256 of the last of so many blocks, which names that of the one before it."""
+        return self._chain.hash_before(blocks)
+
     def about_adapted(self, text: str, index: int) -> JsonObject | None:
         """What was kept beside a block's adapted parameters; None if there are none."""
         if not self.adapted_path(text, index).is_file():

@@ -22,8 +22,8 @@ class Progress:
         """
         yield
 
-    def stepper(self, block: int) -> Callable[[int, float], None]:
-        """A function told (step, loss) after each step of a block."""
+    def stepper(self, block: int, together: int = 1) -> Callable[[int, float], None]:
+        """A function told (step, loss) after each step of a block, or of so many `together`."""
         return lambda step, loss: None
 
     def finished(self, block: int, record: BlockRecord | None) -> None:
@@ -61,8 +61,8 @@ class Together(Progress):
                 stack.enter_context(member.blocks(blocks, epochs, batches, memory))
             yield
 
-    def stepper(self, block: int) -> Callable[[int, float], None]:
-        steppers = [member.stepper(block) for member in self._members]
+    def stepper(self, block: int, together: int = 1) -> Callable[[int, float], None]:
+        steppers = [member.stepper(block, together) for member in self._members]
 
         def each(step: int, loss: float) -> None:
             for stepper in steppers:

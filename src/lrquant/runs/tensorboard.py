@@ -50,7 +50,7 @@ class TensorBoardLog(Progress):
         yield
         self._writer.flush()
 
-    def stepper(self, block: int) -> Callable[[int, float], None]:
+    def stepper(self, block: int, together: int = 1) -> Callable[[int, float], None]:
         def each(step: int, loss: float) -> None:
             self._writer.add_scalar("learning/loss", loss, block * self._steps + step)
 

@@ -126,6 +126,8 @@ class NativeQuantizer(HfQuantizer):
         config = self.quantization_config
         for name, module in list(model.named_modules()):
             part = config.part_of(name)
+            if isinstance(module, nn.Linear) and _ends_with(name, part.biases):
+                _make_bias(module)
             if isinstance(module, nn.Linear) and name not in config.ignore:
                 _set_attention(model, name, part.usual)
                 self._replace(model, name, module, part)
@@ -179,6 +181,13 @@ def _integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
 
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, IntegerLinear)}
+
+
+def _make_bias(module: nn.Linear) -> None:
+    """Room for a bias that the model's own linear lacks."""
+    if module.bias is None:
+        empty = torch.empty(module.out_features, dtype=module.weight.dtype, device="meta")
+        module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
 
 
 def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:

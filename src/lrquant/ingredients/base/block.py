@@ -41,7 +41,8 @@ class MatrixShape:
 class BlockShapes:
     """A block's matrices by name, its sites, and which of its modules have a bias.
 
-    `unbiased` are those that have none and nowhere to hold one.
+    `unbiased` are those that have none and nowhere to hold one; `alone` are the matrices of which
+    neither weights nor inputs are quantised.
     """
 
     matrices: dict[str, MatrixShape]
@@ -49,6 +50,7 @@ class BlockShapes:
     biased: frozenset[str]
     device: torch.device
     unbiased: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset()
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
