@@ -268,7 +268,7 @@ def test_nothing_is_left_behind(fails, make_model, make_bench, token_ids):
     runner = bench.runner(0, view)
     try:
         with runner:
-            assert hooks(skeleton) > 0 and skeleton.config._attn_implementation != attention
+            assert hooks(skeleton) > 0
             states = stream.read(entry.batches[0])
             runner(view.tensors(), states[..., :-1] if fails else states, entry.arguments(0, 0))
     except RuntimeError:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lrquant import LRQuantError, evaluate, quantize
+from lrquant.blocks.workbench import learned_view
 from lrquant.export.verification import verify
 from lrquant.preflight.checks import preflight
 from lrquant.report.inspection import inspect_folder
@@ -21,6 +22,7 @@ LEFT = "layers.1.self_attn.o_proj=W16A16"
 WEIGHTS = ("W3A16g16-sym", (DOWN, ENDS, LEFT))
 TOKENS = ("W4A4", ("mlp.down_proj=W8A8", "layers.1=W4A8g16", LEFT))
 ATTENTIONS = ("W8A4", ("layers.1=W8A16", "layers.2=W16A16"))
+CPU = torch.device("cpu")
 SHAPE = {"num_hidden_layers": 4, "intermediate_size": 64}
 
 
@@ -33,8 +35,14 @@ def learn(make_model, token_ids, tmp_path):
             scheme_for=patterns,
             samples=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
-            **{"precision": "float32", "overwrite": True, "report": False, "epochs": 1},
-            **{"save_dir": str(tmp_path / "saved"), **settings},
+            **{
+                "precision": "float32",
+                "overwrite": True,
+                "report": False,
+                "epochs": 1,
+                "save_dir": str(tmp_path / "saved"),
+                **settings,
+            },
         )
 
     return run
@@ -152,6 +160,34 @@ def test_what_is_estimated_is_what_is_written(learn, model_folder, tmp_path, mix
     )
     pair = [each["perplexity"]["wikitext2"]["quantized"] for each in (measured, learned)]
     assert pair[0] == pytest.approx(pair[1], rel=1e-3)
+
+
+def test_a_bias_that_a_shift_brings_reaches_a_linear_that_is_left_alone(learn, token_ids, tmp_path):
+    shifted = {"let": True, "let_shift": "always", "let_lr": 5e-2, "epochs": 2}
+    run = learn("W4A4", ("self_attn.q_proj=W16A16",), format="lrquant", **shifted)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        learned, loaded = run.load_model()(ids).logits, saved(ids).logits
+    assert saved.model.layers[0].self_attn.q_proj.bias is not None
+    assert torch.allclose(loaded, learned, atol=1e-4 * float(learned.abs().max()))
+
+
+@pytest.mark.parametrize("settings", [{"lr_plus": True}, {"let": True}, {"lwc": True}])
+def test_what_is_left_alone_stays_what_it_is(learn, settings):
+    """Folded with the norm before it; where nothing reads the norm in codes, bit for bit."""
+    patterns = ("layers.0=W16A16", "self_attn=W16A16", "mlp.gate_proj=W16A16")
+    run = learn("W4A8", patterns, save_dir=None, **{**settings, "epochs": 3})
+    model = run.workbench.model
+    for index in (0, 1):
+        view = learned_view(run.workbench, run.folder, index)
+        own, stored = view.freeze().tensors(torch.float32), model.block_tensors(index, CPU)
+        names = [n for n in stored if index == 0 or "self_attn" in n or "input_layernorm" in n]
+        for name in names:
+            assert torch.equal(own[name], stored[name].float()), name
+        norm = "post_attention_layernorm.weight"
+        gates = [each["mlp.gate_proj.weight"] * each[norm] for each in (own, stored)]
+        assert torch.allclose(*gates, rtol=1e-5)
 
 
 def test_config_groups_say_what_each_linear_has(learn, tmp_path):

@@ -227,5 +227,8 @@ def test_an_adapted_block_is_kept_for_the_same_text_and_settings_alone(
     assert seen[2:] == [BLOCKS - 1], "gone on with"
     evaluate(run, **{**settings, "tta_epochs": 1})
     assert seen[3:] == [BLOCKS - 2, BLOCKS - 1], "under other settings it is learned again"
+    evaluate(run, **{**settings, "tta_epochs": 1, "precision": "bfloat16"})
+    assert seen[5:] == [BLOCKS - 2, BLOCKS - 1], "in another precision too"
+    del seen[5:]
     evaluate(run, **{**settings, "tta_blocks": 1})
     assert seen[5:] == [BLOCKS - 1] and len(list(place.iterdir())) == 1

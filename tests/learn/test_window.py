@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from lrquant import quantize
+from lrquant import LRQuantError, quantize
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
@@ -17,7 +17,7 @@ from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.fit import BlockData, fit_block
 from lrquant.learn.stage import units_of
-from lrquant.learn.window import Window
+from lrquant.learn.window import Step, Window
 
 SLOW = {"lwc_lr": 2e-3, "let_lr": 1e-3}
 PLAN = Plan(Schemes(Scheme(3, 16, 16)), learned_by(lwc=True, let=True, **SLOW))
@@ -71,6 +71,40 @@ def test_blocks_learned_together_lower_the_error_after_the_last(window):
     assert not any(parameter.requires_grad for parameter in together.parameters.values())
 
 
+def test_each_block_of_a_window_attends_at_its_own_bits(make_model, make_bench, token_ids):
+    plan = Plan(Schemes(Scheme(8, 8), (("layers.1", Scheme(2, 2)),)))
+    bench = dataclasses.replace(make_bench(make_model("llama")), plan=plan)
+    entry = BlockInputs(bench.model, token_ids(1, 12), 1, bench.device)
+    (stream,) = bench.streams(entry, 1)
+    entry.embed(stream)
+    views = [bench.view(index, bench.stored(index)) for index in (0, 1)]
+    runners = [bench.runner(index, view) for index, view in enumerate(views)]
+    states = inputs = stream.read(entry.batches[0], 0)
+    with torch.no_grad():
+        for index, view in enumerate(views):
+            with bench.runner(index, view) as runner:
+                states = runner(view.frozen_tensors(), states, entry.arguments(0, index))
+        with Window(0, views, runners) as together:
+            steps = [Step(entry.arguments(0, index), None) for index in (0, 1)]
+            joint = together(together.frozen_tensors(), inputs, steps)
+    assert torch.equal(joint, states)
+
+
+def test_a_window_names_the_block_that_is_not_finite(window):
+    together, data = window(2)
+    together.views[1].stored["mlp.down_proj.weight"][0, 0] = float("nan")
+    with together, pytest.raises(LRQuantError, match=r"block 1: mlp\.down_proj\.weight holds"):
+        fit_block(together, together, data, Learning(1))
+    together, data = window(2)
+    together.views[1].stored["mlp.up_proj.weight"].mul_(1e30)
+    together.views[1].stored["mlp.gate_proj.weight"].mul_(1e30)
+    with (
+        together,
+        pytest.raises(LRQuantError, match=r"block 1: the input of mlp\.down_proj is not"),
+    ):
+        fit_block(together, together, data, Learning(1))
+
+
 def test_units_cover_all_blocks():
     assert units_of(5, 2) == [range(0, 2), range(2, 4), range(4, 5)]
     assert units_of(3, 1) == [range(0, 1), range(1, 2), range(2, 3)]
@@ -95,6 +129,7 @@ def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_pa
     assert whole.records[0].final_loss == whole.records[1].final_loss, "one window, one loss"
     blocks = sorted((tmp_path / "run" / "blocks").iterdir())
     before = [path.read_bytes() for path in blocks]
+    assert len(list((tmp_path / "run" / "diagnostics").iterdir())) == 5, "figures of each"
     blocks[3].unlink()  # its window began with block 2, which is learned again with it
     run("run", resume=str(tmp_path / "run"))
     assert [path.read_bytes() for path in blocks] == before

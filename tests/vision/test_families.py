@@ -15,12 +15,12 @@ from lrquant.architectures.sites import Fold
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
-from lrquant.blocks.variants import full_precision
+from lrquant.blocks.variants import full_precision, unlearned
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.choices import KINDS
 from lrquant.config.config import Config
 from lrquant.config.groups import Learning
-from lrquant.config.scheme import FLOATING_POINT
+from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
@@ -219,3 +219,30 @@ def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_b
     assert costs.step > 0 and load.workbench.plan.schemes.default.name == "W8A8"
     tokens = sum(sample["input_ids"].shape[1] for sample in feed.inputs)
     assert language_load(bench, config.part(Learning), samples, []).rows == tokens
+
+
+@pytest.mark.parametrize("scheme", [None, "W8A8"])
+def test_a_pattern_of_a_tower_is_one_of_each_of_its_blocks(scheme, make_vision, make_feed):
+    """It says nothing where the tower has no scheme, and of a block that nobody reads, nothing."""
+    feed, embedded = make_feed("llava"), []
+    pattern = "vision_tower.*.layers.1.self_attn" if scheme else "q_proj"
+    for patterns in ((), ((pattern, Scheme(2, 2)),)):
+        tower = None if scheme is None else Scheme.parse(scheme)
+        plan = Plan(Schemes(Scheme(8, 16), patterns, tower))
+        bench = Workbench(from_module(make_vision("llava")), CPU, torch.float32, "host", plan=plan)
+        entry = BlockInputs(bench.model, feed, 1, CPU)
+        (stream,) = bench.streams(entry, 1)
+        entry.embed(stream, unlearned(bench).tower)
+        embedded.append(stream.states.clone())
+    assert torch.equal(*embedded)
+
+
+def test_a_pattern_of_a_tower_without_a_scheme_is_refused(make_vision, make_feed, tmp_path):
+    with pytest.raises(lrquant.LRQuantError, match="the vision tower, which has no scheme; give"):
+        lrquant.quantize(
+            make_vision("llava"),
+            "W8A16",
+            scheme_for=("vision_tower=W4A16",),
+            samples=make_feed("llava"),
+            output_dir=str(tmp_path / "run"),
+        )

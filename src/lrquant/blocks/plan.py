@@ -70,12 +70,16 @@ FULL_PRECISION = Plan(Schemes(FLOATING_POINT))
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: its full name, its matrices and sites, and the scheme of each matrix."""
+    """One block: its full name, its matrices and sites, and the scheme of each matrix.
+
+    `alone` are the matrices that stay as they are, in a model of which others do not.
+    """
 
     name: str
     matrices: Mapping[str, Matrix]
     sites: tuple[Site, ...]
     schemes: Mapping[str, Scheme]
+    alone: frozenset[str] = frozenset()
 
     @property
     def attention(self) -> Grid | None:
@@ -131,8 +135,7 @@ class BlockPlan:
         able = {name for name, matrix in self.matrices.items() if matrix.bias is not None}
         biased = frozenset(modules | own)
         unbiased = frozenset(folded - able - biased)
-        alone = frozenset(n for n, scheme in self.schemes.items() if scheme.floating_point)
-        return BlockShapes(matrices, self.sites, biased, device, unbiased, alone)
+        return BlockShapes(matrices, self.sites, biased, device, unbiased, self.alone)
 
 
 def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
@@ -140,7 +143,9 @@ def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
     name = model.block_name(index)
     matrices = {matrix.name: matrix for matrix in model.matrices(index)}
     own = {each: schemes.of(f"{name}.{each}") for each in matrices}
-    return BlockPlan(name, matrices, model.sites(index), own)
+    floating = frozenset(n for n, scheme in own.items() if scheme.floating_point)
+    alone = frozenset() if schemes.floating_point else floating
+    return BlockPlan(name, matrices, model.sites(index), own, alone)
 
 
 def require_groups(name: str, columns: int, grid: Grid | None) -> None:

@@ -94,12 +94,12 @@ class Equivalent(Ingredient):
         return True
 
     def sites(self, block: BlockShapes) -> tuple[Site, ...]:
-        """The sites of a block that are learned: between modules of which one is quantised."""
-        quantized = block.matrices.keys() - block.alone
+        """The sites of a block that are learned: not those of matrices that stay as they are."""
         return tuple(
             site
             for site in block.sites
-            if site.kind in self.let_sites and any(f.module in quantized for f in site.folds)
+            if site.kind in self.let_sites
+            and not block.alone.issuperset(f.module for f in site.folds if f.axis != "norm")
         )
 
     def shifts(self, site: Site, block: BlockShapes) -> bool:

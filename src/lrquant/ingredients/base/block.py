@@ -41,8 +41,8 @@ class MatrixShape:
 class BlockShapes:
     """A block's matrices by name, its sites, and which of its modules have a bias.
 
-    `unbiased` are those that have none and nowhere to hold one; `alone` are the matrices of which
-    neither weights nor inputs are quantised.
+    `unbiased` are those that have none and nowhere to hold one; `alone` are the matrices that
+    are to stay as they are.
     """
 
     matrices: dict[str, MatrixShape]
