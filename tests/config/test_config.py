@@ -163,6 +163,7 @@ def test_text_of_a_command_line_is_converted():
     )
     assert convert(hints["lwc_lr"], "1e-2", "") == 1e-2
     assert convert(hints["ppl"], "wikitext2, c4,", "") == ("wikitext2", "c4")
+    assert convert(hints["ppl"], r"a\,b.txt,c4", "") == ("a,b.txt", "c4")
     assert typed_settings({"act-scales": "x.pt"}, "here") == {"act_scales": "x.pt"}
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Qwen3MoeConfig
 
 from lrquant import quantize
+from lrquant.architectures import decoder
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.config.choices import KINDS
@@ -16,15 +17,21 @@ from lrquant.config.scheme import FLOATING_POINT
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.model.loading import from_module
+from lrquant.report.inspection import inspect_folder
 
 PAGE = "add-an-architecture.md"
 SIZES = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 CONFIGS = {
     "fused": Phi3Config(**SIZES, pad_token_id=0, eos_token_id=2),
-    "experts": Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8
-    ),
+    "experts": Qwen3MoeConfig(**SIZES, **EXPERTS),
+}
+UNLIKE = {  # blocks of several kinds, by which one of three is dense
+    dense: Qwen3MoeConfig(
+        **{**SIZES, "num_hidden_layers": 3}, **EXPERTS, mlp_only_layers=[dense], pad_token_id=1
+    )
+    for dense in (0, 2)
 }
 NAMES = pytest.mark.parametrize("name", CONFIGS)
 
@@ -33,8 +40,9 @@ NAMES = pytest.mark.parametrize("name", CONFIGS)
 def make_family(installed, randomize_):
     installed(PAGE)
 
-    def make(name: str):
-        model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa")
+    def make(name: str | int):
+        config = (CONFIGS | UNLIKE)[name]
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         return randomize_(model).eval().requires_grad_(False)
 
     return make
@@ -108,6 +116,46 @@ def test_a_run_is_learned_written_and_read_back(name, settings, make_family, tok
     names = set(run.folder.load_block(0))
     part = "qkv_proj.v" if name == "fused" else "experts.3.down"
     assert any(part in key for key in names)
+
+
+def linear_cells(report: str) -> list[list[str]]:
+    """The table of all linears by block in a report.md: its head, then its rows."""
+    head, _, *rows = (
+        report.partition("each linear's output\n\n")[2].partition("\n\n")[0].split("\n")
+    )
+    return [
+        [cell.strip().replace("\\_", "_") for cell in row.strip("|").split("|")]
+        for row in (head, *rows)
+    ]
+
+
+@pytest.mark.parametrize("dense", UNLIKE)
+def test_blocks_unlike_each_other_from_learning_to_inspection(
+    dense, make_family, tiny_tokenizer, token_ids, tmp_path
+):
+    ids, folder, saved = token_ids(3, 16), tmp_path / "run", tmp_path / "saved"
+    run = quantize(
+        make_family(dense),
+        "W4A4",
+        samples=ids,
+        tokenizer=tiny_tokenizer,
+        output_dir=str(folder),
+        save_dir=str(saved),
+        format="lrquant",
+        scheme_for=("mlp.experts=W16A16",),  # which neither the format nor W4A4 can hold
+        **{"epochs": 1, "precision": "float32", "lwc": True, "let": True},
+    )
+    assert len(run.records) == 3 and "3 of 3 blocks, finished" in inspect_folder(folder)
+    learned = run.load_model()(ids).logits
+    read = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+    torch.testing.assert_close(read(ids).logits, learned, rtol=1e-4, atol=1e-4)
+    assert "verified: hashes" in inspect_folder(saved)
+    cells = linear_cells((folder / "report.md").read_text())
+    assert cells[0] == ["block", *decoder.LINEARS]
+    for block, row in enumerate(cells[1:]):
+        assert [" → " in cell for cell in row[1:]] == [True] * 4 + [block == dense] * 3
+    page = (folder / "report.html").read_text()
+    assert "mlp.up_proj</th>" in page and "Error that each linear adds" in page
 
 
 def test_one_expert_and_one_part_have_their_own_bits(make_family, token_ids, tmp_path):

@@ -375,12 +375,35 @@ def test_names_of_runs():
         {"scheme": "W4A4", "lr_plus": True, "dynamic_weights": False, "rotate_rank": 2},
         {"scheme": "W4A16", "epochs": 0, "ppl": ("c4", "ptb"), "compare": True, "report": False},
         {"scheme": "W4A16", "save_dir": "there/"},
+        {
+            "scheme_for": ("mlp.down_proj=W8A16", "layers.[01].*=W16A16", "a,b=W2A16"),
+            **{"let_sites": ("norm", "up_down"), "ppl": ("c4", "ptb"), "let": True},
+        },
+        {"ppl": ("texts, mine.txt", r"a\b.txt", "-c4"), "data_dir": "-data", "limit": 3},
         {"model": "a folder/it's", "scheme": "W4A4", "resume": "x", "overwrite": True},
     ],
     ids=str,
 )
 def test_the_command_resolves_to_the_same_run(settings, monkeypatch):
-    config = Config(**with_preset({"model": "m", **settings})).resolved()
+    require_repeated(Config(**with_preset({"model": "m", **settings})).resolved(), monkeypatch)
+
+
+def test_what_a_file_of_settings_says_the_command_says_too(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: my models/m\nscheme: W4A16g16\nlwc: true\ndata_dir: my data\n"
+        "ppl: ['my texts, old.txt', wikitext2]\n"
+        "scheme_for:\n  mlp.down_proj: W8A16\n  '*.v_proj': W8A16g16\n"
+    )
+    config = Config.from_yaml(path).resolved()
+    assert config.scheme_for == ("mlp.down_proj=W8A16", "*.v_proj=W8A16g16")
+    words = shlex.split(repeating_command(config))
+    assert words.count("--scheme-for") == 2
+    require_repeated(config, monkeypatch)
+
+
+def require_repeated(config, monkeypatch):
+    """The printed command, read by the command line, is a run of these settings."""
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda given, **rest: seen.append(given))
     monkeypatch.setattr("lrquant.cli.commands._print_results", lambda results: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 import typing
 import unicodedata
@@ -149,7 +150,10 @@ def _number(kind: type[int] | type[float], value: object, where: str) -> float:
 
 
 def _list(value: object, where: str) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
+    r"""A list, or a text whose parts are joined by commas; `\,` is a comma of a part's own."""
+    parts = value
+    if isinstance(value, str):
+        parts = [part.replace(r"\,", ",") for part in re.split(r"(?<!\\),", value)]
     if isinstance(parts, dict):
         parts = [f"{key}={each}" for key, each in parts.items()]
     if not isinstance(parts, list | tuple):

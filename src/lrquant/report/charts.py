@@ -23,7 +23,7 @@ from lrquant.report.pictures import (
     drawing,
     logarithmic,
 )
-from lrquant.report.values import Block, Figures, figures_by_block
+from lrquant.report.values import Block, Figures, LinearFigures, figures_by_block, linears_of
 
 DEPTHS = "viridis"
 _NUMBERED = 12  # blocks whose ratios are written into the cells of a map
@@ -120,8 +120,8 @@ def _map(
     figures: dict[int, Figures], key: Literal["own_snr", "snr"], title: str, words: str
 ) -> Picture:
     by_linear = [each["linears"] for each in figures.values()]
-    linears = list(by_linear[0])
-    ratios = [series([each[linear][key]["learned"] for each in by_linear]) for linear in linears]
+    linears = linears_of(figures.values())
+    ratios = [series([_learned(each.get(linear), key) for each in by_linear]) for linear in linears]
     with drawing(1, height=0.9 + 0.22 * len(linears)) as canvas:
         (axis,) = canvas.axes
         by_block(axis)
@@ -141,8 +141,13 @@ def _map(
         return canvas.picture(
             key.replace("_", ""),
             title,
-            f"Signal-to-noise ratio in dB {words}; dark is bad. Empty where there is no error.",
+            f"Signal-to-noise ratio in dB {words}; dark is bad. Empty where there is no "
+            "error, or no such linear in the block.",
         )
+
+
+def _learned(linear: LinearFigures | None, key: Literal["own_snr", "snr"]) -> float | None:
+    return None if linear is None else linear[key]["learned"]
 
 
 def short(linear: str) -> str:
@@ -198,9 +203,7 @@ def _kinds() -> dict[str, Chart]:
 def parameter_pictures(blocks: Sequence[Block]) -> list[Picture]:
     """Distributions of the learned parameters by block."""
     pictures = []
-    order = [
-        linear for each in list(figures_by_block(blocks).values())[:1] for linear in each["linears"]
-    ]
+    order = linears_of(figures_by_block(blocks).values())
     for kind, (title, words, scale) in _kinds().items():
         named = {owner for block in blocks for owner in block["parameters"].get(kind, ())}
         owners = sorted(named, key=lambda owner: (owner in order and order.index(owner) + 1, owner))

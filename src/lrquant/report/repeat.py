@@ -6,11 +6,12 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from lrquant.config.config import Config
+from lrquant.config.config import Config, ingredient_kinds
 from lrquant.errors import LRQuantError
 
 _NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out
 _ALWAYS = ("model", "scheme")
+_ONE_A_FLAG = ("scheme_for",)  # lists whose flag is repeated; others are joined by commas
 
 
 def repeating_command(config: Config) -> str:
@@ -34,8 +35,11 @@ def repeating_command(config: Config) -> str:
         and entry.name not in _NOT_OF_THE_RUN
     ]
     names = list(dict.fromkeys([*_ALWAYS, *changed]))
-    single = [(name,) for name in names if name not in _ALWAYS and name != "lr_plus"]
-    for left_out in (("lwc", "let"), *single, ("lr_plus",)):
+    switches = tuple(kind.switch for kind in ingredient_kinds() if kind.by_default)
+    wholes = {entry.metadata["part_of"] for entry in dataclasses.fields(Config)}
+    optional = [name for name in names if name not in _ALWAYS]
+    single = [(name,) for name in sorted(optional, key=lambda name: name in wholes)]
+    for left_out in (switches, *single):
         fewer = [name for name in names if name not in left_out]
         if _say_all(fewer, plain):
             names = fewer
@@ -54,9 +58,17 @@ def _say_all(names: Sequence[str], config: Config) -> bool:
 
 
 def _flag(name: str, value: object) -> list[str]:
+    """The words that give a setting its value, as the command line reads them."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
-    if isinstance(value, tuple):
-        return [flag, ",".join(map(str, value))]
-    return [flag, str(value)]
+    if not isinstance(value, tuple):
+        return _worded(flag, str(value))
+    if name in _ONE_A_FLAG:
+        return [word for part in value for word in _worded(flag, part)]
+    return _worded(flag, ",".join(part.replace(",", r"\,") for part in value))
+
+
+def _worded(flag: str, text: str) -> list[str]:
+    """A flag and its text, in one word where the text would look like a flag."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

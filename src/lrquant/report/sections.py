@@ -14,11 +14,12 @@ from lrquant.measures.rows import Table
 from lrquant.report.values import (
     Block,
     Figures,
-    Pair,
+    LinearFigures,
     Run,
     WorstBlock,
     WorstLinear,
     figures_by_block,
+    linears_of,
 )
 
 
@@ -159,20 +160,24 @@ def linear_table(blocks: Sequence[Block]) -> Table:
     figures = figures_by_block(blocks)
     first = next(iter(figures.values()), None)
     tokens = first["linear_tokens"] if first else 0
+    linears = linears_of(figures.values())
     rows = [
-        [str(block), *(_improvement(linear["snr"]) for linear in each["linears"].values())]
+        [str(block), *(_improvement(each["linears"].get(linear)) for linear in linears)]
         for block, each in figures.items()
     ]
     return Table(
         "Signal-to-noise ratio of each linear's output",
-        ["block", *(first["linears"] if first else ())],
+        ["block", *linears],
         rows,
         f"In dB, round-to-nearest → learned, over {tokens} tokens, against the full-precision "
-        "block on the same block input.",
+        "block on the same block input. Blank where a block has no such linear.",
     )
 
 
-def _improvement(pair: Pair) -> str:
+def _improvement(linear: LinearFigures | None) -> str:
+    if linear is None:
+        return ""
+    pair = linear["snr"]
     return f"{decibels(pair['round_to_nearest'])} → {decibels(pair['learned'])}"
 
 

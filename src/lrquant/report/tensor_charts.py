@@ -12,7 +12,7 @@ from lrquant.learn.diagnostics import VARIANTS, WEIGHT_BINS, WEIGHT_DEVIATIONS, 
 from lrquant.measures.numbers import number, percent
 from lrquant.report.charts import short
 from lrquant.report.pictures import LEARNED, NEAREST, SERIES, Picture, drawing, logarithmic
-from lrquant.report.values import Block, Figures, figures_by_block
+from lrquant.report.values import Block, Figures, figures_by_block, linears_of
 from lrquant.runs.folder import RunFolder
 
 _ACTIVATION_PICTURES = 6
@@ -91,7 +91,7 @@ def weight_pictures(blocks: Sequence[Block], folder: RunFolder) -> list[Picture]
     figures = figures_by_block(blocks)
     if not figures:
         return []
-    linears = list(next(iter(figures.values()))["linears"])
+    linears = linears_of(figures.values())
     sums: dict[str, torch.Tensor] = {}
     for block in figures:
         for name, tensor in _tensors(folder, block).items():
@@ -130,8 +130,8 @@ def _weights(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> 
         return canvas.picture(
             "weights",
             "Weights of the model",
-            f"All weights of {blocks} blocks, each in standard deviations of its own linear; the "
-            "outermost bins hold everything beyond six.",
+            f"All weights of these linears in {blocks} blocks, each in standard deviations of its "
+            "own linear; the outermost bins hold everything beyond six.",
         )
 
 
@@ -162,10 +162,10 @@ def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Pi
         return canvas.picture(
             "codes",
             "Codes of the quantised weights",
-            f"How often each code is used, over all weights of {blocks} blocks (where these have "
-            "several numbers of bits, in steps of the finest). In the two "
-            f"outermost codes are {outer[0]} of all weights at round-to-nearest and {outer[1]} as "
-            "learned.",
+            f"How often each code is used, over all weights of these linears in {blocks} blocks "
+            "(where a linear has several numbers of bits, in steps of the finest). In the two "
+            f"outermost codes are {outer[0]} of these weights at round-to-nearest and {outer[1]} "
+            "as learned.",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from lrquant.files.whole import JsonObject
@@ -102,3 +102,8 @@ class Run(TypedDict):
 def figures_by_block(blocks: Sequence[Block]) -> dict[int, Figures]:
     """The figures of the blocks of which there are some."""
     return {block["block"]: block["figures"] for block in blocks if block["figures"]}
+
+
+def linears_of(figures: Iterable[Figures]) -> list[str]:
+    """The linears of these blocks, each once, in their order: a block may lack some of them."""
+    return list(dict.fromkeys(linear for each in figures for linear in each["linears"]))
