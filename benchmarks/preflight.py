@@ -24,6 +24,7 @@ from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.preflight import probe
 from lrquant.preflight.estimate import estimate_memory, learning_seconds, run_bytes
+from lrquant.preflight.kinds import probe_kinds
 from lrquant.preflight.load import language_load
 from lrquant.runs.folder import RunFolder
 
@@ -58,7 +59,7 @@ def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
     plan, learning = Plan.of(config.quantizing), config.part(Learning)
     workbench = make_workbench(model, plan, config.part(Computing), Path(config.output_dir))
     load = language_load(workbench, learning, None, [config.seqlen] * config.nsamples)
-    costs = probe.probe_block(load)
+    costs = probe_kinds(load)
     before = psutil.Process().memory_info().rss
     memory = estimate_memory(load, costs, before, True)
     records = folder.records()

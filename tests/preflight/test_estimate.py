@@ -27,6 +27,7 @@ from lrquant.preflight.estimate import (
     run_bytes,
     stream_bytes,
 )
+from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load, TextLoad
 from lrquant.preflight.probe import BlockCosts
 
@@ -36,6 +37,7 @@ COSTS = BlockCosts(
     **{"read": 1.0, "observed": 3.0, "full": 2.0, "start": 5.0, "weights": 0.5, "held": 4.0},
     **{"step": 10.0, "freeze": 0.25, "peak_memory": 9_000, "streams": 1_000, "rows": 16},
 )
+BLOCKS = [KindCosts((0, 1), 0, COSTS)]
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_the_memory_of_each_phase(make_model, load_of):
     """Hidden 32, vocabulary 264, untied, float32: values added up by hand."""
     config = Config(scheme="W4A4").resolved()
     load = load_of(make_model("llama"), config, 10, 16)
-    memory = estimate_memory(load, COSTS, 5_000, True, TextLoad(texts(6, 16), 16))
+    memory = estimate_memory(load, BLOCKS, 5_000, True, TextLoad(texts(6, 16), 16))
     streams = 2 * 10 * 16 * 32 * 4
     embedding = 4 * (264 * 32 + 32)  # and the last norm
     assert memory.embedding == 5_000 + streams + embedding
@@ -195,7 +197,7 @@ def test_memory_of_other_settings(make_model, load_of):
 
     def memory(config, dtype=torch.bfloat16, inside=True, windows=(), against=()):
         load = load_of(model, config, 10, 16, dtype)
-        return estimate_memory(load, COSTS, 5_000, inside, TextLoad(windows, 16, against))
+        return estimate_memory(load, BLOCKS, 5_000, inside, TextLoad(windows, 16, against))
 
     streams = 3 * 10 * 16 * 32 * 2
     assert memory(config).learning == 8_000 + streams
@@ -215,7 +217,8 @@ def test_the_time_of_learning(make_model, load_of):
     model = make_model("llama")
 
     def seconds(config, costs=COSTS, finished=0):
-        return learning_seconds(load_of(model, config, 12, 8), costs, finished)
+        kinds = [KindCosts((0, 1), 0, costs)]
+        return learning_seconds(load_of(model, config, 12, 8), kinds, finished)
 
     block = 1 + 5 + 0.5 + 0.25 + 6 * (2 + 2 * 4) + 3 * 6 * 10
     assert seconds(plain) == 2 * block
@@ -235,12 +238,12 @@ def test_the_time_of_measuring(make_model):
     linears = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     head = 264 * 32 / linears * 2.0 / 16  # seconds a token, by the share of products
     quantized = 2 * 4.0 / 16
-    once = measuring_seconds(model, COSTS, TextLoad(texts(5, 8), 8), True)
+    once = measuring_seconds(model, BLOCKS, TextLoad(texts(5, 8), 8), True)
     assert once == pytest.approx(40 * (quantized + head) + 2 * 1.25)
-    assert measuring_seconds(model, COSTS, TextLoad([], 8), True) == 0
+    assert measuring_seconds(model, BLOCKS, TextLoad([], 8), True) == 0
     compared = TextLoad(texts(5, 8), 8, compared=True)
     more = 40 * (2 * quantized + 2 * 2.0 / 16 + 3 * head) + 3 * 2 * 1.25
-    assert measuring_seconds(model, COSTS, compared, True) == pytest.approx(more)
+    assert measuring_seconds(model, BLOCKS, compared, True) == pytest.approx(more)
 
 
 def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):

@@ -59,6 +59,14 @@ def test_no_other_block_is_read(watched, family):
     assert all(value > 0 for value in parts.values()), parts
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_another_block_is_probed_in_its_place(watched, window):
+    bench, read = watched()
+    costs = probe_block(load_of(bench, config_of(window=window)), 1)
+    assert costs.step > 0 and read
+    assert all(name.startswith(bench.model.block_name(1) + ".") for name in read)
+
+
 def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     """Batch, length, scheme, branches and loss reach the learning step as a run would have them."""
     bench, _ = watched()

@@ -24,7 +24,7 @@ from lrquant.data.prompts import picture_samples
 from lrquant.errors import LRQuantError
 from lrquant.measures.scoring.answers import answer_kind, exact_match, normalized, vqa_accuracy
 from lrquant.model.loading import load_model
-from lrquant.preflight import checks
+from lrquant.preflight import kinds
 from lrquant.preflight.checks import preflight
 from lrquant.preflight.probe import BlockCosts
 from lrquant.runs.folder import RunFolder
@@ -503,7 +503,7 @@ def test_the_check_estimates_a_classifier(tmp_path, make_vision, pictures):
 def test_the_check_sees_the_tower(llava_folder, questions, tmp_path, text, monkeypatch):
     names = ("read", "observed", "full", "start", "weights", "held", "step", "freeze")
     costs = BlockCosts(**dict.fromkeys(names, 1.0), peak_memory=1, streams=1, rows=10)
-    monkeypatch.setattr(checks, "probe_block", lambda load: costs)
+    monkeypatch.setattr(kinds, "probe_block", lambda load, index: costs)
     given = {"model": str(llava_folder), "scheme": "W4A4", "calib_dataset": str(text)}
     given |= {**SETTINGS, "output_dir": str(tmp_path / "run")}
     without = preflight({**given, "vision_scheme": "W8A8"})

@@ -32,9 +32,9 @@ from lrquant.preflight.estimate import (
     stream_bytes,
 )
 from lrquant.preflight.findings import Preflight
+from lrquant.preflight.kinds import probe_kinds
 from lrquant.preflight.load import TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
-from lrquant.preflight.probe import probe_block
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
 from lrquant.runs.folder import RunFolder
@@ -45,8 +45,8 @@ _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size
 def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     """Check the run that `settings`, fields of `Config`, ask for, without starting it.
 
-    Reads one block's weights, times a few steps of it and writes nothing.  Raises LRQuantError only
-    for settings that contradict each other; all else is a finding.
+    Reads the weights of one block of each kind, times a few steps of it and writes nothing.  Raises
+    LRQuantError only for settings that contradict each other; all else is a finding.
     """
     config, measure_only = resolve_settings(settings)
     report = Preflight(config)
@@ -115,7 +115,7 @@ def _estimate(
     texts: list[Samples],
     finished: int,
 ) -> None:
-    """Measure one block of each part, and hold memory, disk and time against what there is."""
+    """Measure the blocks of each part, and hold memory, disk and time against what there is."""
     config, model = report.config, workbench.model
     learning, with_files = config.part(Learning), config.act_scales is not None
     with report.checking("memory"):
@@ -137,10 +137,10 @@ def _estimate(
         before = 0 if cuda else psutil.Process().memory_info().rss
         seconds, in_tower = 0.0, 0
         if tower is not None and finished < len(model.blocks):
-            costs = probe_block(tower)
+            costs = probe_kinds(tower)
             in_tower = estimate_memory(tower, costs, before, inside).peak
             seconds = learning_seconds(tower, costs, _finished_in_tower(config), with_files)
-        costs = report.costs = probe_block(load)
+        costs = report.costs = probe_kinds(load)
         if finished < len(model.blocks):
             seconds += learning_seconds(load, costs, finished, with_files)
         measured = _text_load(config, texts)
@@ -168,8 +168,9 @@ def _finished_in_tower(config: Config) -> int:
 
 def _require_room(workbench: Workbench) -> None:
     """Refuse to measure a block whose weights, learned weights and gradients cannot fit."""
-    shapes = workbench.model.blocks[0].state_dict().values()
-    least = sum(tensor.numel() for tensor in shapes) * 3 * workbench.dtype.itemsize
+    blocks = [block.state_dict().values() for block in workbench.model.blocks]
+    largest = max(sum(tensor.numel() for tensor in block) for block in blocks)
+    least = largest * 3 * workbench.dtype.itemsize
     free = _free_memory(workbench.device)
     if least > free:
         raise LRQuantError(

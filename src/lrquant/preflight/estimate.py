@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from lrquant.export.parts import Part
 from lrquant.learn.checks import parts_of
 from lrquant.measures.scoring.predictions import HEAD_TOKENS
 from lrquant.model.model import Model
+from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load, TextLoad
 from lrquant.preflight.probe import BlockCosts
 
@@ -183,11 +184,15 @@ def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
 
 
 def estimate_memory(
-    load: Load, costs: BlockCosts, held: int, in_memory: bool, measured: TextLoad | None = None
+    load: Load,
+    costs: Sequence[KindCosts],
+    held: int,
+    in_memory: bool,
+    measured: TextLoad | None = None,
 ) -> Memory:
     """Peak of each phase on a CPU, bytes: what the process has before (`held`), and what is added.
 
-    learning: what the probe reached, its one batch of hidden states replaced by all of them.
+    learning: the most that a probe reached, its one batch of hidden states replaced by all of them.
     embedding: the hidden states and the embedding, in float32 beside its stored form.  measuring:
     the hidden states of the largest text, everything outside the blocks, and logits of
     `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
@@ -208,7 +213,7 @@ def estimate_memory(
         vocabulary = model.config.vocab_size
         logits = min(HEAD_TOKENS, measured.seqlen) * vocabulary * 4 * (4 if against else 2)
         head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
-    reached = max(costs.peak_memory - costs.streams, held)
+    reached = max(held, *(each.costs.peak_memory - each.costs.streams for each in costs))
     return Memory(
         embedding=held + streams + copies,
         learning=reached + streams,
@@ -227,7 +232,7 @@ def _outer_elements(model: Model) -> dict[str, int]:
 
 
 def learning_seconds(
-    load: Load, costs: BlockCosts, finished: int = 0, with_statistics: bool = False
+    load: Load, costs: Sequence[KindCosts], finished: int = 0, with_statistics: bool = False
 ) -> float:
     """Time to learn the blocks that are not `finished`, and to pass through those that are.
 
@@ -235,11 +240,19 @@ def learning_seconds(
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
     `with_statistics` says that files give statistics.
     """
-    learning, blocks = load.learning, len(load.workbench.model.blocks)
-    batches = load.rows / costs.rows
-    plan = load.workbench.plan
+    plan, total = load.workbench.plan, 0.0
     observed = plan.needs_statistics or (not with_statistics and plan.reads_statistics)
-    passed = costs.read + costs.freeze + batches * (costs.full + costs.held)
+    for kind in costs:
+        own, left = kind.costs, kind.behind(finished)
+        passed = own.read + own.freeze + load.rows / own.rows * (own.full + own.held)
+        total += (len(kind.blocks) - left) * passed
+        total += left * _block_seconds(load, own, observed)
+    return total
+
+
+def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
+    """Time to learn one block, with statistics `observed` or not."""
+    learning, batches = load.learning, load.rows / costs.rows
     block = costs.read + costs.start + costs.weights + costs.freeze
     block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
     block += batches * costs.full * learning.two_branch
@@ -247,11 +260,11 @@ def learning_seconds(
         epoch = batches * costs.step
         epoch += (batches * costs.held + costs.weights) * learning.keep_best
         block += learning.epochs * epoch
-    return finished * passed + (blocks - finished) * block
+    return block
 
 
 def measuring_seconds(
-    model: Model, costs: BlockCosts, measured: TextLoad, keep_best: bool
+    model: Model, costs: Sequence[KindCosts], measured: TextLoad, keep_best: bool
 ) -> float:
     """Time to measure perplexities: passes of every variant, and heads by their share of products.
 
@@ -259,24 +272,32 @@ def measuring_seconds(
     """
     if not measured.texts:
         return 0.0
-    blocks = len(model.blocks)
-    shapes = model.blocks[0].state_dict()
-    linears = sum(matrix.of(shapes[matrix.parameter]).numel() for matrix in model.matrices(0))
-    vocabulary = model.config.vocab_size * model.hidden_size
-    total = 0.0
+    head, total = _head_seconds(model, costs), 0.0
     for text in measured.texts:
-        tokens = text.tokens
-        plain, quantized = costs.full / costs.rows, costs.held / costs.rows
         agreed = text.name in measured.against
         full = measured.compared or agreed
         others = 1 + measured.compared
-        head = plain * vocabulary / linears
-        passes = full * plain + others * quantized
-        total += tokens * (blocks * passes + (full + others + agreed * others) * head)
-        total += blocks * (full + others) * (costs.read + costs.freeze)
-        if measured.adapting is not None:
-            adapting, batches = measured.adapting, tokens / costs.rows
-            adapted = adapting.epochs * (costs.step + keep_best * costs.held) + costs.held
-            passes = blocks * (costs.full + 2 * costs.held)
-            total += batches * (passes + adapting.blocks * adapted)
+        total += text.tokens * (full + others + agreed * others) * head
+        for kind in costs:
+            own, blocks = kind.costs, len(kind.blocks)
+            batches = text.tokens / own.rows
+            total += blocks * batches * (full * own.full + others * own.held)
+            total += blocks * (full + others) * (own.read + own.freeze)
+            if measured.adapting is not None:
+                epochs = measured.adapting.epochs
+                adapted = epochs * (own.step + keep_best * own.held) + own.held
+                again = kind.behind(len(model.blocks) - measured.adapting.blocks)
+                total += batches * (blocks * (own.full + 2 * own.held) + again * adapted)
     return total
+
+
+def _head_seconds(model: Model, costs: Sequence[KindCosts]) -> float:
+    """Time of a token in the head, by its share of products: as long each as those of blocks."""
+    seconds = sum(len(kind.blocks) * kind.costs.full / kind.costs.rows for kind in costs)
+    shapes = [block.state_dict() for block in model.blocks]
+    linears = sum(
+        matrix.of(own[matrix.parameter]).numel()
+        for index, own in enumerate(shapes)
+        for matrix in model.matrices(index)
+    )
+    return seconds * model.config.vocab_size * model.hidden_size / linears

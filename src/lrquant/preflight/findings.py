@@ -10,7 +10,7 @@ from typing import Literal
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
 from lrquant.preflight.estimate import CheckpointSize, Memory, Seconds
-from lrquant.preflight.probe import BlockCosts
+from lrquant.preflight.kinds import KindCosts
 
 State = Literal["ok", "warning", "failed", "not checked"]
 NARROW = 0.9  # of the memory or disk that is free, from which on a need is warned of
@@ -35,7 +35,7 @@ class Preflight:
     run_bytes: int | None = None
     stream_bytes: int | None = None
     memory: Memory | None = None
-    costs: BlockCosts | None = None
+    costs: list[KindCosts] | None = None
     seconds: Seconds | None = None
 
     @property

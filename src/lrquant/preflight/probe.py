@@ -26,6 +26,7 @@ from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.fit import BlockData, Learnable, Runner, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
+from lrquant.learn.stage import units_of
 from lrquant.learn.window import Window
 from lrquant.model.sources import WeightSource
 from lrquant.preflight.load import Load
@@ -60,8 +61,8 @@ class BlockCosts:
     rows: int
 
 
-class _FirstBlock(WeightSource):
-    """A model's weights of which only the first block's are ever read; the others are ones."""
+class _OneBlock(WeightSource):
+    """A model's weights of which only one block's are ever read; the others are ones."""
 
     def __init__(self, source: WeightSource, prefix: str) -> None:
         self.origin, self._source, self._prefix = source.origin, source, prefix
@@ -84,15 +85,15 @@ class _FirstBlock(WeightSource):
         return self._source.fingerprint()
 
 
-def probe_block(load: Load) -> BlockCosts:
-    """Learn the first window for a few steps, on random hidden states of the shape of a batch.
+def probe_block(load: Load, index: int = 0) -> BlockCosts:
+    """Learn a block's window for a few steps, on random hidden states of the shape of a batch.
 
-    Scheme, method, device and precision are those of its settings; no weight outside block 0 is
+    Scheme, method, device and precision are those of its settings; no weight outside the block is
     read and nothing is written.  Raises LRQuantError if the device's memory is short.
     """
     workbench, learning = load.workbench, load.learning
     model = workbench.model
-    source = _FirstBlock(model.source, model.block_name(0) + ".")
+    source = _OneBlock(model.source, model.block_name(index) + ".")
     bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
     entry = BlockInputs(bench.model, load.batch, learning.batch_size, bench.device)
     streams = bench.streams(entry, 3 if learning.two_branch else 2)
@@ -104,7 +105,7 @@ def probe_block(load: Load) -> BlockCosts:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     try:
-        return _measure(_Clock(bench.device), bench, learning, entry, streams)
+        return _measure(_Clock(bench.device), bench, learning, index, entry, streams)
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
             f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "
@@ -145,29 +146,30 @@ def _measure(
     clock: _Clock,
     bench: Workbench,
     learning: Learning,
+    index: int,
     entry: BlockInputs,
     streams: list[Stream],
 ) -> BlockCosts:
     full, quantized, *_ = streams
     statistics = ChannelStatistics()
-    read, stored = clock.once(lambda: bench.stored(0))
+    read, stored = clock.once(lambda: bench.stored(index))
 
     def advance(observer: WeightedObserver | None) -> None:
-        advance_full_precision(bench, 0, stored, entry, quantized, full, observer)
+        advance_full_precision(bench, index, stored, entry, quantized, full, observer)
 
     plain = clock.repeated(lambda: advance(None))
     observed = clock.repeated(lambda: advance(statistics.observe))
-    view = bench.view(0, stored)
+    view = bench.view(index, stored)
     start, _ = clock.once(lambda: view.initialize(statistics))
-    data = BlockData(0, entry, quantized, (full, *streams[2:]))
+    data = BlockData(index, entry, quantized, (full, *streams[2:]))
     with torch.no_grad():
         weights, tensors = clock.once(view.tensors)
-    with bench.runner(0, view) as runner:
+    with bench.runner(index, view) as runner:
         held = clock.repeated(lambda: data.terms(runner, tensors, learning.loss))
         step, alone = 0.0, learning.window == 1
         if learning.epochs and view.parameters and alone:
             step = _step_seconds(clock, view, runner, data, learning)
-    if learning.epochs and view.parameters and not alone:
+    if learning.epochs and not alone:
         step = _window_step_seconds(clock, bench, data, learning, view)
     freeze, _ = clock.once(lambda: view.freeze().tensors(view.dtype))
     return BlockCosts(
@@ -186,21 +188,28 @@ def _measure(
 
 
 def _window_step_seconds(
-    clock: _Clock, bench: Workbench, data: BlockData, learning: Learning, first: BlockView
+    clock: _Clock, bench: Workbench, data: BlockData, learning: Learning, own: BlockView
 ) -> float:
-    """A block's share of a step of the first window."""
-    views, full = [first], data.targets[0]
-    for index in range(1, min(learning.window, len(bench.model.blocks))):
-        stored, statistics = bench.stored(index), ChannelStatistics()
-        observe = statistics.observe
-        advance_full_precision(bench, index, stored, data.entry, data.inputs, full, observe)
-        view = bench.view(index, stored)
-        view.initialize(statistics)
-        views.append(view)
-    runners = [bench.runner(index, view) for index, view in enumerate(views)]
-    data = dataclasses.replace(data, blocks=len(views))
-    with Window(0, views, runners) as window:
-        return _step_seconds(clock, window, window, data, learning) / len(views)
+    """A block's share of a step of its window; 0 where nothing of that is learned."""
+    units = units_of(len(bench.model.blocks), learning.window)
+    (unit,) = (unit for unit in units if data.index in unit)
+    views = [own if index == data.index else _started(bench, data, index) for index in unit]
+    runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
+    data = dataclasses.replace(data, index=unit.start, blocks=len(unit))
+    with Window(unit.start, views, runners) as window:
+        if not window.parameters:
+            return 0.0
+        return _step_seconds(clock, window, window, data, learning) / len(unit)
+
+
+def _started(bench: Workbench, data: BlockData, index: int) -> BlockView:
+    """Another block of a window as it is before its first step."""
+    stored, statistics = bench.stored(index), ChannelStatistics()
+    full, observe = data.targets[0], statistics.observe
+    advance_full_precision(bench, index, stored, data.entry, data.inputs, full, observe)
+    view = bench.view(index, stored)
+    view.initialize(statistics)
+    return view
 
 
 def _step_seconds(

@@ -83,7 +83,9 @@ def shapes(run: Prospect, model: Model, form: Format) -> Iterator[Check]:
 
     def fused() -> Iterator[Said]:
         """Linears that read one norm are fused by runtimes, and so have one scheme."""
-        names = [" + ".join(each) for each in fused_matrices(model, 0) if len(each) > 1]
+        blocks = (fused_matrices(model, index) for index in range(len(model.blocks)))
+        fused = dict.fromkeys(each for block in blocks for each in block if len(each) > 1)
+        names = [" + ".join(each) for each in fused]
         if names:
             yield Said(f"one scheme for {', '.join(names)}")
 

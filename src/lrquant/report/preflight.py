@@ -8,6 +8,7 @@ from lrquant.blocks.plan import Plan
 from lrquant.config.groups import Learning
 from lrquant.learn.identity import describe_method
 from lrquant.preflight.findings import Preflight
+from lrquant.preflight.kinds import KindCosts
 
 
 def preflight_text(preflight: Preflight) -> str:
@@ -34,12 +35,14 @@ def preflight_text(preflight: Preflight) -> str:
 
 def preflight_values(preflight: Preflight) -> dict[str, object]:
     """The same as values for JSON: bytes and seconds."""
-    estimates = {
+    estimates: dict[str, object] = {
         name: None
         if (estimate := getattr(preflight, name)) is None
         else dataclasses.asdict(estimate)
-        for name in ("checkpoint", "memory", "seconds", "costs")
+        for name in ("checkpoint", "memory", "seconds")
     }
+    costs = preflight.costs
+    estimates["costs"] = None if costs is None else [dataclasses.asdict(each) for each in costs]
     return {
         "model": preflight.config.model,
         "scheme": preflight.config.schemes.name,
@@ -76,11 +79,23 @@ def _estimates(preflight: Preflight) -> dict[str, str]:
             f"{_duration(seconds.total)}: learning {_duration(seconds.learning)}, "
             f"measuring {_duration(seconds.measuring)}"
         )
-        rows["measured here"] = (
-            f"a learning step {1e3 * costs.step:.0f} ms, a quantised pass {1e3 * costs.held:.0f} "
-            f"ms, a full-precision pass {1e3 * costs.full:.0f} ms a batch and block"
-        )
+        rows["measured here"] = "; ".join(_measured(kind, len(costs) > 1) for kind in costs)
     return rows
+
+
+def _measured(kind: KindCosts, several: bool) -> str:
+    """What one batch and block takes, of which blocks where there are `several` kinds."""
+    costs, count = kind.costs, len(kind.blocks)
+    text = (
+        f"a learning step {1e3 * costs.step:.0f} ms, a quantised pass {1e3 * costs.held:.0f} "
+        f"ms, a full-precision pass {1e3 * costs.full:.0f} ms a batch and block"
+    )
+    if not several:
+        return text
+    if not kind.own:
+        return f"{count} of other kinds counted like block {kind.measured}"
+    like = "" if count == 1 else f" and {count - 1} like it"
+    return f"block {kind.measured}{like}: {text}"
 
 
 def _size(count: float) -> str:
