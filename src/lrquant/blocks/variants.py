@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from lrquant.blocks.runner import Prepare, PreparedBlock, Variant
 from lrquant.blocks.view import BlockView
@@ -33,6 +36,17 @@ def as_learned(
     if tower is None or workbench.plan.schemes.tower is None:
         return Variant(blocks, unlearned(workbench).tower)
     return Variant(blocks, _learned(tower, folder.tower))
+
+
+def with_parameters(workbench: Workbench, parameters: Sequence[dict[str, Tensor]]) -> Prepare:
+    """Every block with its learned parameters, which are in memory."""
+
+    def prepare(index: int) -> PreparedBlock:
+        view = workbench.view(index, workbench.stored(index))
+        view.load(parameters[index])
+        return _ready(workbench, index, view)
+
+    return prepare
 
 
 def _rounded(workbench: Workbench) -> Prepare:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
-from lrquant.blocks.workbench import Workbench, advance_full_precision, learned_view
+from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.config.groups import Adapting, Learning
 from lrquant.data.conversations import is_conversations
 from lrquant.data.samples import Samples
@@ -27,6 +28,7 @@ from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.fit import BlockData, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
+from lrquant.learn.team import ALONE, Team, require_even
 from lrquant.model.device import dtype_name
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
@@ -66,17 +68,21 @@ def adapt(
     folder: RunFolder,
     text: Samples,
     progress: Progress,
+    *,
+    team: Team = ALONE,
 ) -> JsonObject:
     """Learn the last blocks again on `text`, from the run's own parameters.
 
     Each is compared with the full-precision block on that block's true inputs in the
     full-precision model, both streams having gone through all blocks before it; the loss is the
     run's `loss` on that one branch, unweighted.  Returns how it was done and what came of it.
+    Of a `team` each member has its share of the text; the first alone reads and writes the folder.
     """
     again = dataclasses.replace(
         learning, epochs=adapting.epochs, window=1, two_branch=False, dynamic_weights=False
     )
     entry = BlockInputs(workbench.model, text.feed, learning.batch_size, workbench.device)
+    require_even(team, len(entry.batches))
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
@@ -84,7 +90,7 @@ def adapt(
     with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
         stage = Adaptation(
             *(workbench, again, folder, text, blocks - adapting.blocks),
-            *(entry, full, quantized, told),
+            *(entry, full, quantized, told, team),
         )
         carry_out(stage)
     return {"epochs": adapting.epochs, "learned": stage.learned, "blocks": stage.records}
@@ -107,6 +113,7 @@ class Adaptation:
     full: Stream
     quantized: Stream
     told: Callable[[int], None]
+    team: Team = ALONE
     records: list[JsonObject] = field(default_factory=list)
 
     @property
@@ -136,6 +143,9 @@ class Adaptation:
 
     def kept(self) -> int:
         """The blocks that stay as the run learned them, and those adapted before; others go."""
+        return self.team.first(self._kept)
+
+    def _kept(self) -> int:
         kept, blocks = self.first, len(self.workbench.model.blocks)
         while kept < blocks:
             about = self.folder.about_adapted(self.text.name, kept)
@@ -149,9 +159,9 @@ class Adaptation:
         """Move on through a block as it is."""
         adapted = self.text.name if unit.start >= self.first else None
         if adapted is not None:
-            about = self.folder.about_adapted(adapted, unit.start)
+            about = self.team.first(partial(self.folder.about_adapted, adapted, unit.start))
             self.records.append({} if about is None else about["record"])
-        view = learned_view(self.workbench, self.folder, unit.start, adapted)
+        view = self._view(unit.start, adapted)
         data = self._advance_full(unit.start, view)
         with self.workbench.runner(unit.start, view) as runner:
             advance_quantized(view, runner, data, self.learning.loss)
@@ -160,7 +170,7 @@ class Adaptation:
     def learn(self, unit: range) -> None:
         """Learn a block again, and keep it beside the one that the run learned."""
         index = unit.start
-        view = learned_view(self.workbench, self.folder, index)
+        view = self._view(index)
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:
@@ -172,21 +182,31 @@ class Adaptation:
             "final_loss": final,
         }
         record |= {"non_finite": report.non_finite}
-        about = {"of": self._about, "record": record}
-        self.folder.save_adapted(self.text.name, index, view.parameters, about)
+        self.team.first(partial(self._keep, view, record))
         self.records.append(record)
+        self.told(index)
+
+    def _keep(self, view: BlockView, record: JsonObject) -> None:
+        """Keep an adapted block, and tell what came of it."""
+        about = {"of": self._about, "record": record}
+        self.folder.save_adapted(self.text.name, record["block"], view.parameters, about)
         logger.info(
             "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
-            *(self.text.name, index, report.initial_loss, final),
-            "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
+            *(self.text.name, record["block"], record["initial_loss"], record["final_loss"]),
+            "".join(f"; NOT FINITE at {event}" for event in record["non_finite"]),
         )
-        self.told(index)
+
+    def _view(self, index: int, adapted: str | None = None) -> BlockView:
+        """A block with the parameters that the run learned, or `adapted` to the text so named."""
+        view = self.workbench.view(index, self.workbench.stored(index))
+        view.load(self.team.first(partial(self.folder.load_block, index, adapted)))
+        return view
 
     def _advance_full(self, index: int, view: BlockView) -> BlockData:
         """The full-precision stream moves on; the text as the block sees it."""
         bench, full = self.workbench, self.full
         advance_full_precision(bench, index, view.stored, self.entry, full, full)
-        return BlockData(index, self.entry, self.quantized, (full,))
+        return BlockData(index, self.entry, self.quantized, (full,), team=self.team)
 
 
 def describe_adaptation(adapting: Adapting, ingredients: Sequence[Ingredient]) -> str:

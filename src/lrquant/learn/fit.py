@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
 from lrquant.learn.objective import Objective, loss_terms
-from lrquant.learn.team import ALONE, Team
+from lrquant.learn.team import ALONE, Team, holds_for_all
 from lrquant.learn.window import Step, Window
 
 Progress = Callable[[int, float], None]
@@ -47,7 +48,7 @@ class BlockData:
     """The samples as a block, or a window of `blocks` from `index` on, sees them.
 
     These are its quantised inputs, each branch's targets and the arguments.  Of a team each member
-    has its share of the samples.
+    has its share of the samples, in as many batches as every other.
     """
 
     index: int
@@ -99,6 +100,20 @@ class BlockData:
                 self.inputs.write(batch, output)
         total = torch.tensor(sum(counts), dtype=torch.float64, device=parts[0].device)
         return (self.team.sum(torch.stack(parts).sum(0)) / self.team.sum(total)).float()
+
+    def whole(self, terms: Tensor, batch: int) -> Tensor:
+        """The loss terms of a step, of which this member's batch has `terms`: all tokens count.
+
+        They are means over the members' terms, as those of the whole set are over its batches.
+        """
+        return self.team.sum(terms.detach() * self.shares[batch])
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """How much of each step is this member's batch: of all tokens, as they count."""
+        batches = range(len(self.entry.batches))
+        counts = torch.tensor([self.count(batch) for batch in batches], dtype=torch.float64)
+        return (counts / self.team.sum(counts)).tolist()
 
     def count(self, batch: int) -> float:
         """Tokens of a batch, each as often as its weight says."""
@@ -197,14 +212,12 @@ class _Fit:
                 self.report.objective,
                 self.learning.loss,
             )
-            value = _mean(value, self.data.team)
             if not math.isfinite(value):
                 return None
             total += value
             self.progress((epoch - 1) * steps + batch + 1, value)
-        if not all(torch.isfinite(parameter).all() for parameter in self.view.parameters.values()):
-            return None
-        return total / steps
+        finite = all(torch.isfinite(each).all() for each in self.view.parameters.values())
+        return total / steps if holds_for_all(self.data.team, finite) else None
 
     @torch.no_grad()
     def _held_loss(self) -> float:
@@ -213,10 +226,10 @@ class _Fit:
 
     @torch.no_grad()
     def _first_loss(self) -> float:
-        """Loss of the first batch: what the last step, which no other step follows, has led to."""
+        """Loss of the first step: what the last one, which no other step follows, has led to."""
         tensors = self.view.tensors()
         _, terms = self.data.batch_terms(self.runner, tensors, 0, self.learning.loss)
-        return self.report.objective.measure(terms)
+        return self.report.objective.measure(self.data.whole(terms, 0))
 
     def _go_back(self, event: str) -> None:
         """Take the best parameters, or the start if they, a step after their loss, are worse."""
@@ -235,25 +248,30 @@ def learning_step(
     objective: Objective,
     kind: str,
 ) -> float:
-    """One step on one batch; the objective's measure before it."""
+    """One step on one batch of every member; the objective's measure before it."""
     _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    objective.loss(terms).backward()
+    whole = data.whole(terms, batch)
+    (objective.loss(terms, whole) * data.shares[batch]).backward()
     _share_gradients(view, data.team)
     for optimizer in optimizers:
         optimizer.step()
     view.constrain_()
-    return objective.measure(terms)
+    return objective.measure(whole)
 
 
 def _share_gradients(view: Learnable, team: Team) -> None:
-    """Every member of a team steps by the mean of all members' gradients."""
-    if team.size == 1:
-        return
-    for parameter in view.parameters.values():
-        if parameter.grad is not None:
-            parameter.grad = team.sum(parameter.grad) / team.size
+    """Every member steps by the sum of all members' gradients, each of its share of the step.
+
+    A parameter may be reached by the samples of some members alone, as an expert's is.
+    """
+    parameters = list(view.parameters.values())
+    reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    for parameter, anywhere in zip(parameters, team.maximum(reached).tolist(), strict=True):
+        if anywhere:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = team.sum(own)
 
 
 def make_optimizers(view: Learnable, weight_decay: float) -> Optimizers:
@@ -263,11 +281,6 @@ def make_optimizers(view: Learnable, weight_decay: float) -> Optimizers:
     pairs = [(block, each) for block in view.views for each in block.ingredients]
     own = [(each, list(each.own(block.parameters).values())) for block, each in pairs]
     return [each.optimizer(parameters, weight_decay) for each, parameters in own if parameters]
-
-
-def _mean(value: float, team: Team) -> float:
-    """The mean of all members' losses of a step."""
-    return value if team.size == 1 else float(team.sum(torch.tensor(value).double())) / team.size
 
 
 def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

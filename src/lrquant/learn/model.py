@@ -13,7 +13,7 @@ from torch import Tensor
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import BlockRunner, Prepare
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.variants import as_learned, full_precision
+from lrquant.blocks.variants import full_precision, with_parameters
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import (
     WeightedObserver,
@@ -28,6 +28,7 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
+from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder
@@ -45,29 +46,35 @@ def learn_model(
     folder: RunFolder,
     progress: Progress,
     diagnosed: bool = True,
+    *,
+    team: Team = ALONE,
 ) -> None:
     """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
 
     The language part learns on what the quantised tower gives it.  `diagnosed` says whether what a
-    block looks like is kept for a report.
+    block looks like is kept for a report.  Of a `team` each member is given its share of the
+    samples as `feed`; the first alone reads and writes the folder.
     """
     tower = workbench.tower
     plain = learned = full_precision(workbench).tower
     scheme = workbench.plan.schemes.tower
     if scheme is not None and tower is not None:
-        pictures = require_pictures(feed, scheme.name)
+        pictures = require_pictures(feed, scheme.name, team)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
-        learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed)
-        learned = as_learned(workbench, folder).tower
+        learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed, team=team)
+        blocks = range(len(tower.model.blocks))
+        load = folder.tower.load_block
+        learned = with_parameters(tower, [team.first(partial(load, index)) for index in blocks])
         logger.info("language part: %d blocks", len(workbench.model.blocks))
     towers = plain, learned
-    learn_blocks(workbench, learning, feed, statistics, folder, progress, diagnosed, towers)
+    rest = folder, progress, diagnosed, towers
+    learn_blocks(workbench, learning, feed, statistics, *rest, team=team)
 
 
-def require_pictures(feed: Feed, scheme: str) -> Feed:
+def require_pictures(feed: Feed, scheme: str, team: Team = ALONE) -> Feed:
     """The samples with pictures, on which a tower learns `scheme`; refuses if there are none."""
     pictures = feed.with_pictures()
-    if not len(pictures):
+    if not holds_for_all(team, len(pictures) > 0):
         raise LRQuantError(
             f"--vision-scheme {scheme}: no calibration sample has a picture; give "
             "some with --calib-images"
@@ -84,6 +91,8 @@ def learn_blocks(
     progress: Progress,
     diagnosed: bool = True,
     towers: tuple[Prepare | None, Prepare | None] = (None, None),
+    *,
+    team: Team = ALONE,
 ) -> None:
     """Learn every block that the folder does not hold yet, in order.
 
@@ -91,19 +100,12 @@ def learn_blocks(
     stand before the first block of the full-precision and of the quantised model.
     """
     blocks = len(workbench.model.blocks)
-    finished = folder.finished_blocks()
+    finished = team.first(folder.finished_blocks)
     if finished == blocks:
         return
-    if finished:
-        logger.info("resuming after block %d of %d", finished, blocks)
-    later = [index for index in range(finished, blocks) if folder.block_path(index).is_file()]
-    if later:
-        logger.info(
-            "%d kept blocks from %d on come after one that is missing or was learned anew: they "
-            "are learned again",
-            *(len(later), later[0]),
-        )
+    team.first(partial(_tell_what_is_kept, folder, finished, blocks))
     entry = BlockInputs(workbench.model, feed, learning.batch_size, workbench.device)
+    require_even(team, len(entry.batches))
     full, quantized, *homologous = workbench.streams(entry, 3 if learning.two_branch else 2)
     before_full, before_quantized = towers
     entry.embed(full, before_full)
@@ -115,11 +117,23 @@ def learn_blocks(
         stream.added = quantized.added
     stage = BlockLearning(
         *(workbench, learning, statistics, folder, progress, diagnosed),
-        *(entry, full, quantized, homologous),
+        *(entry, full, quantized, homologous, team),
     )
     memory = partial(peak_memory, workbench.device)
     with progress.blocks(blocks, learning.epochs, len(entry.batches), memory):
         carry_out(stage)
+
+
+def _tell_what_is_kept(folder: PartFolder, finished: int, blocks: int) -> None:
+    if finished:
+        logger.info("resuming after block %d of %d", finished, blocks)
+    later = [index for index in range(finished, blocks) if folder.block_path(index).is_file()]
+    if later:
+        logger.info(
+            "%d kept blocks from %d on come after one that is missing or was learned anew: they "
+            "are learned again",
+            *(len(later), later[0]),
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,7 @@ class BlockLearning:
     full: Stream
     quantized: Stream
     homologous: list[Stream]
+    team: Team = ALONE
 
     @property
     def units(self) -> list[range]:
@@ -147,15 +162,15 @@ class BlockLearning:
 
     def kept(self) -> int:
         """How many windows are finished, as far as they follow one another."""
-        finished = self.folder.finished_blocks()
+        finished = self.team.first(self.folder.finished_blocks)
         return sum(unit.stop <= finished for unit in self.units)
 
     def pass_through(self, unit: range) -> None:
         """Send both streams through blocks that were learned earlier."""
         for index in unit:
             _, view = self._advance_full(index, None)
-            view.load(self.folder.load_block(index))
-            data = BlockData(index, self.entry, self.quantized, (self.full,))
+            view.load(self.team.first(partial(self.folder.load_block, index)))
+            data = BlockData(index, self.entry, self.quantized, (self.full,), team=self.team)
             with self.workbench.runner(index, view) as runner:
                 advance_quantized(view, runner, data, self.learning.loss)
             self.progress.finished(index, None)
@@ -166,7 +181,7 @@ class BlockLearning:
         bench, before = self.workbench, self._copied_full(unit)
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)
-        data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit))
+        data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit), self.team)
         stepper = self.progress.stepper(unit.start, len(unit))
         runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
         single = len(unit) == 1
@@ -174,15 +189,17 @@ class BlockLearning:
             view = views[0] if isinstance(runner, BlockRunner) else runner
             report = fit_block(view, runner, data, self.learning, stepper)
         for index, view in zip(unit, views, strict=True):
-            data = BlockData(index, self.entry, self.quantized, targets)
+            data = BlockData(index, self.entry, self.quantized, targets, team=self.team)
             if self.diagnosed:
-                self._diagnose(view, data, before, report)
+                self.team.first(partial(self._diagnose, view, data, before, report))
             with bench.runner(index, view) as runner:
                 final = advance_quantized(view, runner, data, self.learning.loss)
         seconds = (time.monotonic() - started) / len(unit)
         final_loss = report.objective.measure(final)
         for index, view in zip(unit, views, strict=True):
-            record = _record(self.folder, view, index, report, final_loss, seconds, bench)
+            record = self.team.first(
+                partial(_record, self.folder, view, index, report, final_loss, seconds, bench)
+            )
             self.progress.finished(index, record)
 
     def _copied_full(self, unit: range) -> Stream | None:
@@ -196,7 +213,10 @@ class BlockLearning:
     def _diagnose(
         self, view: BlockView, data: BlockData, before: Stream | None, report: FitReport
     ) -> None:
-        """Keep figures of a learned block; `before` moves on, where the target is not after it."""
+        """Keep figures of a learned block; `before` moves on, where the target is not after it.
+
+        They are of the first member's samples alone.
+        """
         bench = self.workbench
         if before is not None:
             advance_full_precision(bench, data.index, view.stored, self.entry, before, before)
@@ -211,6 +231,8 @@ class BlockLearning:
         for index in unit:
             statistics = ChannelStatistics()
             stored, view = self._advance_full(index, statistics.observe if self._observed else None)
+            names = [f"{view.plan.name}.{name}" for name in view.plan.inputs]
+            statistics = statistics.merged(names, self.team.sum, self.team.maximum)
             if self.statistics is not None:
                 of_files = self.statistics
                 statistics.maxima, statistics.midpoints = of_files.maxima, of_files.midpoints

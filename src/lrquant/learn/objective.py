@@ -46,11 +46,14 @@ class Objective:
         ones = torch.ones_like(initial)
         self._fixed = 1 / (initial + SMALLEST_MEAN) if dynamic else ones
 
-    def loss(self, terms: Tensor) -> Tensor:
-        """Weighted sum of one step's terms, a float32 scalar; moves the running means."""
+    def loss(self, terms: Tensor, whole: Tensor | None = None) -> Tensor:
+        """Weighted sum of one step's terms, a float32 scalar; moves the running means.
+
+        They are of the `whole` step's terms, where `terms` are those of one member of a team.
+        """
         if not self._dynamic:
             return terms.sum()
-        seen = terms.detach()
+        seen = terms.detach() if whole is None else whole
         before = seen if self._means is None else self._means
         self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * seen
         return (terms / (self._means + SMALLEST_MEAN)).sum()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from lrquant.errors import LRQuantError
 
 T = TypeVar("T")
 
 
 class Team(Protocol):
-    """What its members say to each other; each call is made by all of them, in the same order."""
+    """What its members say to each other; each call is made by all of them, in the same order.
+
+    All get the same answer, where the value was and in its dtype.
+    """
 
     @property
     def size(self) -> int:
@@ -26,8 +33,11 @@ class Team(Protocol):
     def maximum(self, values: Tensor) -> Tensor:
         """The largest of all members' values, element by element."""
 
-    def first(self, value: T) -> T:
-        """What the first member has, which decides for all."""
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first member makes, for all; no other calls `make`.
+
+        So the run folder is read and written by one process, and no other needs to have it.
+        """
 
 
 class Alone:
@@ -42,8 +52,23 @@ class Alone:
     def maximum(self, values: Tensor) -> Tensor:
         return values
 
-    def first(self, value: T) -> T:
-        return value
+    def first(self, make: Callable[[], T]) -> T:
+        return make()
 
 
 ALONE = Alone()
+
+
+def holds_for_all(team: Team, condition: bool) -> bool:
+    """Whether a condition holds for every member."""
+    return not team.maximum(torch.tensor(float(not condition)))
+
+
+def require_even(team: Team, batches: int) -> None:
+    """Refuse shares of different numbers of batches: a step is of one batch of every member."""
+    most, fewest = team.maximum(torch.tensor([batches, -batches])).abs().tolist()
+    if most != fewest:
+        raise LRQuantError(
+            f"the samples of one process are {most} batches, those of another {fewest}; give every "
+            "process as many samples, with as many of each shape"
+        )

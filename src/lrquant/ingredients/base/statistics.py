@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lrquant.config.groups import StatisticsFiles
 from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.files.whole import read_plain, write_whole
 
+Reduction = Callable[[Tensor], Tensor]
 SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
 
@@ -71,23 +72,34 @@ class ChannelStatistics:
             square = (square - 2 * shift * mean + shift.square()).clamp(min=0)
         return square / square.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
-    def merged(self, others: Sequence[ChannelStatistics]) -> ChannelStatistics:
-        """Those of all members of a team together, of samples that each has seen its share of.
+    def merged(
+        self, names: Sequence[str], total: Reduction, maximum: Reduction
+    ) -> ChannelStatistics:
+        """Those of a team's whole set, of which each member has seen its share of the samples.
 
-        Largest magnitudes are the largest of all, sums are summed, and running midpoints, which
-        depend on an order that members do not share, are averaged by how many samples each has.
+        `total` and `maximum` are over the members, who all give the same `names` of linears: one
+        may have seen none of a linear's inputs, as an expert's.  Largest magnitudes are the
+        largest of all and sums are summed.  A running midpoint depends on the order of samples,
+        which members do not share: each member's counts by how many samples it has, so that a
+        lone member's stays as it is.
         """
-        every = [self, *others]
+        widths = maximum(torch.tensor([self._width(name) for name in names])).tolist()
+        counts = [self.samples.get(name, 0) for name in names]
+        totals = total(torch.tensor(counts)).tolist()
         whole = ChannelStatistics()
-        for name in self.maxima:
-            counts = [each.samples[name] for each in every]
-            whole.samples[name] = sum(counts)
-            whole.maxima[name] = torch.stack([each.maxima[name] for each in every]).amax(0)
-            weighted = [n * each.midpoints[name] for n, each in zip(counts, every, strict=True)]
-            whole.midpoints[name] = torch.stack(weighted).sum(0) / sum(counts)
-            whole.means[name] = torch.stack([each.means[name] for each in every]).sum(0)
-            whole.squares[name] = torch.stack([each.squares[name] for each in every]).sum(0)
+        for name, width, count, every in zip(names, widths, counts, totals, strict=True):
+            if every:
+                none = torch.zeros(width)
+                share = self.midpoints.get(name, none) * (count / every)
+                whole.samples[name] = every
+                whole.maxima[name] = maximum(self.maxima.get(name, none))
+                whole.midpoints[name] = total(share)
+                whole.means[name] = total(self.means.get(name, none))
+                whole.squares[name] = total(self.squares.get(name, none))
         return whole
+
+    def _width(self, name: str) -> int:
+        return self.maxima[name].numel() if name in self.maxima else 0
 
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""
