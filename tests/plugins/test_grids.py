@@ -184,7 +184,9 @@ def test_a_run_on_a_grid_of_another_package(installed, make_model, token_ids, tm
     assert (
         run.config.scheme == "W3A16g16-squares" and "squares grid" in run.config.schemes.describe()
     )
-    with pytest.raises(LRQuantError, match=r"holds no 'squares' grids; use --format dequantized"):
+    with pytest.raises(
+        LRQuantError, match=r"holds no 'squares' grids; use one of int; --format dequantized"
+    ):
         quantize(
             make_model("llama"),
             "W3A16g16-squares",

@@ -142,6 +142,7 @@ RUN = """
 import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from lrquant import quantize
+from lrquant.measures.evaluation.resolution import resolve_settings
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2)
@@ -153,6 +154,9 @@ print(run.config.to_yaml())
 print(run.results["method"])
 names = [name for name in run.folder.load_block(0) if name.startswith("offsets")]
 print(names[0], run.records[0].final_loss < run.records[0].initial_loss)
+later = {"resume": sys.argv[1], "epochs": 0, "tta_offsets_lr": 0.25, "offsets_lr": 0.75}
+config, _ = resolve_settings(later)
+print("measured with", config.tta_offsets_lr, config.offsets_lr)
 """
 
 
@@ -178,4 +182,7 @@ def test_a_run_with_the_one_of_the_page_is_resumed_byte_for_byte(installed, tmp_
     child("-c", RUN, str(tmp_path / "run"), "resume")
     assert [path.read_bytes() for path in blocks] == before
     assert "Learned rounding offsets" in (tmp_path / "run" / "report.html").read_text()
+    assert "measured with 0.25 0.05" in told, "what was learned stays, what is afterwards is given"
     assert "--offsets-lr" in child("-m", "lrquant", "quantize", "--help")
+    said = child("-m", "lrquant", "evaluate", "--help")
+    assert "--tta-offsets-lr" in said and "--tta-let-lr" in said and "--offsets-lr" not in said

@@ -107,7 +107,7 @@ class FrozenBlock:
             if first.expert is not None or first.transposed or module == parameter:
                 raise LRQuantError(
                     f"{parameter}: holds several matrices in one tensor, which this format does "
-                    "not; use --format dequantized"
+                    "not; use a format of dense weights"
                 )
             names.sort(key=lambda name: self.layout[name].rows or (0, 0))
             matrices[module] = _one(module, [self.matrices.get(name) for name in names])
@@ -121,13 +121,13 @@ def _one(module: str, parts: list[QuantizedMatrix | None]) -> QuantizedMatrix:
     if len(whole) < len(parts) or any(part.scheme != whole[0].scheme for part in whole):
         raise LRQuantError(
             f"{module}: its parts have several schemes, which this format does not hold; give "
-            "them one, or use --format dequantized"
+            "them one, or use a format of dense weights"
         )
     biases = [part.bias for part in whole]
     factors = [part.factor for part in whole]
     if any(factor is not None for factor in factors):
         raise LRQuantError(
-            f"{module}: a dense factor on a part of a linear; use --format dequantized"
+            f"{module}: a dense factor on a part of a linear; use a format of dense weights"
         )
     return replace(
         whole[0],

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrquant.config.choices import SettingValues
-from lrquant.config.config import Config, measured_settings, overridden, typed_settings
+from lrquant.config.config import (
+    Config,
+    measured_settings,
+    overridden,
+    settings_afterwards,
+    typed_settings,
+)
 from lrquant.config.settings import convert, read_yaml
 from lrquant.errors import LRQuantError
 from lrquant.version import __version__
@@ -32,8 +38,8 @@ _STATISTICS_SETTINGS = (
 )
 _EVALUATE_SETTINGS = (
     *(entry.name for kind in measured_settings() for entry in dataclasses.fields(kind)),
-    *("compare", "tta", "tta_blocks", "tta_epochs", "tta_let_lr", "limit", "seqlen", "data_dir"),
-    *("cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
+    *("compare", "tta", "tta_blocks", "tta_epochs", *settings_afterwards(), "limit", "seqlen"),
+    *("data_dir", "cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
     *("text_column", "bos"),
 )
 _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwrite")
@@ -41,8 +47,7 @@ _EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwr
 
 def carry_out(words: Sequence[str]) -> int:
     """Run the command that these words are, and say its exit code."""
-    _require_words(words)
-    options = _parser().parse_args(_with_dashes(words))
+    options = parsed(words)
     from lrquant.cli.screen import Screen, log_to  # not for --version and --help, which end above
 
     screen = Screen()
@@ -50,6 +55,12 @@ def carry_out(words: Sequence[str]) -> int:
     code = options.command(options, screen) or 0
     screen.require_whole()
     return code
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The command that these words are, as `command`, with its options; LRQuantError for others."""
+    _require_words(words)
+    return _parser().parse_args(_with_dashes(words))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,4 +11,3 @@ SettingValues = dict[str, SettingValue]  # by the name of a field of Config
 Kind = Literal["norm", "value_output", "query_key", "up_down"]
 KINDS: tuple[Kind, ...] = ("norm", "value_output", "query_key", "up_down")
 RULES = ("auto", "always", "never")
-SHARINGS = ("site", "linear", "none", "weight")

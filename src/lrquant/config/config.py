@@ -46,6 +46,11 @@ def measured_settings() -> tuple[type, ...]:
     return tuple(measure.settings for measure in measures)
 
 
+def settings_afterwards() -> list[str]:
+    """Names of the settings of ingredients that say nothing of what a run learned."""
+    return [name for kind in ingredient_kinds() for name in kind.afterwards]
+
+
 class _Config(Settings):
     """One run: the settings of `Settings`, and those of every ingredient and measure."""
 

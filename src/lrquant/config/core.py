@@ -133,7 +133,7 @@ class Settings:
     )
     save_dir: str | None = setting(None, "write the quantised model as a checkpoint here")
     format: str | None = setting(
-        None, "format of --save-dir: compressed-tensors (default), awq, dequantized"
+        None, "format of --save-dir (default: the one that --target loads, or packed integers)"
     )
     target: str | None = setting(
         None,

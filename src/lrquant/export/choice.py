@@ -27,16 +27,21 @@ def choose_format(plan: Plan, name: str | None, target: str | None) -> Format:
     choices = formats()
     if target is not None and name is None:
         return chosen_for_target(plan, target, choices, DEFAULT)
-    other = "" if name else "; or --format dequantized"
     name = name or DEFAULT
     if name not in choices:
         raise LRQuantError(f"--format {name}: use one of {', '.join(sorted(choices))}")
     reason = refusal_of(choices[name], plan)
     if reason is not None:
-        raise LRQuantError(f"--format {name}: {reason}{other}")
+        raise LRQuantError(f"--format {name}: {reason}{_others(plan)}")
     if target is not None:
         reason = loading_refusal(choices[name], plan.schemes, target)
         if reason is not None:
             mend = mended(plan, target, [choices[name]]) or "leave --format or --target out"
             raise LRQuantError(f"--format {name} with --target {target}: {reason}; {mend}")
     return choices[name]
+
+
+def _others(plan: Plan) -> str:
+    """The formats that hold what is planned, as the last words of a refusal."""
+    names = [name for name, form in formats().items() if refusal_of(form, plan) is None]
+    return f"; --format {' or '.join(names)} takes it" if names else ""

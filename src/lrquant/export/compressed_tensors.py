@@ -40,7 +40,7 @@ def _refusal(schemes: Schemes) -> str | None:
     """Why the format can't hold a model, with the nearest that it can."""
     quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
-        return "weights of 16 bits are not packed; use --format dequantized"
+        return "weights of 16 bits are not packed"
     together = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
     if together is not None:
         return together

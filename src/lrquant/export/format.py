@@ -34,7 +34,7 @@ class Format:
     it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
-    it has a place for, and `grids` the kinds of grids.
+    it has a place for, and `grids` the kinds of grids, all of them if empty.
     """
 
     name: str
@@ -54,4 +54,6 @@ class Format:
         """Why it cannot hold the kind of a grid, or None."""
         odd = [s.weight_grid for s in schemes.every if s.quantizes_weights]
         odd = [kind for kind in odd if self.grids and kind not in self.grids]
-        return f"it holds no {odd[0]!r} grids; use --format dequantized" if odd else None
+        if not odd:
+            return None
+        return f"it holds no {odd[0]!r} grids; use one of {', '.join(sorted(self.grids))}"

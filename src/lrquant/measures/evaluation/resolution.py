@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lrquant.config.choices import SettingDict
-from lrquant.config.config import Config, measured_settings, typed_settings, with_preset
+from lrquant.config.config import (
+    Config,
+    measured_settings,
+    settings_afterwards,
+    typed_settings,
+    with_preset,
+)
 from lrquant.config.settings import require_one_scheme
 from lrquant.measures.choice import measures
 from lrquant.numerics.grids.schemes import weight_grid
 from lrquant.numerics.losses import terms_of
 from lrquant.runs.folder import RunFolder
 
-_HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "tta_let_lr", "seqlen")
+_HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "seqlen")
 _WHERE = ("output_dir", "save_dir", "format", "target", "save_dtype", "report", "log_dir")
 _WITH = ("overwrite", "text_column", "bos", "device", "precision", "offload", "data_dir")
 _SETTINGS = (*_HOW, *_WHERE, *_WITH, "cache_dir", "model")
@@ -42,7 +48,7 @@ def _require_declared(config: Config) -> None:
 def _settings_of_finished_run(asked: SettingDict) -> SettingDict:
     """The run's own settings, with what was given of how to measure."""
     own = RunFolder.open(Path(str(asked["resume"]))).config
-    names = (*measure_settings(), *_SETTINGS)
+    names = (*measure_settings(), *settings_afterwards(), *_SETTINGS)
     chosen = {name: asked[name] for name in names if asked.get(name) is not None}
     places = {"output_dir": asked["resume"], "resume": asked["resume"], "save_dir": None}
     places |= {"log_dir": None, "overwrite": False}
