@@ -157,8 +157,9 @@ def test_a_tower_has_its_own_default_and_the_same_patterns():
     schemes = Schemes(W4, patterns, tower=W3)
     assert schemes.of_tower == Schemes(W3, patterns)
     assert schemes.every == (W4, W8, W3)
-    assert Schemes(W4, patterns).of_tower.of("vision.layers.1.fc1") == FLOATING_POINT
-    assert Schemes(W4, patterns).of_tower.of("vision.layers.0.fc1") == W8
+    assert schemes.of_tower.of("vision.layers.1.fc1") == W3
+    assert schemes.of_tower.of("vision.layers.0.fc1") == W8
+    assert Schemes(W4, patterns).of_tower == Schemes(FLOATING_POINT), "no scheme, no patterns"
 
 
 def test_they_are_told_in_their_order():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,9 @@ class Threads:
         return torch.stack(self._everyone(values.detach().clone())).amax(0)
 
     def first(self, make):
-        return self._everyone(make() if self.rank == 0 else None)[0]
+        value = make() if self.rank == 0 else None
+        theirs = self._everyone(copy.deepcopy(value))[0]  # nobody else's, of two
+        return value if self.rank == 0 else theirs
 
 
 def together(work):
@@ -196,7 +199,7 @@ def test_a_parameter_that_one_member_s_samples_reach_is_the_same_for_all(make_mo
         objective = Objective(torch.ones(1), False, "first")
         run = lambda tensors, states, arguments: states * tensors[name]  # noqa: E731
         fit.learning_step(view, run, data, 0, [optimizer], objective, "mse")
-        return {name: float(values) for name, values in ones.items()}
+        return {name: float(values.detach()) for name, values in ones.items()}
 
     assert together(work) == [{"a": 0.75, "b": 0.75}] * SIZE, "half of the gradient 2 each"
 

@@ -105,7 +105,7 @@ class Told(Progress):
     def __init__(self):
         self.steps, self.done, self.results, self.closed = [], [], [], 0
 
-    def stepper(self, block):
+    def stepper(self, block, together=1):
         return lambda step, loss: self.steps.append((block, step, loss))
 
     def finished(self, block, record):

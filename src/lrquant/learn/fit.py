@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +56,7 @@ class BlockData:
     targets: tuple[Stream, ...]
     blocks: int = 1
     team: Team = ALONE
+    _shares: list[float] = field(default_factory=list, init=False, repr=False)
 
     def batch_terms(
         self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
@@ -108,12 +108,14 @@ class BlockData:
         """
         return self.team.sum(terms.detach() * self.shares[batch])
 
-    @cached_property
+    @property
     def shares(self) -> list[float]:
         """How much of each step is this member's batch: of all tokens, as they count."""
-        batches = range(len(self.entry.batches))
-        counts = torch.tensor([self.count(batch) for batch in batches], dtype=torch.float64)
-        return (counts / self.team.sum(counts)).tolist()
+        if not self._shares:
+            batches = range(len(self.entry.batches))
+            counts = torch.tensor([self.count(batch) for batch in batches], dtype=torch.float64)
+            self._shares.extend((counts / self.team.sum(counts)).tolist())
+        return self._shares
 
     def count(self, batch: int) -> float:
         """Tokens of a batch, each as often as its weight says."""
