@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from lrquant import LRQuantError, evaluate, quantize
+from lrquant.learn.adaptation import Adaptation, adapted_to
+from lrquant.learn.model import BlockLearning
 from lrquant.measures.tables import results_table
+from lrquant.runs.mends import AFTER_BLOCKS, mend_of
 
 TEXT = " ".join(f"{number * number} is the square of {number}." for number in range(40))
 BLOCKS = 3
@@ -155,7 +158,15 @@ def test_what_was_done_is_in_the_results(learn, tmp_path):
     folder = RunFolder.open(tmp_path / "run")
     bench = learn(tta=False).workbench
     with pytest.raises(LRQuantError, match=r"0002\.safetensors: missing"):
-        as_learned(bench, folder, "wikitext2", last=1)(BLOCKS - 1)
+        as_learned(bench, folder, adapted_to("wikitext2", folder), last=1)(BLOCKS - 1)
+
+
+def test_folders_of_stages_are_those_of_a_run():
+    """What is there is claimed, and damage in it has a mend."""
+    assert BlockLearning.name == "blocks" and {Adaptation.name} == set(AFTER_BLOCKS)
+    assert all(
+        mend_of(f"{name}/x/0000.safetensors").endswith(AFTER_BLOCKS[name]) for name in AFTER_BLOCKS
+    )
 
 
 def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, tmp_path):

@@ -486,16 +486,18 @@ def test_what_is_adapted_to_a_text_stays_where_such_is(tmp_path):
     folder = a_run(tmp_path, blocks=1)
     texts = [*TEXTS, "\u6587" * 100, "\u6587" * 101, "\udcff"]
     for number, text in enumerate(texts):
-        folder.save_adapted(text, 0, {"x": torch.tensor(float(number))}, {})
-    assert [folder.load_block(0, text)["x"].item() for text in texts] == list(range(len(texts)))
+        folder.stage("adapted", text).save(0, {"x": torch.tensor(float(number))}, {})
+    kept = [folder.stage("adapted", text).load(0)["x"].item() for text in texts]
+    assert kept == list(range(len(texts)))
     files = {
         path.relative_to(tmp_path).parts for path in tmp_path.rglob("adapted/**/*.safetensors")
     }
     assert len(files) == len(texts) and all(len(parts) == 3 for parts in files)
-    assert folder.adapted_path("wikitext2", 0) == tmp_path / "adapted/wikitext2/0000.safetensors"
+    own = folder.stage("adapted", "wikitext2").path(0)
+    assert own == tmp_path / "adapted/wikitext2/0000.safetensors"
     assert not (tmp_path / "0000.safetensors").exists()
-    folder.forget_adapted("..")
-    assert folder.adapted_path("wikitext2", 0).exists() and folder.finished_blocks() == 1
+    folder.stage("adapted", "..").forget()
+    assert own.exists() and folder.finished_blocks() == 1
 
 
 def test_results_keep_what_was_not_measured_again(tmp_path):

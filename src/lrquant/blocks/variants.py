@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lrquant.blocks.runner import Prepare, PreparedBlock, Variant
 from lrquant.blocks.view import BlockView
-from lrquant.blocks.workbench import Workbench, learned_view
+from lrquant.blocks.workbench import Workbench
 from lrquant.runs.folder import RunFolder
+from lrquant.runs.stages import StageFolder
+
+Parameters = dict[str, Tensor]
 
 
 def unlearned(workbench: Workbench) -> Variant:
@@ -25,25 +28,29 @@ def full_precision(workbench: Workbench) -> Variant:
 
 
 def as_learned(
-    workbench: Workbench, folder: RunFolder, adapted: str | None = None, last: int = 0
+    workbench: Workbench, folder: RunFolder, later: StageFolder | None = None, last: int = 0
 ) -> Variant:
-    """Every block as a run learned it, the `last` ones as they were `adapted` to the text so named.
+    """Every block as a run learned it, the `last` ones as a `later` stage did.
 
     A vision tower that the plan does not quantise stays in floating point.
     """
-    blocks = _learned(workbench, folder, adapted, last)
-    tower = workbench.tower
+    first = len(workbench.model.blocks) - last
+
+    def load(index: int) -> Parameters:
+        return folder.load_block(index) if later is None or index < first else later.load(index)
+
+    blocks, tower = with_parameters(workbench, load), workbench.tower
     if tower is None or workbench.plan.schemes.tower is None:
         return Variant(blocks, unlearned(workbench).tower)
-    return Variant(blocks, _learned(tower, folder.tower))
+    return Variant(blocks, with_parameters(tower, folder.tower.load_block))
 
 
-def with_parameters(workbench: Workbench, parameters: Sequence[dict[str, Tensor]]) -> Prepare:
-    """Every block with its learned parameters, which are in memory."""
+def with_parameters(workbench: Workbench, load: Callable[[int], Parameters]) -> Prepare:
+    """Every block with the learned parameters that `load` has of it."""
 
     def prepare(index: int) -> PreparedBlock:
         view = workbench.view(index, workbench.stored(index))
-        view.load(parameters[index])
+        view.load(load(index))
         return _ready(workbench, index, view)
 
     return prepare
@@ -52,18 +59,6 @@ def with_parameters(workbench: Workbench, parameters: Sequence[dict[str, Tensor]
 def _rounded(workbench: Workbench) -> Prepare:
     def prepare(index: int) -> PreparedBlock:
         return _ready(workbench, index, workbench.view(index, workbench.stored(index)))
-
-    return prepare
-
-
-def _learned(
-    workbench: Workbench, folder: RunFolder, adapted: str | None = None, last: int = 0
-) -> Prepare:
-    blocks = len(workbench.model.blocks)
-
-    def prepare(index: int) -> PreparedBlock:
-        here = adapted if adapted and index >= blocks - last else None
-        return _ready(workbench, index, learned_view(workbench, folder, index, here))
 
     return prepare
 

@@ -119,12 +119,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def learned_view(
-    workbench: Workbench, folder: RunFolder, index: int, adapted: str | None = None
-) -> BlockView:
-    """Block `index` with the parameters that a run learned, or `adapted` to the text so named."""
+def learned_view(workbench: Workbench, folder: RunFolder, index: int) -> BlockView:
+    """Block `index` with the parameters that a run learned."""
     view = workbench.view(index, workbench.stored(index))
-    view.load(folder.load_block(index, adapted))
+    view.load(folder.load_block(index))
     return view
 
 

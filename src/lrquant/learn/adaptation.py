@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
@@ -32,6 +33,7 @@ from lrquant.learn.team import ALONE, Team, require_even
 from lrquant.model.device import dtype_name
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
+from lrquant.runs.stages import StageFolder
 
 logger = logging.getLogger("lrquant")
 
@@ -115,6 +117,12 @@ class Adaptation:
     told: Callable[[int], None]
     team: Team = ALONE
     records: list[JsonObject] = field(default_factory=list)
+    name = "adapted"
+
+    @property
+    def own(self) -> StageFolder:
+        """The blocks that were adapted to the text."""
+        return adapted_to(self.text.name, self.folder)
 
     @property
     def ingredients(self) -> tuple[Ingredient, ...]:
@@ -148,20 +156,21 @@ class Adaptation:
     def _kept(self) -> int:
         kept, blocks = self.first, len(self.workbench.model.blocks)
         while kept < blocks:
-            about = self.folder.about_adapted(self.text.name, kept)
+            about = self.own.about(kept)
             if about is None or about["of"] != self._about:
                 break
             kept += 1
-        self.folder.forget_adapted(self.text.name, range(self.first, kept))
+        self.own.forget(range(self.first, kept))
         return kept
 
     def pass_through(self, unit: range) -> None:
         """Move on through a block as it is."""
-        adapted = self.text.name if unit.start >= self.first else None
-        if adapted is not None:
-            about = self.team.first(partial(self.folder.about_adapted, adapted, unit.start))
+        load = self.folder.load_block
+        if unit.start >= self.first:
+            load = self.own.load
+            about = self.team.first(partial(self.own.about, unit.start))
             self.records.append({} if about is None else about["record"])
-        view = self._view(unit.start, adapted)
+        view = self._view(unit.start, load)
         data = self._advance_full(unit.start, view)
         with self.workbench.runner(unit.start, view) as runner:
             advance_quantized(view, runner, data, self.learning.loss)
@@ -170,7 +179,7 @@ class Adaptation:
     def learn(self, unit: range) -> None:
         """Learn a block again, and keep it beside the one that the run learned."""
         index = unit.start
-        view = self._view(index)
+        view = self._view(index, self.folder.load_block)
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:
@@ -189,17 +198,17 @@ class Adaptation:
     def _keep(self, view: BlockView, record: JsonObject) -> None:
         """Keep an adapted block, and tell what came of it."""
         about = {"of": self._about, "record": record}
-        self.folder.save_adapted(self.text.name, record["block"], view.parameters, about)
+        self.own.save(record["block"], view.parameters, about)
         logger.info(
             "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
             *(self.text.name, record["block"], record["initial_loss"], record["final_loss"]),
             "".join(f"; NOT FINITE at {event}" for event in record["non_finite"]),
         )
 
-    def _view(self, index: int, adapted: str | None = None) -> BlockView:
-        """A block with the parameters that the run learned, or `adapted` to the text so named."""
+    def _view(self, index: int, load: Callable[[int], dict[str, Tensor]]) -> BlockView:
+        """A block with the learned parameters that `load` has of it."""
         view = self.workbench.view(index, self.workbench.stored(index))
-        view.load(self.team.first(partial(self.folder.load_block, index, adapted)))
+        view.load(self.team.first(partial(load, index)))
         return view
 
     def _advance_full(self, index: int, view: BlockView) -> BlockData:
@@ -207,6 +216,11 @@ class Adaptation:
         bench, full = self.workbench, self.full
         advance_full_precision(bench, index, view.stored, self.entry, full, full)
         return BlockData(index, self.entry, self.quantized, (full,), team=self.team)
+
+
+def adapted_to(text: str, folder: RunFolder) -> StageFolder:
+    """A run's blocks that were adapted to the text so named."""
+    return folder.stage(Adaptation.name, text)
 
 
 def describe_adaptation(adapting: Adapting, ingredients: Sequence[Ingredient]) -> str:

@@ -62,9 +62,8 @@ def learn_model(
         pictures = require_pictures(feed, scheme.name, team)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
         learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed, team=team)
-        blocks = range(len(tower.model.blocks))
         load = folder.tower.load_block
-        learned = with_parameters(tower, [team.first(partial(load, index)) for index in blocks])
+        learned = with_parameters(tower, lambda index: team.first(partial(load, index)))
         logger.info("language part: %d blocks", len(workbench.model.blocks))
     towers = plain, learned
     rest = folder, progress, diagnosed, towers
@@ -154,6 +153,7 @@ class BlockLearning:
     quantized: Stream
     homologous: list[Stream]
     team: Team = ALONE
+    name = "blocks"
 
     @property
     def units(self) -> list[range]:

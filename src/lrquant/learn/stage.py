@@ -7,10 +7,14 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """Units of consecutive blocks, each kept in the run folder when it is learned.
+    """Units of consecutive blocks, each kept in the run folder, under the stage's name.
 
     A unit that is kept is passed through: what stands before the next one moves on all the same.
     """
+
+    @property
+    def name(self) -> str:
+        """The folder in a run's of what it learns."""
 
     @property
     def units(self) -> Sequence[range]:

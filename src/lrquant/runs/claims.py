@@ -12,18 +12,17 @@ from lrquant.errors import LRQuantError
 from lrquant.files.lock import FOLDER_LOCK, locked
 from lrquant.files.whole import remove_temporaries
 from lrquant.runs.journal import JOURNAL, Journal
+from lrquant.runs.mends import AFTER_BLOCKS
 
 _FILES = (
     *("config.yaml", "run.json", "run.log", "blocks.jsonl", "results.json"),
     *("report.html", "report.md", "report.json"),
 )
-_FOLDERS = ("blocks", "diagnostics", "adapted", "tower", "tasks")
+_FOLDERS = ("blocks", "diagnostics", *AFTER_BLOCKS, "tower", "tasks")
 NAMES = {"run": (*_FILES, *_FOLDERS), "results": ("results.json", "run.log", "tasks")}
 OWN = {*_FILES, *_FOLDERS, JOURNAL, FOLDER_LOCK}
-_OF_BLOCKS = (
-    *("blocks", "diagnostics", "adapted/*"),
-    *("tower/blocks", "tower/diagnostics", "tower/adapted/*"),
-)
+_IN_PARTS = ("blocks", "diagnostics", *(f"{stage}/*" for stage in AFTER_BLOCKS))
+_OF_BLOCKS = (*_IN_PARTS, *(f"tower/{folder}" for folder in _IN_PARTS))
 _WORDS = {"run": "a run", "results": "results of `lrquant evaluate`"}
 _MEND = "use another --output_dir"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 AGAIN = "go on with --resume and the run's own settings"
+AFTER_BLOCKS = {"adapted": "measure with --tta again"}  # later stages, and how each comes anew
 _MENDS = {
     r"config\.yaml|run\.json": f"restore it, or delete it and {AGAIN}",
     r"(tower/)?blocks\.jsonl": (
@@ -14,9 +15,10 @@ _MENDS = {
     r"(tower/)?blocks/\d{4}\.safetensors": (
         "restore it, or delete it and go on with --resume, which learns it again"
     ),
-    r"(tower/)?adapted/[^/]+/\d{4}\.safetensors": (
-        "restore it, or delete it and measure with --tta again"
-    ),
+    **{
+        rf"(tower/)?{stage}/[^/]+/\d{{4}}\.safetensors": f"restore it, or delete it and {again}"
+        for stage, again in AFTER_BLOCKS.items()
+    },
     r"(tower/)?diagnostics/\d{4}\.safetensors": (
         "restore it, or delete it: the report then says that it is missing"
     ),

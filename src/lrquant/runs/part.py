@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from lrquant.errors import LRQuantError
-from lrquant.files.whole import JsonObject, as_bytes, json_object
+from lrquant.files.whole import JsonObject, json_object
 from lrquant.runs.block_file import BlockRecord, LearnedFile
 from lrquant.runs.chain import Chain
 from lrquant.runs.journal import Journal
 from lrquant.runs.mends import mend_of
 from lrquant.runs.records import Records
 from lrquant.runs.sameness import digest
+from lrquant.runs.stages import StageFolder
 
 logger = logging.getLogger("lrquant")
 
 
 class PartFolder:
-    """`blocks/`, `blocks.jsonl`, `diagnostics/` and `adapted/` of one part of a run's model.
+    """`blocks/`, `blocks.jsonl`, `diagnostics/` and later stages' of one part of a run's model.
 
     A block is finished when its file exists and was learned after the block's before it as that is
     now: files are written under a temporary name, flushed, listed in the run's journal and renamed,
@@ -36,10 +35,10 @@ class PartFolder:
         self.path = path / part
         self._part = part
         self.journal = Journal(path)
-        self._chain = Chain(self.journal, lambda index: self._inside(self._block_name(index)))
+        self._chain = Chain(self.journal, lambda index: self.inside(self._block_name(index)))
         self._records = Records(
-            *(self.journal, self._inside("blocks.jsonl"), self._chain),
-            lambda index: self._load(self._block_name(index)).about,
+            *(self.journal, self.inside("blocks.jsonl"), self._chain),
+            lambda index: self.load(self._block_name(index)).about,
             lambda text, damaged_too: self.write_text("blocks.jsonl", text, damaged_too),
         )
 
@@ -54,19 +53,6 @@ class PartFolder:
     def block_path(self, index: int) -> Path:
         """Where a block's learned parameters are."""
         return self.path / self._block_name(index)
-
-    def _adapted_folder(self, text: str) -> str:
-        """A text may be named by its path, or as a folder is; no two share one folder."""
-        plain = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".")[:100]
-        own = "" if plain == text else "-" + hashlib.sha256(as_bytes(text)).hexdigest()[:8]
-        return f"adapted/{plain}{own}"
-
-    def _adapted_name(self, text: str, index: int) -> str:
-        return f"{self._adapted_folder(text)}/{index:04d}.safetensors"
-
-    def adapted_path(self, text: str, index: int) -> Path:
-        """Where a block's parameters adapted to a text are, apart from the learned ones."""
-        return self.path / self._adapted_name(text, index)
 
     def _diagnostics_name(self, index: int) -> str:
         return f"diagnostics/{index:04d}.safetensors"
@@ -92,49 +78,30 @@ class PartFolder:
         """
         self._records.add(record)
         after = self._chain.hash_before(record.block)
-        self._save(self._block_name(record.block), parameters, record.repeatable(), after)
-
-    def save_adapted(
-        self, text: str, index: int, parameters: dict[str, Tensor], about: JsonObject
-    ) -> None:
-        """Keep a block's parameters adapted to `text`; the learned ones stay as they are."""
-        self._save(self._adapted_name(text, index), parameters, about)
+        self.save(self._block_name(record.block), parameters, record.repeatable(), after)
 
     def hash_of(self, blocks: int) -> str:
         """The SHA-256 of the last of so many blocks, which names that of the one before it."""
         return self._chain.hash_before(blocks)
 
-    def about_adapted(self, text: str, index: int) -> JsonObject | None:
-        """What was kept beside a block's adapted parameters; None if there are none."""
-        if not self.adapted_path(text, index).is_file():
-            return None
-        return self._load(self._adapted_name(text, index)).about
-
-    def forget_adapted(self, text: str, kept: range = range(0)) -> None:
-        """Remove the parameters that were adapted to `text` earlier, but for `kept` blocks."""
-        folder = self._inside(self._adapted_folder(text)) + "/"
-        names = [name for name in self.journal.ever_listed() if name.startswith(folder)]
-        names = [n for n in names if n not in {f"{folder}{i:04d}.safetensors" for i in kept}]
-        self.journal.require_own(names)
-        for name in names:
-            if self.journal.owns(name):
-                self.journal.remove(name)
+    def stage(self, name: str, target: str) -> StageFolder:
+        """What a stage after block learning has learned for a target, as a text."""
+        return StageFolder(self, name, target)
 
     def save_diagnostics(self, index: int, figures: JsonObject, tensors: dict[str, Tensor]) -> None:
         """Keep a block's figures for the report; before `save_block`, so that none is missing."""
-        self._save(self._diagnostics_name(index), tensors, figures)
+        self.save(self._diagnostics_name(index), tensors, figures)
 
     def load_diagnostics(self, index: int) -> tuple[JsonObject, dict[str, Tensor]] | None:
         """A block's figures and tensors, None if they were not taken."""
         if not self.diagnostics_path(index).exists():
             return None
-        file = self._load(self._diagnostics_name(index))
+        file = self.load(self._diagnostics_name(index))
         return file.about, file.tensors
 
-    def load_block(self, index: int, adapted: str | None = None) -> dict[str, Tensor]:
-        """A finished block's learned parameters, or those adapted to the text `adapted`."""
-        name = self._block_name(index) if adapted is None else self._adapted_name(adapted, index)
-        return self._load(name).tensors
+    def load_block(self, index: int) -> dict[str, Tensor]:
+        """A finished block's learned parameters."""
+        return self.load(self._block_name(index)).tensors
 
     def records(self, damaged_too: bool = False) -> list[BlockRecord]:
         """The records of the finished blocks, in order; from the blocks where lines are missing.
@@ -145,7 +112,7 @@ class PartFolder:
 
     def require_block_of(self, identity: Mapping[str, object]) -> None:
         """Refuse a first block that is not of the run of `identity`."""
-        self._load(self._block_name(0), digest(identity))
+        self.load(self._block_name(0), digest(identity))
 
     def copy_blocks(self, other: PartFolder) -> None:
         """Take over another run's finished blocks and their records, as far as this lacks them.
@@ -169,17 +136,18 @@ class PartFolder:
     def _copy(self, other: PartFolder, name: str) -> None:
         content = other._read(name)
         try:
-            self.journal.write(self._inside(name), content)
+            self.journal.write(self.inside(name), content)
         except OSError as error:
             raise LRQuantError(
                 f"run folder {self.path}: the blocks of {other.path} cannot be copied "
                 f"({error.strerror}); free some space, or go on in place with --resume alone"
             ) from error
 
-    def _save(
+    def save(
         self, name: str, tensors: dict[str, Tensor], about: JsonObject, after: str = ""
     ) -> None:
-        name = self._inside(name)
+        """Write a file of tensors of this run, whole or not at all."""
+        name = self.inside(name)
         content = LearnedFile(digest(self.identity), name, about, tensors, after).content()
         try:
             self.journal.write(name, content)
@@ -189,9 +157,9 @@ class PartFolder:
                 "free some space and go on with --resume"
             ) from error
 
-    def _load(self, name: str, run: str | None = None) -> LearnedFile:
+    def load(self, name: str, run: str | None = None) -> LearnedFile:
         """A file of tensors, of the run whose digest is `run`, this one if none is given."""
-        name = self._inside(name)
+        name = self.inside(name)
         path = self.journal.folder / name
         mend = mend_of(name)
         file = LearnedFile.read(path, self.journal.read(name), mend)
@@ -204,14 +172,14 @@ class PartFolder:
     def write_text(self, name: str, text: str, damaged_too: bool = False) -> None:
         """Write a small file so that it is whole or absent; over a damaged one only if asked."""
         try:
-            self.journal.write(self._inside(name), text, damaged_too)
+            self.journal.write(self.inside(name), text, damaged_too)
         except OSError as error:
             raise self._unwritable(name, error) from error
 
     def _read(self, name: str) -> bytes:
-        return self.journal.read(self._inside(name))
+        return self.journal.read(self.inside(name))
 
-    def _inside(self, name: str) -> str:
+    def inside(self, name: str) -> str:
         """The path of a file of this part in the whole folder."""
         return f"{self._part}/{name}" if self._part else name
 

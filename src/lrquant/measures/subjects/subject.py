@@ -25,7 +25,7 @@ from lrquant.config.config import Config, optional_path
 from lrquant.config.groups import Adapting, Computing, Learning
 from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
-from lrquant.learn.adaptation import adapt, describe_adaptation
+from lrquant.learn.adaptation import adapt, adapted_to, describe_adaptation
 from lrquant.measures.scoring.predictions import send_through
 from lrquant.measures.subjects.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
 from lrquant.measures.subjects.reference import reference_name
@@ -139,7 +139,7 @@ class BlockSubject(Subject):
         if variant != ADAPTED:
             return as_learned(self.workbench, self.folder)
         last = 0 if self.config is None else self.config.tta_blocks
-        return as_learned(self.workbench, self.folder, text, last)
+        return as_learned(self.workbench, self.folder, adapted_to(text, self.folder), last)
 
 
 @dataclass(frozen=True)
