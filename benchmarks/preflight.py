@@ -56,8 +56,8 @@ def main() -> None:
 
 
 def _compare(model: Model, config: Config, folder: RunFolder) -> list[str]:
-    plan, learning = Plan.of(config.quantizing), config.part(Learning)
-    workbench = make_workbench(model, plan, config.part(Computing), Path(config.output_dir))
+    plan, learning = Plan.of(config.quantizing), config.group(Learning)
+    workbench = make_workbench(model, plan, config.group(Computing), Path(config.output_dir))
     load = language_load(workbench, learning, None, [config.seqlen] * config.nsamples)
     costs = probe_kinds(load)
     before = psutil.Process().memory_info().rss

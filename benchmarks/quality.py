@@ -128,7 +128,7 @@ class _Bench:
         self.common = {"model": options.model, "data_dir": options.data_dir}
         self.common |= {"calib_dataset": options.calib}
         config = Config(**self.common, precision=options.precision)
-        computing, scratch = config.part(Computing), Path(config.output_dir)
+        computing, scratch = config.group(Computing), Path(config.output_dir)
         self.bench: Workbench = make_workbench(self.model, FULL_PRECISION, computing, scratch)
         self.precision = options.precision
         data_dir = Path(options.data_dir) if options.data_dir else None

@@ -43,7 +43,7 @@ def main() -> None:
     folder = RunFolder.open(Path(options.run))
     config = dataclasses.replace(folder.config, precision="float32", device="cpu")
     model = load_model(config.model, None)
-    plan, computing = Plan.of(config.quantizing), config.part(Computing)
+    plan, computing = Plan.of(config.quantizing), config.group(Computing)
     bench = make_workbench(model, plan, computing, Path(config.output_dir))
     learned = materialize(bench, as_learned(bench, folder)).eval()
     native = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="float32").eval()

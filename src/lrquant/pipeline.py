@@ -156,7 +156,7 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
     if config.save_dir is not None:
         locks.enter_context(target_lock(Path(config.save_dir)))
         heal(Path(config.save_dir))
-        check_target(config.part(Places), Path(config.save_dir))
+        check_target(config.group(Places), Path(config.save_dir))
 
 
 def _run(
@@ -169,7 +169,7 @@ def _run(
 ) -> Run:
     progress = with_tensorboard(progress, config.log_dir)
     prospect = Prospect(config, measure_only, Plan.of(config.quantizing), model, samples)
-    plan, learning = prospect.plan, config.part(Learning)
+    plan, learning = prospect.plan, config.group(Learning)
     logger.info("scheme %s", plan.schemes.describe())
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
@@ -226,7 +226,7 @@ def _learn(
     """A run folder of which every block is learned."""
     config, calibration = prospect.config, prospect.calibration
     assert calibration is not None
-    learning, files = config.part(Learning), config.part(StatisticsFiles)
+    learning, files = config.group(Learning), config.group(StatisticsFiles)
     identity = describe_run(workbench, learning, calibration, files)
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
@@ -240,9 +240,9 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     """Channel statistics of every block's linears on the calibration text, in full precision."""
     progress = progress or Progress()
     model = load_model(config.model, optional_path(config.cache_dir))
-    computing, scratch = config.part(Computing), Path(config.output_dir)
+    computing, scratch = config.group(Computing), Path(config.output_dir)
     workbench = make_workbench(model, FULL_PRECISION, computing, scratch)
-    calibration = calibration_of(config.part(Calibrating), config.part(Sources), model, None)
+    calibration = calibration_of(config.group(Calibrating), config.group(Sources), model, None)
     logger.info("calibration %s", calibration.description)
     entry = BlockInputs(model, calibration.feed, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)

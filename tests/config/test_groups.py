@@ -19,7 +19,7 @@ PICKED = (
 @pytest.mark.parametrize("name", PICKED)
 def test_every_value_is_that_of_a_setting(name):
     kind, config = getattr(groups, name), Config(model="m", scheme="W4A4").resolved()
-    group = config.part(kind)
+    group = config.group(kind)
     for entry in dataclasses.fields(kind):
         setting = entry.metadata.get(groups.SETTING, entry.name)
         assert getattr(group, entry.name) == getattr(config, setting)
@@ -29,17 +29,17 @@ def test_every_value_is_that_of_a_setting(name):
 
 def test_a_value_may_be_called_otherwise_than_its_setting():
     config = Config(wd=0.5, tta_blocks=3, tta_epochs=7, act_shifts="shifts.pt")
-    assert config.part(Learning).weight_decay == 0.5
-    assert config.part(Adapting) == Adapting(blocks=3, epochs=7)
-    assert config.part(StatisticsFiles).named == ("shifts.pt",)
+    assert config.group(Learning).weight_decay == 0.5
+    assert config.group(Adapting) == Adapting(blocks=3, epochs=7)
+    assert config.group(StatisticsFiles).named == ("shifts.pt",)
 
 
 def test_what_a_checkpoint_tells_of_its_run():
     config = Config(model="some/model", scheme="W4A4", seed=5, output_dir="run").resolved()
     origin = config.origin
     assert (origin.net_name, origin.seed, origin.settings) == ("model", 5, config.to_yaml())
-    assert origin.learning == config.part(Learning)
-    assert origin.places == config.part(Places) and origin.places.output_dir == "run"
+    assert origin.learning == config.group(Learning)
+    assert origin.places == config.group(Places) and origin.places.output_dir == "run"
 
 
 def test_measures_are_told_their_own_settings():

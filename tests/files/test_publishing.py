@@ -146,8 +146,8 @@ def test_places_that_must_stay(tmp_path, monkeypatch):
     }
     for name, said in refused.items():
         with pytest.raises(LRQuantError, match=said) as error:
-            check_target(config.part(Places), tmp_path / name)
+            check_target(config.group(Places), tmp_path / name)
         assert "--save_dir" in str(error.value) and "\n" not in str(error.value)
     for name in ("free", "free/deep/saved", "here/saved", "home/saved", "data/saved"):
-        check_target(config.part(Places), tmp_path / name)
+        check_target(config.group(Places), tmp_path / name)
     assert not (tmp_path / "free" / "deep").exists()

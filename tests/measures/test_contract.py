@@ -60,16 +60,16 @@ def test_every_setting_has_a_default_and_a_help(measure):
 
 @MEASURES
 def test_it_is_taken_where_it_is_asked_for(measure):
-    own = Config().part(measure.settings)
+    own = Config().group(measure.settings)
     assert not measure.asked(own) and measure.reads(own) == []
     for name in measure.asked_by:
         default = getattr(Config(), name)
         value = True if default is False else ("a",) if default == () else "a"
         config = Config(**{name: value})
-        own = config.part(measure.settings)
+        own = config.group(measure.settings)
         assert measure.asked(own) and asks_for_measures({name: value})
         assert name in no_measures() and not measure.asked(
-            dataclasses.replace(config, **no_measures()).part(measure.settings)
+            dataclasses.replace(config, **no_measures()).group(measure.settings)
         )
         assert measure.reads(own) == ([] if value is True else ["a"])
 

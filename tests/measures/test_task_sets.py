@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("harness")
 def load(folder, tasks="piqa", **settings):
     places = {"data_dir": None if folder is None else str(folder)}
     config = Config(tasks=tasks, **places, **settings)
-    return MEASURE.read_alone(config.part(TaskSettings), config.part(Sources))[tasks]
+    return MEASURE.read_alone(config.group(TaskSettings), config.group(Sources))[tasks]
 
 
 def prompts(tasks, name, **settings):

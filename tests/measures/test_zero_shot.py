@@ -31,14 +31,14 @@ from lrquant.runs.progress import Progress
 
 
 def load_tasks(config):
-    (tasks,) = MEASURE.read_alone(config.part(TaskSettings), config.part(Sources)).values()
+    (tasks,) = MEASURE.read_alone(config.group(TaskSettings), config.group(Sources)).values()
     return tasks
 
 
 def score_tasks(tasks, module, reader, config):
     whole = WholeModel(module, reader, "quantized")
     return MEASURE.score(
-        "", tasks, whole, config.part(TaskSettings), config.part(Sources), Progress()
+        "", tasks, whole, config.group(TaskSettings), config.group(Sources), Progress()
     )
 
 
@@ -97,7 +97,7 @@ def test_without_the_harness_the_error_says_what_to_install(monkeypatch, absent)
     expected = rf"--tasks piqa: .*{absent}.* pip install 'lrquant\[eval\]'"
     with pytest.raises(LRQuantError, match=expected):
         load_tasks(Config(tasks="piqa"))
-    assert MEASURE.read_alone(TaskSettings(), Config().part(Sources)) == {}
+    assert MEASURE.read_alone(TaskSettings(), Config().group(Sources)) == {}
 
 
 def test_unknown_tasks_are_named_with_near_ones(harness):

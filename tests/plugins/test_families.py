@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
@@ -11,7 +10,6 @@ from transformers import AutoModelForCausalLM, Phi3Config, Qwen3MoeConfig
 
 from lrquant import quantize
 from lrquant.architectures import architectures, decoder
-from lrquant.architectures.matrix import linears
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.config.choices import KINDS
@@ -217,41 +215,15 @@ def test_experts_declared_by_attention_alone_are_refused(make_family, toys, monk
         from_module(module)
 
 
-@pytest.fixture
-def dense_among_experts(make_family, randomize_, monkeypatch):
-    """A model of experts whose blocks 0 and 2 are dense, declared block by block."""
-    make_family("experts")
-    whole = architectures()["qwen3_moe"]
-    attention = linears(*(f"self_attn.{name}_proj" for name in "qkvo"))
-    dense = (*attention, *linears(*(f"mlp.{name}_proj" for name in ("gate", "up", "down"))))
-
-    def by_block(usual, other):
-        return lambda config, block: (
-            other if block in config.mlp_only_layers else usual(config, block)
-        )
-
-    mixed = dataclasses.replace(
-        whole,
-        matrices=by_block(whole.matrices, dense),
-        sites=by_block(whole.sites, ()),
-        kept=by_block(whole.kept, ()),
-    )
-    monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config: mixed)
-    config = copy.deepcopy(CONFIGS["experts"])
-    config.num_hidden_layers, config.mlp_only_layers = 4, [0, 2]
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    return randomize_(model).eval().requires_grad_(False)
-
-
-def test_blocks_that_differ_are_estimated(dense_among_experts, tiny_tokenizer, tmp_path):
-    folder, text = tmp_path / "model", tmp_path / "text.txt"
-    dense_among_experts.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+def test_blocks_that_differ_are_estimated(make_family, tiny_tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
     text.write_text("some words, and some more of them. " * 20)
-    settings = {"model": str(folder), "scheme": "W4A16g16", "precision": "float32"}
+    model = from_module(make_family(0), tiny_tokenizer)
+    settings = {"model": "in memory", "scheme": "W4A16g16", "precision": "float32"}
     settings |= {"calib_dataset": str(text), "nsamples": 2, "seqlen": 16, "epochs": 1}
-    done = preflight({**settings, "output_dir": str(tmp_path / "run"), "ppl": (str(text),)})
-    assert not done.failed, done.failed
-    assert [each.blocks for each in done.costs] == [(0, 2), (1, 3)]
-    assert all(each.costs.step > 0 for each in done.costs)
-    assert done.seconds.learning > 0 and done.seconds.measuring > 0
+    settings |= {"output_dir": str(tmp_path / "run"), "ppl": (str(text),)}
+    checked = preflight(settings, model)
+    assert not checked.failed, checked.failed
+    assert [each.blocks for each in checked.costs] == [(1, 2), (0,)]
+    assert all(each.costs.step > 0 for each in checked.costs)
+    assert checked.seconds.learning > 0 and checked.seconds.measuring > 0

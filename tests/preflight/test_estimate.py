@@ -46,7 +46,7 @@ def load_of(make_model, make_bench):
 
     def make(model, config, samples, tokens, dtype=torch.float32):
         bench = make_bench(model, dtype, Plan.of(config.quantizing))
-        return Load(bench, config.part(Learning), samples * tokens, None)
+        return Load(bench, config.group(Learning), samples * tokens, None)
 
     return make
 

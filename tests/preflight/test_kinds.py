@@ -11,7 +11,6 @@ from lrquant.blocks.plan import Plan
 from lrquant.config.config import Config
 from lrquant.config.groups import Learning
 from lrquant.data.samples import Samples
-from lrquant.model.loading import from_module
 from lrquant.preflight import kinds
 from lrquant.preflight.checks import preflight
 from lrquant.preflight.estimate import estimate_memory, learning_seconds, measuring_seconds
@@ -35,7 +34,7 @@ def load_of(make_bench, make_model):
         config = Config(**{"scheme": "W4A4", "nsamples": 4, "seqlen": 16, **settings}).resolved()
         model = make_model("llama", num_hidden_layers=blocks)
         bench = make_bench(model, plan=Plan.of(config.quantizing))
-        return language_load(bench, config.part(Learning), None, [16] * 4)
+        return language_load(bench, config.group(Learning), None, [16] * 4)
 
     return make
 
@@ -149,11 +148,9 @@ def test_kinds_are_told(tmp_path, model_folder):
     assert preflight_text(mixed).endswith("; 2 of other kinds counted like block 1")
 
 
-def test_blocks_of_other_shapes_are_other_kinds(load_of, make_model):
+def test_blocks_of_other_shapes_are_other_kinds(load_of):
     """Negative control: a bias in one block makes it another kind."""
     load = load_of(3)
-    module = make_model("llama", num_hidden_layers=3)
-    layer = module.model.layers[2].self_attn.o_proj
+    layer = load.workbench.model.blocks[2].self_attn.o_proj
     layer.bias = torch.nn.Parameter(layer.weight[:, 0], requires_grad=False)
-    bench = dataclasses.replace(load.workbench, model=from_module(module))
-    assert block_kinds(dataclasses.replace(load, workbench=bench)) == [(0, 1), (2,)]
+    assert block_kinds(load) == [(0, 1), (2,)]

@@ -19,7 +19,7 @@ from lrquant.preflight.probe import LONGEST, REPEATS, probe_block
 def load_of(bench, config):
     """What the blocks of a bench are to learn on, under the plan of settings."""
     bench = dataclasses.replace(bench, plan=Plan.of(config.quantizing))
-    return language_load(bench, config.part(Learning), None, [config.seqlen] * config.nsamples)
+    return language_load(bench, config.group(Learning), None, [config.seqlen] * config.nsamples)
 
 
 @pytest.fixture

@@ -212,13 +212,13 @@ def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_b
     bench = make_bench(make_vision(language_family), plan=Plan.of(config.quantizing))
     feed = make_feed(language_family)
     samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
-    load = tower_load(bench, config.part(Learning), samples)
+    load = tower_load(bench, config.group(Learning), samples)
     costs = probe_block(load)
     entry = BlockInputs(bench.model.tower, feed, 2, bench.device)
     assert load.rows == entry.shape[0] >= costs.rows > 0
     assert costs.step > 0 and load.workbench.plan.schemes.default.name == "W8A8"
     tokens = sum(sample["input_ids"].shape[1] for sample in feed.inputs)
-    assert language_load(bench, config.part(Learning), samples, []).rows == tokens
+    assert language_load(bench, config.group(Learning), samples, []).rows == tokens
 
 
 @pytest.mark.parametrize("scheme", [None, "W8A8"])

@@ -56,16 +56,16 @@ def linears(*modules: str) -> tuple[Matrix, ...]:
 
 def fused_linear(module: str, **rows: int) -> tuple[Matrix, ...]:
     """Parts of an `nn.Linear` by name and number of rows, in their order: `MODULE.NAME`."""
-    parts, start = [], 0
+    slices, start = [], 0
     for name, count in rows.items():
         span = (start, start + count)
         start += count
-        parts.append(
+        slices.append(
             Matrix(
                 f"{module}.{name}", f"{module}.weight", span, reads=module, bias=f"{module}.bias"
             )
         )
-    return tuple(parts)
+    return tuple(slices)
 
 
 def experts(

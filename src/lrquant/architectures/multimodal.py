@@ -42,10 +42,10 @@ def _kept(text: PretrainedConfig, block: int) -> tuple[str, ...]:
 
 def _refusal(config: PretrainedConfig) -> str | None:
     text = config.get_text_config()
-    parts = language_parts()
-    if text.model_type not in parts:
+    families = language_parts()
+    if text.model_type not in families:
         return (
             f"its language part {text.model_type!r} is not declared; known: "
-            f"{', '.join(sorted(parts))}"
+            f"{', '.join(sorted(families))}"
         )
-    return parts[text.model_type].refusal(text)
+    return families[text.model_type].refusal(text)

@@ -29,18 +29,18 @@ def _joined(
     for name, matrix in matrices.items():
         parameters.setdefault(getattr(matrix, attribute), []).append(name)
     return {
-        parameter: _of_parts(parameter, [(matrices[name], values[name]) for name in names])
+        parameter: _of_slices(parameter, [(matrices[name], values[name]) for name in names])
         for parameter, names in parameters.items()
     }
 
 
-def _of_parts(parameter: str, parts: list[tuple[Matrix, Tensor]]) -> Tensor:
+def _of_slices(parameter: str, slices: list[tuple[Matrix, Tensor]]) -> Tensor:
     by_expert: dict[int | None, list[tuple[Matrix, Tensor]]] = {}
-    for matrix, value in parts:
+    for matrix, value in slices:
         by_expert.setdefault(matrix.expert, []).append((matrix, value))
     experts = []
     for expert in sorted(by_expert, key=lambda index: index or 0):
-        rows = sorted(by_expert[expert], key=lambda part: part[0].rows or (0, 0))
+        rows = sorted(by_expert[expert], key=lambda each: each[0].rows or (0, 0))
         value = rows[0][1] if len(rows) == 1 else torch.cat([value for _, value in rows])
         experts.append(value.t() if rows[0][0].transposed and value.dim() == 2 else value)
     return experts[0] if list(by_expert) == [None] else torch.stack(experts)

@@ -49,14 +49,14 @@ class QuantizedMatrix:
 class FrozenBlock:
     """A finished block: quantised matrices, where they lie, and all else, factors folded in.
 
-    `layout` has every matrix of the block that is quantised, and those that are parts of the same
-    parameters and are not: these are `parts`, weight and bias.
+    `layout` has every matrix of the block that is quantised, and those that lie in the same
+    parameters and are not: these are `unquantized`, weight and bias.
     """
 
     matrices: dict[str, QuantizedMatrix]
     others: dict[str, Tensor]
     layout: Mapping[str, Matrix]
-    parts: dict[str, FloatingMatrix] = field(default_factory=dict)
+    unquantized: dict[str, FloatingMatrix] = field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block computes with: weights in `dtype`, the rest float32."""
@@ -68,7 +68,8 @@ class FrozenBlock:
             for name, matrix in self.matrices.items()
             if matrix.bias is not None
         }
-        biases |= {n: bias.to(dtype) for n, (_, bias) in self.parts.items() if bias is not None}
+        pairs = self.unquantized.items()
+        biases |= {n: bias.to(dtype) for n, (_, bias) in pairs if bias is not None}
         tensors |= assembled_biases(self.layout, biases)
         for name, matrix in self.matrices.items():
             if matrix.input_factor is not None:
@@ -78,7 +79,7 @@ class FrozenBlock:
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self.matrices:
             return self.matrices[name].dequantize(dtype)
-        return self.parts[name][0].to(dtype)
+        return self.unquantized[name][0].to(dtype)
 
     def dense(self) -> dict[str, Tensor]:
         """Float32 tensors of a plain block, input factors multiplied into weights."""
@@ -115,24 +116,24 @@ class FrozenBlock:
         return FrozenBlock(matrices, self.others, layout)
 
 
-def _one(module: str, parts: list[QuantizedMatrix | None]) -> QuantizedMatrix:
+def _one(module: str, slices: list[QuantizedMatrix | None]) -> QuantizedMatrix:
     """Rows of one linear, one after the other."""
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts) or any(part.scheme != whole[0].scheme for part in whole):
+    whole = [each for each in slices if each is not None]
+    if len(whole) < len(slices) or any(each.scheme != whole[0].scheme for each in whole):
         raise LRQuantError(
             f"{module}: its parts have several schemes, which this format does not hold; give "
             "them one, or use a format of dense weights"
         )
-    biases = [part.bias for part in whole]
-    factors = [part.factor for part in whole]
+    biases = [each.bias for each in whole]
+    factors = [each.factor for each in whole]
     if any(factor is not None for factor in factors):
         raise LRQuantError(
             f"{module}: a dense factor on a part of a linear; use a format of dense weights"
         )
     return replace(
         whole[0],
-        codes=torch.cat([part.codes for part in whole]),
-        scale=torch.cat([part.scale for part in whole]),
-        zero_point=torch.cat([part.zero_point for part in whole]),
+        codes=torch.cat([each.codes for each in whole]),
+        scale=torch.cat([each.scale for each in whole]),
+        zero_point=torch.cat([each.zero_point for each in whole]),
         bias=None if biases[0] is None else torch.cat([b for b in biases if b is not None]),
     )

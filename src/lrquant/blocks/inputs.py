@@ -42,8 +42,8 @@ class BlockInputs:
         else:
             _check_length(model, max(sample["input_ids"].shape[1] for sample in feed.inputs))
             shapes = [
-                (part.stop - part.start, self.feed.inputs[part.start]["input_ids"].shape[1])
-                for part in samples
+                (rows.stop - rows.start, self.feed.inputs[rows.start]["input_ids"].shape[1])
+                for rows in samples
             ]
         self.batches = batches_of(samples, shapes)
         self.shape = (self.batches[-1].rows.stop, model.hidden_size)
@@ -102,8 +102,8 @@ class BlockInputs:
 
         cpu = torch.device("cpu")
         tensors = self._model.outer_tensors(cpu, torch.float32, head=False)
-        for part in samples:
-            self._forward(tensors, self.feed.collate(part), cpu, [visit])
+        for rows in samples:
+            self._forward(tensors, self.feed.collate(rows), cpu, [visit])
         return shapes
 
     @torch.no_grad()
@@ -188,9 +188,9 @@ def _to_device(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(_to_device(part, device) for part in value)
+        return tuple(_to_device(each, device) for each in value)
     if isinstance(value, dict):
-        return {key: _to_device(part, device) for key, part in value.items()}
+        return {key: _to_device(each, device) for key, each in value.items()}
     return value
 
 

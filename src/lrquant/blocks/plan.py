@@ -39,8 +39,8 @@ class Plan:
         """What resolved settings ask for."""
         dtype = None if asked.save_dtype is None else getattr(torch, asked.save_dtype)
         language, tower = (
-            cast(tuple[Ingredient, ...], part)
-            for part in (asked.ingredients, asked.tower_ingredients)
+            cast(tuple[Ingredient, ...], own)
+            for own in (asked.ingredients, asked.tower_ingredients)
         )
         return cls(asked.schemes, language, tower, dtype)
 

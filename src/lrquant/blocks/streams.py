@@ -31,9 +31,9 @@ def batches_of(samples: Sequence[slice], shapes: Sequence[tuple[int, ...]]) -> l
     """Batches one after the other in a stream."""
     batches: list[Batch] = []
     start = 0
-    for part, shape in zip(samples, shapes, strict=True):
+    for rows, shape in zip(samples, shapes, strict=True):
         end = start + math.prod(shape)
-        batches.append(Batch(part, slice(start, end), tuple(shape)))
+        batches.append(Batch(rows, slice(start, end), tuple(shape)))
         start = end
     return batches
 
@@ -41,10 +41,10 @@ def batches_of(samples: Sequence[slice], shapes: Sequence[tuple[int, ...]]) -> l
 class Stream:
     """Hidden states of all samples between two blocks: (rows, hidden) in one dtype.
 
-    A row is a token.  `place` is "device", "host" or "disk"; on disk the states are a memory-mapped
-    file that is reserved in full at the start and unlinked at once, so that no kill leaves it
-    behind.  `added` holds, by (first row, block), what the model adds to a batch's states before
-    that block.
+    A row is a token.  `storage` is "device", "host" or "disk"; on disk the states are a
+    memory-mapped file that is reserved in full at the start and unlinked at once, so that no kill
+    leaves it behind.  `added` holds, by (first row, block), what the model adds to a batch's
+    states before that block.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Stream:
         shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
-        place: str,
+        storage: str,
         folder: Path | None = None,
     ) -> None:
         self.device = device
         self.added: dict[tuple[int, int], Tensor] = {}
-        if place == "disk":
+        if storage == "disk":
             self.states = _mapped_tensor(shape, dtype, folder)
         else:
             self.states = torch.empty(
-                shape, dtype=dtype, device=device if place == "device" else "cpu"
+                shape, dtype=dtype, device=device if storage == "device" else "cpu"
             )
 
     def read(self, batch: Batch, block: int | None = None) -> Tensor:

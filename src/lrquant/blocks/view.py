@@ -167,8 +167,8 @@ class BlockView:
         others |= assembled(self.matrices, {name: weight for name, (weight, _) in alone.items()})
         plain = {name: bias for name, (_, bias) in alone.items() if bias is not None}
         others |= assembled_biases(self.matrices, plain)
-        parts = {name: pair for name, pair in floating.items() if name in layout}
-        return FrozenBlock(matrices, others, layout, parts)
+        unquantized = {name: pair for name, pair in floating.items() if name in layout}
+        return FrozenBlock(matrices, others, layout, unquantized)
 
     def in_stored_units(
         self, matrix: str, inputs: Tensor, outputs: Tensor

@@ -79,11 +79,11 @@ class Workbench:
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:
         """`count` empty streams for the samples of `entry`, where they fit."""
         rows, hidden = entry.shape
-        place = self.place(count * rows * hidden * self.dtype.itemsize)
+        storage = self.storage(count * rows * hidden * self.dtype.itemsize)
         folder = self.scratch if self.scratch is not None and self.scratch.is_dir() else None
-        return [Stream(entry.shape, self.dtype, self.device, place, folder) for _ in range(count)]
+        return [Stream(entry.shape, self.dtype, self.device, storage, folder) for _ in range(count)]
 
-    def place(self, needed: int) -> str:
+    def storage(self, needed: int) -> str:
         """Where `needed` bytes of hidden states live: "device", "host" or "disk"."""
         if self.offload != "auto":
             return self.offload

@@ -57,9 +57,9 @@ class _Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for kind in measured_settings():
-            self.part(kind)  # which refuses values of its own
+            self.group(kind)  # which refuses values of its own
 
-    def part(self, kind: type[T]) -> T:
+    def group(self, kind: type[T]) -> T:
         """The settings of one declaration, or of one group, which may call them otherwise."""
         names = {
             entry.name: entry.metadata.get(SETTING, entry.name)
@@ -70,12 +70,12 @@ class _Config(Settings):
     @property
     def measuring(self) -> MeasureSettings:
         """The settings of every measure."""
-        return {kind: self.part(kind) for kind in measured_settings()}
+        return {kind: self.group(kind) for kind in measured_settings()}
 
     @property
     def origin(self) -> Origin:
         """What a checkpoint of this run tells of it."""
-        learning, places = self.part(Learning), self.part(Places)
+        learning, places = self.group(Learning), self.group(Places)
         return Origin(self.net_name, learning, self.seed, self.to_yaml(), places)
 
     @property
@@ -96,15 +96,15 @@ class _Config(Settings):
         learned: SettingDict = {kind.switch: config._learns(kind, schemes) for kind in kinds}
         anything = any(learned.values())
         if (config.two_branch or config.dynamic_weights) and not anything:
-            part = "two_branch" if config.two_branch else "dynamic_weights"
+            switch = "two_branch" if config.two_branch else "dynamic_weights"
             flags = [f"--{kind.switch.replace('_', '-')}" for kind in kinds]
             raise LRQuantError(
-                f"--{part}: nothing is learned; give {', '.join(flags[:-1])} or {flags[-1]}, and "
+                f"--{switch}: nothing is learned; give {', '.join(flags[:-1])} or {flags[-1]}, and "
                 "epochs"
             )
         for kind in kinds:
             on = learned[kind.switch]
-            learned |= config.part(kind).settled() if on else kind.when_off()
+            learned |= config.group(kind).settled() if on else kind.when_off()
             learned[kind.switch] = on
         plus = config.lr_plus and config.epochs > 0 and anything
         return dataclasses.replace(
@@ -164,7 +164,7 @@ class _Config(Settings):
         """What a resolved run learns in the language part, or in the vision tower."""
         schemes = self.schemes.of_tower if tower else self.schemes.of_language
         kinds = [kind for kind in ingredient_kinds() if self._is_on(kind, schemes, tower)]
-        return tuple(kind(**self.part(kind).settled()) for kind in kinds)
+        return tuple(kind(**self.group(kind).settled()) for kind in kinds)
 
     def _is_on(self, kind: type[LearnedSettings], schemes: Schemes, tower: bool) -> bool:
         on = bool(getattr(self, kind.switch))
@@ -267,11 +267,11 @@ def with_preset(settings: SettingDict) -> SettingDict:
 def overridden(settings: SettingDict, by: SettingDict) -> SettingDict:
     """`settings` with those of `by` in their place; a scheme and its bits replace each other.
 
-    A preset in `by` replaces every value that it names, `lr_plus` the parts that it stands for.
+    A preset in `by` replaces every value that it names, `lr_plus` the settings that it stands for.
     """
-    parts = {e.name for e in dataclasses.fields(Config) if e.metadata["part_of"] in by}
+    members = {e.name for e in dataclasses.fields(Config) if e.metadata["part_of"] in by}
     replaced = set(preset("paper")) if "preset" in by else set()
-    settings = {name: v for name, v in settings.items() if name not in replaced | parts}
+    settings = {name: v for name, v in settings.items() if name not in replaced | members}
     if by.get("scheme"):
         settings = {name: value for name, value in settings.items() if name not in SPELLED_OUT}
     elif settings.get("scheme") and by.keys() & SPELLED_OUT.keys():

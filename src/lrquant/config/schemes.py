@@ -107,7 +107,7 @@ def parse_patterns(
     """ "PATTERN=SCHEME" each, in their order; activations are symmetric as the run's are."""
     pairs = []
     for text in texts:
-        pattern, equals, name = (part.strip() for part in text.rpartition("="))
+        pattern, equals, name = (each.strip() for each in text.rpartition("="))
         if not (equals and pattern):
             raise LRQuantError(
                 f"scheme_for {text!r}: expected PATTERN=SCHEME, for example mlp.down_proj=W8A16"

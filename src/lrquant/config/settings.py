@@ -121,7 +121,7 @@ def convert(kind: object, value: object, where: str) -> SettingValue:
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
-        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+        (kind,) = [each for each in typing.get_args(kind) if each is not type(None)]
     if typing.get_origin(kind) is tuple:
         return _list(value, where)
     if kind is bool:
@@ -150,16 +150,16 @@ def _number(kind: type[int] | type[float], value: object, where: str) -> float:
 
 
 def _list(value: object, where: str) -> tuple[str, ...]:
-    r"""A list, or a text whose parts are joined by commas; `\,` is a comma of a part's own."""
-    parts = value
+    r"""A list, or a text whose items are joined by commas; `\,` is a comma of an item's own."""
+    items = value
     if isinstance(value, str):
-        parts = [part.replace(r"\,", ",") for part in re.split(r"(?<!\\),", value)]
-    if isinstance(parts, dict):
-        parts = [f"{key}={each}" for key, each in parts.items()]
-    if not isinstance(parts, list | tuple):
+        items = [item.replace(r"\,", ",") for item in re.split(r"(?<!\\),", value)]
+    if isinstance(items, dict):
+        items = [f"{key}={each}" for key, each in items.items()]
+    if not isinstance(items, list | tuple):
         raise LRQuantError(f"{where}: expected a list, got {shown(value)}")
-    named = tuple(part for part in (_text(part, where).strip() for part in parts) if part)
-    if parts and not named:
+    named = tuple(item for item in (_text(item, where).strip() for item in items) if item)
+    if items and not named:
         raise LRQuantError(f"{where} {shown(value)}: names nothing; leave it out for none")
     return named
 

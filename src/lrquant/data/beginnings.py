@@ -43,8 +43,8 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase, model_type: str, rule: str)
     before = put_before(tokenizer)
     if rule == "never":
         return Beginning(text="without BOS")
-    parts = language_parts()
-    family = parts[model_type].windows_begin if model_type in parts else "tokenizer"
+    families = language_parts()
+    family = families[model_type].windows_begin if model_type in families else "tokenizer"
     if rule == "auto" and family == "stream":
         return STREAM
     if not before and (rule == "always" or family == "bos"):

@@ -88,7 +88,7 @@ def _alone(parts: Sequence[Part]) -> list[str]:
 def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {name: tensor.to(dtype) for name, tensor in frozen.others.items()}
     for name, matrix in frozen.joined().matrices.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(matrix, dtype).items()}
+        tensors |= {f"{name}.{key}": tensor for key, tensor in _packed(matrix, dtype).items()}
     return tensors
 
 
@@ -110,7 +110,7 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
     dense = dict(tensors)
     for linear in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         codes, zeros = (
-            _columns(dense.pop(f"{linear}.{part}"), bits) for part in ("qweight", "qzeros")
+            _columns(dense.pop(f"{linear}.{key}"), bits) for key in ("qweight", "qzeros")
         )
         scales = dense.pop(f"{linear}.scales").float()
         rows = codes.shape[0] // scales.shape[0]

@@ -49,7 +49,7 @@ def model_card(schemes: Schemes, seed: int, form: Format, facts: JsonObject) -> 
         f"tags: [lrquant, {form.name}, {schemes.default.name.lower()}]",
         "---",
     ]
-    parts = [
+    paragraphs = [
         "\n".join(front),
         f"# {facts['base_model']}, {schemes.default.name}",
         f"Quantised after training with lrquant. Format: {form.name}.",
@@ -71,7 +71,7 @@ def model_card(schemes: Schemes, seed: int, form: Format, facts: JsonObject) -> 
         "Settings of the run: `lrquant.yaml`. Facts and the hash of each file: `lrquant.json`; "
         "`lrquant inspect FOLDER` compares them.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _base(results: JsonObject) -> list[str]:

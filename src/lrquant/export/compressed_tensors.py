@@ -194,7 +194,7 @@ def _group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
 def _without_nothing(value: Any) -> Any:
     """Leave out keys without a value: readers refuse keys that are newer than they are."""
     if isinstance(value, dict):
-        return {key: _without_nothing(part) for key, part in value.items() if part is not None}
+        return {key: _without_nothing(own) for key, own in value.items() if own is not None}
     return value
 
 
@@ -235,11 +235,11 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
     dense = dict(tensors)
     for linear in [n.removesuffix(_SCALE) for n in tensors if n.endswith(_SCALE)]:
         packed = [n for n in dense if n.startswith(f"{linear}.weight")]
-        parts = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
-        parts["weight_scale"] = parts["weight_scale"].float()
+        own = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
+        own["weight_scale"] = own["weight_scale"].float()
         scheme = _group_of(f"{block}.{linear}", read)
         compressor = BaseCompressor.get_value_from_registry(scheme.format or read.format)
-        dense[f"{linear}.weight"] = compressor.decompress(parts, scheme)["weight"]
+        dense[f"{linear}.weight"] = compressor.decompress(own, scheme)["weight"]
     return dense
 
 

@@ -32,7 +32,7 @@ def expected_block(view: BlockView, form: Format, dtype: torch.dtype) -> dict[st
             {name: view.matrices[name] for name in names},
             {n: (_weight(view, n), _bias(view, n)) for n in names if n not in quantized},
         )
-        tensors |= {name: part.to("meta") for name, part in form.tensors(frozen, dtype).items()}
+        tensors |= {name: tensor.to("meta") for name, tensor in form.tensors(frozen, dtype).items()}
     return tensors
 
 
@@ -40,12 +40,12 @@ def bits_of_weights(tensors: dict[str, Tensor], view: BlockView) -> tuple[int, i
     """Bits that all of the matrices' weights take, scales, zero points and shapes counted, and how
     many weights these are."""
     modules = {m.parameter.removesuffix(".weight") for m in view.matrices.values()}
-    parts = [
+    sizes = [
         tensor.nbytes
         for name, tensor in tensors.items()
         if (name in modules or name.rpartition(".")[0] in modules) and not name.endswith(".bias")
     ]
-    return 8 * sum(parts), sum(view.weight(name).numel() for name in view.matrices)
+    return 8 * sum(sizes), sum(view.weight(name).numel() for name in view.matrices)
 
 
 def require_packable(view: BlockView, form: Format, dtype: torch.dtype) -> None:

@@ -30,13 +30,13 @@ class Loading:
         return self.computes == AS_LEARNED
 
 
-def merged(parts: Sequence[Loading]) -> Loading:
+def merged(loadings: Sequence[Loading]) -> Loading:
     """Of a model of several parts: what any of them refuses, notes, asks for or changes."""
-    changed = dict.fromkeys(part.computes for part in parts if not part.as_learned)
+    changed = dict.fromkeys(each.computes for each in loadings if not each.as_learned)
     return Loading(
-        refusal=next((part.refusal for part in parts if part.refusal), None),
-        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        refusal=next((each.refusal for each in loadings if each.refusal), None),
+        notes=tuple(dict.fromkeys(note for each in loadings for note in each.notes)),
         computes="; and ".join(changed) or AS_LEARNED,
-        serve=max((part.serve for part in parts), key=len),
-        multiple=math.lcm(*(part.multiple for part in parts)),
+        serve=max((each.serve for each in loadings), key=len),
+        multiple=math.lcm(*(each.multiple for each in loadings)),
     )

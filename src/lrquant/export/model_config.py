@@ -27,9 +27,9 @@ def write_model_config(
     values["architectures"] = [type(model.skeleton).__name__]
     if model.skeleton.get_output_embeddings() is not None:
         _set_ties(values, bool(model.tied_names))
-    for part in (values, values.get("text_config")):
-        if isinstance(part, dict):
-            part.update(_older_rope(part))
+    for section in (values, values.get("text_config")):
+        if isinstance(section, dict):
+            section.update(_older_rope(section))
     if quantization is not None:
         values["quantization_config"] = quantization
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -48,11 +48,11 @@ def _source_config(model: Model) -> JsonObject:
 
 
 def _with_dtype(values: JsonObject, name: str) -> JsonObject:
-    """The same with the dtype of every part that names one replaced."""
+    """The same with the dtype of every section that names one replaced."""
     replaced = {}
     for key, value in values.items():
-        part = isinstance(value, dict) and key.endswith("_config")
-        replaced[key] = name if key in _DTYPES else _with_dtype(value, name) if part else value
+        nested = isinstance(value, dict) and key.endswith("_config")
+        replaced[key] = name if key in _DTYPES else _with_dtype(value, name) if nested else value
     return replaced
 
 

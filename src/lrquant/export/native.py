@@ -45,11 +45,11 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
     dense = dict(tensors)
     for linear in [n.removesuffix(_PACKED) for n in tensors if n.endswith(_PACKED)]:
         packed = [n for n in dense if n.startswith(f"{linear}.weight")]
-        parts = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
-        rows, columns = parts["weight_shape"].tolist()
+        own = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
+        rows, columns = own["weight_shape"].tolist()
         scheme = config.part_of(f"{block}.{linear}").scheme
         module = IntegerLinear(columns, rows, scheme, bias=False, input_factor=False)
-        module.load_state_dict(parts)
+        module.load_state_dict(own)
         module.unpack()
         dense[f"{linear}.weight"] = module.weight(torch.float32)
     return dense

@@ -178,9 +178,9 @@ def _require_rounded(
         return
     relative = torch.finfo(dtype).eps
     pairs = zip(written.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True)
-    for part, other in pairs:
+    for own, other in pairs:
         wanted = other.cpu().float()
-        distance = (part.cpu().float() - wanted).abs_()
+        distance = (own.cpu().float() - wanted).abs_()
         if not (distance <= wanted.abs().mul_(relative).add_(_UNDERFLOW)).all():
             _refuse(place, f"{name} is up to {float(distance.max()):.3g} off")
 

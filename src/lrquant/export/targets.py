@@ -204,10 +204,10 @@ def _differences(plan: Plan, nearest: Plan) -> str:
         ),
         f"{before.attention_bits}-bit Q, K and V": lambda scheme: scheme.attention_bits,
     }
-    parts = [text for text, of in words.items() if of(before) != of(after)]
+    changes = [text for text, of in words.items() if of(before) != of(after)]
     pairs = zip(plan.ingredients, nearest.ingredients, strict=True)
-    parts += [flag for own, other in pairs for flag in _changed(other, own)]
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if parts[1:] else parts[0]
+    changes += [flag for own, other in pairs for flag in _changed(other, own)]
+    return f"{', '.join(changes[:-1])} and {changes[-1]}" if changes[1:] else changes[0]
 
 
 def _changed(before: Ingredient, after: Ingredient) -> list[str]:

@@ -67,7 +67,7 @@ class Clipping(Ingredient):
         return self.lwc_init is None
 
     @classmethod
-    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
+    def shown(cls, parameter: str, values: Tensor) -> tuple[str, Tensor]:
         return "clipping", values.sigmoid()
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:

@@ -111,9 +111,9 @@ class Equivalent(Ingredient):
 
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         return {
-            f"let.{site.name}.{part}": (site.size,)
+            f"let.{site.name}.{name}": (site.size,)
             for site in self.sites(block)
-            for part in (("scale", "shift") if self.shifts(site, block) else ("scale",))
+            for name in (("scale", "shift") if self.shifts(site, block) else ("scale",))
         }
 
     def start(self, block: BlockShapes, start: Start) -> Parameters:
@@ -159,8 +159,8 @@ class Equivalent(Ingredient):
         return replace(self, let_lr=self.tta_let_lr)
 
     @classmethod
-    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
-        return part, values
+    def shown(cls, parameter: str, values: Tensor) -> tuple[str, Tensor]:
+        return parameter, values
 
     def needs(self, block: BlockShapes | None) -> dict[str, str]:
         if block is None:

@@ -110,8 +110,8 @@ class Ingredient(LearnedSettings):
         return iter(())
 
     @classmethod
-    def shown(cls, part: str, values: Tensor) -> tuple[str, Tensor]:
-        """The chart that a parameter `NAME.OWNER.PART` belongs to, and its values there."""
+    def shown(cls, parameter: str, values: Tensor) -> tuple[str, Tensor]:
+        """The chart that a parameter `NAME.OWNER.PARAMETER` belongs to, and its values there."""
         return next(iter(cls.charts)), values
 
     def own(self, parameters: Parameters) -> Parameters:

@@ -172,15 +172,15 @@ def measure_block(
     carried = _Ratio()
     tensors: dict[str, Tensor] = {}
     samples = tokens = linear_tokens = 0
-    for batch, part in enumerate(data.entry.batches):
+    for batch, rows in enumerate(data.entry.batches):
         if samples >= SAMPLES:
             break
-        inputs, target = data.inputs.read(part, index), data.targets[0].read(part)
+        inputs, target = data.inputs.read(rows, index), data.targets[0].read(rows)
         with plain.watched(first=not batch) as (runner, reference):
             homologous = runner(plain.tensors, inputs, data.entry.arguments(batch, index))
         carried.add(homologous, target)
-        count = part.samples.stop - part.samples.start
-        tokens += math.prod(part.shape)
+        count = rows.samples.stop - rows.samples.start
+        tokens += math.prod(rows.shape)
         for name, variant in variants.items():
             with variant.watched(first=not batch) as (runner, seen):
                 output, terms = data.batch_terms(runner, variant.tensors, batch, kind)

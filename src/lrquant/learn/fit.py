@@ -62,9 +62,9 @@ class BlockData:
         self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
     ) -> tuple[Tensor, Tensor]:
         """Output of one batch and its loss terms."""
-        part = self.entry.batches[batch]
+        rows = self.entry.batches[batch]
         output = self.output(runner, tensors, batch)
-        targets = [stream.read(part) for stream in self.targets]
+        targets = [stream.read(rows) for stream in self.targets]
         return output, loss_terms(output, targets, kind, self.entry.weights(batch))
 
     def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
@@ -75,9 +75,9 @@ class BlockData:
         return runner(tensors, states, self.entry.arguments(batch, self.index))
 
     def _steps(self, batch: int) -> list[Step]:
-        part = self.entry.batches[batch]
+        rows = self.entry.batches[batch]
         indices = range(self.index, self.index + self.blocks)
-        added = [None, *(self.inputs.added_before(part, index) for index in indices[1:])]
+        added = [None, *(self.inputs.added_before(rows, index) for index in indices[1:])]
         return [
             Step(self.entry.arguments(batch, index), extra)
             for index, extra in zip(indices, added, strict=True)
@@ -91,15 +91,15 @@ class BlockData:
 
         With `advance` the outputs take the inputs' place: the stream moves on.
         """
-        parts, counts = [], []
+        sums, counts = [], []
         for number, batch in enumerate(self.entry.batches):
             output, terms = self.batch_terms(runner, tensors, number, kind)
             counts.append(self.count(number))
-            parts.append(terms.double() * counts[-1])
+            sums.append(terms.double() * counts[-1])
             if advance:
                 self.inputs.write(batch, output)
-        total = torch.tensor(sum(counts), dtype=torch.float64, device=parts[0].device)
-        return (self.team.sum(torch.stack(parts).sum(0)) / self.team.sum(total)).float()
+        total = torch.tensor(sum(counts), dtype=torch.float64, device=sums[0].device)
+        return (self.team.sum(torch.stack(sums).sum(0)) / self.team.sum(total)).float()
 
     def whole(self, terms: Tensor, batch: int) -> Tensor:
         """The loss terms of a step, of which this member's batch has `terms`: all tokens count.

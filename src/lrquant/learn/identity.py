@@ -78,7 +78,7 @@ def _values(plan: Plan) -> JsonObject:
     return json.loads(json.dumps(values))
 
 
-class Place(Protocol):
+class Computation(Protocol):
     """Where and in what a model computes."""
 
     @property
@@ -88,7 +88,9 @@ class Place(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def environment(model: str, plan: Plan, learning: Learning, seed: int, place: Place) -> JsonObject:
+def environment(
+    model: str, plan: Plan, learning: Learning, seed: int, computation: Computation
+) -> JsonObject:
     """What a reader needs to repeat the numbers of `model`, a name.
 
     On a CPU also the threads and instructions that torch uses: sums are split by them.
@@ -100,14 +102,14 @@ def environment(model: str, plan: Plan, learning: Learning, seed: int, place: Pl
         "method": describe_method(plan, learning),
         "method_name": method_name(plan, learning),
         "seed": seed,
-        "device": str(place.device),
-        "precision": dtype_name(place.dtype),
-        **(on_cpu if place.device.type == "cpu" else {}),
+        "device": str(computation.device),
+        "precision": dtype_name(computation.dtype),
+        **(on_cpu if computation.device.type == "cpu" else {}),
         "versions": {
             "lrquant": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "peak_memory_bytes": peak_memory(place.device),
+        "peak_memory_bytes": peak_memory(computation.device),
     }

@@ -103,11 +103,11 @@ class Window:
         for view in self.views:
             view.constrain_()
 
-    def _joined(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _joined(self, blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {
             f"{index}.{name}": tensor
-            for index, part in enumerate(parts, self.first)
-            for name, tensor in part.items()
+            for index, block in enumerate(blocks, self.first)
+            for name, tensor in block.items()
         }
 
 

@@ -120,7 +120,7 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
             for key in labels:
                 if key in variants:
                     scores = record(variants[key])
-                    cells = [_cell(part, figure(scores.get(part))) for part in self.metrics]
+                    cells = [_cell(metric, figure(scores.get(metric))) for metric in self.metrics]
                     rows.append([f"{name}{about}, {labels[key]}{other}", *cells])
         return [metric.words for metric in self.metrics.values()], rows
 
@@ -157,10 +157,10 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
         return ["agreement with full precision: lrquant evaluate RUN --agreement wikitext2"]
 
 
-def _cell(part: str, value: float | str | None) -> str:
-    if part == "perplexity_ratio" and isinstance(value, float) and value >= 10:
+def _cell(metric: str, value: float | str | None) -> str:
+    if metric == "perplexity_ratio" and isinstance(value, float) and value >= 10:
         return number(value)
-    return _WORDS.get(part, share)(value)
+    return _WORDS.get(metric, share)(value)
 
 
 def _held_against(results: Results) -> list[str]:

@@ -234,7 +234,7 @@ class ModuleMeasure(Measure[S, A, R]):
     it becomes one model's inputs.  Both return the sets by name; one of no name stands alone.
     """
 
-    def parts(self, settings: S) -> Iterable[S]:
+    def set_by_set(self, settings: S) -> Iterable[S]:
         """The same settings set by set, so that a check tells of each."""
         return [settings]
 

@@ -44,7 +44,7 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
                 f"{needed} too"
             )
 
-    def parts(self, settings: TaskSettings) -> Iterable[TaskSettings]:
+    def set_by_set(self, settings: TaskSettings) -> Iterable[TaskSettings]:
         names = [name.strip() for name in settings.tasks.split(",")]
         return [dataclasses.replace(settings, tasks=name) for name in names if name]
 

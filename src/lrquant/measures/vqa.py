@@ -57,7 +57,7 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
         "vqa_accuracy": Metric("VQA rule"),
     }
 
-    def parts(self, settings: AnsweringSettings) -> Iterable[AnsweringSettings]:
+    def set_by_set(self, settings: AnsweringSettings) -> Iterable[AnsweringSettings]:
         return [dataclasses.replace(settings, vqa=(name,)) for name in settings.vqa]
 
     def read(
@@ -97,8 +97,8 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
 
     def as_json(self, scores: AnswerScores) -> Json:
         told = scores.exact_match.named("exact_match")
-        for kind, part in scores.by_kind.items():
-            told |= part.named(f"exact_match_{kind}")
+        for kind, accuracy in scores.by_kind.items():
+            told |= accuracy.named(f"exact_match_{kind}")
         return told | scores.vqa_accuracy.named("vqa_accuracy")
 
     def log_lines(self, scored: Scored[Questions, AnswerScores], variant: str) -> Iterable[str]:

@@ -84,11 +84,11 @@ def _cover(matrices: Sequence[Matrix], parameter: Tensor) -> bool:
         by_expert.setdefault(matrix.expert, []).append(matrix)
     experts = {None} if parameter.dim() == 2 else set(range(len(parameter)))
     return by_expert.keys() == experts and all(
-        _cover_rows(parts, parameter) for parts in by_expert.values()
+        _cover_rows(slices, parameter) for slices in by_expert.values()
     )
 
 
-def _cover_rows(parts: Sequence[Matrix], parameter: Tensor) -> bool:
-    rows = parameter.shape[-1 if parts[0].transposed else -2]
-    spans = sorted(part.rows or (0, rows) for part in parts)
+def _cover_rows(slices: Sequence[Matrix], parameter: Tensor) -> bool:
+    rows = parameter.shape[-1 if slices[0].transposed else -2]
+    spans = sorted(each.rows or (0, rows) for each in slices)
     return [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), rows]

@@ -28,8 +28,8 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
     """The same through float32, `EXACT_COLUMNS` at a time."""
-    parts = zip(left.split(EXACT_COLUMNS, 1), right.split(EXACT_COLUMNS, 1), strict=True)
-    sums = [torch.mm(a.float(), b.float().t()).to(torch.int32) for a, b in parts]
+    pieces = zip(left.split(EXACT_COLUMNS, 1), right.split(EXACT_COLUMNS, 1), strict=True)
+    sums = [torch.mm(a.float(), b.float().t()).to(torch.int32) for a, b in pieces]
     return torch.stack(sums).sum(0, dtype=torch.int32) if len(sums) > 1 else sums[0]
 
 

@@ -200,8 +200,8 @@ class _FakeQuantizedWeight(torch.autograd.Function):
             if needed[name]
         }
         for rows in row_chunks(weight):
-            part = recipe.of_rows(rows)
-            _row_gradients(weight[rows], part, ctx.job, rows, gradient[rows].float(), gradients)
+            own = recipe.of_rows(rows)
+            _row_gradients(weight[rows], own, ctx.job, rows, gradient[rows].float(), gradients)
         return None, *(gradients.get(name) for name in _GRADIENTS), None
 
 

@@ -55,7 +55,7 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
         with report.checking(check.what, check.more):
             for said in check.of():
                 report.add(said.what or check.what, said.state, said.text)
-    places = config.part(Places)
+    places = config.group(Places)
     if run.model is None:
         check_places(report, places, config.save_dir)
         report.add("all else", "not checked", "needs the model")
@@ -80,7 +80,7 @@ def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
     bench, calibration = run.workbench, run.calibration
     if bench is None or calibration is None:
         return None
-    learning, files = run.config.part(Learning), run.config.part(StatisticsFiles)
+    learning, files = run.config.group(Learning), run.config.group(StatisticsFiles)
     return partial(describe_run, bench, learning, calibration, files)
 
 
@@ -117,7 +117,7 @@ def _estimate(
 ) -> None:
     """Measure the blocks of each part, and hold memory, disk and time against what there is."""
     config, model = report.config, workbench.model
-    learning, with_files = config.part(Learning), config.act_scales is not None
+    learning, with_files = config.group(Learning), config.act_scales is not None
     with report.checking("memory"):
         lengths = [config.seqlen] * config.nsamples
         load = language_load(workbench, learning, calibration, lengths)
@@ -125,15 +125,15 @@ def _estimate(
         report.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
     if report.stream_bytes is None:
         return
-    place = workbench.place(report.stream_bytes)
+    storage = workbench.storage(report.stream_bytes)
     with report.checking("disk"):
-        on_disk = report.stream_bytes if place == "disk" else 0
+        on_disk = report.stream_bytes if storage == "disk" else 0
         report.run_bytes = run_bytes(model, workbench.plan, config.report)
         check_disk(report, config.output_dir, config.save_dir, on_disk)
     with report.checking("memory"):
         _require_room(workbench)
         cuda = workbench.device.type == "cuda"
-        inside = place == "device" or (place == "host" and not cuda)
+        inside = storage == "device" or (storage == "host" and not cuda)
         before = 0 if cuda else psutil.Process().memory_info().rss
         seconds, in_tower = 0.0, 0
         if tower is not None and finished < len(model.blocks):
@@ -150,14 +150,14 @@ def _estimate(
         report.memory = dataclasses.replace(memory, tower=in_tower)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
         report.compare("memory", report.memory.peak, free, where, _MEND)
-        if cuda and place == "host":
+        if cuda and storage == "host":
             free = psutil.virtual_memory().available
             report.compare("memory", report.stream_bytes, free, "on the host", _MEND)
 
 
 def _text_load(config: Config, texts: list[Samples]) -> TextLoad:
     """What is to be measured of the texts."""
-    adapting = config.part(Adapting) if config.tta else None
+    adapting = config.group(Adapting) if config.tta else None
     against = texts_against_full_precision(config.measuring)
     return TextLoad(texts, config.seqlen, against, bool(config.compare), adapting)
 

@@ -116,8 +116,8 @@ def run_bytes(model: Model, plan: Plan, report: bool) -> int:
     return total
 
 
-def checkpoint_size(model: Model, plan: Plan, form: Format, settings: int) -> CheckpointSize:
-    """What a checkpoint will take, with `settings` bytes of settings beside it.
+def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int) -> CheckpointSize:
+    """What a checkpoint will take, with so many bytes of settings beside it.
 
     Raises LRQuantError where the format refuses a shape.
     """
@@ -145,7 +145,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings: int) -> Ch
         blocks=total,
         outside=_outside_bytes(model, dtype, [part.blocks for part in parts])
         + _small_files(model, plan, form, parts)
-        + settings
+        + settings_bytes
         + _ORIGIN,
         bits_per_weight=bits / weights,
     )
@@ -177,8 +177,8 @@ def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
     header: dict[str, object] = {}
     end = 0
     for name, tensor in tensors:
-        place = [end, end + tensor.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+        offsets = [end, end + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
         end += tensor.nbytes
     return end + len(json.dumps(header, separators=(",", ":"))) + _LENGTH if header else 0
 

@@ -119,20 +119,20 @@ def _ingredients(run: Prospect, model: Model) -> Iterator[Said]:
 
 
 def _device(run: Prospect, model: Model) -> Iterator[Said]:
-    computing, scratch = run.config.part(Computing), Path(run.config.output_dir)
+    computing, scratch = run.config.group(Computing), Path(run.config.output_dir)
     bench = run.workbench = make_workbench(model, run.plan, computing, scratch)
     text = f"matrix products in {dtype_name(bench.dtype)} on {bench.device}"
     yield Said(text, logged=text)
 
 
 def _statistics(run: Prospect) -> Iterator[Said]:
-    files = run.config.part(StatisticsFiles)
+    files = run.config.group(StatisticsFiles)
     run.statistics = given_statistics(files, run.plan.reads_statistics)
     yield from ()
 
 
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
-    calibrating, sources = run.config.part(Calibrating), run.config.part(Sources)
+    calibrating, sources = run.config.group(Calibrating), run.config.group(Sources)
     calibration = calibration_of(calibrating, sources, model, run.samples)
     run.calibration = calibration
     text = calibration.description
@@ -155,7 +155,7 @@ def _sets_alone(run: Prospect) -> Iterator[Check]:
         yield Check("evaluation", lambda: _evaluation(run))
         return
     for measure in module_measures():
-        for settings in measure.parts(run.config.measuring[measure.settings]):
+        for settings in measure.set_by_set(run.config.measuring[measure.settings]):
             yield Check("evaluation", partial(_read, run, measure, settings, None))
 
 
@@ -175,7 +175,7 @@ def _sets(run: Prospect, model: Model) -> Iterator[Check]:
     for group in filter(None, apart):
         yield Check("evaluation", partial(_texts, run, model, group))
     for measure in module_measures():
-        for settings in measure.parts(run.config.measuring[measure.settings]):
+        for settings in measure.set_by_set(run.config.measuring[measure.settings]):
             yield Check("evaluation", partial(_read, run, measure, settings, model))
 
 
@@ -186,7 +186,7 @@ def _reading(run: Prospect, model: Model) -> Iterator[Said]:
 
 
 def _texts(run: Prospect, model: Model, group: list[AskedText]) -> Iterator[Said]:
-    texts = read_texts(group, run.config.part(Sources), model)
+    texts = read_texts(group, run.config.group(Sources), model)
     run.texts |= texts
     for samples in texts.values():
         yield Said(samples.description)
@@ -198,7 +198,7 @@ def _texts(run: Prospect, model: Model, group: list[AskedText]) -> Iterator[Said
 def _read(
     run: Prospect, measure: AnyModule, settings: object, model: Model | None
 ) -> Iterator[Said]:
-    sources = run.config.part(Sources)
+    sources = run.config.group(Sources)
     if model is None:
         sets = measure.read_alone(settings, sources)
     else:
@@ -209,6 +209,6 @@ def _read(
 
 def _adaptation(run: Prospect, model: Model) -> Iterator[Said]:
     texts = [text.name for text in texts_of(run.config.measuring)]
-    adapting, learned = run.config.part(Adapting), run.plan.ingredients
+    adapting, learned = run.config.group(Adapting), run.plan.ingredients
     check_adaptation(adapting, learned, texts, len(model.blocks), takes_pictures(model))
     yield Said(f"adapting the last {adapting.blocks} blocks to each")

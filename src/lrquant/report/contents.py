@@ -57,7 +57,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
 def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> JsonObject:
     identity, config = folder.identity, folder.config
     schemes = config.schemes.of_language
-    plan, learning = Plan.of(config.quantizing), config.part(Learning)
+    plan, learning = Plan.of(config.quantizing), config.group(Learning)
     return {
         "folder": folder.path.resolve().name,
         "name": config.net_name,
@@ -108,11 +108,11 @@ def _parameters(parameters: dict[str, Tensor]) -> dict[str, dict[str, list[float
     values: dict[str, dict[str, list[Tensor]]] = {}
     for name, tensor in parameters.items():
         prefix, _, rest = name.partition(".")
-        owner, _, part = rest.rpartition(".")
-        kind, tensor = learned[prefix].shown(part, tensor)
+        owner, _, parameter = rest.rpartition(".")
+        kind, tensor = learned[prefix].shown(parameter, tensor)
         values.setdefault(kind, {}).setdefault(owner, []).append(tensor.flatten())
     return {
-        kind: {owner: quantiles(torch.cat(parts)) for owner, parts in owners.items()}
+        kind: {owner: quantiles(torch.cat(own)) for owner, own in owners.items()}
         for kind, owners in values.items()
     }
 

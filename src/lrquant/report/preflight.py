@@ -18,7 +18,7 @@ def preflight_text(preflight: Preflight) -> str:
     lines = [
         f"model: {config.model}",
         f"scheme: {config.schemes.describe()}",
-        f"method: {describe_method(Plan.of(config.quantizing), config.part(Learning))}",
+        f"method: {describe_method(Plan.of(config.quantizing), config.group(Learning))}",
         "",
         *(
             f"{finding.state:<11}  {finding.what:<{width}}  {finding.text}"

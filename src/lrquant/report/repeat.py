@@ -65,8 +65,8 @@ def _flag(name: str, value: object) -> list[str]:
     if not isinstance(value, tuple):
         return _worded(flag, str(value))
     if name in _ONE_A_FLAG:
-        return [word for part in value for word in _worded(flag, part)]
-    return _worded(flag, ",".join(part.replace(",", r"\,") for part in value))
+        return [word for each in value for word in _worded(flag, each)]
+    return _worded(flag, ",".join(each.replace(",", r"\,") for each in value))
 
 
 def _worded(flag: str, text: str) -> list[str]:

@@ -142,8 +142,8 @@ def _put(rows: list[Entry], old: Entry) -> None:
 def _alike(one: Entry, other: Entry) -> bool:
     """Whether both are of the same items under the same conditions."""
     same = all(one.get(name) == other.get(name) for name in (*_OF_WHAT, "measured_with"))
-    for part in _parts(one).keys() & _parts(other).keys():
-        same = same and _alike(_parts(one)[part], _parts(other)[part])
+    for name in _inner(one).keys() & _inner(other).keys():
+        same = same and _alike(_inner(one)[name], _inner(other)[name])
     for name in _ONCE_SAID:
         same = same and (name not in one or name not in other or one[name] == other[name])
     standard = "full_precision"
@@ -153,16 +153,16 @@ def _alike(one: Entry, other: Entry) -> bool:
 def _joined(old: Entry, new: Entry) -> Entry:
     """Both, the newer value where both have one."""
     both = {**old, **new}
-    for name in (*_parts(old), "differences"):
+    for name in (*_inner(old), "differences"):
         if name in old and name in new:
             both[name] = _joined(record(old[name]), record(new[name]))
     return both
 
 
-def _parts(entry: Entry) -> dict[str, Entry]:
+def _inner(entry: Entry) -> dict[str, Entry]:
     """What of an entry says itself of what it is, as each mean does of which tasks."""
     inside = {name: record(value) for name, value in entry.items()}
-    return {name: part for name, part in inside.items() if part.keys() & {*_OF_WHAT}}
+    return {name: each for name, each in inside.items() if each.keys() & {*_OF_WHAT}}
 
 
 def of_base(measured: Results, name: str) -> dict[str, Json]:
@@ -175,8 +175,8 @@ def of_base(measured: Results, name: str) -> dict[str, Json]:
 
 
 def _marked(entry: Entry, name: str) -> Entry:
-    inside = (entry, *_parts(entry).values())
-    about_base = entry.get("reference") == "base" or any("base" in part for part in inside)
+    inside = (entry, *_inner(entry).values())
+    about_base = entry.get("reference") == "base" or any("base" in each for each in inside)
     return {**entry, "base_model": name} if about_base else entry
 
 

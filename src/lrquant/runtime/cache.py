@@ -68,8 +68,8 @@ class _Layer(DynamicLayer):
         if self._bits <= 4:
             codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
             codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-        parts = codes.view(torch.uint8), scale.view(torch.uint8), zero_point.to(torch.int8)
-        records = torch.cat([part.view(torch.uint8) for part in parts], 1)
+        fields = codes.view(torch.uint8), scale.view(torch.uint8), zero_point.to(torch.int8)
+        records = torch.cat([field.view(torch.uint8) for field in fields], 1)
         return records.view(*states.shape[:-1], -1)
 
     def _decode(self, records: Tensor, head_dim: int) -> Tensor:

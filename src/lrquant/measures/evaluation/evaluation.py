@@ -62,7 +62,7 @@ class Evaluation:
 
     def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
         self.config, self.folder = config, folder
-        self.measuring, self.sources = config.measuring, config.part(Sources)
+        self.measuring, self.sources = config.measuring, config.group(Sources)
         self._alone = [
             Board(measure, settings, measure.read_alone(settings, self.sources))
             for measure, settings in _asked(self.measuring)

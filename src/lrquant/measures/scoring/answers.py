@@ -67,12 +67,12 @@ def answers(name: str, questions: Questions, model: WholeModel, progress: Progre
     words: dict[int, str] = {}
     told_of = f"{name} {model.variant}"
     with progress.measuring(told_of, len(questions.items), "questions") as told:
-        for part in feed.slices(BATCH):
-            inputs = {key: value.to(module.device) for key, value in feed.collate(part).items()}
+        for rows in feed.slices(BATCH):
+            inputs = {key: value.to(module.device) for key, value in feed.collate(rows).items()}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             new = _generated(module, inputs)
             decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-            words |= dict(zip(order[part], decoded, strict=True))
+            words |= dict(zip(order[rows], decoded, strict=True))
             told(len(words) - 1)
     return [words[index] for index in range(len(questions.items))]
 

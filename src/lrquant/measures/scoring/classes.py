@@ -69,8 +69,8 @@ def predictions(pictures: LabelledPictures, model: WholeModel, progress: Progres
     chosen = []
     feed, module = pictures.feed, model.module
     with progress.measuring(f"classes {model.variant}", len(feed), "pictures") as told:
-        for part in feed.slices(BATCH):
-            inputs = {name: value.to(module.device) for name, value in feed.collate(part).items()}
+        for rows in feed.slices(BATCH):
+            inputs = {name: value.to(module.device) for name, value in feed.collate(rows).items()}
             chosen.append(module(**inputs).logits.argmax(-1).cpu())
-            told(part.stop - 1)
+            told(rows.stop - 1)
     return torch.cat(chosen)

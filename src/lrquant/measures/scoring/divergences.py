@@ -50,8 +50,8 @@ def divergences(losses: Tensor, expected: Tensor, divergence: Tensor, same: Tens
     first = 1
     while losses.dim() == 2 and first <= losses.shape[1]:
         last = min(2 * first - 1, losses.shape[1])
-        part = slice(first - 1, last)
-        positions.append(Span(first, last, *_summary(*(each[:, part] for each in values))))
+        span = slice(first - 1, last)
+        positions.append(Span(first, last, *_summary(*(each[:, span] for each in values))))
         first = last + 1
     return Divergences(*_summary(*values), window_error(divergence), positions)
 

@@ -113,12 +113,12 @@ def score(
         targets = ids[1:][scored].to(stream.device)
         lengths.append(len(targets))
         for start in range(0, len(targets), HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
+            tokens = slice(start, start + HEAD_TOKENS)
             expected = None
-            logits = head(states[:, part])[0].float()
+            logits = head(states[:, tokens])[0].float()
             if compared is not None:
-                expected = (reference_head or head)(compared[:, part])[0].float()
-            predictions = Predictions(logits, targets[part], expected)
+                expected = (reference_head or head)(compared[:, tokens])[0].float()
+            predictions = Predictions(logits, targets[tokens], expected)
             for measure, collected in zip(measures, values, strict=True):
                 collected.append([each.double().cpu() for each in measure.positions(predictions)])
     whole = len(set(lengths)) == 1 and not any(scored is not None for scored in feed.scored)
@@ -128,9 +128,9 @@ def score(
     ]
 
 
-def _joined(parts: list[list[Tensor]], windows: int | None) -> list[Tensor]:
+def _joined(pieces: list[list[Tensor]], windows: int | None) -> list[Tensor]:
     """Values of all positions, (windows, positions) where all windows are whole."""
-    joined = [torch.cat(values) for values in zip(*parts, strict=True)]
+    joined = [torch.cat(values) for values in zip(*pieces, strict=True)]
     return joined if windows is None else [values.view(windows, -1) for values in joined]
 
 

@@ -152,7 +152,7 @@ class RunSubject(BlockSubject):
         assert self.config is not None and self.folder is not None
         if not self.config.tta:
             return None
-        learning, adapting = self.config.part(Learning), self.config.part(Adapting)
+        learning, adapting = self.config.group(Learning), self.config.group(Adapting)
         outcome = adapt(self.workbench, learning, adapting, self.folder, text, progress)
         return describe_adaptation(adapting, self.workbench.plan.ingredients), outcome
 
@@ -200,7 +200,7 @@ def open_subject(name: str, config: Config, own: str | None = None) -> Subject:
         return _run(own or QUANTIZED, name, config)
     cache = optional_path(config.cache_dir)
     if is_checkpoint(name, cache):
-        loaded = load_checkpoint(name, config.part(Computing), cache)
+        loaded = load_checkpoint(name, config.group(Computing), cache)
         return CheckpointSubject(own or QUANTIZED, loaded)
     return _model(own or FULL_PRECISION, name, config)
 
@@ -238,7 +238,7 @@ def _model(own: str, name: str, config: Config) -> Subject:
 
 
 def _workbench(model: Model, plan: Plan, config: Config) -> Workbench:
-    return make_workbench(model, plan, config.part(Computing), Path(config.output_dir))
+    return make_workbench(model, plan, config.group(Computing), Path(config.output_dir))
 
 
 def entry_of(workbench: Workbench, text: Samples) -> BlockInputs:

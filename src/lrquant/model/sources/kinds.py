@@ -88,11 +88,11 @@ def quantized_by(config: Mapping[str, object]) -> str | None:
             value = config[key]
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             return f"{key} of {method}" if method else key
-    for part, values in config.items():
-        if part.endswith("_config") and isinstance(values, Mapping):
+    for section, values in config.items():
+        if section.endswith("_config") and isinstance(values, Mapping):
             within = next((key for key in _QUANTIZED_KEYS if values.get(key)), None)
             if within is not None:
-                return f"{part}.{within}"
+                return f"{section}.{within}"
     return None
 
 
