@@ -82,6 +82,15 @@ def test_the_start_changes_nothing(make_model, variant, sharing, rank, scheme):
             assert torch.equal(tensor, expected[name]), name
 
 
+def test_factors_of_several_ingredients_multiply(make_model):
+    view = make_view(make_model("llama"), "linear", 1, Scheme(4, 8))
+    move_(view)
+    name = f"mlp.down_proj{INPUT_FACTOR_SUFFIX}"
+    once = view.tensors()[name]
+    view.ingredients = view.ingredients * 2
+    assert torch.equal(view.tensors()[name], once * once)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("scheme", [Scheme(4), Scheme(3, 16, 16)])
 def test_the_published_form_multiplies_the_dequantised_weight(make_model, rank, scheme):

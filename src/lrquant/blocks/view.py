@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -214,8 +214,9 @@ class BlockView:
         return recipe
 
     def _input_factor(self, matrix: str) -> Tensor | None:
-        factors = [each.input_factor(matrix, self.parameters) for each in self.ingredients]
-        return next((factor for factor in factors if factor is not None), None)
+        shares = [each.input_factor(matrix, self.parameters) for each in self.ingredients]
+        factors = [share for share in shares if share is not None]
+        return reduce(torch.mul, factors) if factors else None
 
     def _computed(self, matrix: str, shape: MatrixShape, factors: Factors) -> Tensor:
         """A weight (out, in) as products take it, with its factors and through its grid."""
