@@ -225,3 +225,19 @@ def test_the_blocks_of_a_tower_are_held_against_theirs(monkeypatch):
     monkeypatch.setattr("lrquant.architectures.towers", lambda: {"clip_vision_model": cut})
     with pytest.raises(LRQuantError, match=r"linears of block 0 .*mlp\.fc1, mlp\.fc2"):
         require_declared(model, family)
+
+
+def test_a_module_that_has_more_or_less_than_its_config_says_is_refused(make_model):
+    """Nothing is lost without a word."""
+    module = make_model("llama")
+    output = module.model.layers[1].self_attn.o_proj
+    output.bias = torch.nn.Parameter(torch.ones(len(output.weight)), requires_grad=False)
+    with pytest.raises(
+        LRQuantError, match=r"o_proj\.bias: a model of its config has no"
+    ):
+        from_module(module)
+    output.bias = None
+    assert from_module(module)
+    module.model.layers[1].self_attn.o_proj = torch.nn.Sequential(output)
+    with pytest.raises(LRQuantError, match=r"lacks model\.layers\.1\.self_attn\.o_proj\.weight"):
+        from_module(module)

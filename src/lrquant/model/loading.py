@@ -99,7 +99,10 @@ def _require_plain(module: PreTrainedModel) -> None:
 
 
 def _require_own_weights(source: ModuleSource, skeleton: PreTrainedModel) -> None:
-    """Refuse a module whose linears are wrapped or replaced: by adapters, for example."""
+    """Refuse a module whose linears are wrapped or replaced, or that has more than its config says.
+
+    Adapters, for example, or a bias that would be lost.
+    """
     wanted = skeleton.state_dict()
     missing = sorted(wanted.keys() - source.names())
     adapters = [name for name in sorted(source.names()) if ".lora_" in name]
@@ -107,6 +110,12 @@ def _require_own_weights(source: ModuleSource, skeleton: PreTrainedModel) -> Non
         raise LRQuantError(
             f"{source.origin}: {(adapters or ['lacks ' + missing[0]])[0]}: its linears were "
             "replaced or have adapters; merge them first (peft: merge_and_unload)"
+        )
+    left_over = sorted(source.names() - wanted.keys())
+    if left_over:
+        raise LRQuantError(
+            f"{source.origin}: {left_over[0]}: a model of its config has no such tensor; remove "
+            "it, or change the config to one that has it"
         )
     require_floating_weights(source, wanted)
 
