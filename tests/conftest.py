@@ -1,7 +1,8 @@
 """Shared fixtures: tiny random models of every family, a byte-level tokenizer, a workbench.
 
 ``tiny_configs``    name -> configuration; every family in architectures/ needs at least one here
-``variant``         each of those names in turn: a test that asks for it runs once a name
+``variant``         each of those names in turn whose family is declared, here or by an installed
+                    package ("outside-"): a test that asks for it runs once a name
 ``make_model``      make_model(name, dtype, **changes) -> a random model, equal at every call
 ``make_bench``      make_bench(model, dtype, plan) -> a Workbench on the CPU that reads that model
 ``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
@@ -10,7 +11,7 @@
 ``saved``           saved(name, scheme, **settings) -> a checkpoint of a run of zero epochs
 ``randomize_``      randomize_(module) -> fills parameters, biases and norms included, in place
 ``set_sites_``      set_sites_(view, seed) -> gives a view's sites random scales and shifts
-``takes_shift``     takes_shift(block, site) -> whether every module of a site has a bias
+``takes_shift``     takes_shift(block, matrices, site) -> whether all that a site reaches has a bias
 ``assert_alike``    assert_alike(found, expected) -> logits equal to rounding, codes on a tie aside
 ``change_of_logits``  how far folding random scales and shifts into blocks moves a model's logits
 
@@ -22,10 +23,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -33,12 +36,16 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from lrquant import quantize
+from lrquant.architectures import architectures
+from lrquant.architectures.matrix import Matrix, linear
 from lrquant.architectures.sites import UNTOUCHED, Fold, Site
 from lrquant.blocks.plan import FULL_PRECISION, Plan
 from lrquant.blocks.workbench import Workbench
@@ -63,6 +70,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 TINY = {
@@ -91,6 +99,11 @@ TINY = {
     "opt-bare": OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
     "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
     "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),
+    "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
+    "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
+    "outside-unlike": Qwen3MoeConfig(
+        **{**_GATED, "num_hidden_layers": 3}, **_EXPERTS, mlp_only_layers=[0], pad_token_id=1
+    ),
 }
 
 
@@ -109,7 +122,7 @@ def tiny_configs():
     return TINY
 
 
-@pytest.fixture(params=sorted(TINY))
+@pytest.fixture(params=sorted(n for n, c in TINY.items() if c.model_type in architectures()))
 def variant(request):
     return request.param
 
@@ -139,6 +152,8 @@ def _make_model(name: str, dtype: torch.dtype = torch.float32, **changes):
     config = copy.deepcopy(TINY[name])
     for key, value in changes.items():
         setattr(config, key, value)
+    if dtype == torch.float64:  # which grouped products of experts do not take
+        config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return _randomize_(model).to(dtype).eval().requires_grad_(False)
 
@@ -212,9 +227,18 @@ def saved(tmp_path, token_ids):
     return make
 
 
-def _takes_shift(block: torch.nn.Module, site: Site) -> bool:
-    modules = [block.get_submodule(fold.module) for fold in site.folds]
-    return site.shiftable and all(getattr(module, "bias", None) is not None for module in modules)
+def _stored(block, matrices: Mapping[str, Matrix], name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, to be changed in place, of a matrix, or of a module that holds none."""
+    matrix, parameters = matrices.get(name, linear(name)), dict(block.named_parameters())
+    bias = parameters.get(matrix.bias)
+    weight = matrix.of(parameters[matrix.parameter])
+    return weight, None if bias is None else matrix.of_bias(bias)
+
+
+def _takes_shift(block: torch.nn.Module, matrices: Sequence[Matrix], site: Site) -> bool:
+    by_name = {matrix.name: matrix for matrix in matrices}
+    biases = [_stored(block, by_name, fold.module)[1] for fold in site.folds]
+    return site.shiftable and all(bias is not None for bias in biases)
 
 
 @pytest.fixture(scope="session")
@@ -222,48 +246,62 @@ def takes_shift():
     return _takes_shift
 
 
-def _apply_(block, fold: Fold, s: torch.Tensor, shift: torch.Tensor | None, out: bool) -> None:
+def _apply_(
+    weight: Tensor, bias: Tensor | None, fold: Fold, s: Tensor, shift: Tensor | None, out: bool
+) -> None:
     """Carry one fold of a site out on the weights themselves, in their own dtype."""
-    module = block.get_submodule(fold.module)
     index = torch.tensor(fold.index)
     reached, index = index != UNTOUCHED, index.clamp(min=0)
     factor = torch.where(reached, s[index] ** fold.power, 1.0)
-    bias = getattr(module, "bias", None)
     if shift is not None:
         moved = torch.where(reached, shift[index], 0.0)
-        bias += -moved if out else module.weight @ moved
+        bias += -moved if out else weight @ moved
     if fold.axis == "columns":
-        module.weight *= factor
+        weight *= factor
         return
     if fold.axis == "norm":
-        module.weight.copy_((module.weight + fold.offset) * factor - fold.offset)
+        weight.copy_((weight + fold.offset) * factor - fold.offset)
     else:
-        module.weight *= factor[:, None]
+        weight *= factor[:, None]
     if bias is not None:
         bias *= factor
 
 
+def _fold_(
+    block: torch.nn.Module,
+    matrices: Sequence[Matrix],
+    sites: Sequence[Site],
+    seed: int,
+    left_out: Fold | None,
+) -> None:
+    """Random scales, and shifts where biases exist, into the sites of a block."""
+    by_name = {matrix.name: matrix for matrix in matrices}
+    generator = torch.Generator().manual_seed(seed)
+    for site in sites:
+        s = 0.5 + 1.5 * torch.rand(site.size, generator=generator, dtype=torch.float64)
+        shift = torch.randn(site.size, generator=generator, dtype=torch.float64)
+        shift = shift if _takes_shift(block, matrices, site) else None
+        for fold in site.folds:
+            if fold != left_out:
+                stored = _stored(block, by_name, fold.module)
+                _apply_(*stored, fold, s, shift, fold is site.producer)
+
+
 @pytest.fixture(scope="session")
 def change_of_logits():
-    """change_of_logits(model, blocks, sites, inputs, left_out) -> largest change of the logits,
-    relative to the largest, when every site of every block is folded but the fold left out."""
+    """change_of_logits(model, folded, inputs, left_out) -> largest change of the logits, relative
+    to the largest, when sites are folded: all of `folded`, which has (block, its matrices, the
+    sites) of each block, but the folds that equal the one left out."""
 
     @torch.no_grad()
-    def change(model, blocks, sites, inputs, left_out: Fold | None = None) -> float:
+    def change(model, folded, inputs, left_out: Fold | None = None) -> float:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         logits = model(**inputs).logits
-        for index, block in enumerate(blocks):
-            generator = torch.Generator().manual_seed(index)
-            for site in sites:
-                s = 0.5 + 1.5 * torch.rand(site.size, generator=generator, dtype=torch.float64)
-                shift = torch.randn(site.size, generator=generator, dtype=torch.float64)
-                shift = shift if _takes_shift(block, site) else None
-                for fold in site.folds:
-                    if fold is not left_out:
-                        _apply_(block, fold, s, shift, fold is site.producer)
-        folded = model(**inputs).logits
+        for seed, (block, matrices, sites) in enumerate(folded):
+            _fold_(block, matrices, sites, seed, left_out)
+        after = model(**inputs).logits
         model.load_state_dict(before)
-        return float((folded - logits).abs().max() / logits.abs().max())
+        return float((after - logits).abs().max() / logits.abs().max())
 
     return change
 

@@ -1,23 +1,19 @@
-"""The contract of every file in architectures/: a new family needs a tiny config in conftest.py."""
+"""The contract of every family, of this package or another that is installed.
+
+A new one needs a tiny config in conftest.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
-import re
-import tokenize
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, GPT2Config, PretrainedConfig
+from torch import Tensor, nn
 
-import lrquant
-from lrquant.architectures import Architecture, architecture_of, architectures, decoder, towers
-from lrquant.architectures.matrix import linears
+from lrquant.architectures import Architecture, architecture_of, decoder
+from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
 from lrquant.architectures.sites import Fold, Site, norm_site, query_key_site, up_down_site
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
@@ -32,75 +28,20 @@ TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
 FLOAT32, INSIDE = 1e-5, ("gemma", "gemma3")  # their norms compute in float32 whatever is asked
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
-EXPECTED = {  # algorithm.md, section 2: sites of each kind; the rest have ALL_KINDS
+NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
+OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
+EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
-    "gemma3": {**ALL_KINDS, "query_key": 0},
+    "gemma3": NO_QUERY_KEY,
     "opt-post-norm": {**ALL_KINDS, "norm": 0},  # the norms' output feeds the residual too
     "opt-bare": {**ALL_KINDS, "norm": 0},  # norms without a weight
     "opt-gelu": {**ALL_KINDS, "up_down": 0},  # not exact without ReLU
+    "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
+    "outside-experts": OF_EXPERTS,
+    "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
 }
-
-
-def require_tiny_configs(served: dict[str, Architecture], tiny: dict[str, PretrainedConfig]):
-    covered = {config.model_type for config in tiny.values()}
-    missing = sorted(set(served) - covered)
-    if missing:
-        pytest.fail(
-            f"no test runs for {', '.join(missing)}: add a tiny config of each to TINY in "
-            "tests/conftest.py"
-        )
-
-
-def test_every_family_has_a_tiny_config(tiny_configs):
-    """Those that read pictures have theirs in tests/vision."""
-    served = architectures().items()
-    of_text = {key: f for key, f in served if f.tower is None and not f.reads_pixels}
-    require_tiny_configs(of_text, tiny_configs)
-
-
-def test_a_family_without_a_tiny_config_is_noticed(tiny_configs):
-    served = {**architectures(), "new": architectures()["llama"]}
-    with pytest.raises(pytest.fail.Exception, match=r"new.*: add a tiny config"):
-        require_tiny_configs(served, tiny_configs)
-
-
-def test_every_file_is_a_family_or_is_used_by_one():
-    """A file without ARCHITECTURE or TOWER would be passed over in silence."""
-    folder = Path(lrquant.__file__).parent / "architectures"
-    sources = {path.stem: path.read_text() for path in folder.glob("*.py") if path.stem[0] != "_"}
-    families = {found.name for found in (*architectures().values(), *towers().values())}
-    assert families <= set(sources), "a family's file has its name"
-    for helper in set(sources) - families:
-        pattern = rf"(import.*|architectures\.)\b{helper}\b"
-        used = [name for name in families if re.search(pattern, sources[name])]
-        assert used, f"{helper}.py declares no ARCHITECTURE and no family imports it"
-
-
-@pytest.mark.parametrize("model_type", sorted(set(architectures()) - {"mllama"}))
-def test_model_types_are_those_of_transformers(model_type):
-    architecture = architectures()[model_type]
-    assert model_type in architecture.model_types
-    assert architecture_of(AutoConfig.for_model(model_type)) is architecture
-
-
-def test_an_unknown_family_is_refused_with_the_known_and_the_guide():
-    with pytest.raises(LRQuantError) as caught:
-        architecture_of(GPT2Config())
-    message = str(caught.value)
-    assert message.startswith("model family 'gpt2' is not declared; known: ")
-    assert ", ".join(sorted(architectures())) in message
-    assert "docs/add-an-architecture.md" in message
-
-
-def test_a_declared_refusal_is_an_error(monkeypatch):
-    refusing = Architecture(
-        "odd", ("odd",), "x", lambda c, block: (), lambda c, block: (), refusal=lambda c: "too odd"
-    )
-    monkeypatch.setattr(lrquant.architectures, "architectures", lambda: {"odd": refusing})
-    config = GPT2Config()
-    config.model_type = "odd"
-    with pytest.raises(LRQuantError, match="model family 'odd': too odd"):
-        architecture_of(config)
+ROUTER = frozenset({"mlp.gate.weight"})
+KEPT = {"outside-experts": ROUTER, "outside-unlike": (frozenset(), ROUTER, ROUTER)}  # or nothing
 
 
 def block_of(model: nn.Module, index: int) -> nn.Module:
@@ -111,23 +52,82 @@ def sites_of(model: nn.Module, index: int = 0) -> tuple[Site, ...]:
     return architecture_of(model.config).sites(model.config, index)
 
 
-def names_of(model: nn.Module, index: int = 0) -> list[str]:
-    """The declared matrices of a block."""
-    return [matrix.name for matrix in architecture_of(model.config).matrices(model.config, index)]
+def matrices_of(model: nn.Module, index: int = 0) -> tuple[Matrix, ...]:
+    return architecture_of(model.config).matrices(model.config, index)
 
 
-def test_linears_are_those_of_every_block(variant, make_model):
+def kept_of(model: nn.Module, index: int) -> tuple[str, ...]:
+    return architecture_of(model.config).kept(model.config, index)
+
+
+def indices(model: nn.Module) -> range:
+    return range(model.config.num_hidden_layers)
+
+
+def of_block(entry: object, index: int) -> object:
+    """An entry of a table for one block: it is the same for all, or a tuple of theirs."""
+    return entry[index] if isinstance(entry, tuple) else entry
+
+
+def times_declared(
+    parameters: dict[str, Tensor], matrices: Sequence[Matrix], kept: Sequence[str]
+) -> dict[str, Tensor]:
+    """How often each value of each parameter of two or more axes is declared."""
+    times = {name: torch.zeros(p.shape) for name, p in parameters.items() if p.dim() > 1}
+    for name in kept:
+        times[name] += 1
+    for matrix in matrices:
+        values = matrix.of(times[matrix.parameter])
+        values += 1
+        assert matrix.rows is None or len(values) == matrix.rows[1] - matrix.rows[0], matrix.name
+    return times
+
+
+def test_every_weight_is_declared_exactly_once(variant, make_model):
+    """By matrices, or as one that is kept: no value is left over, none has two matrices."""
     model = make_model(variant)
-    for index in range(model.config.num_hidden_layers):
-        declared = names_of(model, index)
-        assert len(set(declared)) == len(declared)
-        modules = block_of(model, index).named_modules()
-        assert {name for name, module in modules if isinstance(module, nn.Linear)} == set(declared)
+    for index in indices(model):
+        parameters = dict(block_of(model, index).named_parameters())
+        matrices, kept = matrices_of(model, index), kept_of(model, index)
+        assert set(kept) == of_block(KEPT.get(variant, frozenset()), index)
+        for name, times in times_declared(parameters, matrices, kept).items():
+            assert (times == 1).all(), f"{name} of block {index}"
+
+
+def test_a_matrix_too_many_or_too_few_is_seen(make_model):
+    parameters = dict(block_of(make_model("llama"), 0).named_parameters())
+    whole, key = matrices_of(make_model("llama")), "self_attn.k_proj"
+    halves = fused_linear(key, a=8, b=8)
+    rest = [matrix for matrix in whole if matrix.name != key]
+
+    def once(*matrices: Matrix, kept: Sequence[str] = ()) -> bool:
+        times = times_declared(parameters, matrices, kept).values()
+        return all(bool((each == 1).all()) for each in times)
+
+    assert once(*whole) and once(*rest, *halves) and once(*rest, kept=[f"{key}.weight"])
+    assert not any(once(*each) for each in (rest, (*rest, halves[0]), (*whole, halves[0])))
+    assert not once(*whole, kept=[f"{key}.weight"])
+    with pytest.raises(AssertionError, match=r"k_proj\.b"):
+        once(*rest, *fused_linear(key, a=8, b=9))
+
+
+def test_matrices_are_named_once_and_after_what_they_are(variant, make_model):
+    """The whole of a linear, and no part of it, has its name; each reads a module of the block."""
+    model = make_model(variant)
+    for index in indices(model):
+        modules, matrices = dict(block_of(model, index).named_modules()), matrices_of(model, index)
+        assert len({matrix.name for matrix in matrices}) == len(matrices)
+        for matrix in matrices:
+            name = matrix.parameter.removesuffix(".weight")
+            if isinstance(modules.get(name), nn.Linear):
+                assert (matrix.reads, matrix.bias) == (name, f"{name}.bias")
+                assert (matrix.name == name) == matrix.whole
+            assert matrix.reads is None or matrix.reads in modules
 
 
 def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
     model = make_model("llama")
-    for names in (["self_attn.q_proj"], [*names_of(model), "mlp.extra"]):
+    for names in (["self_attn.q_proj"], [*decoder.LINEARS, "mlp.extra"]):
         odd = Architecture(
             "odd", ("llama",), "model.layers", lambda c, block, x=names: linears(*x), decoder.sites
         )
@@ -138,35 +138,51 @@ def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):
 
 def test_sites_are_those_of_the_table(variant, make_model):
     model = make_model(variant)
-    for index in range(model.config.num_hidden_layers):
-        found = [site.kind for site in sites_of(model, index)]
-        assert {kind: found.count(kind) for kind in KINDS} == EXPECTED.get(variant, ALL_KINDS)
+    for index in indices(model):
+        kinds = [site.kind for site in sites_of(model, index)]
+        expected = of_block(EXPECTED.get(variant, ALL_KINDS), index)
+        assert {kind: kinds.count(kind) for kind in KINDS} == expected
 
 
-def test_sites_fit_the_modules(variant, make_model):
+def weight_of(block: nn.Module, matrices: dict[str, Matrix], name: str) -> Tensor:
+    matrix = matrices.get(name, linear(name))
+    return matrix.of(block.get_parameter(matrix.parameter))
+
+
+def test_sites_fit_the_matrices(variant, make_model):
     model = make_model(variant)
-    block = block_of(model, 0)
-    sites = sites_of(model)
-    assert len({site.name for site in sites}) == len(sites)
-    declared = names_of(model)
-    for site in sites:
-        assert site.measured is None or site.measured == site.consumers[0].module
-        assert site.measured is None or site.consumers[0].axis == "columns"
-        for fold in site.folds:
-            weight = block.get_submodule(fold.module).weight
-            assert len(fold.index) == weight.shape[1 if fold.axis == "columns" else 0]
-            assert set(fold.index) == set(range(site.size))
-            assert (fold.module in declared) == (fold.axis != "norm")
+    for index in indices(model):
+        block, sites = block_of(model, index), sites_of(model, index)
+        matrices = {matrix.name: matrix for matrix in matrices_of(model, index)}
+        kept = {name.removesuffix(".weight") for name in kept_of(model, index)}
+        assert len({site.name for site in sites}) == len(sites)
+        for site in sites:
+            first = site.consumers[0]
+            assert site.measured is None or site.measured == matrices[first.module].reads
+            assert site.measured is None or first.axis == "columns"
+            for fold in site.folds:
+                weight = weight_of(block, matrices, fold.module)
+                assert len(fold.index) == weight.shape[1 if fold.axis == "columns" else 0]
+                assert set(fold.index) == set(range(site.size))
+                assert weight.dim() == (1 if fold.axis == "norm" else 2)
+                assert (fold.module in {*matrices, *kept}) == (fold.axis != "norm")
 
 
 @pytest.fixture
 def change(change_of_logits, token_ids):
-    """change(model, sites, left_out) -> change of the logits of random tokens."""
+    """change(model, sites, left_out) -> change of the logits of random tokens.
 
-    def of(model: nn.Module, sites: Sequence[Site], left_out: Fold | None = None) -> float:
-        blocks = [block_of(model, index) for index in range(model.config.num_hidden_layers)]
-        inputs = {"input_ids": token_ids(2, TOKENS)}
-        return change_of_logits(model, blocks, sites, inputs, left_out)
+    `sites` are those folded into each block, by its index.
+    """
+
+    def of(
+        model: nn.Module, sites: Mapping[int, Sequence[Site]], left_out: Fold | None = None
+    ) -> float:
+        folded = [
+            (block_of(model, index), matrices_of(model, index), sites.get(index, ()))
+            for index in indices(model)
+        ]
+        return change_of_logits(model, folded, {"input_ids": token_ids(2, TOKENS)}, left_out)
 
     return of
 
@@ -174,23 +190,50 @@ def change(change_of_logits, token_ids):
 def test_folding_leaves_the_function_unchanged(variant, make_model, change):
     model = make_model(variant, torch.float64)
     equal = FLOAT32 if variant in INSIDE else EQUAL
-    assert change(model, ()) == 0
-    for site in sites_of(model):
-        assert change(model, (site,)) < equal, site.name
-    assert change(model, sites_of(model)) < equal
+    sites = {index: sites_of(model, index) for index in indices(model)}
+    assert change(model, {}) == 0
+    for index, own in sites.items():
+        for site in own:
+            assert change(model, {index: (site,)}) < equal, (index, site.name)
+    assert change(model, sites) < equal
 
 
 def test_leaving_out_any_fold_is_seen(variant, make_model, change):
     model = make_model(variant, torch.float64)
-    for site in sites_of(model):
-        for fold in site.folds:
-            assert change(model, (site,), fold) > CLEAR, (site.name, fold.module)
+    for index in indices(model):
+        for site in sites_of(model, index):
+            for fold in site.folds:
+                seen = change(model, {index: (site,)}, fold)
+                assert seen > CLEAR, (index, site.name, fold.module)
 
 
 @pytest.mark.parametrize("name, has_shifts", [("opt", 3), ("llama-biases", 1), ("llama", 0)])
 def test_shifts_are_part_of_what_is_verified(name, has_shifts, make_model, takes_shift):
     model = make_model(name)
-    assert sum(takes_shift(block_of(model, 0), site) for site in sites_of(model)) == has_shifts
+    for index in indices(model):
+        block, matrices = block_of(model, index), matrices_of(model, index)
+        shifted = [site for site in sites_of(model, index) if takes_shift(block, matrices, site)]
+        assert len(shifted) == has_shifts
+
+
+def test_parts_of_a_linear_take_shifts_as_the_whole_does(
+    make_model, change_of_logits, token_ids, takes_shift
+):
+    """The fold of the tests themselves, on rows with a bias; then with a part left out."""
+    model, norm, value = (
+        make_model("opt", torch.float64),
+        "self_attn_layer_norm",
+        "self_attn.v_proj",
+    )
+    others = [matrix for matrix in matrices_of(model) if matrix.name != value]
+    matrices = (*others, *fused_linear(value, a=8, b=24))
+    readers = ("self_attn.q_proj", "self_attn.k_proj", f"{value}.a", f"{value}.b")
+    for cut, holds in ((readers, True), (readers[:-1], False)):
+        site = norm_site(norm, cut, 32)
+        assert takes_shift(block_of(model, 0), matrices, site)
+        folded = [(block_of(model, 0), matrices, (site,))]
+        change = change_of_logits(model, folded, {"input_ids": token_ids(2, TOKENS)})
+        assert change < EQUAL if holds else change > CLEAR
 
 
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
@@ -219,7 +262,9 @@ WRONG_SITES = {
 def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
     """Negative controls: the sites that the declarations rightly leave out."""
     name, site = WRONG_SITES[what]
-    assert change(make_model(name, torch.float64), (site,)) > CLEAR
+    model = make_model(name, torch.float64)
+    for index in indices(model):
+        assert change(model, {index: (site,)}) > CLEAR
 
 
 @torch.no_grad()
@@ -274,56 +319,3 @@ def test_the_block_view_comparison_sees_one_wrong_scale(
     with bench.runner(0, view) as runner:
         wrong = runner(tensors, stream.read(entry.batches[0]), entry.arguments(0, 0))
     assert not torch.allclose(wrong, plain, rtol=1e-4, atol=1e-4 * float(plain.std()))
-
-
-@functools.cache
-def family_words() -> re.Pattern[str]:
-    """Family names without their version; short ones only as words of their own."""
-    served = [(key, architecture.name) for key, architecture in architectures().items()]
-    names = {re.sub(r"\d+$", "", name) for pair in served for name in pair}
-    long = {name for name in names if len(name) > 3}
-    parts = [f"(?i:{name})" for name in sorted(long)]
-    for name in sorted(names - long):
-        parts += [rf"(?<![a-z]){name}(?![a-z]|[- ](in|out)\b)", rf"{name.upper()}(?![a-z])"]
-    return re.compile("|".join(parts))
-
-
-def leaks(source: str) -> list[str]:
-    """Identifiers, strings and comments that name a family; names of other software are none."""
-    source = source.replace("llama-gguf-split", "").replace("llama.cpp", "")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [
-        f"line {token.start[0]}: {token.string}"
-        for token in tokens
-        if family_words().search(token.string)
-    ]
-
-
-def test_no_family_is_named_outside_its_file():
-    package = Path(lrquant.__file__).parent
-    found = {
-        str(path.relative_to(package)): leaks(path.read_text(encoding="utf-8"))
-        for path in sorted(package.rglob("*.py"))
-        if path.parent.name != "architectures"
-    }
-    assert len(found) > 20
-    assert {path: lines for path, lines in found.items() if lines} == {}
-
-
-@pytest.mark.parametrize(
-    "source, leaking",
-    [
-        ("from transformers import LlamaConfig", True),
-        ("if config.model_type == 'opt': pass", True),
-        ("class OPTBlock: pass", True),
-        ("opt_layer = 1", True),
-        ('"""As in Qwen3."""', True),
-        ("x = 1  # mistral only", True),
-        ("optimizer = options.optional", False),
-        ("adopt = 'to opt in, to opt-out'", False),
-        ("x = 'OPT only'", True),
-        ("merge = 'llama-gguf-split --merge'", False),
-    ],
-)
-def test_the_leak_test_sees_leaks(source, leaking):
-    assert bool(leaks(source)) == leaking

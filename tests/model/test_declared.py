@@ -232,9 +232,7 @@ def test_a_module_that_has_more_or_less_than_its_config_says_is_refused(make_mod
     module = make_model("llama")
     output = module.model.layers[1].self_attn.o_proj
     output.bias = torch.nn.Parameter(torch.ones(len(output.weight)), requires_grad=False)
-    with pytest.raises(
-        LRQuantError, match=r"o_proj\.bias: a model of its config has no"
-    ):
+    with pytest.raises(LRQuantError, match=r"o_proj\.bias: a model of its config has no"):
         from_module(module)
     output.bias = None
     assert from_module(module)

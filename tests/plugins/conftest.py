@@ -2,19 +2,23 @@
 
 ``installed``  installed("add-a-grid.md") -> its package is there: its modules and entry points
 ``toys``       toys("add-a-grid.md") -> the modules of a page by name, imported
+``process``    process(words, place) -> an ended process that has the package in a place, or none
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import lrquant
 from lrquant import architectures
 from lrquant.export.choice import formats
 from lrquant.numerics.grids.grid import grid_kinds
@@ -80,3 +84,16 @@ def toys(installed) -> Callable[[str], ModuleType]:
 
 def write_name(place: Path) -> str:
     return next(place.glob("toy_*.py")).stem
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(words: Sequence[object], place: Path | None) -> subprocess.CompletedProcess[str]:
+        source = Path(lrquant.__file__).parents[1]
+        paths = os.pathsep.join(str(path) for path in (place, source) if path is not None)
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a second less where it is pytest
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run

@@ -1,95 +1,71 @@
-"""Families of another package: fused projections and experts are matrices like any other."""
+"""Families of another package: fused projections and experts are matrices like any other.
+
+They pass the contract of this package's own, and mistakes in them do not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from lrquant import quantize
 from lrquant.architectures import architectures, decoder
-from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.plan import Plan, learned_by
-from lrquant.config.choices import KINDS
-from lrquant.config.scheme import FLOATING_POINT
-from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.model.loading import from_module
 from lrquant.preflight.checks import preflight
 from lrquant.report.inspection import inspect_folder
 
 PAGE = "add-an-architecture.md"
-SIZES = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-CONFIGS = {
-    "fused": Phi3Config(**SIZES, pad_token_id=0, eos_token_id=2),
-    "experts": Qwen3MoeConfig(**SIZES, **EXPERTS),
+CONTRACT = Path(__file__).parents[1] / "architectures"
+NAMES = pytest.mark.parametrize("name", ["fused", "experts"])
+MISTAKES = {  # in the page's text: what is changed, and the tests that see it
+    "outside-fused": (
+        ('f"{qkv}.q", f"{qkv}.k", f"{qkv}.v"', 'f"{qkv}.q", f"{qkv}.k"'),
+        {"folding_leaves_the_function_unchanged", "the_block_view_folds_the_same_way"},
+    ),
+    "outside-experts": (
+        ('"down_proj", count', '"down_proj", count - 1'),
+        {"every_weight_is_declared_exactly_once", "sites_fit_the_matrices"},
+    ),
 }
-UNLIKE = {  # blocks of several kinds, by which one of three is dense
-    dense: Qwen3MoeConfig(
-        **{**SIZES, "num_hidden_layers": 3}, **EXPERTS, mlp_only_layers=[dense], pad_token_id=1
-    )
-    for dense in (0, 2)
-}
-NAMES = pytest.mark.parametrize("name", CONFIGS)
 
 
 @pytest.fixture
-def make_family(installed, randomize_):
+def contract(process):
+    """contract(place) -> the contract of the families that are installed there, run."""
+    own = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", CONTRACT)
+    return lambda place: process((*own, "-k", "outside- or tiny_config"), place)
+
+
+def test_they_keep_the_contract(installed, contract):
+    ended = contract(installed(PAGE))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_mistakes_in_them_break_it(installed, contract):
+    place = installed(PAGE)
+    code = (place / "toy_family.py").read_text()
+    for (right, wrong), _ in MISTAKES.values():
+        assert code.count(right) == 1
+        code = code.replace(right, wrong)
+    (place / "toy_family.py").write_text(code)
+    ended = contract(place)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    for variant, (_, tests) in MISTAKES.items():
+        failed = re.findall(rf"^FAILED .*::test_(\w+)\[{variant}", ended.stdout, re.M)
+        assert tests <= set(failed), variant
+
+
+@pytest.fixture
+def make_family(installed, make_model):
+    """make_family(name) -> a random model of a family of the page."""
     installed(PAGE)
-
-    def make(name: str | int):
-        config = (CONFIGS | UNLIKE)[name]
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        return randomize_(model).eval().requires_grad_(False)
-
-    return make
-
-
-@torch.no_grad()
-def outputs_under_scales(bench, ids, without: int | None = None) -> torch.Tensor:
-    """Output of block 0 with random scales at every site, but for one site's first consumer."""
-    plan = Plan(Schemes(FLOATING_POINT), learned_by(let=True, let_sites=KINDS, let_shift="never"))
-    bench = dataclasses.replace(bench, plan=plan)
-    entry = BlockInputs(bench.model, ids, len(ids), bench.device)
-    (stream,) = bench.streams(entry, 1)
-    entry.embed(stream)
-    view = bench.view(0, bench.stored(0))
-    generator = torch.Generator().manual_seed(3)
-    view.parameters = {
-        name: 0.5 + torch.rand(shape, generator=generator)
-        for name, shape in view.parameter_shapes().items()
-    }
-    if without is not None:
-        site = view.plan.sites[without]
-        cut = dataclasses.replace(site, folds=(site.folds[0], *site.folds[2:]))
-        sites = tuple(cut if each is site else each for each in view.plan.sites)
-        view.plan = dataclasses.replace(view.plan, sites=sites)
-        view.shapes = dataclasses.replace(view.shapes, sites=sites)
-    with bench.runner(0, view) as runner:
-        states = stream.read(entry.batches[0])
-        return runner(view.tensors(), states, entry.arguments(0, 0))
-
-
-@NAMES
-def test_folds_hold_and_one_left_out_is_seen(name, make_family, make_bench, token_ids):
-    bench, ids = make_bench(make_family(name)), token_ids(2, 12)
-    plain = dataclasses.replace(bench, plan=Plan(Schemes(FLOATING_POINT)))
-    entry = BlockInputs(plain.model, ids, len(ids), plain.device)
-    (stream,) = plain.streams(entry, 1)
-    entry.embed(stream)
-    view = plain.view(0, plain.stored(0))
-    with plain.runner(0, view) as runner:
-        states = stream.read(entry.batches[0])
-        expected = runner(view.tensors(), states, entry.arguments(0, 0))
-    found = outputs_under_scales(bench, ids)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
-    for site in range(len(bench.model.sites(0))):
-        wrong = outputs_under_scales(bench, ids, without=site)
-        assert (wrong - expected).abs().max() > 1e-3 * expected.std(), site
+    return lambda name, **changes: make_model(f"outside-{name}", **changes)
 
 
 @NAMES
@@ -130,13 +106,13 @@ def linear_cells(report: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("dense", UNLIKE)
+@pytest.mark.parametrize("dense", [0, 2])
 def test_blocks_unlike_each_other_from_learning_to_inspection(
     dense, make_family, tiny_tokenizer, token_ids, tmp_path
 ):
     ids, folder, saved = token_ids(3, 16), tmp_path / "run", tmp_path / "saved"
     run = quantize(
-        make_family(dense),
+        make_family("unlike", mlp_only_layers=[dense]),
         "W4A4",
         samples=ids,
         tokenizer=tiny_tokenizer,
@@ -218,12 +194,11 @@ def test_experts_declared_by_attention_alone_are_refused(make_family, toys, monk
 def test_blocks_that_differ_are_estimated(make_family, tiny_tokenizer, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words, and some more of them. " * 20)
-    model = from_module(make_family(0), tiny_tokenizer)
-    settings = {"model": "in memory", "scheme": "W4A16g16", "precision": "float32"}
+    module = make_family("unlike", num_hidden_layers=4, mlp_only_layers=[0, 2])
+    settings = {"scheme": "W4A16g16", "precision": "float32", "output_dir": str(tmp_path / "run")}
     settings |= {"calib_dataset": str(text), "nsamples": 2, "seqlen": 16, "epochs": 1}
-    settings |= {"output_dir": str(tmp_path / "run"), "ppl": (str(text),)}
-    checked = preflight(settings, model)
+    checked = preflight({**settings, "ppl": (str(text),)}, from_module(module, tiny_tokenizer))
     assert not checked.failed, checked.failed
-    assert [each.blocks for each in checked.costs] == [(1, 2), (0,)]
+    assert [each.blocks for each in checked.costs] == [(0, 2), (1, 3)]
     assert all(each.costs.step > 0 for each in checked.costs)
     assert checked.seconds.learning > 0 and checked.seconds.measuring > 0

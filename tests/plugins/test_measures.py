@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import lrquant
 
 PAGE = "add-a-measure.md"
 CONTRACT = Path(__file__).parents[1] / "measures" / "test_contract.py"
@@ -32,20 +27,15 @@ print(results_table(json.loads(path.read_text())))
 
 
 @pytest.fixture
-def child(installed):
+def child(installed, process):
     """child(words) -> what a process says that has the package of the page; it must end with 0.
 
     With `without`, one that has it not.
     """
     place = installed(PAGE)
-    source = Path(lrquant.__file__).parents[1]
-    paths = os.pathsep.join([str(place), str(source)])
-    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
 
     def run(*words: str, without: bool = False) -> str:
-        command = [sys.executable, *map(str, words)]
-        own = environment | ({"PYTHONPATH": str(source)} if without else {})
-        ended = subprocess.run(command, env=own, capture_output=True, text=True)
+        ended = process(words, None if without else place)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 

@@ -77,24 +77,39 @@ def test_blocks_in_a_row_are_the_model(family, batch_size, make_vision, make_fee
 
 def test_sites_are_those_of_the_table(family, make_vision):
     model, *tower = parts_of(make_vision(family))
-    if tower:
-        kinds = [site.kind for site in tower[0].sites(0)]
-        assert {kind: kinds.count(kind) for kind in KINDS} == TOWER_SITES.get(family, GELU)
-    elif family in ("vit", "deit"):
-        kinds = [site.kind for site in model.sites(0)]
-        assert {kind: kinds.count(kind) for kind in KINDS} == GELU
+    if tower or family in ("vit", "deit"):
+        part = tower[0] if tower else model
+        for index in range(len(part.blocks)):
+            kinds = [site.kind for site in part.sites(index)]
+            assert {kind: kinds.count(kind) for kind in KINDS} == TOWER_SITES.get(family, GELU)
 
 
 @pytest.fixture
 def change(change_of_logits, make_feed):
-    """change(family, model, part, sites, left_out) -> change of the logits of two samples."""
+    """change(family, model, part, name, left_out) -> change of the logits of two samples, when the
+    site of a name, or every site, is folded into each block of a part that has it."""
 
-    def of(family, module, part, sites, left_out: Fold | None = None) -> float:
-        blocks = [module.get_submodule(part.block_name(i)) for i in range(len(part.blocks))]
+    def of(family, module, part, name: str | None = None, left_out: Fold | None = None) -> float:
+        folded = [
+            (
+                module.get_submodule(part.block_name(index)),
+                part.matrices(index),
+                [site for site in part.sites(index) if name in (None, site.name)],
+            )
+            for index in range(len(part.blocks))
+        ]
         inputs = in_float64(make_feed(family).collate(slice(0, 2)))
-        return change_of_logits(module, blocks, sites, inputs, left_out)
+        return change_of_logits(module, folded, inputs, left_out)
 
     return of
+
+
+def folds_of(part: Model) -> dict[str, dict[Fold, None]]:
+    """The folds of each site by its name, of all blocks, each once."""
+    folds: dict[str, dict[Fold, None]] = {}
+    for site in (site for index in range(len(part.blocks)) for site in part.sites(index)):
+        folds.setdefault(site.name, {}).update(dict.fromkeys(site.folds))
+    return folds
 
 
 def in_float64(inputs):
@@ -106,18 +121,18 @@ def test_folding_leaves_the_function_unchanged(family, make_vision, change):
     module = make_vision(family, torch.float64)
     equal = FLOAT32 if family in INSIDE else EQUAL
     for part in parts_of(module):
-        for site in part.sites(0):
-            assert change(family, module, part, (site,)) < equal, site.name
-        assert change(family, module, part, part.sites(0)) < equal
+        for name in folds_of(part):
+            assert change(family, module, part, name) < equal, name
+        assert change(family, module, part) < equal
 
 
 def test_leaving_out_any_fold_is_seen(family, make_vision, change):
     module = make_vision(family, torch.float64)
     clear = 1e-4 if family in INSIDE else CLEAR
     for part in parts_of(module):
-        for site in part.sites(0):
-            for fold in site.folds:
-                assert change(family, module, part, (site,), fold) > clear, fold.module
+        for name, folds in folds_of(part).items():
+            for fold in folds:
+                assert change(family, module, part, name, fold) > clear, fold.module
 
 
 def test_the_block_view_folds_the_same_way(family, make_vision, make_feed, set_sites_):
