@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AwqConfig
 
 from lrquant import LRQuantError, quantize
-from lrquant.pipeline import export
 
 COLUMN = [0, 2, 4, 6, 1, 3, 5, 7]  # of eight, held by bits 0 to 3, 4 to 7, …
 SIZES = {"llama": {"intermediate_size": 64}, "opt": {"ffn_dim": 64}}
@@ -227,20 +226,3 @@ def test_what_float16_cannot_hold_is_refused(learn, make_model, tmp_path, name):
     assert name.rpartition(".")[0] in str(error.value) and "\n" not in str(error.value)
     learned = [] if "embed" in name else ["run"]  # outside the blocks it is seen before
     assert [path.name for path in tmp_path.iterdir()] == learned
-
-
-def test_a_finished_run_as_awq_twice(model_folder, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("some words, and some more of them. " * 20)
-    quantize(
-        model_folder("llama"),
-        "W4A16",
-        output_dir=str(tmp_path / "run"),
-        **{"calib_dataset": str(text), "nsamples": 2, "seqlen": 16, "epochs": 1},
-        report=False,
-    )
-    for name in ("once", "again"):
-        export(str(tmp_path / "run"), str(tmp_path / name), format="awq")
-    for path in (tmp_path / "once").iterdir():
-        same = path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-        assert same or path.name in ("lrquant.yaml", "lrquant.sha256")  # where it was written

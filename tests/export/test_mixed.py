@@ -124,7 +124,7 @@ def block_by_block(run, ids):
 
 @pytest.mark.parametrize(
     ("mix", "form"),
-    [(WEIGHTS, "compressed-tensors"), (WEIGHTS, "lrquant"), (TOKENS, "lrquant")],
+    [(WEIGHTS, "compressed-tensors"), (TOKENS, "lrquant")],
 )
 def test_what_is_estimated_is_what_is_written(learn, model_folder, tmp_path, mix, form, data_dir):
     scheme, patterns = mix
@@ -221,8 +221,3 @@ def test_what_a_target_cannot_hold_is_refused_before_learning(
     with pytest.raises(LRQuantError, match=said):
         learn("W8A16g32-sym", patterns, target=target)
     assert not (tmp_path / "run").exists()
-
-
-def test_awq_holds_one_scheme(learn):
-    with pytest.raises(LRQuantError, match="awq"):
-        learn("W4A16g16", ("mlp.down_proj=W8A16g16",), format="awq")

@@ -13,12 +13,9 @@ from lrquant.export.checkpoint import save_checkpoint
 from lrquant.export.choice import formats
 
 CASES = {
-    "packed": ("llama-tied", "W4A16g16", {}),
     "bytes": ("qwen3", "W8A8-sym-qkv16", {"activation_symmetric": True}),
-    "awq": ("llama", "W4A16", {"format": "awq"}),
     "native": ("opt", "W4A4g16", {"format": "lrquant"}),
     "floating": ("mistral", "W16A8", {"format": "dequantized"}),
-    "dense": ("gemma3", "W3A16", {"format": "dequantized"}),
 }
 
 

@@ -37,18 +37,10 @@ def edit(folder, change, shard=SHARD):
 @pytest.mark.parametrize(
     ("family", "scheme", "settings", "bits"),
     [
-        ("llama", "W4A16", {}, None),
-        ("llama-tied", "W3A16g16", {}, None),
         ("opt-post-norm", "W4A16", {"format": "awq"}, None),
-        ("opt", "W8A8-sym-qkv16", {"activation_symmetric": True}, None),
         ("qwen3", "W4A4", {"format": "lrquant"}, None),
         ("qwen2", "W4A16", {"format": "dequantized"}, 32.0),
         ("llama", "W4A16", {"format": "dequantized", "save_dtype": "bfloat16"}, 16.0),
-        (
-            *("llama", "W4A4"),
-            {"format": "lrquant", "epochs": 1, "let": True, "let_shift": "always"},
-            None,
-        ),
         (
             *("opt-no-biases", "W4A6"),
             {"format": "lrquant", "epochs": 1, "lr_plus": True, "rotation_sharing": "linear"}

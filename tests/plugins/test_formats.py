@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+import lrquant
 from lrquant import quantize
 from lrquant.errors import LRQuantError
-from lrquant.export import reading_back
+
+CONTRACT = Path(__file__).parents[1] / "export" / "test_contract.py"
 
 
 @pytest.fixture
-def save(make_model, token_ids, tmp_path):
-    def run(**settings):
-        return quantize(
-            make_model("llama-biases"),
-            "W4A16g16",
-            samples=token_ids(3, 16),
-            output_dir=str(tmp_path / "run"),
-            save_dir=str(tmp_path / "saved"),
-            **{"format": "side-by-side", "epochs": 1, "precision": "float32", **settings},
-        )
+def contract(installed):
+    """contract(change) -> pytest's exit and words on the format of the page, after an edit of it"""
+    place = installed("add-an-export-format.md")
+    source = Path(lrquant.__file__).parents[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(place), str(source)])
+
+    def run(before: str = "", after: str = "") -> subprocess.CompletedProcess[str]:
+        (module,) = place.glob("toy_*.py")
+        text = module.read_text()
+        assert before in text
+        module.write_text(text.replace(before, after, 1))
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", str(CONTRACT)]
+        command += ["-k", "side-by-side"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     return run
 
 
-def test_a_format_of_another_package_is_written_and_read_back(installed, save, tmp_path):
-    installed("add-an-export-format.md")
-    run = save()
-    written = load_file(tmp_path / "saved" / "model-0001.safetensors")
-    frozen = run.workbench.view(1, run.workbench.stored(1))
-    frozen.load(run.folder.load_block(1))
-    for name, matrix in frozen.freeze().matrices.items():
-        prefix = f"model.layers.1.{name}"
-        assert torch.equal(written[f"{prefix}.codes"], matrix.codes)
-        assert torch.equal(written[f"{prefix}.scale"], matrix.scale)
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "side-by-side"
-    assert "Not for vLLM: no runtime knows it" in (tmp_path / "saved" / "README.md").read_text()
+def test_the_format_of_the_page_keeps_the_contract(contract):
+    ended = contract()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_reading_back_sees_a_wrong_code(installed, save, tmp_path, monkeypatch):
-    installed("add-an-export-format.md")
-    compare = reading_back._compare_block
-
-    def spoiled(name, decoded, *rest):
-        decoded["mlp.down_proj.weight"][0, 0] += 1.0
-        compare(name, decoded, *rest)
-
-    monkeypatch.setattr(reading_back, "_compare_block", spoiled)
-    with pytest.raises(LRQuantError, match="is not what was measured"):
-        save()
-    assert not (tmp_path / "saved").exists()
-
-
-def test_a_format_refuses_what_it_does_not_hold(installed, save):
-    installed("add-an-export-format.md")
-    with pytest.raises(LRQuantError, match="rotation_sharing linear leaves a factor to run time"):
-        save(lr_plus=True, rotation_sharing="linear")
+def test_a_format_that_decodes_something_else_does_not(contract):
+    ended = contract("(grouped - zero[..., None])", "(grouped - zero[..., None] - 1)")
+    assert ended.returncode == 1 and "so it is not what was measured" in ended.stdout, ended.stderr
 
 
 def test_a_term_of_another_package_is_learned(installed, make_model, token_ids, tmp_path):

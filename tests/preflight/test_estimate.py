@@ -88,17 +88,11 @@ def estimated(run):
 @pytest.mark.parametrize(
     ("family", "scheme", "settings"),
     [
-        ("llama", "W4A16g32", {}),
-        ("llama-tied", "W3A16", {}),
         ("llama-biases", "W2A16g16-sym", {"lr_plus": True}),
         ("qwen3", "W8A8-sym-qkv16", {"activation_symmetric": True}),
         ("opt", "W4A4-sym-qkv16", {"activation_symmetric": True}),
         ("opt-bare", "W8A16", {}),
-        ("llama", "W4A16g32", {"format": "awq"}),
-        ("opt", "W4A16", {"format": "awq"}),
-        ("llama", "W4A4", {"format": "lrquant"}),
         ("qwen2", "W3A3g16", {"format": "lrquant", "lr_plus": True, "rotation_sharing": "linear"}),
-        ("llama", "W4A4", {"format": "dequantized"}),
         ("mistral", "W16A16", {"format": "dequantized", "lwc": False}),
     ],
 )

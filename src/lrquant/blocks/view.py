@@ -109,6 +109,13 @@ class BlockView:
         shifted = self._places().subtract
         return tuple(n for n in self._norms if n in shifted and f"{n}.bias" not in self.stored)
 
+    @property
+    def added(self) -> dict[str, Tensor]:
+        """Biases and shifts that what is learned brings to the block, by name; values apart."""
+        places = self._places()
+        tensors = self._others(places) | assembled_biases(self.matrices, self._biases(places))
+        return {name: tensor for name, tensor in tensors.items() if name not in self.stored}
+
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
         factors = self._factors()

@@ -51,7 +51,7 @@ def _refusal(schemes: Schemes) -> str | None:
     if odd:
         return (
             f"--scheme-for {odd[0]}: it holds one scheme for the whole model, and matrices that "
-            "are left alone; use --format compressed-tensors"
+            f"are left alone; use --scheme-for '{odd[0]}={scheme.name}', or W16A16 there"
         )
     return None
 

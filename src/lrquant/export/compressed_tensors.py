@@ -229,7 +229,7 @@ def integer_grid(matrix: QuantizedMatrix) -> IntegerGrid:
 
 
 def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) -> dict[str, Tensor]:
-    """The library's own decompression, with scales in float32."""
+    """The library's own decompression, with scales in float32; ValueError for a wrong shape."""
     fields = QuantizationConfig.model_fields
     read = QuantizationConfig.model_validate({k: v for k, v in quantization.items() if k in fields})
     dense = dict(tensors)
@@ -239,7 +239,11 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
         own["weight_scale"] = own["weight_scale"].float()
         scheme = _group_of(f"{block}.{linear}", read)
         compressor = BaseCompressor.get_value_from_registry(scheme.format or read.format)
-        dense[f"{linear}.weight"] = compressor.decompress(own, scheme)["weight"]
+        shape = own["weight_shape"].tolist() if "weight_shape" in own else None
+        weight = compressor.decompress(own, scheme)["weight"]
+        if shape not in (None, list(weight.shape)):
+            raise ValueError(f"{linear}.weight_shape is {shape} beside {list(weight.shape)}")
+        dense[f"{linear}.weight"] = weight
     return dense
 
 

@@ -97,7 +97,7 @@ def _check_length(report: Preflight, model: Model) -> bool:
 
 def _check_packing(report: Preflight, run: Prospect, model: Model) -> bool:
     """What a checkpoint will take; whether all shapes fit."""
-    if "groups" not in run.passed or run.form is None:
+    if not run.passed >= {"groups", "format"} or run.form is None:
         return "groups" in run.passed
     with report.checking("packing"):
         settings = len(run.config.to_yaml().encode())

@@ -130,6 +130,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
         attentions: dict[str, Scheme] = {}
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
+            view.stored |= view.added
             tensors = expected_block(view, form, dtype)
             prefix = part.block_name(index) + "."
             total += _file_bytes((prefix + name, t) for name, t in tensors.items())
