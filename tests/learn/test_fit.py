@@ -166,7 +166,7 @@ def test_each_kind_has_its_learning_rate(block):
 def test_the_first_adam_step_is_the_learning_rate(block):
     view, runner, data = block(lwc=True, lwc_lr=0.125)
     before = copies(view)
-    optimizers = fit.make_optimizers(view, 0.0)
+    optimizers = fit.make_optimizers(view, 0.0, 1)
     with runner:
         objective = Objective(torch.ones(1), False, "first")
         fit.learning_step(view, runner, data, 0, optimizers, objective, "mse")

@@ -23,6 +23,7 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.clipping import Clipping
 from lrquant.ingredients.equivalent import Equivalent
 from lrquant.ingredients.factors import ScaleFactors
+from lrquant.ingredients.rounding import Rounding
 from lrquant.learn.fit import BlockData, fit_block
 
 PAGE = "add-an-ingredient.md"
@@ -32,6 +33,7 @@ OWN = {
     "sites": Equivalent(let=True, let_shift="always"),
     "factors, site": ScaleFactors(rotation=True, rotation_sharing="site"),
     "factors, linear": ScaleFactors(rotation=True, rotation_sharing="linear"),
+    "rounding": Rounding(rounding=True),
     "factors, dense": ScaleFactors(rotation=True, rotation_sharing="weight", rotate_rank=2),
 }
 W2A16 = Scheme(2, 16, 16)
@@ -99,6 +101,22 @@ def test_what_is_frozen_is_what_was_learned(name, ingredient, prepared):
     assert frozen_differs(view) == []
     move_(view)
     assert frozen_differs(view) == []
+
+
+@NAMES
+def test_what_is_kept_comes_back(name, ingredient, prepared):
+    """Codes and all else are the same before and after what is learned is hardened and packed."""
+    view, _, _ = prepared(ingredient(name))
+    move_(view)
+    view.constrain_()
+    before = view.frozen_tensors()
+    view.harden_()
+    kept = {key: values.clone() for key, values in view.kept.items()}
+    assert {key: tuple(values.shape) for key, values in kept.items()} == view.kept_shapes()
+    view.load(kept)
+    assert all(torch.equal(view.kept[key], values) for key, values in kept.items())
+    after = view.frozen_tensors()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
 
 
 @NAMES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, reduce
 
 import torch
@@ -78,8 +79,8 @@ class BlockView:
                     self.parameters |= ingredient.start(self.shapes, start)
 
     def load(self, parameters: Parameters) -> None:
-        """Take parameters that were learned earlier; LRQuantError if they are not this block's."""
-        expected = self.parameter_shapes()
+        """Take what was kept of learned parameters; LRQuantError if it is not this block's."""
+        expected = self.kept_shapes()
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         for name in sorted(expected.keys() | shapes.keys()):
             if shapes.get(name) != expected.get(name):
@@ -88,7 +89,45 @@ class BlockView:
                     f"needs it {_words(expected.get(name))}; they are of another run, learn again"
                 )
         device = self.shapes.device
-        self.parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+        kept = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self.parameters = {}
+        for ingredient in self.ingredients:
+            self.parameters |= ingredient.restored(ingredient.own(kept), self.shapes)
+
+    @property
+    def kept(self) -> Parameters:
+        """What the run folder keeps of the parameters, once they are hardened."""
+        return self._kept(self.parameters)
+
+    def kept_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.empty_kept().items()}
+
+    def empty_kept(self) -> Parameters:
+        """What is kept, without its values: on the meta device."""
+        shapes = self.parameter_shapes().items()
+        return self._kept({name: torch.empty(shape, device="meta") for name, shape in shapes})
+
+    def _kept(self, parameters: Parameters) -> Parameters:
+        kept: Parameters = {}
+        for ingredient in self.ingredients:
+            kept |= ingredient.kept(ingredient.own(parameters))
+        return kept
+
+    @torch.no_grad()
+    def harden_(self) -> None:
+        """End learning: parameters of rounding become what they have led to, codes as they are."""
+        factors = self._factors()
+        for name, shape in self.shapes.quantized.items():
+            recipe, extremes = self._recipe(name, factors), self._extremes.get(name)
+            if recipe.offset is None or shape.grid is None:
+                continue
+            codes, nearest = (
+                quantize_weight(self.weight(name), each, shape.grid, extremes).codes
+                for each in (recipe, replace(recipe, offset=None))
+            )
+            for ingredient in self.ingredients:
+                self.parameters |= ingredient.hardened(name, codes - nearest)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is learned, by name."""

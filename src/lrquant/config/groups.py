@@ -1,4 +1,4 @@
-"""Groups of settings: what a room is given in place of all of them, picked by `Config.part`."""
+"""Groups of settings: what a room is given in place of all of them, picked by `Config.group`."""
 
 from __future__ import annotations
 

@@ -85,11 +85,28 @@ class Ingredient(LearnedSettings):
     def constrain_(self, parameters: Parameters) -> None:
         """Bring its parameters back to where they may be, after a step."""
 
-    def optimizer(self, parameters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
-        """What steps its parameters."""
+    def optimizer(
+        self, parameters: list[Tensor], weight_decay: float, steps: int
+    ) -> torch.optim.Optimizer:
+        """What steps its parameters, so many times at most."""
         import torch
 
         return torch.optim.AdamW(parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
+
+    def hardened(self, matrix: str, moved: Tensor) -> Parameters:
+        """Parameters of a learned matrix that give way to others with the same codes.
+
+        `moved` (out, in) says by how many codes each weight has left the one that is nearest.
+        """
+        return {}
+
+    def kept(self, parameters: Parameters) -> Parameters:
+        """What the run folder keeps of its hardened parameters, by the same names."""
+        return parameters
+
+    def restored(self, kept: Parameters, block: BlockShapes) -> Parameters:
+        """Its parameters out of what the run folder keeps."""
+        return kept
 
     def adapted(self) -> Ingredient:
         """The same as it is learned again on a text that is to be scored."""

@@ -198,7 +198,7 @@ class Adaptation:
     def _keep(self, view: BlockView, record: JsonObject) -> None:
         """Keep an adapted block, and tell what came of it."""
         about = {"of": self._about, "record": record}
-        self.own.save(record["block"], view.parameters, about)
+        self.own.save(record["block"], view.kept, about)
         logger.info(
             "test-time adaptation to %s, block %d: loss %.6g -> %.6g%s",
             *(self.text.name, record["block"], record["initial_loss"], record["final_loss"]),

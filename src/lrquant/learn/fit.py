@@ -175,7 +175,8 @@ class _Fit:
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
         report, learning = self.report, self.learning
-        optimizers = make_optimizers(self.view, learning.weight_decay)
+        steps = learning.epochs * len(self.data.entry.batches)
+        optimizers = make_optimizers(self.view, learning.weight_decay, steps)
         best_loss, best_epoch = report.initial_loss, 0
         for epoch in range(1, learning.epochs + 1):
             mean = self._epoch(optimizers, epoch)
@@ -199,6 +200,7 @@ class _Fit:
                 self._go_back(f"epoch {learning.epochs}, after its last step")
         report.best_epoch = best_epoch if learning.keep_best else None
         self.view.parameters = _copy(self.view.parameters)
+        self.view.harden_()
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
@@ -276,13 +278,13 @@ def _share_gradients(view: Learnable, team: Team) -> None:
             parameter.grad = team.sum(own)
 
 
-def make_optimizers(view: Learnable, weight_decay: float) -> Optimizers:
+def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimizers:
     """What steps the parameters, which become leaves: one of each ingredient that has some."""
     for parameter in view.parameters.values():
         parameter.requires_grad_(True)
     pairs = [(block, each) for block in view.views for each in block.ingredients]
     own = [(each, list(each.own(block.parameters).values())) for block, each in pairs]
-    return [each.optimizer(parameters, weight_decay) for each, parameters in own if parameters]
+    return [each.optimizer(values, weight_decay, steps) for each, values in own if values]
 
 
 def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

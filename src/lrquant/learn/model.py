@@ -279,7 +279,7 @@ def _record(
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory(workbench.device),
     )
-    folder.save_block(view.parameters, record)
+    folder.save_block(view.kept, record)
     logger.info(
         "block %d: loss %.6g -> %.6g, %.1f s%s",
         index,

@@ -103,6 +103,11 @@ class Window:
         for view in self.views:
             view.constrain_()
 
+    def harden_(self) -> None:
+        """End learning: see BlockView."""
+        for view in self.views:
+            view.harden_()
+
     def _joined(self, blocks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {
             f"{index}.{name}": tensor

@@ -101,8 +101,7 @@ def stream_bytes(load: Load) -> int:
 
 def learned_bytes(view: BlockView) -> int:
     """One block's file of learned parameters, from their shapes alone."""
-    shapes = view.parameter_shapes()
-    size = _file_bytes((name, torch.empty(s, device="meta")) for name, s in shapes.items())
+    size = _file_bytes(view.empty_kept().items())
     return size + _BELONGING if size else 0
 
 
@@ -179,7 +178,8 @@ def _file_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
     end = 0
     for name, tensor in tensors:
         offsets = [end, end + tensor.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        dtype = "U8" if tensor.dtype == torch.uint8 else "F32"
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         end += tensor.nbytes
     return end + len(json.dumps(header, separators=(",", ":"))) + _LENGTH if header else 0
 

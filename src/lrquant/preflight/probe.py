@@ -218,7 +218,7 @@ def _step_seconds(
     with torch.no_grad():
         initial = data.terms(runner, view.tensors(), learning.loss)
     objective = Objective(initial, learning.dynamic_weights, learning.ema_init)
-    optimizers = make_optimizers(view, learning.weight_decay)
+    optimizers = make_optimizers(view, learning.weight_decay, steps=1)
     return clock.repeated(
         lambda: learning_step(view, runner, data, 0, optimizers, objective, learning.loss)
     )
