@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lrquant import LRQuantError, evaluate, quantize
 from lrquant.learn.adaptation import Adaptation, adapted_to
 from lrquant.learn.model import BlockLearning
+from lrquant.learn.tuning import EndToEnd
 from lrquant.measures.tables import results_table
 from lrquant.runs.mends import AFTER_BLOCKS, mend_of
 
@@ -163,7 +164,7 @@ def test_what_was_done_is_in_the_results(learn, tmp_path):
 
 def test_folders_of_stages_are_those_of_a_run():
     """What is there is claimed, and damage in it has a mend."""
-    assert BlockLearning.name == "blocks" and {Adaptation.name} == set(AFTER_BLOCKS)
+    assert BlockLearning.name == "blocks" and {Adaptation.name, EndToEnd.name} == set(AFTER_BLOCKS)
     assert all(
         mend_of(f"{name}/x/0000.safetensors").endswith(AFTER_BLOCKS[name]) for name in AFTER_BLOCKS
     )

@@ -25,11 +25,16 @@ class Head:
 
         Of final hidden states (batch, tokens, hidden).
         """
+        with torch.no_grad():
+            return self.logits(hidden_states)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The same, differentiable in the hidden states."""
         model = self._model
         visits = [lambda hidden, arguments: hidden_states] * len(model.blocks)
         handles = cast_outer_linears(model.skeleton, model.block_lists)
         try:
-            with torch.no_grad(), stubs(model.blocks, visits):
+            with stubs(model.blocks, visits):
                 return functional_call(
                     model.skeleton,
                     self._tensors,

@@ -14,6 +14,7 @@ from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 from lrquant.config.config import ingredient_kinds
 from lrquant.config.groups import Quantizing
+from lrquant.config.learned import BLOCKS
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
@@ -48,6 +49,12 @@ class Plan:
     def tower(self) -> Plan:
         """The plan of the vision tower, seen as a model of its own."""
         return Plan(self.schemes.of_tower, self.tower_ingredients, (), self.scale_dtype)
+
+    @property
+    def of_blocks(self) -> Plan:
+        """The same as far as it is learned block by block."""
+        own = tuple(each for each in self.ingredients if each.stage == BLOCKS)
+        return dataclasses.replace(self, ingredients=own)
 
     @property
     def unlearned(self) -> Plan:

@@ -37,7 +37,7 @@ def as_learned(
     first = len(workbench.model.blocks) - last
 
     def load(index: int) -> Parameters:
-        return folder.load_block(index) if later is None or index < first else later.load(index)
+        return folder.learned(index) if later is None or index < first else later.load(index)
 
     blocks, tower = with_parameters(workbench, load), workbench.tower
     if tower is None or workbench.plan.schemes.tower is None:

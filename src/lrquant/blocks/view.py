@@ -280,7 +280,7 @@ class BlockView:
             factor = factors.norms.get(norm)
             bias, shift = tensors.get(f"{norm}.bias"), factors.subtract.get(norm)
             if factor is not None:
-                weight = _scaled_norm(tensors[f"{norm}.weight"], factor, self._offsets.get(norm))
+                weight = scaled_norm(tensors[f"{norm}.weight"], factor, self._offsets.get(norm))
                 tensors[f"{norm}.weight"] = weight
             if bias is not None:
                 moved = bias if shift is None else bias - shift
@@ -324,7 +324,7 @@ def _folded_bias(bias: Tensor | None, weight: Tensor, name: str, factors: Factor
     return bias * factors.rows[name] if bias is not None and name in factors.rows else bias
 
 
-def _scaled_norm(weight: Tensor, factor: Tensor, offset: float | None) -> Tensor:
+def scaled_norm(weight: Tensor, factor: Tensor, offset: float | None) -> Tensor:
     """A norm's weight times a factor, where it multiplies with its weight and an offset:
     ``(weight + offset) * factor - offset``, in the form that is exact at a factor of 1."""
     return weight + (weight + offset) * (factor - 1) if offset else weight * factor

@@ -122,7 +122,7 @@ def peak_memory(device: torch.device) -> int:
 def learned_view(workbench: Workbench, folder: RunFolder, index: int) -> BlockView:
     """Block `index` with the parameters that a run learned."""
     view = workbench.view(index, workbench.stored(index))
-    view.load(folder.load_block(index))
+    view.load(folder.learned(index))
     return view
 
 

@@ -15,7 +15,7 @@ from lrquant.config.choices import SettingDict
 from lrquant.config.core import Settings, defaults_of, hints_of
 from lrquant.config.declarations import Declaration, declarations
 from lrquant.config.groups import SETTING, Learning, MeasureSettings, Origin, Places, Quantizing
-from lrquant.config.learned import LearnedSettings
+from lrquant.config.learned import BLOCKS, LearnedSettings
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.config.settings import (
@@ -167,6 +167,8 @@ class _Config(Settings):
         return tuple(kind(**self.group(kind).settled()) for kind in kinds)
 
     def _is_on(self, kind: type[LearnedSettings], schemes: Schemes, tower: bool) -> bool:
+        if tower and kind.stage != BLOCKS:
+            return False
         on = bool(getattr(self, kind.switch))
         if tower and kind.tower_switch is not None:
             on = bool(getattr(self, kind.tower_switch))

@@ -7,6 +7,8 @@ from typing import ClassVar
 from lrquant.config.choices import SettingDict
 from lrquant.config.schemes import Schemes
 
+BLOCKS = "blocks"  # the stage in which blocks are learned, one after the other
+
 
 class LearnedSettings:
     """The settings of one ingredient: a frozen dataclass made of `setting`s.
@@ -14,6 +16,7 @@ class LearnedSettings:
     `switch` is the setting that turns it on, `tower_switch` that of a vision tower.  With `plus` it
     is a part of LRQuant+; with `by_default` it is learned, where it applies, if no switch of such
     an ingredient is given.  `afterwards` are settings that say nothing of what a run learned.
+    `stage` names the stage that learns it: block learning, or one after it, of the language part.
     """
 
     name: ClassVar[str]
@@ -22,6 +25,7 @@ class LearnedSettings:
     plus: ClassVar[bool] = False
     by_default: ClassVar[bool] = False
     afterwards: ClassVar[tuple[str, ...]] = ()
+    stage: ClassVar[str] = BLOCKS
 
     @classmethod
     def refusal(cls, schemes: Schemes) -> str | None:

@@ -165,7 +165,7 @@ class Adaptation:
 
     def pass_through(self, unit: range) -> None:
         """Move on through a block as it is."""
-        load = self.folder.load_block
+        load = self.folder.learned
         if unit.start >= self.first:
             load = self.own.load
             about = self.team.first(partial(self.own.about, unit.start))
@@ -179,7 +179,7 @@ class Adaptation:
     def learn(self, unit: range) -> None:
         """Learn a block again, and keep it beside the one that the run learned."""
         index = unit.start
-        view = self._view(index, self.folder.load_block)
+        view = self._view(index, self.folder.learned)
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -258,19 +258,18 @@ def learning_step(
         optimizer.zero_grad(set_to_none=True)
     whole = data.whole(terms, batch)
     (objective.loss(terms, whole) * data.shares[batch]).backward()
-    _share_gradients(view, data.team)
+    share_gradients(list(view.parameters.values()), data.team)
     for optimizer in optimizers:
         optimizer.step()
     view.constrain_()
     return objective.measure(whole)
 
 
-def _share_gradients(view: Learnable, team: Team) -> None:
+def share_gradients(parameters: Sequence[Tensor], team: Team) -> None:
     """Every member steps by the sum of all members' gradients, each of its share of the step.
 
     A parameter may be reached by the samples of some members alone, as an expert's is.
     """
-    parameters = list(view.parameters.values())
     reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
     for parameter, anywhere in zip(parameters, team.maximum(reached).tolist(), strict=True):
         if anywhere:

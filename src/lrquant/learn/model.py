@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -25,10 +25,12 @@ from lrquant.config.groups import Learning
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, advance_quantized, fit_block
 from lrquant.learn.stage import carry_out, units_of
 from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
+from lrquant.learn.tuning import tune
 from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder
@@ -55,6 +57,7 @@ def learn_model(
     block looks like is kept for a report.  Of a `team` each member is given its share of the
     samples as `feed`; the first alone reads and writes the folder.
     """
+    whole, workbench = workbench, replace(workbench, plan=workbench.plan.of_blocks)
     tower = workbench.tower
     plain = learned = full_precision(workbench).tower
     scheme = workbench.plan.schemes.tower
@@ -68,6 +71,9 @@ def learn_model(
     towers = plain, learned
     rest = folder, progress, diagnosed, towers
     learn_blocks(workbench, learning, feed, statistics, *rest, team=team)
+    for each in whole.plan.ingredients:
+        if isinstance(each, Tuning):
+            tune(whole, each, learning.batch_size, feed, folder, progress, towers, team=team)
 
 
 def require_pictures(feed: Feed, scheme: str, team: Team = ALONE) -> Feed:

@@ -95,7 +95,7 @@ def _block(folder: RunFolder, record: BlockRecord) -> JsonObject:
     return {
         **vars(record),
         "figures": None if diagnosed is None else diagnosed[0],
-        "parameters": _parameters(folder.load_block(record.block)),
+        "parameters": _parameters(folder.learned(record.block)),
     }
 
 

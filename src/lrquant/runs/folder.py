@@ -12,6 +12,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from lrquant.config.config import Config
+from lrquant.config.learned import BLOCKS
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject, json_object, read_json
 from lrquant.runs.block_file import BlockRecord
@@ -183,6 +184,12 @@ class RunFolder(PartFolder):
             )
         for part in (self, self.tower):
             part.require_as_written()
+        for stage in {each.stage for each in self.config.ingredients()} - {BLOCKS}:
+            paths = [self.stage(stage).path(i) for i in range(self.finished_blocks())]
+            if not all(path.is_file() for path in paths):
+                raise LRQuantError(
+                    f"run folder {self.path}: its blocks are not {stage} yet; go on with --resume"
+                )
 
     def mend_records(self) -> None:
         """Write a damaged blocks.jsonl anew from the blocks, as far as these are undamaged."""

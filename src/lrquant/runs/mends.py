@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 AGAIN = "go on with --resume and the run's own settings"
-AFTER_BLOCKS = {"adapted": "measure with --tta again"}  # later stages, and how each comes anew
+AFTER_BLOCKS = {  # later stages, and how each comes anew
+    "adapted": "measure with --tta again",
+    "tuned": "go on with --resume, which tunes again",
+}
 _MENDS = {
     r"config\.yaml|run\.json": f"restore it, or delete it and {AGAIN}",
     r"(tower/)?blocks\.jsonl": (

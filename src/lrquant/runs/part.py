@@ -13,10 +13,10 @@ from lrquant.files.whole import JsonObject, json_object
 from lrquant.runs.block_file import BlockRecord, LearnedFile
 from lrquant.runs.chain import Chain
 from lrquant.runs.journal import Journal
-from lrquant.runs.mends import mend_of
+from lrquant.runs.mends import AFTER_BLOCKS, mend_of
 from lrquant.runs.records import Records
 from lrquant.runs.sameness import digest
-from lrquant.runs.stages import StageFolder
+from lrquant.runs.stages import MODEL, StageFolder
 
 logger = logging.getLogger("lrquant")
 
@@ -84,8 +84,8 @@ class PartFolder:
         """The SHA-256 of the last of so many blocks, which names that of the one before it."""
         return self._chain.hash_before(blocks)
 
-    def stage(self, name: str, target: str) -> StageFolder:
-        """What a stage after block learning has learned for a target, as a text."""
+    def stage(self, name: str, target: str = MODEL) -> StageFolder:
+        """What a stage after block learning has learned for a target, as a text or the model."""
         return StageFolder(self, name, target)
 
     def save_diagnostics(self, index: int, figures: JsonObject, tensors: dict[str, Tensor]) -> None:
@@ -102,6 +102,14 @@ class PartFolder:
     def load_block(self, index: int) -> dict[str, Tensor]:
         """A finished block's learned parameters."""
         return self.load(self._block_name(index)).tensors
+
+    def learned(self, index: int) -> dict[str, Tensor]:
+        """What is kept of a block by all stages of the run."""
+        later = [self.stage(name) for name in AFTER_BLOCKS]
+        kept = self.load_block(index)
+        for stage in later:
+            kept |= stage.load(index) if stage.path(index).is_file() else {}
+        return kept
 
     def records(self, damaged_too: bool = False) -> list[BlockRecord]:
         """The records of the finished blocks, in order; from the blocks where lines are missing.

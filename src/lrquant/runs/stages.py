@@ -13,6 +13,8 @@ from lrquant.files.whole import JsonObject, as_bytes
 from lrquant.runs.block_file import LearnedFile
 from lrquant.runs.journal import Journal
 
+MODEL = "model"  # the target of a stage that is a part of the run itself
+
 
 class Files(Protocol):
     """Files of tensors in the folder of one part of a run's model, by their path in it."""

@@ -1,0 +1,329 @@
+"""The end-to-end stage: scales and norms of all blocks tuned together by the model's own logits.
+
+Codes stay as block learning left them.  A step sends one batch through all blocks, keeps what
+enters each, and goes back block by block, each computed once more: of activations there are those
+of one block at a time, of weights the codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
+
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.runner import SHIFT_SUFFIX, BlockRunner, Prepare
+from lrquant.blocks.streams import Stream
+from lrquant.blocks.stubs import Arguments
+from lrquant.blocks.view import BlockView, scaled_norm
+from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.data.feeds import Feed
+from lrquant.errors import LRQuantError
+from lrquant.files.whole import JsonObject
+from lrquant.ingredients.tuning import Tuning
+from lrquant.learn.fit import share_gradients
+from lrquant.learn.stage import carry_out
+from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
+from lrquant.model.device import dtype_name
+from lrquant.runs.folder import RunFolder
+from lrquant.runs.progress import Progress
+from lrquant.runs.stages import StageFolder
+
+logger = logging.getLogger("lrquant")
+HEAD_TOKENS = 512  # whose logits are in memory at once
+HELD_SHARE = 8  # one sample in so many says when to stop
+
+
+class TunedBlock:
+    """A finished block whose scales and norms are tuned: `parameters` by the ingredient's names."""
+
+    def __init__(self, tuning: Tuning, view: BlockView, runner: BlockRunner) -> None:
+        self.frozen, self.runner = view.freeze(), runner
+        self.parameters = tuning.own(view.parameters)
+        self._norms = {
+            site.producer.module: site.producer.offset
+            for site in view.plan.sites
+            if site.kind == "norm"
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block computes with, differentiable in the parameters."""
+        gains = {name: self.parameters[f"tuned.{name}.gain"] for name in self.frozen.matrices}
+        tensors = self.frozen.tensors(self.runner.dtype, gains)
+        for norm, offset in self._norms.items():
+            factor = self.parameters[f"tuned.{norm}.factor"]
+            for name in (f"{norm}.bias", norm + SHIFT_SUFFIX):
+                if name in tensors:
+                    tensors[name] = tensors[name] * factor
+            weight = tensors[f"{norm}.weight"]
+            tensors[f"{norm}.weight"] = scaled_norm(weight, factor, offset)
+        return tensors
+
+    def __call__(self, states: Tensor, arguments: Arguments) -> Tensor:
+        """Output (batch, tokens, hidden) of the block."""
+        with self.runner as runner:
+            return runner(self.tensors(), states, arguments)
+
+
+def tune(
+    workbench: Workbench,
+    tuning: Tuning,
+    batch_size: int,
+    feed: Feed,
+    folder: RunFolder,
+    progress: Progress,
+    towers: tuple[Prepare | None, Prepare | None] = (None, None),
+    *,
+    team: Team = ALONE,
+) -> None:
+    """Tune scales and norms of a run of which all blocks are learned, unless it is done already.
+
+    `towers` stand before the first block of the full-precision and of the quantised model.  Of a
+    `team` each member has its share of the samples; the first alone reads and writes the folder.
+    """
+    stage = EndToEnd(workbench, tuning, batch_size, feed, folder, progress, towers, team)
+    carry_out(stage)
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """The stage in which the whole language part is one unit.
+
+    One sample in `HELD_SHARE` is not learned from: the epoch after which the divergence is least on
+    these is kept, the start counted.
+    """
+
+    workbench: Workbench
+    tuning: Tuning
+    batch_size: int
+    feed: Feed
+    folder: RunFolder
+    progress: Progress
+    towers: tuple[Prepare | None, Prepare | None]
+    team: Team = ALONE
+    name = "tuned"
+
+    @property
+    def units(self) -> list[range]:
+        """All blocks together."""
+        return [range(len(self.workbench.model.blocks))]
+
+    def kept(self) -> int:
+        """1 if the blocks as they are have been tuned so before; what was tuned otherwise goes."""
+        return self.team.first(self._kept)
+
+    def _kept(self) -> int:
+        own, blocks = tuned(self.folder), self.units[0]
+        if all((own.about(index) or {}).get("of") == self._about for index in blocks):
+            return 1
+        own.forget()
+        return 0
+
+    @property
+    def _about(self) -> JsonObject:
+        """What must be the same for tuned blocks to be kept."""
+        bench = self.workbench
+        where = {"precision": dtype_name(bench.dtype), "device": bench.device.type}
+        how = json.loads(json.dumps(dataclasses.asdict(self.tuning)))
+        return {"run": self.folder.hash_of(len(bench.model.blocks)), **where, **how}
+
+    def pass_through(self, unit: range) -> None:
+        """Nothing stands after it."""
+
+    def learn(self, unit: range) -> None:
+        """Tune all blocks, and keep what came of it."""
+        every = range(len(self.feed))
+        held = self._samples(self.feed.only(every[::HELD_SHARE]))
+        learned = self._samples(self.feed.only([i for i in every if i % HELD_SHARE]))
+        require_even(self.team, len(learned.entry.batches))
+        head = Head(self.workbench.model, self.workbench.device, self.workbench.dtype)
+        blocks = [self._block(index, (learned, held)) for index in unit]
+        steps = self.tuning.tune_epochs * len(learned.entry.batches)
+        with self.progress.measuring("tuning end to end", steps, "steps") as told:
+            fit = _Fit(blocks, head, self.tuning, learned, held, self.team, told)
+            record = fit.run()
+        self.team.first(lambda: self._keep(blocks, record))
+
+    def _samples(self, feed: Feed) -> _Samples:
+        bench = self.workbench
+        entry = BlockInputs(bench.model, feed, self.batch_size, bench.device)
+        first, target = bench.streams(entry, 2)
+        entry.embed(target, self.towers[0])
+        if self.towers[1] is self.towers[0]:
+            first.copy(target)
+        else:
+            entry.embed(first, self.towers[1])
+        return _Samples(entry, first, target)
+
+    def _block(self, index: int, samples: Sequence[_Samples]) -> TunedBlock:
+        """A block as the run learned it; the full-precision states move on through it."""
+        bench = self.workbench
+        stored = bench.stored(index)
+        for each in samples:
+            advance_full_precision(bench, index, stored, each.entry, each.target, each.target)
+        view = bench.view(index, stored)
+        start = self.tuning.untouched(view.shapes)
+        view.load(self.team.first(lambda: self.folder.load_block(index)) | start)
+        return TunedBlock(self.tuning, view, bench.runner(index, view))
+
+    def _keep(self, blocks: Sequence[TunedBlock], record: JsonObject) -> None:
+        """Keep every block's parameters, and tell what came of them."""
+        about = {"of": self._about, "record": record}
+        for index, block in enumerate(blocks):
+            tuned(self.folder).save(index, block.parameters, about)
+        logger.info(
+            "end to end: KL divergence on samples not learned from %.4g -> %.4g, epoch %d kept",
+            *(record["held"][0], min(record["held"]), record["best_epoch"]),
+        )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples, their first hidden states in the quantised model, and the last in full precision."""
+
+    entry: BlockInputs
+    first: Stream
+    target: Stream
+
+
+@dataclass
+class _Fit:
+    """Epochs over the whole model."""
+
+    blocks: Sequence[TunedBlock]
+    head: Head
+    tuning: Tuning
+    learned: _Samples
+    held: _Samples
+    team: Team
+    told: Callable[[int], None]
+    _taken: int = field(default=0, init=False)
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [each for block in self.blocks for each in block.parameters.values()]
+
+    def run(self) -> JsonObject:
+        """Tune; the blocks end with the best parameters, which need no gradient."""
+        steps = self.tuning.tune_epochs * len(self.learned.entry.batches)
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        optimizer = self.tuning.optimizer(self._parameters, 0.0, steps)
+        schedule = LinearLR(optimizer, 1.0, 0.0, steps)
+        losses, held = [], [self._divergence(self.held)]
+        if not math.isfinite(held[0]):
+            raise LRQuantError(
+                "end to end: the learned model's logits are not finite; use --precision float32"
+            )
+        best, best_epoch = self._copy(), 0
+        for epoch in range(1, self.tuning.tune_epochs + 1):
+            losses.append(self._epoch(optimizer, schedule))
+            held.append(self._divergence(self.held))
+            if held[-1] < min(held[:-1]):
+                best, best_epoch = self._copy(), epoch
+            if not holds_for_all(self.team, math.isfinite(held[-1])):
+                break
+        for block, parameters in zip(self.blocks, best, strict=True):
+            block.parameters = parameters
+        finite = [each for each in held if math.isfinite(each)]
+        return {"losses": losses, "held": finite, "best_epoch": best_epoch}
+
+    def _copy(self) -> list[dict[str, Tensor]]:
+        return [
+            {name: tensor.detach().clone() for name, tensor in block.parameters.items()}
+            for block in self.blocks
+        ]
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, schedule: LinearLR) -> float:
+        """One pass; the mean divergence of its steps."""
+        total, samples = 0.0, self.learned
+        for batch in range(len(samples.entry.batches)):
+            optimizer.zero_grad(set_to_none=True)
+            total += self._backward(samples, batch)
+            share_gradients(self._parameters, self.team)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for block in self.blocks:
+                    self.tuning.constrain_(block.parameters)
+            self.told(self._taken)
+            self._taken += 1
+        return total / len(samples.entry.batches)
+
+    def _backward(self, samples: _Samples, batch: int) -> float:
+        """Gradients of one batch's divergence, which is returned."""
+        inputs = self._through(samples, batch)
+        loss, gradient = self._of_logits(inputs.pop(), samples, batch)
+        for index in reversed(range(len(self.blocks))):
+            states = inputs.pop().requires_grad_(True)
+            with torch.enable_grad():
+                output = self.blocks[index](states, samples.entry.arguments(batch, index))
+            output.backward(gradient)
+            gradient = _gradient_of(states)
+        return loss
+
+    @torch.no_grad()
+    def _through(self, samples: _Samples, batch: int) -> list[Tensor]:
+        """What enters each block, and what leaves the last."""
+        rows = samples.entry.batches[batch]
+        states = [samples.first.read(rows)]
+        for index, block in enumerate(self.blocks):
+            added = samples.first.added_before(rows, index)
+            if added is not None:
+                states[-1] = states[-1] + added
+            states.append(block(states[-1], samples.entry.arguments(batch, index)))
+        return states
+
+    def _of_logits(self, states: Tensor, samples: _Samples, batch: int) -> tuple[float, Tensor]:
+        """The divergence of a batch, mean over its tokens, and its gradient to the last states."""
+        target = samples.target.read(samples.entry.batches[batch])
+        weights = samples.entry.weights(batch)
+        if weights is None:
+            weights = torch.ones(states.shape[:-1], device=states.device)
+        weights = weights / weights.sum()
+        gradient, total = torch.empty_like(states), 0.0
+        for start in range(0, states.shape[1], HEAD_TOKENS):
+            tokens = slice(start, start + HEAD_TOKENS)
+            own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())
+            divergence = kl_divergence(self.head.logits(own), self.head(target[:, tokens]))
+            loss = (divergence * weights[:, tokens]).sum()
+            if own.requires_grad:
+                loss.backward()
+                gradient[:, tokens] = _gradient_of(own)
+            total += float(loss.detach())
+        return total, gradient
+
+    @torch.no_grad()
+    def _divergence(self, samples: _Samples) -> float:
+        """Mean divergence over all samples, as they are."""
+        batches = range(len(samples.entry.batches))
+        losses = [
+            self._of_logits(self._through(samples, batch)[-1], samples, batch)[0]
+            for batch in batches
+        ]
+        total = self.team.sum(torch.tensor([sum(losses), len(losses)], dtype=torch.float64))
+        return float(total[0] / total[1])
+
+
+def _gradient_of(states: Tensor) -> Tensor:
+    assert states.grad is not None
+    return states.grad
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(reference || model)`` in nats of logits (..., vocabulary), float32 (...)."""
+    own, expected = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return (expected.exp() * (expected - own)).sum(-1)
+
+
+def tuned(folder: RunFolder) -> StageFolder:
+    """A run's parameters that were tuned end to end."""
+    return folder.stage(EndToEnd.name)

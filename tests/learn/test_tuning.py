@@ -1,0 +1,159 @@
+"""The end-to-end stage: its gradient, what it keeps, and that the rest of a run takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lrquant import LRQuantError, quantize
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.data.feeds import Feed
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.factors import ScaleFactors
+from lrquant.ingredients.rounding import Rounding
+from lrquant.ingredients.tuning import Tuning
+from lrquant.learn import tuning as stage
+from lrquant.learn.team import ALONE
+from lrquant.learn.tuning import TunedBlock, kl_divergence, tuned
+from lrquant.runs.folder import RunFolder
+
+TUNING = Tuning(tune=True, tune_lr=0.02, tune_epochs=3)
+FACTORS = ScaleFactors(rotation=True, rotation_sharing="linear")
+
+
+@pytest.fixture
+def whole(make_model, make_bench, token_ids):
+    """whole(family, scheme) -> a model, its views and blocks to tune, and samples."""
+
+    def make(family, scheme):
+        bench = make_bench(make_model(family))
+        plan = Plan(Schemes(scheme), (FACTORS, Rounding(rounding=True), TUNING))
+        bench = dataclasses.replace(bench, plan=plan)
+        entry = BlockInputs(bench.model, Feed.of_tokens(token_ids(2, 12)), 1, bench.device)
+        first, target = bench.streams(entry, 2)
+        entry.embed(first)
+        generator = torch.Generator().manual_seed(1)
+        target.states.copy_(torch.randn(target.states.shape, generator=generator))
+        blocks = []
+        for index in range(len(bench.model.blocks)):
+            view = bench.view(index, bench.stored(index))
+            view.initialize(ChannelStatistics())
+            for name, values in view.parameters.items():
+                moved = 0.1 * torch.randn(values.shape, generator=generator)
+                if not name.startswith("tuned."):
+                    view.parameters[name] = values + moved
+            blocks.append((view, TunedBlock(TUNING, view, bench.runner(index, view))))
+        return bench, blocks, stage._Samples(entry, first, target)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_a_tuned_block_computes_what_its_view_does(whole, family):
+    _, blocks, _ = whole(family, Scheme(3, 8, 16))
+    for view, block in blocks:
+        moved = {name: 1 + 0.1 * torch.rand(t.shape) for name, t in block.parameters.items()}
+        block.parameters = moved
+        view.parameters |= moved
+        expected, tensors = view.freeze().tensors(torch.float32), block.tensors()
+        assert tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_gradient_is_that_of_the_divergence(whole, family):
+    """Against differences of the loss itself, forward alone."""
+    bench, pairs, samples = whole(family, Scheme(3, 16, 16))
+    blocks = [block for _, block in pairs]
+    head = Head(bench.model, bench.device, torch.float32)
+    fit = stage._Fit(blocks, head, TUNING, samples, samples, ALONE, lambda step: None)
+    for parameter in fit._parameters:
+        parameter.requires_grad_(True)
+    loss = fit._backward(samples, 0)
+    with torch.no_grad():
+        again, _ = fit._of_logits(fit._through(samples, 0)[-1], samples, 0)
+    assert loss == pytest.approx(again, rel=1e-6) and loss > 0.1
+    for name, parameter in ((n, p) for block in blocks for n, p in block.parameters.items()):
+        place = parameter.grad.abs().flatten().argmax()
+        losses = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                parameter.view(-1)[place] += step
+                losses.append(fit._of_logits(fit._through(samples, 0)[-1], samples, 0)[0])
+                parameter.view(-1)[place] -= step
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert slope == pytest.approx(float(parameter.grad.flatten()[place]), rel=0.05), name
+
+
+def test_divergence_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    own, reference = torch.randn(2, 5, 9, generator=generator), torch.randn(2, 5, 9)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=reference),
+        torch.distributions.Categorical(logits=own),
+    )
+    torch.testing.assert_close(kl_divergence(own, reference), expected)
+    assert kl_divergence(own, own).abs().max() < 1e-6
+
+
+@pytest.fixture
+def learn(make_model, tiny_tokenizer, token_ids, tmp_path):
+    def run(name="run", **settings):
+        return quantize(
+            make_model("llama"),
+            "W2A16g16",
+            samples=token_ids(9, 16),
+            tokenizer=tiny_tokenizer,
+            output_dir=str(tmp_path / name),
+            **{"epochs": 1, "precision": "float32", "tune": True, "tune_lr": 0.02, **settings},
+        )
+
+    return run
+
+
+def test_a_run_is_tuned_kept_and_gone_on_with(learn, tmp_path):
+    run = learn(tune_epochs=3)
+    folder = run.folder
+    record = tuned(folder).about(0)["record"]
+    assert len(record["losses"]) == 3 and len(record["held"]) == 4
+    assert record["best_epoch"] > 0 and min(record["held"]) < record["held"][0]
+    assert "scales and norms end to end (lr 0.02 falling to 0, 3 epochs)" in run.results["method"]
+    files = sorted((tmp_path / "run" / "tuned" / "model").iterdir())
+    blocks = sorted((tmp_path / "run" / "blocks").iterdir())
+    before = [path.read_bytes() for path in (*files, *blocks)]
+    assert len(files) == 2
+    plain = learn("plain", tune=False)
+    own = [path.read_bytes() for path in sorted((tmp_path / "plain" / "blocks").iterdir())]
+    assert len(own) == 2 and not (tmp_path / "plain" / "tuned").exists()
+    assert plain.folder.load_block(1).keys() < folder.learned(1).keys()
+    stamps = [path.stat().st_mtime_ns for path in files]
+    learn(tune_epochs=3, resume=str(folder.path))
+    assert [path.stat().st_mtime_ns for path in files] == stamps, "kept"
+    files[1].unlink()
+    with pytest.raises(LRQuantError, match="not tuned yet; go on with --resume"):
+        RunFolder.open(folder.path).require_finished()
+    learn(tune_epochs=3, resume=str(folder.path))
+    assert [path.read_bytes() for path in (*files, *blocks)] == before
+    assert "Tuned scales" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_checkpoint_and_measures_have_what_was_tuned(learn, token_ids, tmp_path):
+    run = learn()
+    saved = {"save_dir": str(tmp_path / "saved"), "format": "dequantized"}
+    learn(resume=str(run.folder.path), **saved)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = token_ids(2, 12)
+    torch.testing.assert_close(read(ids).logits, run.load_model()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_tuned_where_nothing_is_quantised():
+    with pytest.raises(LRQuantError, match=r"--tune with W16A16"):
+        quantize("nowhere", "W16A16", tune=True)
