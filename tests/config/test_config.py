@@ -176,7 +176,7 @@ def test_text_of_a_command_line_is_converted():
         *({"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
         {"let_sites": ("norm", "attention")},
         *({"rotate_rank": 0}, {"rotation_lr": -1.0}, {"rotation_sharing": "row"}),
-        *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "best"}),
+        *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "worst"}),
         *({"tta_blocks": 0}, {"tta_epochs": 0}, {"tta_let_lr": float("nan")}),
         *({"epochs": 10**20}, {"nsamples": 10**20}, {"seqlen": 10**18}, {"rotate_rank": 10**20}),
         *({"batch_size": 2**40}, {"tta_blocks": 10**9}, {"tta_epochs": 10**9}, {"limit": 2**63}),
@@ -347,6 +347,21 @@ def test_the_paper_s_preset_gives_way_to_what_is_given():
     assert config.let_shift == "always" and config.lwc_init == 4.0 and not config.keep_best
     assert with_preset({"epochs": 3}) == {"epochs": 3}
     assert Config(**with_preset(dataclasses.asdict(config))) == config, "a file of it is the same"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rounding", "tune"),
+    [("W4A4", True, True), ("W2A16g64", True, True), ("W16A8", False, True), ("W16A16", 0, 0)],
+)
+@pytest.mark.parametrize("name", ["balanced", "best"])
+def test_a_preset_learns_what_the_scheme_has_a_use_for(scheme, rounding, tune, name):
+    config = Config(**with_preset({"preset": name, "scheme": scheme})).resolved()
+    assert (config.rounding, config.tune) == (bool(rounding), bool(tune))
+    assert config.two_branch == (scheme != "W16A16")
+    given = with_preset({"preset": name, "scheme": scheme, "rounding": False, "tune": False})
+    assert not given["rounding"] and not given["tune"]
+    with pytest.raises(LRQuantError, match="--rounding with --wbits 16"):
+        Config(**with_preset({"scheme": "W16A8", "rounding": True})).resolved()
 
 
 def test_a_switch_over_a_file_of_resolved_settings_is_a_switch():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import yaml
 
 from lrquant.config.choices import SettingDict
-from lrquant.config.core import Settings, defaults_of, hints_of
+from lrquant.config.core import PRESETS, Settings, defaults_of, hints_of
 from lrquant.config.declarations import Declaration, declarations
 from lrquant.config.groups import SETTING, Learning, MeasureSettings, Origin, Places, Quantizing
 from lrquant.config.learned import BLOCKS, LearnedSettings
@@ -86,7 +86,7 @@ class _Config(Settings):
 
     def resolved(self) -> Config:
         """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
-        config = self._with_bits()
+        config = self.with_bits()
         schemes = config.schemes.of_language
         kinds = ingredient_kinds()
         for kind in kinds:
@@ -116,7 +116,7 @@ class _Config(Settings):
             dynamic_weights=_first(config.dynamic_weights, plus),
         )
 
-    def _with_bits(self) -> Config:
+    def with_bits(self) -> Config:
         """Bits, groups and symmetry as the name of the scheme says."""
         if not self.scheme:
             return self
@@ -257,13 +257,18 @@ def quantizing_in(path: Path) -> Quantizing:
 @cache
 def preset(name: str) -> SettingDict:
     """The values that a preset gives to settings: "paper" those of the papers, "default" none."""
-    told = {entry.name: entry.metadata["paper"] for entry in dataclasses.fields(Config)}
-    return {k: v for k, v in told.items() if v is not None} if name == "paper" else {}
+    told = {e.name: e.metadata["presets"].get(name) for e in dataclasses.fields(Config)}
+    return {setting: value for setting, value in told.items() if value is not None}
 
 
 def with_preset(settings: SettingDict) -> SettingDict:
-    """`settings` over the values of the preset that they name."""
-    return {**preset(settings.get("preset", "default")), **settings}
+    """`settings` over the values of the preset that they name, of what the scheme has a use for."""
+    values = {**preset(settings.get("preset", "default")), **settings}
+    chosen = [kind for kind in ingredient_kinds() if values.get(kind.switch)]
+    for kind in [kind for kind in chosen if kind.switch not in settings]:
+        if kind.refusal(Config(**values).with_bits().schemes.of_language) is not None:
+            del values[kind.switch]
+    return values
 
 
 def overridden(settings: SettingDict, by: SettingDict) -> SettingDict:
@@ -272,7 +277,7 @@ def overridden(settings: SettingDict, by: SettingDict) -> SettingDict:
     A preset in `by` replaces every value that it names, `lr_plus` the settings that it stands for.
     """
     members = {e.name for e in dataclasses.fields(Config) if e.metadata["part_of"] in by}
-    replaced = set(preset("paper")) if "preset" in by else set()
+    replaced = set().union(*map(preset, PRESETS)) if "preset" in by else set()
     settings = {name: v for name, v in settings.items() if name not in replaced | members}
     if by.get("scheme"):
         settings = {name: value for name, value in settings.items() if name not in SPELLED_OUT}

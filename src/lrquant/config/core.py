@@ -15,7 +15,7 @@ from lrquant.config.schemes import Schemes, parse_patterns
 from lrquant.config.settings import convert, refuse_empty, setting, shown
 from lrquant.errors import LRQuantError
 
-PRESETS = ("default", "paper")
+PRESETS = ("default", "balanced", "best", "paper")
 TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
 MANY = 2**16  # beyond such limits no machine ends a run, or no generator takes the number
 HEAVIEST = 1e6
@@ -28,7 +28,10 @@ class Settings:
 
     model: str = setting("", "local folder, hub name or GGUF file")
     preset: str = setting(
-        "default", "values of all settings not given: ours, or those of the papers", PRESETS
+        "default",
+        "values of all settings not given: what costs least, what is best at up to twice the time, "
+        "what is best, or those of the papers",
+        PRESETS,
     )
     net: str | None = setting(None, "short name of the model (default: last part of --model)")
 
@@ -46,7 +49,12 @@ class Settings:
     activation_symmetric: bool = setting(False, "symmetric activation grid")
     weight_grid: str = setting("int", "kind of grid of the weights, or at the end of --scheme")
 
-    lr_plus: bool = setting(False, "LRQuant+: factors of the scale, two branches, dynamic weights")
+    lr_plus: bool = setting(
+        False,
+        "LRQuant+: factors of the scale, two branches, dynamic weights",
+        balanced=True,
+        best=True,
+    )
     two_branch: bool | None = setting(
         None,
         "compare with the full-precision block on the quantised input too (with --lr-plus)",

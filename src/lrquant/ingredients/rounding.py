@@ -31,7 +31,9 @@ FARTHEST = 0.5  # units of the scale: a weight goes to one of its two neighbours
 class Rounding(Ingredient):
     """One `offset` a weight, (out, in)."""
 
-    rounding: bool = setting(False, "learn whether each weight is rounded up or down")
+    rounding: bool = setting(
+        False, "learn whether each weight is rounded up or down", balanced=True, best=True
+    )
     rounding_lr: float = setting(
         1.0,
         "learning rate of the rounding at first, in units of 1 / steps of a block; it falls to 0",

@@ -32,6 +32,8 @@ class Tuning(Ingredient):
         False,
         "after the blocks, tune all scales and norms together by the KL divergence of the "
         "model's logits from full precision's",
+        balanced=True,
+        best=True,
     )
     tune_lr: float = setting(
         1e-3, "learning rate of the tuning at first; it falls to 0", limits=(0, FASTEST)

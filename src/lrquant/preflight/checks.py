@@ -18,6 +18,7 @@ from lrquant.config.groups import Adapting, Learning, Places, StatisticsFiles
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
+from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.identity import describe_run
 from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.evaluation.resolution import resolve_settings
@@ -37,6 +38,7 @@ from lrquant.preflight.load import TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
+from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
@@ -120,8 +122,9 @@ def _estimate(
     learning, with_files = config.group(Learning), config.act_scales is not None
     with report.checking("memory"):
         lengths = [config.seqlen] * config.nsamples
-        load = language_load(workbench, learning, calibration, lengths)
-        tower = tower_load(workbench, learning, calibration)
+        of_blocks = dataclasses.replace(workbench, plan=workbench.plan.of_blocks)
+        load = language_load(of_blocks, learning, calibration, lengths)
+        tower = tower_load(of_blocks, learning, calibration)
         report.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
     if report.stream_bytes is None:
         return
@@ -143,11 +146,16 @@ def _estimate(
         costs = report.costs = probe_kinds(load)
         if finished < len(model.blocks):
             seconds += learning_seconds(load, costs, finished, with_files)
+        in_tuning = 0
+        for each in workbench.plan.ingredients:
+            if isinstance(each, Tuning):
+                seconds += tuning_seconds(load, costs, each)
+                in_tuning = before + report.stream_bytes * inside + tuning_bytes(load)
         measured = _text_load(config, texts)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
         memory = estimate_memory(load, costs, before, inside, measured)
-        report.memory = dataclasses.replace(memory, tower=in_tower)
+        report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
         report.compare("memory", report.memory.peak, free, where, _MEND)
         if cuda and storage == "host":

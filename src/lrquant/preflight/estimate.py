@@ -62,18 +62,20 @@ class CheckpointSize:
 class Memory:
     """Bytes at the largest of each phase: embedding the samples, learning, measuring.
 
-    `tower` is the largest of the vision tower's own, 0 where none is learned.
+    `tower` is the largest of the vision tower's own, `tuning` that of the end-to-end stage; each is
+    0 where there is none.
     """
 
     embedding: int
     learning: int
     measuring: int
     tower: int = 0
+    tuning: int = 0
 
     @property
     def peak(self) -> int:
         """The largest phase."""
-        return max(self.embedding, self.learning, self.measuring, self.tower)
+        return max(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def estimate_memory(
     kept = 2 if against else 1
     states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
     stored = model_dtype(model)
-    outer = _outer_elements(model)
+    outer = outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
     copies = (4 + beside) * outer["embedding"]
     head = 0
@@ -222,7 +224,7 @@ def estimate_memory(
     )
 
 
-def _outer_elements(model: Model) -> dict[str, int]:
+def outer_elements(model: Model) -> dict[str, int]:
     """Elements outside the blocks: of linears ("head"), of all else ("embedding")."""
     counts = {"embedding": 0, "head": 0}
     tensors = model.skeleton.state_dict()
@@ -273,7 +275,7 @@ def measuring_seconds(
     """
     if not measured.texts:
         return 0.0
-    head, total = _head_seconds(model, costs), 0.0
+    head, total = head_seconds(model, costs), 0.0
     for text in measured.texts:
         agreed = text.name in measured.against
         full = measured.compared or agreed
@@ -292,7 +294,7 @@ def measuring_seconds(
     return total
 
 
-def _head_seconds(model: Model, costs: Sequence[KindCosts]) -> float:
+def head_seconds(model: Model, costs: Sequence[KindCosts]) -> float:
     """Time of a token in the head, by its share of products: as long each as those of blocks."""
     seconds = sum(len(kind.blocks) * kind.costs.full / kind.costs.rows for kind in costs)
     shapes = [block.state_dict() for block in model.blocks]

@@ -59,10 +59,11 @@ def _estimates(preflight: Preflight) -> dict[str, str]:
     rows: dict[str, str] = {}
     if preflight.memory is not None:
         memory = preflight.memory
-        tower = f", the tower {_size(memory.tower)}" if memory.tower else ""
+        others = f", the tower {_size(memory.tower)}" if memory.tower else ""
+        others += f", tuning end to end {_size(memory.tuning)}" if memory.tuning else ""
         rows["peak memory"] = (
             f"{_size(memory.peak)}: embedding {_size(memory.embedding)}, learning "
-            f"{_size(memory.learning)}, measuring {_size(memory.measuring)}{tower}; "
+            f"{_size(memory.learning)}, measuring {_size(memory.measuring)}{others}; "
             f"hidden states {_size(preflight.stream_bytes or 0)} of them"
         )
     if preflight.run_bytes is not None:
