@@ -22,6 +22,7 @@ from lrquant.data.feeds import Feed
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.tuning import Tuning
 from lrquant.learn import fit
 from lrquant.learn.adaptation import adapt
 from lrquant.learn.fit import BlockData, fit_block
@@ -264,6 +265,29 @@ def test_a_whole_model_is_learned_together_and_kept_by_the_first(model, feed, tm
     assert again[0] is None and again[1].final_loss == pytest.approx(records[1].final_loss)
     assert_close(folders[0].load_block(1), kept, 1e-5)
     assert [each[1] for each in together(share)] == [own, own], "what was adapted is kept"
+
+
+def test_a_team_tunes_end_to_end(make_model, make_bench, feed, tmp_path):
+    samples = feed()
+
+    def work(team):
+        plan = Plan(Schemes(Scheme(2, 16, 16)), (Tuning(tune=True, tune_lr=0.02, tune_epochs=2),))
+        bench = dataclasses.replace(make_bench(make_model("llama")), plan=plan)
+        path = tmp_path / ("run" if team.rank == 0 else "absent")
+        folder = RunFolder(path)
+        if team.rank == 0:
+            folder = RunFolder.open(path) if path.exists() else create(path)
+        share = samples.only(SHARES[team.rank])
+        learn_model(bench, Learning(0), share, None, folder, Progress(), False, team=team)
+
+    together(work)
+    assert not (tmp_path / "absent").exists()
+    files = sorted((tmp_path / "run" / "tuned" / "model").iterdir())
+    before = [path.read_bytes() for path in files]
+    record = RunFolder.open(tmp_path / "run").stage("tuned").about(0)["record"]
+    assert len(before) == 2 and record["best_epoch"] > 0
+    together(work)
+    assert [path.read_bytes() for path in files] == before, "kept"
 
 
 def test_uneven_shares_are_refused_by_all_before_anything_is_learned(model, feed):

@@ -12,6 +12,7 @@ from lrquant import LRQuantError, quantize
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
+from lrquant.blocks.tuned import TunedBlock
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.feeds import Feed
@@ -21,10 +22,11 @@ from lrquant.ingredients.rounding import Rounding
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn import tuning as stage
 from lrquant.learn.team import ALONE
-from lrquant.learn.tuning import TunedBlock, kl_divergence, tuned
+from lrquant.learn.tuning import kl_divergence, tuned
 from lrquant.runs.folder import RunFolder
 
 TUNING = Tuning(tune=True, tune_lr=0.02, tune_epochs=3)
+OWN = {"epochs": 1, "precision": "float32", "tune": True, "tune_lr": 0.02}
 FACTORS = ScaleFactors(rotation=True, rotation_sharing="linear")
 
 
@@ -110,10 +112,16 @@ def learn(make_model, tiny_tokenizer, token_ids, tmp_path):
         return quantize(
             make_model("llama"),
             "W2A16g16",
-            samples=token_ids(9, 16),
             tokenizer=tiny_tokenizer,
             output_dir=str(tmp_path / name),
-            **{"epochs": 1, "precision": "float32", "tune": True, "tune_lr": 0.02, **settings},
+            **{
+                "samples": token_ids(9, 16),
+                "epochs": 1,
+                "precision": "float32",
+                "tune": True,
+                "tune_lr": 0.02,
+                **settings,
+            },
         )
 
     return run
@@ -152,6 +160,11 @@ def test_a_checkpoint_and_measures_have_what_was_tuned(learn, token_ids, tmp_pat
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     ids = token_ids(2, 12)
     torch.testing.assert_close(read(ids).logits, run.load_model()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_one_sample_is_not_enough(learn, token_ids):
+    with pytest.raises(LRQuantError, match="--tune: 1 calibration sample; give 2 or more"):
+        learn(samples=token_ids(1, 16))
 
 
 def test_nothing_is_tuned_where_nothing_is_quantised():

@@ -20,10 +20,9 @@ from torch.optim.lr_scheduler import LinearLR
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.runner import SHIFT_SUFFIX, BlockRunner, Prepare
+from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.stubs import Arguments
-from lrquant.blocks.view import BlockView, scaled_norm
+from lrquant.blocks.tuned import TunedBlock
 from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
@@ -40,37 +39,6 @@ from lrquant.runs.stages import StageFolder
 logger = logging.getLogger("lrquant")
 HEAD_TOKENS = 512  # whose logits are in memory at once
 HELD_SHARE = 8  # one sample in so many says when to stop
-
-
-class TunedBlock:
-    """A finished block whose scales and norms are tuned: `parameters` by the ingredient's names."""
-
-    def __init__(self, tuning: Tuning, view: BlockView, runner: BlockRunner) -> None:
-        self.frozen, self.runner = view.freeze(), runner
-        self.parameters = tuning.own(view.parameters)
-        self._norms = {
-            site.producer.module: site.producer.offset
-            for site in view.plan.sites
-            if site.kind == "norm"
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block computes with, differentiable in the parameters."""
-        gains = {name: self.parameters[f"tuned.{name}.gain"] for name in self.frozen.matrices}
-        tensors = self.frozen.tensors(self.runner.dtype, gains)
-        for norm, offset in self._norms.items():
-            factor = self.parameters[f"tuned.{norm}.factor"]
-            for name in (f"{norm}.bias", norm + SHIFT_SUFFIX):
-                if name in tensors:
-                    tensors[name] = tensors[name] * factor
-            weight = tensors[f"{norm}.weight"]
-            tensors[f"{norm}.weight"] = scaled_norm(weight, factor, offset)
-        return tensors
-
-    def __call__(self, states: Tensor, arguments: Arguments) -> Tensor:
-        """Output (batch, tokens, hidden) of the block."""
-        with self.runner as runner:
-            return runner(self.tensors(), states, arguments)
 
 
 def tune(
@@ -148,7 +116,8 @@ class EndToEnd:
         blocks = [self._block(index, (learned, held)) for index in unit]
         steps = self.tuning.tune_epochs * len(learned.entry.batches)
         with self.progress.measuring("tuning end to end", steps, "steps") as told:
-            fit = _Fit(blocks, head, self.tuning, learned, held, self.team, told)
+            classifies = self.workbench.model.architecture.reads_pixels
+            fit = _Fit(blocks, head, self.tuning, learned, held, self.team, told, classifies)
             record = fit.run()
         self.team.first(lambda: self._keep(blocks, record))
 
@@ -205,6 +174,7 @@ class _Fit:
     held: _Samples
     team: Team
     told: Callable[[int], None]
+    classifies: bool = False
     _taken: int = field(default=0, init=False)
 
     @property
@@ -290,11 +260,12 @@ class _Fit:
             weights = torch.ones(states.shape[:-1], device=states.device)
         weights = weights / weights.sum()
         gradient, total = torch.empty_like(states), 0.0
-        for start in range(0, states.shape[1], HEAD_TOKENS):
-            tokens = slice(start, start + HEAD_TOKENS)
+        at_once = max(HEAD_TOKENS, states.shape[1] if self.classifies else 0)
+        for start in range(0, states.shape[1], at_once):
+            tokens = slice(start, start + at_once)
             own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())
             divergence = kl_divergence(self.head.logits(own), self.head(target[:, tokens]))
-            loss = (divergence * weights[:, tokens]).sum()
+            loss = divergence.mean() if self.classifies else (divergence * weights[:, tokens]).sum()
             if own.requires_grad:
                 loss.backward()
                 gradient[:, tokens] = _gradient_of(own)

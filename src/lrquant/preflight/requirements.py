@@ -22,7 +22,7 @@ from lrquant.export.choice import choose_format
 from lrquant.export.targets import loading_of, verdicts
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.learn.adaptation import check_adaptation
-from lrquant.learn.checks import check_grids, check_ingredients
+from lrquant.learn.checks import check_grids, check_ingredients, check_samples
 from lrquant.learn.identity import dtype_name
 from lrquant.learn.model import require_pictures
 from lrquant.measures.choice import AnyModule, check_measures, module_measures
@@ -134,6 +134,7 @@ def _statistics(run: Prospect) -> Iterator[Said]:
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     calibrating, sources = run.config.group(Calibrating), run.config.group(Sources)
     calibration = calibration_of(calibrating, sources, model, run.samples)
+    check_samples(run.plan, len(calibration.feed))
     run.calibration = calibration
     text = calibration.description
     yield Said(text, logged=f"calibration {text}")
