@@ -59,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "LRQuant": PUBLISHED,
     "LRQuant, default settings": {},
     "LRQuant+": {"lr_plus": True},
+    "LRQuant+ and rounding": {"lr_plus": True, "rounding": True},
+    "balanced": preset("balanced"),
 }
 
 ABLATION: dict[str, dict[str, Any]] = {
