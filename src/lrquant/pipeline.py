@@ -31,6 +31,7 @@ from lrquant.files.whole import JsonObject
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.identity import describe_method, describe_run, environment
 from lrquant.learn.model import learn_model
+from lrquant.learn.tuning import outcome_of_tuning
 from lrquant.measures.choice import check_measures, measures_anything
 from lrquant.measures.evaluation.evaluation import Evaluation
 from lrquant.measures.evaluation.resolution import (
@@ -189,7 +190,7 @@ def _run(
     results_folder = RunFolder(output)
     with results_folder.logging(logger, earlier):
         about = environment(config.model, plan, learning, config.seed, workbench)
-        about |= source_of(workbench.model)
+        about |= source_of(workbench.model) | outcome_of_tuning(folder)
         if not measure_only:
             about |= {"learned_with": conditions(about)}
             results_folder.add_results(about)

@@ -131,6 +131,7 @@ def test_a_run_is_tuned_kept_and_gone_on_with(learn, tmp_path):
     run = learn(tune_epochs=3)
     folder = run.folder
     record = tuned(folder).about(0)["record"]
+    assert run.results["end_to_end"] == record
     assert len(record["losses"]) == 3 and len(record["held"]) == 4
     assert record["best_epoch"] > 0 and min(record["held"]) < record["held"][0]
     assert "scales and norms end to end (lr 0.02 falling to 0, 3 epochs)" in run.results["method"]

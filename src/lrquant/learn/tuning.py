@@ -295,6 +295,12 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     return (expected.exp() * (expected - own)).sum(-1)
 
 
+def outcome_of_tuning(folder: RunFolder) -> JsonObject:
+    """What came of a run's end-to-end stage, as results.json has it; nothing where it had none."""
+    about = tuned(folder).about(0)
+    return {} if about is None else {"end_to_end": about["record"]}
+
+
 def tuned(folder: RunFolder) -> StageFolder:
     """A run's parameters that were tuned end to end."""
     return folder.stage(EndToEnd.name)
