@@ -89,7 +89,7 @@ class Settings:
     calib_dataset: str = setting(
         "wikitext2", "wikitext2, c4, ptb, pile, mix, a set in --data-dir, or a text file"
     )
-    nsamples: int = setting(128, "calibration samples", limits=(1, MANY), paper=128)
+    nsamples: int = setting(128, "calibration samples", limits=(1, MANY), paper=128, best=256)
     seqlen: int = setting(
         2048, "tokens a sample, and a perplexity window", limits=(2, 2**24), paper=2048
     )

@@ -38,7 +38,7 @@ class Tuning(Ingredient):
     tune_lr: float = setting(
         1e-3, "learning rate of the tuning at first; it falls to 0", limits=(0, FASTEST)
     )
-    tune_epochs: int = setting(2, "epochs of the tuning", limits=(1, MANY))
+    tune_epochs: int = setting(2, "epochs of the tuning", limits=(1, MANY), best=4)
 
     name = "tuned"
     switch = "tune"
