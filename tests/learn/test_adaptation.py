@@ -187,6 +187,20 @@ def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, 
     assert adapted == results["perplexity"]["wikitext2"]["test_time_adapted"], "kept beside it"
 
 
+def test_what_stays_as_it_is_while_the_rest_is_adapted(learn, tmp_path):
+    """Rounding and what was tuned end to end: the blocks before are those of the run."""
+    learn(let=True, lwc=True, rounding=True, tune=True)
+    results = evaluate(str(tmp_path / "run"), ppl=("wikitext2",), tta=True)
+    adapted = results["test_time_adaptation"]["wikitext2"]
+    assert "rounding" not in adapted["learned"] and "end to end" not in adapted["learned"]
+    scores = results["perplexity"]["wikitext2"]
+    assert scores["test_time_adapted"] != scores["quantized"]
+    name = f"{BLOCKS - 1:04d}.safetensors"
+    (own,) = parameters(tmp_path / "run" / "adapted" / "wikitext2", "").values()
+    tuned = parameters(tmp_path / "run" / "tuned", "model")[name]
+    assert all(torch.equal(own[key], values) for key, values in tuned.items())
+
+
 def test_the_rate_of_adapting_says_nothing_of_what_was_learned(learn, tmp_path):
     learn(let=True)
     again = {"resume": str(tmp_path / "run"), "overwrite": False, "let": True}
@@ -200,6 +214,7 @@ def test_the_rate_of_adapting_says_nothing_of_what_was_learned(learn, tmp_path):
     ("settings", "said"),
     [
         ({"epochs": 0}, "learns nothing that could be adapted"),
+        ({"rounding": True, "lwc": False, "let": False}, "learns nothing that could be adapted"),
         ({"tta_blocks": BLOCKS + 1}, f"the model has {BLOCKS} blocks"),
         ({"ppl": ()}, "no text to adapt to"),
     ],

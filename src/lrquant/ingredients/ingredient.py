@@ -41,6 +41,7 @@ class Ingredient(LearnedSettings):
 
     charts: ClassVar[dict[str, Chart]]  # of its parameters in the report, by kind
     after_folds: ClassVar[bool] = False  # its start needs to know what others fold
+    adapts: ClassVar[bool] = True  # is learned again on a text to be scored, or stays as it is
     held_as: ClassVar[tuple[str, ...]] = ()  # "shift", "input factor", "dense factor"
 
     @property

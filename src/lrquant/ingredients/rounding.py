@@ -42,6 +42,7 @@ class Rounding(Ingredient):
 
     name = "rounding"
     switch = "rounding"
+    adapts = False
     charts: ClassVar[dict[str, Chart]] = {
         "rounding": Chart("Learned rounding", "Share of a row's weights that left the nearest code")
     }

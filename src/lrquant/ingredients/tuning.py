@@ -42,6 +42,7 @@ class Tuning(Ingredient):
 
     name = "tuned"
     switch = "tune"
+    adapts = False
     stage = "tuned"
     charts: ClassVar[dict[str, Chart]] = {
         "gains": Chart("Tuned scales", "Gain of each scale, tuned by the model's logits"),

@@ -50,7 +50,7 @@ def check_adaptation(
     `texts` names those that are measured, `blocks` is how many the model has, `pictures` says
     whether it takes conversations with some.
     """
-    if not ingredients:
+    if not any(each.adapts for each in ingredients):
         raise LRQuantError(
             "--tta: the run learns nothing that could be adapted; give --lwc, --let or --lr-plus"
         )
@@ -132,7 +132,7 @@ class Adaptation:
     @property
     def learned(self) -> str:
         """The same in words."""
-        return ", ".join(each.description for each in self.ingredients)
+        return ", ".join(each.description for each in self.ingredients if each.adapts)
 
     @property
     def units(self) -> list[range]:
@@ -225,5 +225,6 @@ def adapted_to(text: str, folder: RunFolder) -> StageFolder:
 
 def describe_adaptation(adapting: Adapting, ingredients: Sequence[Ingredient]) -> str:
     """How long and how much is learned again, in words."""
-    rates = [f"{each.name}_lr {each.adapted().rate:g}" for each in ingredients]
+    again = [each.adapted() for each in ingredients if each.adapts]
+    rates = [f"{each.name}_lr {each.rate:g}" for each in again]
     return ", ".join([f"last {adapting.blocks}, {adapting.epochs} epochs", *rates])
