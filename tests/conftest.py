@@ -14,6 +14,7 @@
 ``takes_shift``     takes_shift(block, matrices, site) -> whether all that a site reaches has a bias
 ``assert_alike``    assert_alike(found, expected) -> logits equal to rounding, codes on a tie aside
 ``change_of_logits``  how far folding random scales and shifts into blocks moves a model's logits
+``make_set``        make_set(line, count) -> a folder with both splits of wikitext2, made of lines
 
 Everything is offline, on the CPU and seeded.  Helpers come as fixtures, never as imports.
 """
@@ -338,6 +339,21 @@ def assert_alike():
 @pytest.fixture(scope="session")
 def text():
     return " ".join(f"{number * number} is the square of {number}." for number in range(40))
+
+
+@pytest.fixture(scope="session")
+def make_set(tmp_path_factory):
+    """make_set(line, count) -> a folder with both splits of wikitext2: `line(split, number)`s."""
+
+    def make(line, count):
+        folder = tmp_path_factory.mktemp("texts")
+        for split in ("validation", "test"):
+            path = folder / "wikitext2" / f"{split}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(" ".join(line(split, number) for number in range(count)))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -58,13 +58,8 @@ def reference(learn, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for split in ("validation", "test"):
-        path = folder / "wikitext2" / f"{split}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(" ".join(f"{split} {number * number}" for number in range(60)))
-    return folder
+def data_dir(make_set):
+    return make_set(lambda split, number: f"{split} {number * number}", 60)
 
 
 def learned_bytes(folder):

@@ -22,7 +22,8 @@ from lrquant.ingredients.rounding import Rounding
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn import tuning as stage
 from lrquant.learn.team import ALONE
-from lrquant.learn.tuning import kl_divergence, tuned
+from lrquant.learn.tuning import tuned
+from lrquant.numerics.losses import kl_divergence
 from lrquant.runs.folder import RunFolder
 
 TUNING = Tuning(tune=True, tune_lr=0.02, tune_epochs=3)

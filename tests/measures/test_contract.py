@@ -102,13 +102,8 @@ def test_a_later_measure_of_other_items_keeps_the_earlier(measure):
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for split in ("validation", "test"):
-        path = folder / "wikitext2" / f"{split}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(" ".join(f"{number * number} squared" for number in range(60)))
-    return folder
+def texts(make_set):
+    return make_set(lambda split, number: f"{number * number} squared", 60)
 
 
 @TEXTS

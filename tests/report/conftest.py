@@ -13,13 +13,8 @@ TOKENS = 16
 
 
 @pytest.fixture(scope="session")
-def report_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report-data")
-    for split in ("validation", "test"):
-        path = folder / "wikitext2" / f"{split}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(" ".join(f"{split} {number * number}" for number in range(80)))
-    return folder
+def report_data(make_set):
+    return make_set(lambda split, number: f"{split} {number * number}", 80)
 
 
 @pytest.fixture(scope="session")

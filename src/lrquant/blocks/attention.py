@@ -25,10 +25,15 @@ def mark_quantized(states: Tensor) -> Tensor:
     return states
 
 
+def attention_config(module: nn.Module) -> PretrainedConfig:
+    """The configuration from which a block's, or an attention's own, implementation is taken."""
+    configs = [getattr(each, "config", None) for each in module.modules()]
+    return next(config for config in configs if isinstance(config, PretrainedConfig))
+
+
 def with_own_config(module: nn.Module) -> PretrainedConfig:
     """The configuration that a module's attention reads, from now on its own, and no other's."""
-    configs = [getattr(each, "config", None) for each in module.modules()]
-    shared = next(config for config in configs if isinstance(config, PretrainedConfig))
+    shared = attention_config(module)
     own = copy.copy(shared)
     for each in module.modules():
         if getattr(each, "config", None) is shared:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -41,16 +40,9 @@ class QuantizedMatrix:
     input_factor: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) that the codes stand for."""
+        """The weight (out, in) that the codes stand for, differentiable in the scale."""
         quantized = Quantized(self.codes, self.scale, self.zero_point)
         return with_dense(dequantize_weight(quantized, self.grid), self.factor, dtype)
-
-    def with_gain(self, gain: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight with its scales times `gain` (out, groups), differentiable in that."""
-        codes = self.grid.grouped(self.codes.float())
-        levels = self.grid.levels_(codes, self.zero_point[..., None])
-        weight = levels * (self.scale * gain)[..., None]
-        return with_dense(weight.view(self.codes.shape), self.factor, dtype)
 
 
 @dataclass(frozen=True)
@@ -66,15 +58,10 @@ class FrozenBlock:
     layout: Mapping[str, Matrix]
     unquantized: dict[str, FloatingMatrix] = field(default_factory=dict)
 
-    def tensors(
-        self, dtype: torch.dtype, gains: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> dict[str, Tensor]:
-        """What the block computes with: weights in `dtype`, the rest float32.
-
-        `gains` (out, groups) multiply the scales of matrices by name, differentiably.
-        """
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the block computes with: weights in `dtype`, the rest float32."""
         tensors = dict(self.others)
-        weights = {name: self._weight(name, dtype, gains.get(name)) for name in self.layout}
+        weights = {name: self._weight(name, dtype) for name in self.layout}
         tensors |= assembled(self.layout, weights)
         biases = {
             name: matrix.bias.to(dtype)
@@ -89,10 +76,9 @@ class FrozenBlock:
                 tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
         return tensors
 
-    def _weight(self, name: str, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self.matrices:
-            matrix = self.matrices[name]
-            return matrix.dequantize(dtype) if gain is None else matrix.with_gain(gain, dtype)
+            return self.matrices[name].dequantize(dtype)
         return self.unquantized[name][0].to(dtype)
 
     def dense(self) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from lrquant.blocks.stubs import Arguments, stubs
 from lrquant.model.model import Model
 
+HEAD_TOKENS = 512  # whose logits are in memory at once, where they are many
+
 
 class Head:
     """Everything after the last block: final norm and head, on hidden states."""

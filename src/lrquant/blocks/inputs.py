@@ -76,6 +76,17 @@ class BlockInputs:
                         )
                 self._keep([_moved(arguments, self._device) for _, arguments in seen])
 
+    def embed_both(
+        self, full: Stream, quantized: Stream, towers: tuple[Prepare | None, Prepare | None]
+    ) -> None:
+        """Fill the streams of both models; `towers` stand before the first block of each."""
+        before_full, before_quantized = towers
+        self.embed(full, before_full)
+        if before_quantized is before_full:
+            quantized.copy(full)
+        else:
+            self.embed(quantized, before_quantized)
+
     def _seen(
         self, tensors: dict[str, Tensor], inputs: Inputs, device: torch.device
     ) -> list[tuple[Tensor, Arguments]]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig
 
-from lrquant.blocks.attention import attention_name
+from lrquant.blocks.attention import attention_config, attention_name
 from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
@@ -65,7 +64,7 @@ class BlockRunner:
         observer: Observer | None = None,
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
-        self.config = _attention_config(block)
+        self.config = attention_config(block)
         self._attention_before = self.config._attn_implementation
         self._attention_name = attention_name(attention, dtype)
         self.dtype, self.observer = dtype, observer
@@ -144,9 +143,3 @@ class BlockRunner:
     def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
         self.config._attn_implementation = self._attention_before
         self._last = None
-
-
-def _attention_config(block: nn.Module) -> PretrainedConfig:
-    """The configuration from which a block's attention takes its implementation."""
-    configs = [getattr(module, "config", None) for module in block.modules()]
-    return next(config for config in configs if isinstance(config, PretrainedConfig))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from lrquant.blocks.runner import SHIFT_SUFFIX, BlockRunner
+from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.stubs import Arguments
-from lrquant.blocks.view import BlockView, scaled_norm
+from lrquant.blocks.view import BlockView, scale_norm_
 from lrquant.ingredients.tuning import Tuning
 
 
@@ -24,15 +26,13 @@ class TunedBlock:
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters."""
-        gains = {name: self.parameters[f"tuned.{name}.gain"] for name in self.frozen.matrices}
-        tensors = self.frozen.tensors(self.runner.dtype, gains)
+        matrices = {
+            name: replace(matrix, scale=matrix.scale * self.parameters[f"tuned.{name}.gain"])
+            for name, matrix in self.frozen.matrices.items()
+        }
+        tensors = replace(self.frozen, matrices=matrices).tensors(self.runner.dtype)
         for norm, offset in self._norms.items():
-            factor = self.parameters[f"tuned.{norm}.factor"]
-            for name in (f"{norm}.bias", norm + SHIFT_SUFFIX):
-                if name in tensors:
-                    tensors[name] = tensors[name] * factor
-            weight = tensors[f"{norm}.weight"]
-            tensors[f"{norm}.weight"] = scaled_norm(weight, factor, offset)
+            scale_norm_(tensors, norm, self.parameters[f"tuned.{norm}.factor"], offset)
         return tensors
 
     def __call__(self, states: Tensor, arguments: Arguments) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrquant.blocks.runner import Prepare, PreparedBlock, Variant
 from lrquant.blocks.view import BlockView
-from lrquant.blocks.workbench import Workbench
+from lrquant.blocks.workbench import Workbench, loaded_view
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.stages import StageFolder
 
@@ -49,9 +49,7 @@ def with_parameters(workbench: Workbench, load: Callable[[int], Parameters]) -> 
     """Every block with the learned parameters that `load` has of it."""
 
     def prepare(index: int) -> PreparedBlock:
-        view = workbench.view(index, workbench.stored(index))
-        view.load(load(index))
-        return _ready(workbench, index, view)
+        return _ready(workbench, index, loaded_view(workbench, index, load))
 
     return prepare
 

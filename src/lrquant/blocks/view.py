@@ -277,16 +277,13 @@ class BlockView:
         tensors = dict(self._plain)
         norms = dict.fromkeys([*factors.norms, *(n for n in self._norms if n in factors.subtract)])
         for norm in norms:
-            factor = factors.norms.get(norm)
-            bias, shift = tensors.get(f"{norm}.bias"), factors.subtract.get(norm)
+            factor, shift = factors.norms.get(norm), factors.subtract.get(norm)
+            bias = tensors.get(f"{norm}.bias")
+            if shift is not None:
+                name = norm + SHIFT_SUFFIX if bias is None else f"{norm}.bias"
+                tensors[name] = -shift if bias is None else bias - shift
             if factor is not None:
-                weight = scaled_norm(tensors[f"{norm}.weight"], factor, self._offsets.get(norm))
-                tensors[f"{norm}.weight"] = weight
-            if bias is not None:
-                moved = bias if shift is None else bias - shift
-                tensors[f"{norm}.bias"] = moved if factor is None else moved * factor
-            elif shift is not None:
-                tensors[norm + SHIFT_SUFFIX] = -shift if factor is None else -shift * factor
+                scale_norm_(tensors, norm, factor, self._offsets.get(norm))
         folded = factors.rows | factors.columns | factors.subtract | factors.add
         for module in folded.keys() - self.matrices.keys() - norms.keys():
             weight, bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
@@ -324,10 +321,20 @@ def _folded_bias(bias: Tensor | None, weight: Tensor, name: str, factors: Factor
     return bias * factors.rows[name] if bias is not None and name in factors.rows else bias
 
 
-def scaled_norm(weight: Tensor, factor: Tensor, offset: float | None) -> Tensor:
-    """A norm's weight times a factor, where it multiplies with its weight and an offset:
-    ``(weight + offset) * factor - offset``, in the form that is exact at a factor of 1."""
-    return weight + (weight + offset) * (factor - 1) if offset else weight * factor
+def scale_norm_(
+    tensors: dict[str, Tensor], norm: str, factor: Tensor, offset: float | None
+) -> None:
+    """Multiply what a norm gives by a factor: its weight, and its bias or shift, among `tensors`.
+
+    Where it multiplies with its weight and an offset, that becomes ``(weight + offset) * factor -
+    offset``, in the form that is exact at a factor of 1.
+    """
+    weight = tensors[f"{norm}.weight"]
+    scaled = weight + (weight + offset) * (factor - 1) if offset else weight * factor
+    tensors[f"{norm}.weight"] = scaled
+    for name in (f"{norm}.bias", norm + SHIFT_SUFFIX):
+        if name in tensors:
+            tensors[name] = tensors[name] * factor
 
 
 def _scaled(weight: Tensor, name: str, factors: Factors, dtype: torch.dtype) -> Tensor:

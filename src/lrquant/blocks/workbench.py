@@ -121,8 +121,15 @@ def peak_memory(device: torch.device) -> int:
 
 def learned_view(workbench: Workbench, folder: RunFolder, index: int) -> BlockView:
     """Block `index` with the parameters that a run learned."""
+    return loaded_view(workbench, index, folder.learned)
+
+
+def loaded_view(
+    workbench: Workbench, index: int, load: Callable[[int], dict[str, Tensor]]
+) -> BlockView:
+    """Block `index` with the learned parameters that `load` has of it."""
     view = workbench.view(index, workbench.stored(index))
-    view.load(folder.learned(index))
+    view.load(load(index))
     return view
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
-from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.blocks.workbench import Workbench, advance_full_precision, loaded_view
 from lrquant.config.groups import Adapting, Learning
 from lrquant.data.conversations import is_conversations
 from lrquant.data.samples import Samples
@@ -154,10 +154,10 @@ class Adaptation:
         return self.team.first(self._kept)
 
     def _kept(self) -> int:
-        kept, blocks = self.first, len(self.workbench.model.blocks)
+        kept, blocks, of = self.first, len(self.workbench.model.blocks), self._about
         while kept < blocks:
             about = self.own.about(kept)
-            if about is None or about["of"] != self._about:
+            if about is None or about["of"] != of:
                 break
             kept += 1
         self.own.forget(range(self.first, kept))
@@ -207,9 +207,7 @@ class Adaptation:
 
     def _view(self, index: int, load: Callable[[int], dict[str, Tensor]]) -> BlockView:
         """A block with the learned parameters that `load` has of it."""
-        view = self.workbench.view(index, self.workbench.stored(index))
-        view.load(self.team.first(partial(load, index)))
-        return view
+        return loaded_view(self.workbench, index, lambda i: self.team.first(partial(load, i)))
 
     def _advance_full(self, index: int, view: BlockView) -> BlockData:
         """The full-precision stream moves on; the text as the block sees it."""

@@ -170,7 +170,7 @@ class _Fit:
     ) -> None:
         self.view, self.runner, self.data = view, runner, data
         self.learning, self.report, self.progress = learning, report, progress
-        self.start = self.best = _copy(view.parameters)
+        self.start = self.best = copied(view.parameters)
 
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
@@ -192,14 +192,14 @@ class _Fit:
                     break
                 report.held_losses.append(held)
             if held <= best_loss:
-                self.best, best_loss, best_epoch = _copy(self.view.parameters), held, epoch
+                self.best, best_loss, best_epoch = copied(self.view.parameters), held, epoch
         else:
             if learning.keep_best:
                 self.view.parameters = self.best
             elif not math.isfinite(self._first_loss()):
                 self._go_back(f"epoch {learning.epochs}, after its last step")
         report.best_epoch = best_epoch if learning.keep_best else None
-        self.view.parameters = _copy(self.view.parameters)
+        self.view.parameters = copied(self.view.parameters)
         self.view.harden_()
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
@@ -286,7 +286,8 @@ def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimiz
     return [each.optimizer(values, weight_decay, steps) for each, values in own if values]
 
 
-def _copy(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def copied(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters as they are now, which need no gradient."""
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 

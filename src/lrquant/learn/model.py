@@ -112,12 +112,7 @@ def learn_blocks(
     entry = BlockInputs(workbench.model, feed, learning.batch_size, workbench.device)
     require_even(team, len(entry.batches))
     full, quantized, *homologous = workbench.streams(entry, 3 if learning.two_branch else 2)
-    before_full, before_quantized = towers
-    entry.embed(full, before_full)
-    if before_quantized is before_full:
-        quantized.copy(full)
-    else:
-        entry.embed(quantized, before_quantized)
+    entry.embed_both(full, quantized, towers)
     for stream in homologous:
         stream.added = quantized.added
     stage = BlockLearning(

@@ -12,13 +12,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
-from lrquant.blocks.head import Head
+from lrquant.blocks.head import HEAD_TOKENS, Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream
@@ -28,16 +28,16 @@ from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.fit import share_gradients
+from lrquant.learn.fit import copied, share_gradients
 from lrquant.learn.stage import carry_out
 from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.model.device import dtype_name
+from lrquant.numerics.losses import kl_divergence
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.stages import StageFolder
 
 logger = logging.getLogger("lrquant")
-HEAD_TOKENS = 512  # whose logits are in memory at once
 HELD_SHARE = 8  # one sample in so many says when to stop
 
 
@@ -89,8 +89,8 @@ class EndToEnd:
         return self.team.first(self._kept)
 
     def _kept(self) -> int:
-        own, blocks = tuned(self.folder), self.units[0]
-        if all((own.about(index) or {}).get("of") == self._about for index in blocks):
+        own, of = tuned(self.folder), self._about
+        if all((own.about(index) or {}).get("of") == of for index in self.units[0]):
             return 1
         own.forget()
         return 0
@@ -125,11 +125,7 @@ class EndToEnd:
         bench = self.workbench
         entry = BlockInputs(bench.model, feed, self.batch_size, bench.device)
         first, target = bench.streams(entry, 2)
-        entry.embed(target, self.towers[0])
-        if self.towers[1] is self.towers[0]:
-            first.copy(target)
-        else:
-            entry.embed(first, self.towers[1])
+        entry.embed_both(target, first, self.towers)
         return _Samples(entry, first, target)
 
     def _block(self, index: int, samples: Sequence[_Samples]) -> TunedBlock:
@@ -175,7 +171,6 @@ class _Fit:
     team: Team
     told: Callable[[int], None]
     classifies: bool = False
-    _taken: int = field(default=0, init=False)
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -195,7 +190,7 @@ class _Fit:
             )
         best, best_epoch = self._copy(), 0
         for epoch in range(1, self.tuning.tune_epochs + 1):
-            losses.append(self._epoch(optimizer, schedule))
+            losses.append(self._epoch(epoch, optimizer, schedule))
             held.append(self._divergence(self.held))
             if held[-1] < min(held[:-1]):
                 best, best_epoch = self._copy(), epoch
@@ -207,15 +202,13 @@ class _Fit:
         return {"losses": losses, "held": finite, "best_epoch": best_epoch}
 
     def _copy(self) -> list[dict[str, Tensor]]:
-        return [
-            {name: tensor.detach().clone() for name, tensor in block.parameters.items()}
-            for block in self.blocks
-        ]
+        return [copied(block.parameters) for block in self.blocks]
 
-    def _epoch(self, optimizer: torch.optim.Optimizer, schedule: LinearLR) -> float:
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, schedule: LinearLR) -> float:
         """One pass; the mean divergence of its steps."""
         total, samples = 0.0, self.learned
-        for batch in range(len(samples.entry.batches)):
+        steps = len(samples.entry.batches)
+        for batch in range(steps):
             optimizer.zero_grad(set_to_none=True)
             total += self._backward(samples, batch)
             share_gradients(self._parameters, self.team)
@@ -224,9 +217,8 @@ class _Fit:
             with torch.no_grad():
                 for block in self.blocks:
                     self.tuning.constrain_(block.parameters)
-            self.told(self._taken)
-            self._taken += 1
-        return total / len(samples.entry.batches)
+            self.told((epoch - 1) * steps + batch)
+        return total / steps
 
     def _backward(self, samples: _Samples, batch: int) -> float:
         """Gradients of one batch's divergence, which is returned."""
@@ -264,7 +256,8 @@ class _Fit:
         for start in range(0, states.shape[1], at_once):
             tokens = slice(start, start + at_once)
             own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())
-            divergence = kl_divergence(self.head.logits(own), self.head(target[:, tokens]))
+            expected = self.head(target[:, tokens]).float()
+            divergence = kl_divergence(self.head.logits(own).float(), expected)
             loss = divergence.mean() if self.classifies else (divergence * weights[:, tokens]).sum()
             if own.requires_grad:
                 loss.backward()
@@ -287,12 +280,6 @@ class _Fit:
 def _gradient_of(states: Tensor) -> Tensor:
     assert states.grad is not None
     return states.grad
-
-
-def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(reference || model)`` in nats of logits (..., vocabulary), float32 (...)."""
-    own, expected = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    return (expected.exp() * (expected - own)).sum(-1)
 
 
 def outcome_of_tuning(folder: RunFolder) -> JsonObject:

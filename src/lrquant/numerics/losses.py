@@ -69,5 +69,14 @@ def negative_log_cosine(output: Tensor, target: Tensor, weights: Tensor | None =
     return torch.where(distance < 0.5, near, -torch.log((1 - distance).abs()))
 
 
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(softmax(reference) || softmax(logits))`` in nats, over the last axis: (...).
+
+    Of logits (..., vocabulary), float32 and differentiable in both.
+    """
+    logits, reference = logits.log_softmax(-1), reference.log_softmax(-1)
+    return torch.linalg.vecdot(reference.exp(), reference - logits)
+
+
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lrquant.blocks.head import HEAD_TOKENS
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
@@ -25,7 +26,6 @@ from lrquant.export.expected import bits_of_weights, expected_block
 from lrquant.export.format import Format
 from lrquant.export.parts import Part
 from lrquant.learn.checks import parts_of
-from lrquant.measures.scoring.predictions import HEAD_TOKENS
 from lrquant.model.model import Model
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load, TextLoad

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lrquant.blocks.head import HEAD_TOKENS
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.tuning import HEAD_TOKENS, HELD_SHARE
+from lrquant.learn.tuning import HELD_SHARE
 from lrquant.preflight.estimate import head_seconds, outer_elements
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load

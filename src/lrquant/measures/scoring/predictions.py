@@ -10,15 +10,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lrquant.blocks.head import HEAD_TOKENS
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.streams import Batch, Stream, batches_of
 from lrquant.data.feeds import Feed
 from lrquant.model.model import Model
+from lrquant.numerics.losses import kl_divergence
 
 R = TypeVar("R", covariant=True)
 LogitsOf = Callable[[Tensor], Tensor]
-HEAD_TOKENS = 512  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Predictions:
     @cached_property
     def divergences(self) -> Tensor:
         """``KL(reference || model)`` at each position, in nats."""
-        return _divergence(self.reference, self.logits)
+        return kl_divergence(self.logits, self.reference)
 
     @cached_property
     def same_top(self) -> Tensor:
@@ -145,9 +146,3 @@ def single_samples(feed: Feed) -> Iterator[tuple[Batch, Tensor, Tensor]]:
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
-    """``KL(softmax(expected) || softmax(logits))`` of each row (tokens, vocabulary), in nats."""
-    expected, logits = expected.log_softmax(-1), logits.log_softmax(-1)
-    return torch.linalg.vecdot(expected.exp(), expected - logits)
