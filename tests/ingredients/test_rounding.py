@@ -24,6 +24,13 @@ def test_steps_in_bytes(columns):
     assert torch.equal(unpack_ternary(packed, columns), steps.to(torch.int8))
 
 
+def test_the_report_counts_no_padding():
+    kept = {"rounding.q.offset": torch.zeros(2, 6), "rounding.k.offset": torch.ones(2, 10) / 2}
+    still, moved = Rounding(rounding=True).kept(kept).values()
+    assert Rounding.shown("offset", still)[1].tolist() == [0.0, 0.0]
+    assert Rounding.shown("offset", moved)[1].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_a_hardened_offset_has_the_same_codes(bits, symmetric):

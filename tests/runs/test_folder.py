@@ -482,6 +482,15 @@ def test_a_copy_of_a_run_with_damaged_records(tmp_path):
 TEXTS = ["wikitext2", "..", ".", "...", "/", "../x", "..-x", "a/b", "a_b", "x" * 101, "x" * 102]
 
 
+def test_what_is_adapted_to_a_text_called_model_is_not_the_run_s(tmp_path):
+    folder = a_run(tmp_path, blocks=1)
+    own, other = folder.load_block(0), {"x": torch.tensor(1.0)}
+    folder.stage("adapted", "model").save(0, other, {})
+    assert folder.learned(0).keys() == own.keys()
+    folder.stage("tuned").save(0, other, {})
+    assert folder.learned(0).keys() == own.keys() | other.keys()
+
+
 def test_what_is_adapted_to_a_text_stays_where_such_is(tmp_path):
     folder = a_run(tmp_path, blocks=1)
     texts = [*TEXTS, "\u6587" * 100, "\u6587" * 101, "\udcff"]

@@ -112,8 +112,7 @@ class Rounding(Ingredient):
     def shown(cls, parameter: str, values: Tensor) -> tuple[str, Tensor]:
         from lrquant.numerics.packing import unpack_ternary
 
-        moved = unpack_ternary(values, 5 * values.shape[1])
-        return "rounding", moved.ne(0).float().mean(-1)
+        return "rounding", unpack_ternary(values).ne(0).float().mean(-1)
 
 
 INGREDIENT = Rounding

@@ -22,13 +22,14 @@ def packed_weight(codes: Tensor, zero_points: Tensor | None, bits: int) -> dict[
 
 def pack_ternary(steps: Tensor) -> Tensor:
     """Values -1, 0 and 1 (rows, columns), five of a row in a byte: (rows, columns / 5, upwards)."""
-    digits = torch.nn.functional.pad((steps + 1).to(torch.uint8), (0, -steps.shape[1] % _IN_A_BYTE))
+    padded = torch.nn.functional.pad(steps, (0, -steps.shape[1] % _IN_A_BYTE))
+    digits = (padded + 1).to(torch.uint8)
     powers = 3 ** torch.arange(_IN_A_BYTE, device=steps.device)
     return (digits.view(len(steps), -1, _IN_A_BYTE) * powers).sum(-1, dtype=torch.uint8)
 
 
-def unpack_ternary(packed: Tensor, columns: int) -> Tensor:
-    """The values of `pack_ternary` (rows, columns), int8."""
+def unpack_ternary(packed: Tensor, columns: int | None = None) -> Tensor:
+    """The values of `pack_ternary` (rows, columns), int8; without `columns` up to 4 zeros more."""
     powers = 3 ** torch.arange(_IN_A_BYTE, device=packed.device)
     digits = packed[..., None].to(torch.int16) // powers % 3
     return (digits.flatten(1)[:, :columns] - 1).to(torch.int8)

@@ -13,10 +13,10 @@ from lrquant.files.whole import JsonObject, json_object
 from lrquant.runs.block_file import BlockRecord, LearnedFile
 from lrquant.runs.chain import Chain
 from lrquant.runs.journal import Journal
-from lrquant.runs.mends import AFTER_BLOCKS, mend_of
+from lrquant.runs.mends import mend_of
 from lrquant.runs.records import Records
 from lrquant.runs.sameness import digest
-from lrquant.runs.stages import MODEL, StageFolder
+from lrquant.runs.stages import MODEL, OF_THE_RUN, StageFolder
 
 logger = logging.getLogger("lrquant")
 
@@ -105,7 +105,7 @@ class PartFolder:
 
     def learned(self, index: int) -> dict[str, Tensor]:
         """What is kept of a block by all stages of the run."""
-        later = [self.stage(name) for name in AFTER_BLOCKS]
+        later = [self.stage(name) for name in OF_THE_RUN]
         kept = self.load_block(index)
         for stage in later:
             kept |= stage.load(index) if stage.path(index).is_file() else {}

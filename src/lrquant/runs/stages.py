@@ -13,7 +13,8 @@ from lrquant.files.whole import JsonObject, as_bytes
 from lrquant.runs.block_file import LearnedFile
 from lrquant.runs.journal import Journal
 
-MODEL = "model"  # the target of a stage that is a part of the run itself
+OF_THE_RUN = ("tuned",)  # later stages that are a part of the run itself
+MODEL = "model"  # their target
 
 
 class Files(Protocol):
