@@ -228,12 +228,14 @@ def _learn(
     config, calibration = prospect.config, prospect.calibration
     assert calibration is not None
     learning, files = config.group(Learning), config.group(StatisticsFiles)
-    identity = describe_run(workbench, learning, calibration, files)
+    identity = describe_run(workbench, learning, calibration, files, prospect.tuning)
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
         feed, statistics = calibration.feed, prospect.statistics
-        learn_model(workbench, learning, feed, statistics, folder, progress, config.report)
+        tuning = None if prospect.tuning is None else prospect.tuning.feed
+        rest = folder, progress, config.report
+        learn_model(workbench, learning, feed, statistics, *rest, tuning=tuning)
     return folder
 
 

@@ -27,6 +27,7 @@ from lrquant.numerics.losses import kl_divergence
 from lrquant.runs.folder import RunFolder
 
 TUNING = Tuning(tune=True, tune_lr=0.02, tune_epochs=3)
+ROUNDING = dataclasses.replace(TUNING, tune_rounding=True, tune_rounding_lr=0.05)
 OWN = {"epochs": 1, "precision": "float32", "tune": True, "tune_lr": 0.02}
 FACTORS = ScaleFactors(rotation=True, rotation_sharing="linear")
 
@@ -35,9 +36,9 @@ FACTORS = ScaleFactors(rotation=True, rotation_sharing="linear")
 def whole(make_model, make_bench, token_ids):
     """whole(family, scheme) -> a model, its views and blocks to tune, and samples."""
 
-    def make(family, scheme):
+    def make(family, scheme, tuning=TUNING):
         bench = make_bench(make_model(family))
-        plan = Plan(Schemes(scheme), (FACTORS, Rounding(rounding=True), TUNING))
+        plan = Plan(Schemes(scheme), (FACTORS, Rounding(rounding=True), tuning))
         bench = dataclasses.replace(bench, plan=plan)
         entry = BlockInputs(bench.model, Feed.of_tokens(token_ids(2, 12)), 1, bench.device)
         first, target = bench.streams(entry, 2)
@@ -52,7 +53,8 @@ def whole(make_model, make_bench, token_ids):
                 moved = 0.1 * torch.randn(values.shape, generator=generator)
                 if not name.startswith("tuned."):
                     view.parameters[name] = values + moved
-            blocks.append((view, TunedBlock(TUNING, view, bench.runner(index, view))))
+            view.harden_()
+            blocks.append((view, TunedBlock(tuning, view, bench.runner(index, view))))
         return bench, blocks, stage._Samples(entry, first, target)
 
     return make
@@ -62,8 +64,8 @@ def whole(make_model, make_bench, token_ids):
 def test_a_tuned_block_computes_what_its_view_does(whole, family):
     _, blocks, _ = whole(family, Scheme(3, 8, 16))
     for view, block in blocks:
-        moved = {name: 1 + 0.1 * torch.rand(t.shape) for name, t in block.parameters.items()}
-        block.parameters = moved
+        moved = {name: 1 + 0.1 * torch.rand(t.shape) for name, t in block.factors.items()}
+        block.factors = moved
         view.parameters |= moved
         expected, tensors = view.freeze().tensors(torch.float32), block.tensors()
         assert tensors.keys() == expected.keys()
@@ -78,13 +80,13 @@ def test_the_gradient_is_that_of_the_divergence(whole, family):
     blocks = [block for _, block in pairs]
     head = Head(bench.model, bench.device, torch.float32)
     fit = stage._Fit(blocks, head, TUNING, samples, samples, ALONE, lambda step: None)
-    for parameter in fit._parameters:
-        parameter.requires_grad_(True)
-    loss = fit._backward(samples, 0)
+    for leaf in (leaf for block in blocks for leaf in block.leaves):
+        leaf.requires_grad_(True)
+    loss = fit._step(samples, 0)
     with torch.no_grad():
         again, _ = fit._of_logits(fit._through(samples, 0)[-1], samples, 0)
     assert loss == pytest.approx(again, rel=1e-6) and loss > 0.1
-    for name, parameter in ((n, p) for block in blocks for n, p in block.parameters.items()):
+    for name, parameter in ((n, p) for block in blocks for n, p in block.factors.items()):
         place = parameter.grad.abs().flatten().argmax()
         losses = []
         for step in (1e-2, -1e-2):
@@ -94,6 +96,27 @@ def test_the_gradient_is_that_of_the_divergence(whole, family):
                 parameter.view(-1)[place] -= step
         slope = (losses[0] - losses[1]) / 2e-2
         assert slope == pytest.approx(float(parameter.grad.flatten()[place]), rel=0.05), name
+
+
+def test_the_rounding_is_tuned_too(whole):
+    """Codes follow from positions, as the view has them of the shifts; gradients reach both."""
+    bench, pairs, samples = whole("llama", Scheme(2, 8, 16), tuning=ROUNDING)
+    blocks = [block for _, block in pairs]
+    head = Head(bench.model, bench.device, torch.float32)
+    fit = stage._Fit(blocks, head, ROUNDING, samples, samples, ALONE, lambda step: None)
+    record = fit.run()
+    assert record["best_epoch"] > 0 and min(record["held"]) < record["held"][0]
+    moved = 0
+    for (view, block), best in zip(pairs, fit.best, strict=True):
+        view.load(ROUNDING.kept(best) | view.kept | ROUNDING.kept(best))
+        shifts = [t for n, t in view.parameters.items() if n.endswith(".shift")]
+        assert len(shifts) == len(view.shapes.quantized)
+        moved += sum(int(shift.abs().sum()) for shift in shifts)
+        if record["best_epoch"] == ROUNDING.tune_epochs:
+            own, frozen = block.tensors(), view.freeze().tensors(torch.float32)
+            for name, tensor in frozen.items():
+                torch.testing.assert_close(own[name], tensor, rtol=1e-6, atol=1e-6)
+    assert moved > 0
 
 
 def test_divergence_is_that_of_torch():
@@ -155,13 +178,40 @@ def test_a_run_is_tuned_kept_and_gone_on_with(learn, tmp_path):
     assert "Tuned scales" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_checkpoint_and_measures_have_what_was_tuned(learn, token_ids, tmp_path):
-    run = learn()
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_checkpoint_and_measures_have_what_was_tuned(learn, token_ids, tmp_path, rounding):
+    how = {"tune_rounding": rounding, "tune_rounding_lr": 0.05, "rounding": rounding}
+    run = learn(**how)
+    shifts = [t for n, t in run.folder.learned(1).items() if n.endswith(".shift")]
+    assert len(shifts) == 7 * rounding and all(each.dtype == torch.uint8 for each in shifts)
     saved = {"save_dir": str(tmp_path / "saved"), "format": "dequantized"}
-    learn(resume=str(run.folder.path), **saved)
+    learn(resume=str(run.folder.path), **saved, **how)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     ids = token_ids(2, 12)
     torch.testing.assert_close(read(ids).logits, run.load_model()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_its_own(tiny_tokenizer, make_model, tmp_path):
+    """Drawn apart from those of the blocks, as many as asked for; other ones are another run."""
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 40)
+
+    def run(**settings):
+        return quantize(
+            make_model("llama"),
+            "W2A16g16",
+            tokenizer=tiny_tokenizer,
+            calib_dataset=str(text),
+            output_dir=str(tmp_path / "run"),
+            **{"nsamples": 4, "seqlen": 16, "report": False, **OWN, **settings},
+        )
+
+    first = run(tune_nsamples=9)
+    assert len(first.results["end_to_end"]["losses"]) == 2
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "4 x 16 = 64 tokens, seed 2" in log and "9 x 16 = 144 tokens, seed 3" in log
+    with pytest.raises(LRQuantError, match="tune_nsamples differs"):
+        run(tune_nsamples=8, resume=str(first.folder.path))
 
 
 def test_one_sample_is_not_enough(learn, token_ids):

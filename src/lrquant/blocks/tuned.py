@@ -1,41 +1,100 @@
-"""A finished block whose scales and norms are still tuned: its codes are all that it keeps."""
+"""A finished block that is still tuned: scales, norms and where its weights lie between codes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.stubs import Arguments
 from lrquant.blocks.view import BlockView, scale_norm_
+from lrquant.ingredients.base.descent import SignDescent, falling
 from lrquant.ingredients.tuning import Tuning
+from lrquant.numerics.positions import Positions
+from lrquant.numerics.weights import with_dense
 
 
 class TunedBlock:
-    """`parameters` are those of the ingredient, by its names."""
+    """A block as its `view` was learned, under the parameters of `tuning`, from the view's own on.
+
+    `factors` are those that multiply scales and norms, by the ingredient's names.  `positions` are
+    where weights lie on their grids, if the rounding is tuned, by matrix: codes follow from them.
+    """
 
     def __init__(self, tuning: Tuning, view: BlockView, runner: BlockRunner) -> None:
-        self.frozen, self.runner = view.freeze(), runner
-        self.parameters = tuning.own(view.parameters)
+        self.tuning, self.runner = tuning, runner
+        self.frozen = view.freeze()
+        own = tuning.own(view.parameters)
+        self.factors = {name: t for name, t in own.items() if not tuning.shifts(name)}
+        self.positions = view.positions(self.frozen) if tuning.tune_rounding else {}
         self._norms = {
             site.producer.module: site.producer.offset
             for site in view.plan.sites
             if site.kind == "norm"
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block computes with, differentiable in the parameters."""
-        matrices = {
-            name: replace(matrix, scale=matrix.scale * self.parameters[f"tuned.{name}.gain"])
-            for name, matrix in self.frozen.matrices.items()
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The ingredient's parameters, by its names, as they are now."""
+        shifts = {
+            f"tuned.{name}.shift": positions.shift() for name, positions in self.positions.items()
         }
+        return self.factors | shifts
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All that learns."""
+        return [*self.factors.values(), *(each.values for each in self.positions.values())]
+
+    def optimizers(self, steps: int) -> list[torch.optim.Optimizer]:
+        """What steps the block, whose leaves need gradients from now on, so many times."""
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
+        own = [self.tuning.optimizer(list(self.factors.values()), 0.0, steps)]
+        if self.positions:
+            values = [each.values for each in self.positions.values()]
+            own.append(falling(SignDescent(values, self.tuning.tune_rounding_lr), steps))
+        return own
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Bring what learns back to where it may be, after a step."""
+        self.tuning.constrain_(self.factors)
+        for positions in self.positions.values():
+            positions.constrain_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block computes with, differentiable in what learns."""
+        matrices = {name: self._matrix(name) for name in self.frozen.matrices}
         tensors = replace(self.frozen, matrices=matrices).tensors(self.runner.dtype)
         for norm, offset in self._norms.items():
-            scale_norm_(tensors, norm, self.parameters[f"tuned.{norm}.factor"], offset)
+            scale_norm_(tensors, norm, self.factors[f"tuned.{norm}.factor"], offset)
         return tensors
+
+    def _matrix(self, name: str) -> QuantizedMatrix:
+        matrix = self.frozen.matrices[name]
+        scale = matrix.scale * self.factors[f"tuned.{name}.gain"]
+        if name not in self.positions:
+            return replace(matrix, scale=scale)
+        return _Positioned(**{**vars(matrix), "scale": scale, "positions": self.positions[name]})
 
     def __call__(self, states: Tensor, arguments: Arguments) -> Tensor:
         """Output (batch, tokens, hidden) of the block."""
         with self.runner as runner:
             return runner(self.tensors(), states, arguments)
+
+
+@dataclass(frozen=True)
+class _Positioned(QuantizedMatrix):
+    """A matrix whose codes follow from where its weights lie."""
+
+    positions: Positions | None = None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), differentiable in the scale and the positions."""
+        assert self.positions is not None
+        weight = self.positions.weight(self.scale)
+        return with_dense(weight, self.factor, dtype)

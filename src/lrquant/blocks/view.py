@@ -18,9 +18,11 @@ from lrquant.ingredients.base.block import MatrixShape, Start
 from lrquant.ingredients.base.folding import Factors
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import Ingredient, Parameters
+from lrquant.numerics.positions import Positions
 from lrquant.numerics.recipe import Recipe
 from lrquant.numerics.weights import (
     Extremes,
+    Quantized,
     fake_quantize_weight,
     group_extremes,
     quantize_weight,
@@ -215,6 +217,19 @@ class BlockView:
         others |= assembled_biases(self.matrices, plain)
         unquantized = {name: pair for name, pair in floating.items() if name in layout}
         return FrozenBlock(matrices, others, layout, unquantized)
+
+    @torch.no_grad()
+    def positions(self, frozen: FrozenBlock) -> dict[str, Positions]:
+        """Where the weights of its quantised matrices lie, whose codes are those of `frozen`."""
+        factors, positions = self._factors(), {}
+        for name, shape in self.shapes.quantized.items():
+            assert shape.grid is not None
+            matrix, extremes = frozen.matrices[name], self._extremes.get(name)
+            quantized = Quantized(matrix.codes, matrix.scale, matrix.zero_point)
+            recipe = self._recipe(name, factors).detached()
+            weight, grid = self.weight(name), shape.grid
+            positions[name] = Positions.of(weight, recipe, grid, quantized, extremes)
+        return positions
 
     def in_stored_units(
         self, matrix: str, inputs: Tensor, outputs: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,21 @@ def calibration_of(
     chosen = _named_samples(asked, sources, model) if samples is None else _own_samples(samples)
     require_known_tokens(chosen.feed, chosen.name, model)
     return chosen
+
+
+def tuning_samples_of(
+    asked: Calibrating,
+    sources: Sources,
+    model: Model,
+    samples: Tensor | Feed | None,
+    count: int | None,
+) -> Samples:
+    """The samples of the end-to-end stage: drawn apart, `count` of them, by default as many.
+
+    One's own samples are those of the blocks too: there is nothing to draw from.
+    """
+    apart = replace(asked, count=asked.count if count is None else count, seed=asked.seed + 1)
+    return calibration_of(apart, sources, model, samples)
 
 
 def _named_samples(asked: Calibrating, sources: Sources, model: Model) -> Samples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import shape_view
-from lrquant.config.learned import BLOCKS
 from lrquant.config.schemes import matches
 from lrquant.errors import LRQuantError
 from lrquant.model.model import Model
@@ -47,9 +46,9 @@ def check_ingredients(model: Model, plan: Plan) -> None:
             ingredient.check(shapes)
 
 
-def check_samples(plan: Plan, samples: int) -> None:
+def check_samples(samples: int) -> None:
     """Refuse to tune end to end on one sample, which would have to say when to stop too."""
-    if samples < 2 and any(each.stage != BLOCKS for each in plan.ingredients):
+    if samples < 2:
         raise LRQuantError(
             f"--tune: {samples} calibration sample; give 2 or more, of which some say when to stop"
         )

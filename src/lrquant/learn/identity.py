@@ -43,9 +43,19 @@ def method_name(plan: Plan, learning: Learning) -> str:
 
 
 def describe_run(
-    workbench: Workbench, learning: Learning, calibration: Samples, files: StatisticsFiles
+    workbench: Workbench,
+    learning: Learning,
+    calibration: Samples,
+    files: StatisticsFiles,
+    tuning: Samples | None = None,
 ) -> JsonObject:
-    """What must be the same for a run to be resumed, and `calibration` in words."""
+    """What must be the same for a run to be resumed, and `calibration` in words.
+
+    `tuning` are the samples of an end-to-end stage.
+    """
+    data = {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256}
+    if tuning is not None:
+        data["tuning_sha256"] = tuning.sha256
     model, plan = workbench.model, workbench.plan
     read = files.named if plan.reads_statistics else ()
     statistics = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in read]
@@ -61,7 +71,7 @@ def describe_run(
         "schemes": [f"{pattern}={scheme.name}" for pattern, scheme in plan.schemes.patterns],
         "method": _values(plan) | {"save_dtype": dtype},
         "learning": dataclasses.asdict(learning),
-        "data": {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256},
+        "data": data,
         "statistics": statistics,
         "precision": dtype_name(workbench.dtype),
         "calibration": calibration.description,

@@ -49,13 +49,15 @@ def learn_model(
     progress: Progress,
     diagnosed: bool = True,
     *,
+    tuning: Feed | None = None,
     team: Team = ALONE,
 ) -> None:
     """Learn the vision tower's blocks, if it has a scheme, and then the language part's.
 
     The language part learns on what the quantised tower gives it.  `diagnosed` says whether what a
-    block looks like is kept for a report.  Of a `team` each member is given its share of the
-    samples as `feed`; the first alone reads and writes the folder.
+    block looks like is kept for a report.  `tuning` are the samples of an end-to-end stage, without
+    them those of the blocks.  Of a `team` each member is given its share of the samples; the first
+    alone reads and writes the folder.
     """
     whole, workbench = workbench, replace(workbench, plan=workbench.plan.of_blocks)
     tower = workbench.tower
@@ -73,7 +75,8 @@ def learn_model(
     learn_blocks(workbench, learning, feed, statistics, *rest, team=team)
     for each in whole.plan.ingredients:
         if isinstance(each, Tuning):
-            tune(whole, each, learning.batch_size, feed, folder, progress, towers, team=team)
+            own = learning.batch_size, tuning or feed, folder, progress, towers
+            tune(whole, each, *own, team=team)
 
 
 def require_pictures(feed: Feed, scheme: str, team: Team = ALONE) -> Feed:

@@ -1,8 +1,8 @@
-"""The end-to-end stage: scales and norms of all blocks tuned together by the model's own logits.
+"""The end-to-end stage: scales, norms and codes of all blocks tuned by the model's own logits.
 
-Codes stay as block learning left them.  A step sends one batch through all blocks, keeps what
-enters each, and goes back block by block, each computed once more: of activations there are those
-of one block at a time, of weights the codes.
+A step sends one batch through all blocks, keeps what enters each, and goes back block by block:
+each is computed once more and stepped at once.  So of activations and gradients there are those of
+one block at a time, of weights the codes, and where they lie between codes if that is tuned.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LinearLR
 
 from lrquant.blocks.head import HEAD_TOKENS, Head
 from lrquant.blocks.inputs import BlockInputs
@@ -28,7 +27,7 @@ from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.fit import copied, share_gradients
+from lrquant.learn.fit import Optimizers, copied, share_gradients
 from lrquant.learn.stage import carry_out
 from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.model.device import dtype_name
@@ -119,7 +118,7 @@ class EndToEnd:
             classifies = self.workbench.model.architecture.reads_pixels
             fit = _Fit(blocks, head, self.tuning, learned, held, self.team, told, classifies)
             record = fit.run()
-        self.team.first(lambda: self._keep(blocks, record))
+        self.team.first(lambda: self._keep(fit.best, record))
 
     def _samples(self, feed: Feed) -> _Samples:
         bench = self.workbench
@@ -135,15 +134,15 @@ class EndToEnd:
         for each in samples:
             advance_full_precision(bench, index, stored, each.entry, each.target, each.target)
         view = bench.view(index, stored)
-        start = self.tuning.untouched(view.shapes)
+        start = self.tuning.kept(self.tuning.untouched(view.shapes))
         view.load(self.team.first(lambda: self.folder.load_block(index)) | start)
         return TunedBlock(self.tuning, view, bench.runner(index, view))
 
-    def _keep(self, blocks: Sequence[TunedBlock], record: JsonObject) -> None:
+    def _keep(self, blocks: Sequence[dict[str, Tensor]], record: JsonObject) -> None:
         """Keep every block's parameters, and tell what came of them."""
         about = {"of": self._about, "record": record}
-        for index, block in enumerate(blocks):
-            tuned(self.folder).save(index, block.parameters, about)
+        for index, parameters in enumerate(blocks):
+            tuned(self.folder).save(index, self.tuning.kept(parameters), about)
         logger.info(
             "end to end: KL divergence on samples not learned from %.4g -> %.4g, epoch %d kept",
             *(record["held"][0], min(record["held"]), record["best_epoch"]),
@@ -171,65 +170,62 @@ class _Fit:
     team: Team
     told: Callable[[int], None]
     classifies: bool = False
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [each for block in self.blocks for each in block.parameters.values()]
+    best: list[dict[str, Tensor]] = field(default_factory=list)
 
     def run(self) -> JsonObject:
-        """Tune; the blocks end with the best parameters, which need no gradient."""
-        steps = self.tuning.tune_epochs * len(self.learned.entry.batches)
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-        optimizer = self.tuning.optimizer(self._parameters, 0.0, steps)
-        schedule = LinearLR(optimizer, 1.0, 0.0, steps)
+        """Tune; the record of what came of it.  `best` then are the parameters of each block."""
+        batches = len(self.learned.entry.batches)
+        steps = self.tuning.tune_epochs * batches
+        optimizers = [block.optimizers(steps) for block in self.blocks]
         losses, held = [], [self._divergence(self.held)]
         if not math.isfinite(held[0]):
             raise LRQuantError(
                 "end to end: the learned model's logits are not finite; use --precision float32"
             )
-        best, best_epoch = self._copy(), 0
+        best_epoch = 0
+        self._keep()
         for epoch in range(1, self.tuning.tune_epochs + 1):
-            losses.append(self._epoch(epoch, optimizer, schedule))
+            losses.append(self._epoch(epoch, optimizers))
             held.append(self._divergence(self.held))
             if held[-1] < min(held[:-1]):
-                best, best_epoch = self._copy(), epoch
+                self._keep()
+                best_epoch = epoch
             if not holds_for_all(self.team, math.isfinite(held[-1])):
                 break
-        for block, parameters in zip(self.blocks, best, strict=True):
-            block.parameters = parameters
         finite = [each for each in held if math.isfinite(each)]
         return {"losses": losses, "held": finite, "best_epoch": best_epoch}
 
-    def _copy(self) -> list[dict[str, Tensor]]:
-        return [copied(block.parameters) for block in self.blocks]
+    def _keep(self) -> None:
+        self.best = [copied(block.parameters) for block in self.blocks]
 
-    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, schedule: LinearLR) -> float:
-        """One pass; the mean divergence of its steps."""
+    def _epoch(self, epoch: int, optimizers: Sequence[Optimizers]) -> float:
+        """One pass over the batches, shuffled; the mean divergence of its steps."""
         total, samples = 0.0, self.learned
         steps = len(samples.entry.batches)
-        for batch in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            total += self._backward(samples, batch)
-            share_gradients(self._parameters, self.team)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for block in self.blocks:
-                    self.tuning.constrain_(block.parameters)
-            self.told((epoch - 1) * steps + batch)
+        generator = torch.Generator().manual_seed(epoch)
+        order = torch.randperm(steps, generator=generator).tolist()
+        for step, batch in enumerate(order):
+            total += self._step(samples, batch, optimizers)
+            self.told((epoch - 1) * steps + step)
         return total / steps
 
-    def _backward(self, samples: _Samples, batch: int) -> float:
-        """Gradients of one batch's divergence, which is returned."""
+    def _step(self, samples: _Samples, batch: int, optimizers: Sequence[Optimizers] = ()) -> float:
+        """One batch's divergence; every block that has optimizers is stepped by its gradient."""
         inputs = self._through(samples, batch)
         loss, gradient = self._of_logits(inputs.pop(), samples, batch)
         for index in reversed(range(len(self.blocks))):
+            block = self.blocks[index]
             states = inputs.pop().requires_grad_(True)
             with torch.enable_grad():
-                output = self.blocks[index](states, samples.entry.arguments(batch, index))
+                output = block(states, samples.entry.arguments(batch, index))
             output.backward(gradient)
             gradient = _gradient_of(states)
+            if optimizers:
+                share_gradients(block.leaves, self.team)
+                for optimizer in optimizers[index]:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                block.constrain_()
         return loss
 
     @torch.no_grad()

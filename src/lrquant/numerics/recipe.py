@@ -18,9 +18,9 @@ class Recipe:
 
     Before the grid `rows` (out,) and `columns` (in,) multiply the weight.  `upper` and `lower`
     (out, groups) in (0, 1] are how much of the largest and smallest value the grid spans.  `offset`
-    (out, in), in units of the scale, is added before rounding.  After it `gain` (out, groups)
-    multiplies the de-quantisation scale, and ``r1 r2`` of `dense`, r1 (out, k) and r2 (k, in), the
-    de-quantised weight.
+    (out, in), in units of the scale, is added before rounding, and `shift` (out, in), whole codes,
+    after it.  Behind the grid `gain` (out, groups) multiplies the de-quantisation scale, and
+    ``r1 r2`` of `dense`, r1 (out, k) and r2 (k, in), the de-quantised weight.
     """
 
     rows: Tensor | None = None
@@ -28,6 +28,7 @@ class Recipe:
     upper: Tensor | None = None
     lower: Tensor | None = None
     offset: Tensor | None = None
+    shift: Tensor | None = None
     gain: Tensor | None = None
     dense: tuple[Tensor, Tensor] | None = None
 

@@ -20,6 +20,7 @@ from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.recipe import Recipe, scaled_weight
 
 _GRADIENTS = ("rows", "columns", "upper", "lower", "offset", "gain")
+_TENSORS = (*_GRADIENTS, "shift")
 
 
 class Extremes(NamedTuple):
@@ -73,6 +74,8 @@ def quantize_weight(
     scales = grid.scales(*clipped_range(extremes, recipe))
     offset = None if recipe.offset is None else grid.grouped(recipe.offset)
     codes = grid.encode_(grid.grouped(scaled), scales, offset).view(weight.shape)
+    if recipe.shift is not None:
+        codes = codes.add_(recipe.shift).clamp_(*grid.code_range)
     scale = stored_scale(scales.scale.squeeze(-1), recipe, grid)
     return Quantized(codes, scale, scales.zero_point.squeeze(-1))
 
@@ -99,7 +102,7 @@ def fake_quantize_weight(
     if not isinstance(grid, IntegerGrid):
         return reference_weight(weight, recipe, grid, dtype)
     before = dtype if recipe.dense is None else torch.float32
-    tensors = [getattr(recipe, name) for name in _GRADIENTS]
+    tensors = [getattr(recipe, name) for name in _TENSORS]
     inner = _FakeQuantizedWeight.apply(weight, *tensors, _Job(grid, before, extremes))
     return with_dense(inner, recipe.dense, dtype)
 
@@ -119,8 +122,7 @@ def reference_weight(
     grouped = grid.grouped(scaled)
     extremes = Extremes(grouped.amin(-1), grouped.amax(-1))
     scales = grid.scales(*clipped_range(extremes, recipe))
-    offset = None if recipe.offset is None else grid.grouped(recipe.offset)
-    surrogate = scales.scale * straight_levels(grouped, scales, grid, offset)
+    surrogate = scales.scale * straight_levels(grouped, scales, grid, _moved(recipe, grid))
     surrogate = surrogate if recipe.gain is None else surrogate * recipe.gain[..., None]
     with torch.no_grad():
         value = dequantize_weight(quantize_weight(weight, recipe, grid), grid)
@@ -144,6 +146,15 @@ def straight_levels(
 def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
     """`value`, exactly, with the gradient of a `surrogate` of its shape."""
     return _StraightThrough.apply(value, surrogate)
+
+
+def _moved(recipe: Recipe, grid: Grid) -> Tensor | None:
+    """All that moves weights on their way to codes, in units of the scale, in groups.
+
+    With a shift as if it came before the rounding: a gradient sees no difference.
+    """
+    moves = [each for each in (recipe.offset, recipe.shift) if each is not None]
+    return grid.grouped(sum(moves[1:], moves[0])) if moves else None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -176,7 +187,7 @@ class _FakeQuantizedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, *rest):
         *tensors, job = rest
-        recipe = Recipe(**dict(zip(_GRADIENTS, tensors, strict=True)))
+        recipe = Recipe(**dict(zip(_TENSORS, tensors, strict=True)))
         output = torch.empty(weight.shape, dtype=job.dtype, device=weight.device)
         for rows in row_chunks(weight):
             quantized = quantize_weight(
@@ -192,17 +203,17 @@ class _FakeQuantizedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         weight, *tensors = ctx.saved_tensors
-        recipe = Recipe(**dict(zip(_GRADIENTS, tensors, strict=True)))
-        needed = dict(zip(_GRADIENTS, ctx.needs_input_grad[1:-1], strict=True))
+        recipe = Recipe(**dict(zip(_TENSORS, tensors, strict=True)))
+        needed = dict(zip(_TENSORS, ctx.needs_input_grad[1:-1], strict=True))
         gradients = {
             name: torch.zeros_like(tensor) if name == "columns" else torch.empty_like(tensor)
-            for name, tensor in zip(_GRADIENTS, tensors, strict=True)
-            if needed[name]
+            for name, tensor in zip(_TENSORS, tensors, strict=True)
+            if needed[name] and name in _GRADIENTS
         }
         for rows in row_chunks(weight):
             own = recipe.of_rows(rows)
             _row_gradients(weight[rows], own, ctx.job, rows, gradient[rows].float(), gradients)
-        return None, *(gradients.get(name) for name in _GRADIENTS), None
+        return None, *(gradients.get(name) for name in _TENSORS), None
 
 
 def _row_gradients(
@@ -227,7 +238,7 @@ def _row_gradients(
     strength_high = 1.0 if recipe.upper is None else recipe.upper[..., None]
     low, high = minimum * strength_low, maximum * strength_high
     scales = grid.scales(low, high)
-    offset = None if recipe.offset is None else grid.grouped(recipe.offset)
+    offset = _moved(recipe, grid)
     grad = grid.grouped(gradient)
     to_scale, to_values, to_levels = grid.round_trip_gradient(grouped, grad, scales, offset)
     if "gain" in gradients:

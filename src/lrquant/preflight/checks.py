@@ -71,7 +71,7 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
         report.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and run.workbench is not None:
         texts = list(run.texts.values())
-        _estimate(report, run.workbench, run.calibration, texts, finished)
+        _estimate(report, run.workbench, run, texts, finished)
     else:
         report.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return report
@@ -83,7 +83,7 @@ def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
     if bench is None or calibration is None:
         return None
     learning, files = run.config.group(Learning), run.config.group(StatisticsFiles)
-    return partial(describe_run, bench, learning, calibration, files)
+    return partial(describe_run, bench, learning, calibration, files, run.tuning)
 
 
 def _check_length(report: Preflight, model: Model) -> bool:
@@ -113,12 +113,12 @@ def _check_packing(report: Preflight, run: Prospect, model: Model) -> bool:
 def _estimate(
     report: Preflight,
     workbench: Workbench,
-    calibration: Samples | None,
+    run: Prospect,
     texts: list[Samples],
     finished: int,
 ) -> None:
     """Measure the blocks of each part, and hold memory, disk and time against what there is."""
-    config, model = report.config, workbench.model
+    config, model, calibration = report.config, workbench.model, run.calibration
     learning, with_files = config.group(Learning), config.act_scales is not None
     with report.checking("memory"):
         lengths = [config.seqlen] * config.nsamples
@@ -149,8 +149,9 @@ def _estimate(
         in_tuning = 0
         for each in workbench.plan.ingredients:
             if isinstance(each, Tuning):
-                seconds += tuning_seconds(load, costs, each)
-                in_tuning = before + report.stream_bytes * inside + tuning_bytes(load)
+                own = language_load(workbench, learning, run.tuning, lengths)
+                seconds += tuning_seconds(own, costs, each)
+                in_tuning = before + stream_bytes(own) * inside + tuning_bytes(own, each)
         measured = _text_load(config, texts)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)

@@ -60,6 +60,7 @@ class Prospect:
     form: Format | None = None
     workbench: Workbench | None = None
     calibration: Samples | None = None
+    tuning: Samples | None = None
     statistics: ChannelStatistics | None = None
     evaluation: Evaluation | None = None
     reading: Reading | None = None

@@ -14,13 +14,14 @@ from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import optional_path
 from lrquant.config.groups import Adapting, Calibrating, Computing, Sources, StatisticsFiles
 from lrquant.config.scheme import Scheme
-from lrquant.data.calibration import calibration_of
+from lrquant.data.calibration import calibration_of, tuning_samples_of
 from lrquant.data.prompts import takes_pictures
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.export.choice import choose_format
 from lrquant.export.targets import loading_of, verdicts
 from lrquant.ingredients.base.statistics import given_statistics
+from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.adaptation import check_adaptation
 from lrquant.learn.checks import check_grids, check_ingredients, check_samples
 from lrquant.learn.identity import dtype_name
@@ -134,10 +135,17 @@ def _statistics(run: Prospect) -> Iterator[Said]:
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     calibrating, sources = run.config.group(Calibrating), run.config.group(Sources)
     calibration = calibration_of(calibrating, sources, model, run.samples)
-    check_samples(run.plan, len(calibration.feed))
+    for each in run.plan.ingredients:
+        if isinstance(each, Tuning):
+            drawn = calibrating, sources, model, run.samples, each.tune_nsamples
+            run.tuning = tuning_samples_of(*drawn)
+            check_samples(len(run.tuning.feed))
     run.calibration = calibration
     text = calibration.description
     yield Said(text, logged=f"calibration {text}")
+    if run.tuning is not None:
+        text = f"end to end: {run.tuning.description}"
+        yield Said(text, logged=f"calibration {text}")
 
 
 def _tower(run: Prospect, model: Model, scheme: Scheme) -> Iterator[Said]:

@@ -13,15 +13,19 @@ from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load
 
 
-def tuning_bytes(load: Load) -> int:
-    """Codes of all blocks, what enters each of a batch, one block's gradients, head and logits."""
+def tuning_bytes(load: Load, tuning: Tuning) -> int:
+    """Codes of all blocks, what enters each of a batch, one block's gradients, head and logits.
+
+    A weight whose rounding is tuned has a position, and the shift that was best so far.
+    """
     model, dtype = load.workbench.model, load.workbench.dtype
     blocks = [sum(t.numel() for t in block.state_dict().values()) for block in model.blocks]
     tokens = math.prod(next(iter(load.batch.inputs[0].values())).shape[:2]) * len(load.batch)
     states = (len(blocks) + 1) * tokens * model.hidden_size * 4
     logits = min(HEAD_TOKENS, tokens) * model.config.vocab_size * 4 * 6
     head = outer_elements(model)["head"] * dtype.itemsize
-    return sum(blocks) + 12 * max(blocks) + states + logits + head
+    of_weights = (1 + 4 + 1) if tuning.tune_rounding else 1
+    return of_weights * sum(blocks) + 12 * max(blocks) + states + logits + head
 
 
 def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> float:

@@ -1,0 +1,88 @@
+"""Positions of weights on their grids: the codes that they begin at, and how they leave them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrquant.numerics.grids.integer import IntegerGrid
+from lrquant.numerics.positions import Positions
+from lrquant.numerics.recipe import Recipe
+from lrquant.numerics.weights import dequantize_weight, quantize_weight
+
+OUT, IN, GROUP = 8, 48, 16
+
+
+@pytest.fixture(params=[(2, False), (3, True), (4, False), (8, False)], ids=str)
+def grid(request):
+    bits, symmetric = request.param
+    return IntegerGrid(bits, GROUP, symmetric)
+
+
+@pytest.fixture
+def learned(grid):
+    """A weight with ties and zeros, the recipe of learned rounding and clipping, and its codes."""
+    generator = torch.Generator().manual_seed(grid.bits)
+    weight = torch.randn(OUT, IN, generator=generator)
+    weight[:, ::7] = 0.0
+    strength = torch.full((OUT, IN // GROUP), 0.8)
+    offset = torch.rand(OUT, IN, generator=generator) - 0.5
+    recipe = Recipe(upper=strength, lower=strength, offset=offset, columns=1 + offset[0])
+    return weight, recipe, quantize_weight(weight, recipe, grid)
+
+
+@pytest.fixture
+def positions(learned, grid):
+    weight, recipe, quantized = learned
+    return Positions.of(weight, recipe, grid, quantized)
+
+
+def test_they_begin_at_the_learned_codes(learned, grid, positions):
+    _, _, quantized = learned
+    assert not positions.shift().any()
+    expected = dequantize_weight(quantized, grid)
+    assert torch.equal(positions.weight(quantized.scale), expected)
+
+
+def test_a_weight_of_another_code_than_its_nearest_begins_at_the_border(learned, grid, positions):
+    weight, recipe, quantized = learned
+    plain = Recipe(upper=recipe.upper, lower=recipe.lower, columns=recipe.columns)
+    moved = quantized.codes - quantize_weight(weight, plain, grid).codes
+    assert moved.any()
+    back = positions.values - 0.03 * moved
+    again = Positions(back, positions.codes, positions.zero_point, grid)
+    assert torch.equal(again.shift().float()[moved != 0], -moved[moved != 0])
+
+
+def test_a_shift_is_what_the_recipe_takes(learned, grid, positions):
+    """Bit for bit, and never by more than one code nor off the grid."""
+    weight, recipe, quantized = learned
+    generator = torch.Generator().manual_seed(0)
+    positions.values.add_(torch.randn(OUT, IN, generator=generator))
+    positions.constrain_()
+    shift = positions.shift()
+    assert set(shift.unique().tolist()) == {-1, 0, 1}
+    recipe = Recipe(**{**vars(recipe), "shift": shift.float()})
+    after = quantize_weight(weight, recipe, grid)
+    assert torch.equal(after.codes, quantized.codes + shift)
+    smallest, largest = grid.code_range
+    assert after.codes.min() >= smallest and after.codes.max() <= largest
+    assert torch.equal(positions.weight(quantized.scale), dequantize_weight(after, grid))
+
+
+def test_gradients_are_those_of_no_rounding(learned, grid, positions):
+    _, _, quantized = learned
+    values, scale = positions.values.requires_grad_(), quantized.scale.clone().requires_grad_()
+    gradient = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(3))
+    positions.weight(scale).backward(gradient)
+    grouped = gradient.view(OUT, -1, GROUP)
+    levels = quantized.codes.view_as(grouped) - quantized.zero_point[..., None]
+    torch.testing.assert_close(scale.grad, (grouped * levels).sum(-1))
+    torch.testing.assert_close(values.grad, (grouped * scale.detach()[..., None]).flatten(1))
+
+
+def test_they_stay_near_the_grid(positions, grid):
+    positions.values.add_(1000.0)
+    positions.constrain_()
+    codes = positions.values.view(OUT, -1, GROUP) + positions.zero_point
+    torch.testing.assert_close(codes, torch.full_like(codes, grid.code_range[1] + 0.5))
