@@ -61,10 +61,10 @@ class TunedBlock:
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Bring what learns back to where it may be, after a step."""
+        """After a step: factors go back to where they may be, codes to where weights now are."""
         self.tuning.constrain_(self.factors)
         for positions in self.positions.values():
-            positions.constrain_()
+            positions.round_()
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in what learns."""
@@ -96,5 +96,5 @@ class _Positioned(QuantizedMatrix):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), differentiable in the scale and the positions."""
         assert self.positions is not None
-        weight = self.positions.weight(self.scale)
-        return with_dense(weight, self.factor, dtype)
+        before = dtype if self.factor is None else torch.float32
+        return with_dense(self.positions.weight(self.scale, before), self.factor, dtype)
