@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrquant.blocks.generation import OwnText
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import FULL_PRECISION, Plan
@@ -232,6 +233,8 @@ def _learn(
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
+        if prospect.writer is not None:
+            folder.keep_texts(prospect.writer.kept)
         feed, statistics = calibration.feed, prospect.statistics
         tuning = None if prospect.tuning is None else prospect.tuning.feed
         rest = folder, progress, config.report
@@ -245,7 +248,8 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     model = load_model(config.model, optional_path(config.cache_dir))
     computing, scratch = config.group(Computing), Path(config.output_dir)
     workbench = make_workbench(model, FULL_PRECISION, computing, scratch)
-    calibration = calibration_of(config.group(Calibrating), config.group(Sources), model, None)
+    asked, sources = config.group(Calibrating), config.group(Sources)
+    calibration = calibration_of(asked, sources, model, None, OwnText(workbench))
     logger.info("calibration %s", calibration.description)
     entry = BlockInputs(model, calibration.feed, config.batch_size, workbench.device)
     (stream,) = workbench.streams(entry, 1)

@@ -87,7 +87,9 @@ class Settings:
     batch_size: int = setting(1, "samples a step", limits=(1, MANY), paper=1)
 
     calib_dataset: str = setting(
-        "wikitext2", "wikitext2, c4, ptb, pile, mix, a set in --data-dir, or a text file"
+        "wikitext2",
+        "wikitext2, c4, ptb, pile, mix, a set in --data-dir, a text file, self (what the model "
+        "itself writes), or several of these joined by commas",
     )
     nsamples: int = setting(128, "calibration samples", limits=(1, MANY), paper=128, best=256)
     seqlen: int = setting(

@@ -13,20 +13,28 @@ from lrquant.config.groups import Calibrating, Sources
 from lrquant.data.beginnings import beginning_of
 from lrquant.data.feeds import Feed
 from lrquant.data.prompts import mixed, picture_samples
-from lrquant.data.samples import Samples, calibration_samples
+from lrquant.data.samples import Samples, Writer, calibration_samples
 from lrquant.data.vocabulary import require_known_tokens
 from lrquant.errors import LRQuantError
 from lrquant.model.model import Model
 
 
 def calibration_of(
-    asked: Calibrating, sources: Sources, model: Model, samples: Tensor | Feed | None
+    asked: Calibrating,
+    sources: Sources,
+    model: Model,
+    samples: Tensor | Feed | None,
+    writer: Writer | None = None,
 ) -> Samples:
     """The samples to learn on: one's own, or those that the settings name.
 
-    Raises LRQuantError for token ids that the model does not have.
+    `writer` has those that the model writes itself.  Raises LRQuantError for token ids that the
+    model does not have.
     """
-    chosen = _named_samples(asked, sources, model) if samples is None else _own_samples(samples)
+    if samples is None:
+        chosen = _named_samples(asked, sources, model, writer)
+    else:
+        chosen = _own_samples(samples)
     require_known_tokens(chosen.feed, chosen.name, model)
     return chosen
 
@@ -37,23 +45,26 @@ def tuning_samples_of(
     model: Model,
     samples: Tensor | Feed | None,
     count: int | None,
+    writer: Writer | None = None,
 ) -> Samples:
     """The samples of the end-to-end stage: drawn apart, `count` of them, by default as many.
 
     One's own samples are those of the blocks too: there is nothing to draw from.
     """
     apart = replace(asked, count=asked.count if count is None else count, seed=asked.seed + 1)
-    return calibration_of(apart, sources, model, samples)
+    return calibration_of(apart, sources, model, samples, writer)
 
 
-def _named_samples(asked: Calibrating, sources: Sources, model: Model) -> Samples:
+def _named_samples(
+    asked: Calibrating, sources: Sources, model: Model, writer: Writer | None
+) -> Samples:
     if asked.images is None:
         if model.architecture.reads_pixels:
             raise LRQuantError(
                 f"model {model.name}: a classifier of pictures; give some to calibrate on with "
                 "--calib-images FOLDER"
             )
-        return _text_samples(asked, sources, model, asked.count)
+        return _text_samples(asked, sources, model, asked.count, writer)
     count = asked.count
     if not model.architecture.reads_pixels:
         count = max(1, round(count * asked.image_share))
@@ -61,7 +72,7 @@ def _named_samples(asked: Calibrating, sources: Sources, model: Model) -> Sample
     pictures = picture_samples(Path(asked.images), model, count, asked.seed, weight)
     if count == asked.count:
         return pictures
-    text = _text_samples(asked, sources, model, asked.count - len(pictures.feed))
+    text = _text_samples(asked, sources, model, asked.count - len(pictures.feed), writer)
     return mixed(pictures, text, asked.seed)
 
 
@@ -86,7 +97,9 @@ def _own_samples(samples: Tensor | Feed) -> Samples:
     return Samples(samples, "given", "given", "given", digest, text)
 
 
-def _text_samples(asked: Calibrating, sources: Sources, model: Model, count: int) -> Samples:
+def _text_samples(
+    asked: Calibrating, sources: Sources, model: Model, count: int, writer: Writer | None
+) -> Samples:
     if model.tokenizer is None:
         raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
     return calibration_samples(
@@ -99,4 +112,5 @@ def _text_samples(asked: Calibrating, sources: Sources, model: Model, count: int
         sources.cache_folder,
         beginning_of(model.tokenizer, model.config.model_type, sources.bos),
         sources.text_column,
+        writer,
     )

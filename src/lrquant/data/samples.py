@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from lrquant.data.windows import C4_CROPS, TokenText, consecutive_windows, rando
 from lrquant.errors import LRQuantError
 
 MIX = ("wikitext2", "ptb", "c4")
+SELF = "self"  # the set that the model writes
+Writer = Callable[[int, int, int, tuple[int, ...]], Tensor]  # of count, seqlen, seed and beginning
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +62,41 @@ def calibration_samples(
     cache_dir: Path | None = None,
     beginning: Beginning = STREAM,
     column: str | None = None,
+    writer: Writer | None = None,
 ) -> Samples:
     """Draw `nsamples` windows as GPTQ and OmniQuant do, from train, else validation, never test.
 
     Streams: one draw a window. Document sets: draw documents until one is long enough, then the
     offset. Each set of "mix" or of a comma list starts from `seed` anew.  The `seqlen` tokens of a
-    window are its `beginning` and text; `column` is that of the text in a file of rows.
+    window are its `beginning` and text; `column` is that of the text in a file of rows.  The set
+    "self" comes of the `writer`.
     """
     if nsamples < 1:
         raise LRQuantError(f"nsamples is {nsamples}: at least 1 is needed")
     _check_seqlen(seqlen)
     sets = _calibration_sets(name)
     share, remainder = divmod(nsamples, len(sets))
-    texts, windows, labels = [], [], []
+    windows, labels, splits, origins = [], [], [], []
     for index, each in enumerate(sets):
         count = share + (index < remainder)
         if count == 0:
             labels.append(f"0 of {each}")
+            continue
+        if each == SELF:
+            if writer is None:
+                raise LRQuantError(f"calibration set {SELF!r}: no model to write it")
+            windows.append(writer(count, seqlen, seed, _start(tokenizer, beginning)))
+            labels.append(SELF if len(sets) == 1 else f"{count} of {SELF}")
+            splits.append("written")
+            origins.append("the model")
             continue
         text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
         tokens = TokenText(text, tokenizer, beginning)
         drawn, note = random_windows(tokens, count, seqlen, seed)
         missing = text.missing_split("train", data_dir)
         label = text.label(missing, tokens.layout, note, beginning.text)
-        texts.append(text)
+        splits.append(text.split)
+        origins.append(text.origin)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     ids = torch.cat(windows)
@@ -90,8 +104,8 @@ def calibration_samples(
     return Samples(
         ids,
         name,
-        ",".join(dict.fromkeys(text.split for text in texts)),
-        ",".join(text.origin for text in texts),
+        ",".join(dict.fromkeys(splits)),
+        ",".join(origins),
         _sha256(ids),
         f"{source}, {_size(ids)}, seed {seed}",
     )
@@ -139,6 +153,17 @@ def perplexity_windows(
         f"{text.label(*notes)}, {_size(windows)}",
         whole=total,
     )
+
+
+def written_by_the_model(name: str) -> bool:
+    """Whether samples of this set, or of one of several, are written by the model."""
+    return SELF in _calibration_sets(name)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, beginning: Beginning) -> tuple[int, ...]:
+    """The tokens that a model's own text begins with: BOS, where there is one."""
+    bos = tokenizer.bos_token_id
+    return beginning.ids or (() if bos is None else (bos,))
 
 
 def _calibration_sets(name: str) -> list[str]:

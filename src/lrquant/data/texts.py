@@ -131,7 +131,7 @@ def is_file_name(name: str) -> bool:
 
 
 def _names_to_choose_from(data_dir: Path | None) -> str:
-    named = f"known are {', '.join(CONVENTIONS)}, and for calibration mix and comma lists"
+    named = f"known are {', '.join(CONVENTIONS)}, and for calibration mix, self and comma lists"
     local = "a folder of data_dir with train.txt, validation.txt or test.txt"
     if data_dir is not None:
         folders = sorted(f.name for f in data_dir.iterdir() if _local_splits(f.name, data_dir))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lrquant.blocks.generation import OwnText
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
@@ -64,5 +65,6 @@ class Prospect:
     statistics: ChannelStatistics | None = None
     evaluation: Evaluation | None = None
     reading: Reading | None = None
+    writer: OwnText | None = None
     texts: dict[str, Samples] = field(default_factory=dict)
     passed: set[str] = field(default_factory=set)

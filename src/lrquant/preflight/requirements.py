@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
+from lrquant.blocks.generation import OwnText
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import optional_path
 from lrquant.config.groups import Adapting, Calibrating, Computing, Sources, StatisticsFiles
 from lrquant.config.scheme import Scheme
 from lrquant.data.calibration import calibration_of, tuning_samples_of
 from lrquant.data.prompts import takes_pictures
+from lrquant.data.samples import written_by_the_model
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.export.choice import choose_format
@@ -35,6 +39,7 @@ from lrquant.model.model import Model
 from lrquant.model.outer import require_finite
 from lrquant.preflight.prospect import Check, Prospect, Said, State
 from lrquant.preflight.shapes import groups, patterns, shapes
+from lrquant.runs.folder import RunFolder
 
 NOT_ESTIMATED = "its time is not estimated"
 
@@ -134,11 +139,17 @@ def _statistics(run: Prospect) -> Iterator[Said]:
 
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     calibrating, sources = run.config.group(Calibrating), run.config.group(Sources)
-    calibration = calibration_of(calibrating, sources, model, run.samples)
+    if run.samples is None and written_by_the_model(calibrating.dataset):
+        if run.apart or run.workbench is None:
+            yield Said(f"{calibrating.dataset}: written before learning; {NOT_ESTIMATED}")
+            return
+        run.writer = OwnText(run.workbench, _texts_kept(run.config.resume))
+    writer = run.writer
+    calibration = calibration_of(calibrating, sources, model, run.samples, writer)
     for each in run.plan.ingredients:
         if isinstance(each, Tuning):
             drawn = calibrating, sources, model, run.samples, each.tune_nsamples
-            run.tuning = tuning_samples_of(*drawn)
+            run.tuning = tuning_samples_of(*drawn, writer)
             check_samples(len(run.tuning.feed))
     run.calibration = calibration
     text = calibration.description
@@ -146,6 +157,11 @@ def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     if run.tuning is not None:
         text = f"end to end: {run.tuning.description}"
         yield Said(text, logged=f"calibration {text}")
+
+
+def _texts_kept(resume: str | None) -> dict[str, Tensor]:
+    """What the model wrote for the run that is gone on with."""
+    return {} if resume is None else RunFolder.open(Path(resume)).written_texts()
 
 
 def _tower(run: Prospect, model: Model, scheme: Scheme) -> Iterator[Said]:

@@ -16,7 +16,7 @@ from lrquant.runs.mends import AFTER_BLOCKS
 
 _FILES = (
     *("config.yaml", "run.json", "run.log", "blocks.jsonl", "results.json"),
-    *("report.html", "report.md", "report.json"),
+    *("report.html", "report.md", "report.json", "calibration.safetensors"),
 )
 _FOLDERS = ("blocks", "diagnostics", *AFTER_BLOCKS, "tower", "tasks")
 NAMES = {"run": (*_FILES, *_FOLDERS), "results": ("results.json", "run.log", "tasks")}

@@ -11,6 +11,8 @@ from functools import cached_property
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from torch import Tensor
+
 from lrquant.config.config import Config
 from lrquant.config.learned import BLOCKS
 from lrquant.errors import LRQuantError
@@ -26,6 +28,7 @@ from lrquant.runs.sameness import difference
 
 __all__ = ["BlockRecord", "RunFolder"]
 FORMAT = 4
+WRITTEN = "calibration.safetensors"  # texts that the model wrote itself
 
 
 class RunFolder(PartFolder):
@@ -190,6 +193,14 @@ class RunFolder(PartFolder):
                 raise LRQuantError(
                     f"run folder {self.path}: its blocks are not {stage} yet; go on with --resume"
                 )
+
+    def keep_texts(self, texts: dict[str, Tensor]) -> None:
+        """Keep token ids that the model wrote to be calibrated on, by their names."""
+        self.save(WRITTEN, texts, {})
+
+    def written_texts(self) -> dict[str, Tensor]:
+        """What the model wrote for this run; nothing if it has learned on other texts."""
+        return self.load(WRITTEN).tensors if (self.path / WRITTEN).is_file() else {}
 
     def mend_records(self) -> None:
         """Write a damaged blocks.jsonl anew from the blocks, as far as these are undamaged."""

@@ -14,6 +14,7 @@ _MENDS = {
     r"(tower/)?blocks\.jsonl": (
         "delete it: it is made anew from the blocks, without seconds and memory"
     ),
+    r"calibration\.safetensors": "restore it, or delete it and the model writes it again",
     r"results\.json": "restore it, or delete it and measure again",
     r"(tower/)?blocks/\d{4}\.safetensors": (
         "restore it, or delete it and go on with --resume, which learns it again"
