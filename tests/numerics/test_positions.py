@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lrquant.numerics.grids.grid import Grid, Scales
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.positions import Positions
 from lrquant.numerics.recipe import Recipe
@@ -49,8 +50,8 @@ def test_a_weight_of_another_code_than_its_nearest_begins_at_the_border(learned,
     plain = Recipe(upper=recipe.upper, lower=recipe.lower, columns=recipe.columns)
     moved = quantized.codes - quantize_weight(weight, plain, grid).codes
     assert moved.any()
-    positions.values.sub_(0.03 * moved)
-    positions.round_()
+    positions.gradient = moved
+    positions.descend_(0.03)
     assert torch.equal(positions.shift().float()[moved != 0], -moved[moved != 0])
 
 
@@ -58,8 +59,8 @@ def test_a_shift_is_what_the_recipe_takes(learned, grid, positions):
     """Bit for bit, and never by more than one code nor off the grid."""
     weight, recipe, quantized = learned
     generator = torch.Generator().manual_seed(0)
-    positions.values.add_(torch.randn(OUT, IN, generator=generator))
-    positions.round_()
+    positions.gradient = torch.randn(OUT, IN, generator=generator)
+    positions.descend_(0.5)
     shift = positions.shift()
     assert set(shift.unique().tolist()) == {-1, 0, 1}
     recipe = Recipe(**{**vars(recipe), "shift": shift.float()})
@@ -72,10 +73,59 @@ def test_a_shift_is_what_the_recipe_takes(learned, grid, positions):
 
 def test_gradients_are_those_of_no_rounding(learned, grid, positions):
     _, _, quantized = learned
-    values, scale = positions.values.requires_grad_(), quantized.scale.clone().requires_grad_()
+    scale = quantized.scale.clone().requires_grad_()
     gradient = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(3))
     positions.weight(scale).backward(gradient)
     grouped = gradient.view(OUT, -1, GROUP)
     levels = quantized.codes.view_as(grouped) - quantized.zero_point[..., None]
     torch.testing.assert_close(scale.grad, (grouped * levels).sum(-1))
-    torch.testing.assert_close(values.grad, (grouped * scale.detach()[..., None]).flatten(1))
+    before = positions.offsets.clone()
+    positions.descend_(2**-7)
+    assert torch.equal((before - positions.offsets).float(), gradient.sign() * 2**7)
+    assert positions.gradient is None
+
+
+def test_a_code_moves_by_one_at_most(positions, learned):
+    _, _, quantized = learned
+    for _ in range(5):
+        positions.gradient = torch.ones(OUT, IN)
+        positions.descend_(0.5)
+    smallest = positions.grid.code_range[0]
+    expected = (quantized.codes - 1).clamp(min=smallest)
+    assert torch.equal(positions.codes(), expected)
+
+
+def test_levels_need_not_be_even():
+    """On a grid whose levels grow, each step counts as one."""
+    grid = Squares(3, GROUP)
+    weight = torch.tensor([[0.0, 0.4, 0.6, 1.0, 2.4, 2.6, 4.0, 9.0, 16.0, *[0.0] * 7]])
+    quantized = quantize_weight(weight, Recipe(), grid)
+    assert quantized.codes[0, :9].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4]
+    positions = Positions.of(weight, Recipe(), grid, quantized)
+    assert not positions.shift().any()
+    assert torch.equal(positions.weight(quantized.scale), dequantize_weight(quantized, grid))
+    positions.gradient = -torch.ones(1, 16)
+    positions.descend_(0.2)
+    assert positions.shift()[0, :9].tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 0]
+
+
+class Squares(Grid):
+    """Codes 0 to 4 for their squares, at a scale of a sixteenth of the largest value."""
+
+    kind = "squares"
+    code_range = (0, 4)
+
+    def scales(self, low, high):
+        scale = (high / 16).clamp(min=1e-5)
+        return Scales(scale, torch.zeros_like(scale))
+
+    def encode_(self, values, scales, offset=None):
+        levels = torch.arange(5.0).square()
+        far = ((values / scales.scale)[..., None] - levels).abs()
+        return values.copy_(far.argmin(-1))
+
+    def levels_(self, codes, zero_point):
+        return codes.square_()
+
+    def unclipped(self, ratios, zero_point):
+        return torch.ones_like(ratios)

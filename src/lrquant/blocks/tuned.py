@@ -11,7 +11,6 @@ from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.stubs import Arguments
 from lrquant.blocks.view import BlockView, scale_norm_
-from lrquant.ingredients.base.descent import SignDescent, falling
 from lrquant.ingredients.tuning import Tuning
 from lrquant.numerics.positions import Positions
 from lrquant.numerics.weights import with_dense
@@ -44,27 +43,21 @@ class TunedBlock:
         }
         return self.factors | shifts
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """All that learns."""
-        return [*self.factors.values(), *(each.values for each in self.positions.values())]
-
-    def optimizers(self, steps: int) -> list[torch.optim.Optimizer]:
-        """What steps the block, whose leaves need gradients from now on, so many times."""
-        for leaf in self.leaves:
-            leaf.requires_grad_(True)
-        own = [self.tuning.optimizer(list(self.factors.values()), 0.0, steps)]
-        if self.positions:
-            values = [each.values for each in self.positions.values()]
-            own.append(falling(SignDescent(values, self.tuning.tune_rounding_lr), steps))
-        return own
+    def begin(self, steps: int) -> None:
+        """Be stepped so many times from now on."""
+        leaves = [factor.requires_grad_(True) for factor in self.factors.values()]
+        self._optimizer = self.tuning.optimizer(leaves, 0.0, steps)
+        self._rates = iter(self.tuning.tune_rounding_lr * (1 - i / steps) for i in range(steps))
 
     @torch.no_grad()
-    def constrain_(self) -> None:
-        """After a step: factors go back to where they may be, codes to where weights now are."""
+    def step(self) -> None:
+        """Step all that is tuned by its gradient, which is let go."""
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self.tuning.constrain_(self.factors)
+        rate = next(self._rates)
         for positions in self.positions.values():
-            positions.round_()
+            positions.descend_(rate)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in what learns."""

@@ -57,9 +57,9 @@ class Tuning(Ingredient):
     )
     tune_rounding_lr: float = setting(
         1e-3,
-        "how far a step of the tuning moves a weight at first, in units of its scale; it falls to "
-        "0",
-        limits=(0, FASTEST),
+        "how far a step of the tuning moves a weight at first, as a share of the way to the next "
+        "code; it falls to 0",
+        limits=(0, 0.5),
     )
 
     name = "tuned"

@@ -27,7 +27,7 @@ from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.fit import Optimizers, copied, share_gradients
+from lrquant.learn.fit import copied, share_gradients
 from lrquant.learn.stage import carry_out
 from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.model.device import dtype_name
@@ -142,7 +142,7 @@ class EndToEnd:
         """Keep every block's parameters, and tell what came of them."""
         about = {"of": self._about, "record": record}
         for index, parameters in enumerate(blocks):
-            tuned(self.folder).save(index, self.tuning.kept(parameters), about)
+            tuned(self.folder).save(index, parameters, about)
         logger.info(
             "end to end: KL divergence on samples not learned from %.4g -> %.4g, epoch %d kept",
             *(record["held"][0], min(record["held"]), record["best_epoch"]),
@@ -173,10 +173,11 @@ class _Fit:
     best: list[dict[str, Tensor]] = field(default_factory=list)
 
     def run(self) -> JsonObject:
-        """Tune; the record of what came of it.  `best` then are the parameters of each block."""
+        """Tune; the record of what came of it.  `best` then is what is to be kept of each block."""
         batches = len(self.learned.entry.batches)
         steps = self.tuning.tune_epochs * batches
-        optimizers = [block.optimizers(steps) for block in self.blocks]
+        for block in self.blocks:
+            block.begin(steps)
         losses, held = [], [self._divergence(self.held)]
         if not math.isfinite(held[0]):
             raise LRQuantError(
@@ -185,7 +186,7 @@ class _Fit:
         best_epoch = 0
         self._keep()
         for epoch in range(1, self.tuning.tune_epochs + 1):
-            losses.append(self._epoch(epoch, optimizers))
+            losses.append(self._epoch(epoch))
             held.append(self._divergence(self.held))
             if held[-1] < min(held[:-1]):
                 self._keep()
@@ -196,21 +197,30 @@ class _Fit:
         return {"losses": losses, "held": finite, "best_epoch": best_epoch}
 
     def _keep(self) -> None:
-        self.best = [copied(block.parameters) for block in self.blocks]
+        kept = [self.tuning.kept(block.parameters) for block in self.blocks]
+        self.best = [copied(parameters) for parameters in kept]
 
-    def _epoch(self, epoch: int, optimizers: Sequence[Optimizers]) -> float:
+    def _epoch(self, epoch: int) -> float:
         """One pass over the batches, shuffled; the mean divergence of its steps."""
         total, samples = 0.0, self.learned
         steps = len(samples.entry.batches)
         generator = torch.Generator().manual_seed(epoch)
         order = torch.randperm(steps, generator=generator).tolist()
         for step, batch in enumerate(order):
-            total += self._step(samples, batch, optimizers)
+            total += self._pass(samples, batch, self._stepped)
             self.told((epoch - 1) * steps + step)
         return total / steps
 
-    def _step(self, samples: _Samples, batch: int, optimizers: Sequence[Optimizers] = ()) -> float:
-        """One batch's divergence; every block that has optimizers is stepped by its gradient."""
+    def _stepped(self, block: TunedBlock) -> None:
+        """Step a block by the gradient of all members."""
+        share_gradients(list(block.factors.values()), self.team)
+        for positions in block.positions.values():
+            if positions.gradient is not None:
+                positions.gradient = self.team.sum(positions.gradient.float())
+        block.step()
+
+    def _pass(self, samples: _Samples, batch: int, stepped: Callable[[TunedBlock], None]) -> float:
+        """One batch's divergence; each block is `stepped` once its gradient is there."""
         inputs = self._through(samples, batch)
         loss, gradient = self._of_logits(inputs.pop(), samples, batch)
         for index in reversed(range(len(self.blocks))):
@@ -220,12 +230,7 @@ class _Fit:
                 output = block(states, samples.entry.arguments(batch, index))
             output.backward(gradient)
             gradient = _gradient_of(states)
-            if optimizers:
-                share_gradients(block.leaves, self.team)
-                for optimizer in optimizers[index]:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                block.constrain_()
+            stepped(block)
         return loss
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Where weights lie on their grids, in units of their scales: what codes follow from, and learns.
+"""Where weights lie between the codes of their grids: what codes follow from, and learns.
 
 With a scale that is learned by itself, a weight's own value has no other use than to say which code
-is its own: so it is kept as a place on the grid, and moved across the borders between codes.
+is its own: so it is kept as a place between codes, in two bytes, and moved across their borders.
 """
 
 from __future__ import annotations
@@ -14,30 +14,27 @@ from torch import Tensor
 from lrquant.numerics.chunks import row_chunks
 from lrquant.numerics.grids.grid import Grid, Scales
 from lrquant.numerics.recipe import Recipe, scaled_weight
-from lrquant.numerics.weights import (
-    Extremes,
-    Quantized,
-    clipped_range,
-    group_extremes,
-)
+from lrquant.numerics.weights import Extremes, Quantized, clipped_range, group_extremes
 
-_BEYOND = 0.5  # how far outside the grid a position may be
-_INSIDE = 0.02  # of the way between two codes, from their border to the one that was chosen
+_UNITS = 14  # an offset of 2**14 is the way from a code to the next one
+_BORDER = 1 << (_UNITS - 1)
+_INSIDE = round(0.48 * (1 << _UNITS))  # near the border, on the side of the code that was chosen
+_FARTHEST = (1 << _UNITS) + _BORDER - 1  # a code moves by one at most
 
 
-@dataclass(frozen=True)
+@dataclass
 class Positions:
-    """Positions `values` (out, in), float32, and the `codes` (out, in) that they lead to.
+    """`offsets` (out, in), int16, from the codes that were `first`, in 2**-14 of a code.
 
-    `first` are the codes that they began at, from which a code moves by one at most; `zero_point`
-    (out, groups, 1) is of the `grid`.
+    `zero_point` (out, groups, 1) is of the `grid`.  `gradient` (out, in) is that to the weight,
+    after a backward pass.
     """
 
-    values: Tensor
-    codes: Tensor
+    offsets: Tensor
     first: Tensor
     zero_point: Tensor
     grid: Grid
+    gradient: Tensor | None = None
 
     @classmethod
     def of(
@@ -50,78 +47,86 @@ class Positions:
     ) -> Positions:
         """Those of a weight (out, in), which lead to the codes that it was `quantized` to.
 
-        A weight with the nearest code lies where it is, one with another code at the border of the
-        two, on the side of its own.
+        A weight with the nearest code lies where it is, or at the end of the grid; one with another
+        code at the border of the two, on the side of its own.
         """
         scaled = scaled_weight(weight, recipe)
         scales = grid.scales(*clipped_range(extremes or group_extremes(scaled, grid), recipe))
-        zero_point = scales.zero_point
-        chosen = grid.grouped(quantized.codes.to(torch.float32, copy=True))
+        codes = grid.grouped(quantized.codes.to(torch.float32, copy=True))
         ratios = grid.grouped(scaled) / scales.scale
         nearest = grid.encode_(grid.grouped(scaled), scales)
-        own = grid.levels_(chosen.clone(), zero_point)
-        other = grid.levels_(nearest, zero_point)
-        border = (own + other) / 2 + _INSIDE * (own - other)
-        ends = [torch.full_like(zero_point, end) for end in grid.code_range]
-        low, high = (grid.levels_(end, zero_point) for end in ends)
-        start = torch.where(own == other, ratios, border).clamp_(low - _BEYOND, high + _BEYOND)
-        led = grid.encode_(start.clone(), Scales(torch.ones_like(zero_point), zero_point))
-        values = torch.where(led == chosen, start, own)
-        first = quantized.codes
-        return cls(values.view(weight.shape), first.clone(), first, zero_point, grid)
+        below, above = ((codes + step).clamp_(*grid.code_range) for step in (-1, 1))
+        count = above - below
+        apart = grid.levels_(above, scales.zero_point) - grid.levels_(below, scales.zero_point)
+        own = grid.levels_(codes.clone(), scales.zero_point)
+        offsets = (ratios - own) / (apart / count) * (1 << _UNITS)
+        offsets.round_().clamp_(-_BORDER + 1, _BORDER - 1)
+        offsets = torch.where(nearest == codes, offsets, (nearest - codes).sign() * _INSIDE)
+        short = offsets.view(weight.shape).to(torch.int16)
+        return cls(short, quantized.codes, scales.zero_point, grid)
 
-    @torch.no_grad()
-    def round_(self) -> None:
-        """Bring the codes to where the values are now."""
-        for rows in row_chunks(self.values):
-            zero_point = self.zero_point[rows]
-            one = Scales(torch.ones_like(zero_point), zero_point)
-            codes = self.grid.encode_(self.grid.grouped(self.values[rows].detach().clone()), one)
-            first = self.grid.grouped(self.first[rows].to(torch.float32, copy=True))
-            codes.sub_(first).clamp_(-1, 1).add_(first)
-            self.codes[rows] = codes.view(self.values[rows].shape).to(self.codes.dtype)
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """Codes (rows, in) that the offsets lead to, float32."""
+        moved = self.offsets[rows] + _BORDER >> _UNITS
+        codes = self.first[rows].to(torch.float32, copy=True)
+        return codes.add_(moved).clamp_(*self.grid.code_range)
 
     def shift(self) -> Tensor:
         """By how much each code has moved (out, in), int8: -1, 0 or 1."""
-        return (self.codes.to(torch.int16) - self.first.to(torch.int16)).to(torch.int8)
+        shift = torch.empty_like(self.offsets, dtype=torch.int8)
+        for rows in row_chunks(shift):
+            shift[rows] = self.codes(rows).sub_(self.first[rows])
+        return shift
 
     def weight(self, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (out, in) at a scale (out, groups), differentiable in it and in the values.
+        """The weight (out, in) at a scale (out, groups), in which it is differentiable.
 
-        The gradient is that of no rounding.
+        Its own gradient is kept, by which the positions descend.
         """
-        return _PositionedWeight.apply(self.values, scale, self, dtype)
+        return _PositionedWeight.apply(scale, self, dtype)
+
+    def descend_(self, rate: float) -> None:
+        """Move all weights by `rate`, in codes, against the sign of the gradient, which is let go.
+
+        The rate is at most 0.5.
+        That is the gradient to the offsets, were there no rounding, but for a positive factor.
+        """
+        assert self.gradient is not None
+        step = round(rate * (1 << _UNITS))
+        for rows in row_chunks(self.offsets):
+            signs = self.gradient[rows].sign().to(torch.int16)
+            moved = self.offsets[rows].sub_(signs, alpha=step)
+            moved.clamp_(-_FARTHEST, _FARTHEST)
+        self.gradient = None
 
 
 class _PositionedWeight(torch.autograd.Function):
-    """The weight, a few rows at a time, and its gradient by hand."""
+    """The weight, a few rows at a time, and the gradient to its scale by hand."""
 
     @staticmethod
-    def forward(
-        ctx, values: Tensor, scale: Tensor, positions: Positions, dtype: torch.dtype
-    ) -> Tensor:
-        weight = torch.empty(values.shape, dtype=dtype, device=values.device)
+    def forward(ctx, scale: Tensor, positions: Positions, dtype: torch.dtype) -> Tensor:
+        shape, grid = positions.offsets.shape, positions.grid
+        weight = torch.empty(shape, dtype=dtype, device=scale.device)
         for rows in row_chunks(weight):
             scales = Scales(scale[rows, :, None], positions.zero_point[rows])
-            codes = positions.codes[rows].to(torch.float32, copy=True)
-            weight[rows] = positions.grid.decode_(_grouped(codes, scales), scales).view_as(codes)
-        ctx.save_for_backward(scale)
+            codes = positions.codes(rows)
+            weight[rows] = grid.decode_(_grouped(codes, scales), scales).view_as(codes)
         ctx.positions = positions
+        ctx.scale_shape = scale.shape
         return weight
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        positions, (scale,) = ctx.positions, ctx.saved_tensors
-        to_values = torch.empty(gradient.shape, device=gradient.device)
-        to_scale = torch.empty_like(scale)
-        for rows in row_chunks(to_values):
-            scales = Scales(scale[rows, :, None], positions.zero_point[rows])
-            codes = positions.codes[rows].to(torch.float32, copy=True)
-            levels = positions.grid.levels_(_grouped(codes, scales), scales.zero_point)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        positions = ctx.positions
+        positions.gradient = gradient
+        to_scale = torch.empty(ctx.scale_shape, device=gradient.device)
+        for rows in row_chunks(gradient):
+            scales = Scales(to_scale[rows, :, None], positions.zero_point[rows])
+            codes = _grouped(positions.codes(rows), scales)
+            levels = positions.grid.levels_(codes, scales.zero_point)
             grad = _grouped(gradient[rows].float(), scales)
             to_scale[rows] = torch.linalg.vecdot(grad, levels)
-            to_values[rows] = (grad * scales.scale).view_as(codes)
-        return to_values, to_scale, None, None
+        return to_scale, None, None
 
 
 def _grouped(matrix: Tensor, scales: Scales) -> Tensor:

@@ -16,7 +16,7 @@ from lrquant.preflight.load import Load
 def tuning_bytes(load: Load, tuning: Tuning) -> int:
     """Codes of all blocks, what enters each of a batch, one block's gradients, head and logits.
 
-    A weight whose rounding is tuned has a position, and the shift that was best so far.
+    A weight whose rounding is tuned has a position beside, and a fifth of a byte for what was best.
     """
     model, dtype = load.workbench.model, load.workbench.dtype
     blocks = [sum(t.numel() for t in block.state_dict().values()) for block in model.blocks]
@@ -24,8 +24,8 @@ def tuning_bytes(load: Load, tuning: Tuning) -> int:
     states = (len(blocks) + 1) * tokens * model.hidden_size * 4
     logits = min(HEAD_TOKENS, tokens) * model.config.vocab_size * 4 * 6
     head = outer_elements(model)["head"] * dtype.itemsize
-    of_weights = (1 + 4 + 1) if tuning.tune_rounding else 1
-    return of_weights * sum(blocks) + 12 * max(blocks) + states + logits + head
+    of_weight = 1 + 2 + 0.2 if tuning.tune_rounding else 1
+    return round(of_weight * sum(blocks)) + 12 * max(blocks) + states + logits + head
 
 
 def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> float:
