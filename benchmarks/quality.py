@@ -48,18 +48,22 @@ from lrquant.runs.folder import RunFolder
 PROTOCOL: dict[str, Any] = {"nsamples": 16, "seqlen": 512, "epochs": 5, "seed": 2, "report": False}
 WINDOWS = 40
 TEXTS = ("wikitext2", "c4")
-SCHEMES = ("W8A8", "W6A6", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
+SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
 
 PAPER = preset("paper")
 PUBLISHED = {name: PAPER[name] for name in ("lwc_init", "keep_best", "let_sites")}
 PLUS_AS_PUBLISHED = {k: v for k, v in PAPER.items() if k not in PROTOCOL}
 PLUS_AS_PUBLISHED |= {"lr_plus": True}
 
+TUNED = {"lr_plus": True, "rounding": True, "tune": True, "tune_rounding": True}
+TUNED |= {"tune_nsamples": 256, "tune_epochs": 1}
+
 METHODS: dict[str, dict[str, Any]] = {
     "LRQuant": PUBLISHED,
     "LRQuant, default settings": {},
     "LRQuant+": {"lr_plus": True},
     "LRQuant+ and rounding": {"lr_plus": True, "rounding": True},
+    "tuned": TUNED,
     "balanced": preset("balanced"),
 }
 

@@ -358,7 +358,10 @@ def test_a_preset_learns_what_the_scheme_has_a_use_for(scheme, rounding, tune, n
     config = Config(**with_preset({"preset": name, "scheme": scheme})).resolved()
     assert (config.rounding, config.tune) == (bool(rounding), bool(tune))
     assert config.two_branch == (scheme != "W16A16")
-    assert (config.nsamples, config.tune_epochs) == ((256, 4) if name == "best" else (128, 2))
+    assert (config.nsamples, config.tune_nsamples) == (
+        (256, 1024) if name == "best" else (128, 256)
+    )
+    assert (config.tune_epochs, config.tune_rounding) == (1, bool(tune))
     given = with_preset({"preset": name, "scheme": scheme, "rounding": False, "tune": False})
     assert not given["rounding"] and not given["tune"]
     with pytest.raises(LRQuantError, match="--rounding with --wbits 16"):

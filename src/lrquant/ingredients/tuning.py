@@ -45,15 +45,20 @@ class Tuning(Ingredient):
     tune_lr: float = setting(
         1e-3, "learning rate of the tuning at first; it falls to 0", limits=(0, FASTEST)
     )
-    tune_epochs: int = setting(2, "epochs of the tuning", limits=(1, MANY), best=4)
+    tune_epochs: int = setting(2, "epochs of the tuning", limits=(1, MANY), balanced=1, best=1)
     tune_nsamples: int | None = setting(
         None,
         "calibration samples of the tuning, drawn apart from those of the blocks (default: as "
         "many)",
         limits=(2, MANY),
+        balanced=256,
+        best=1024,
     )
     tune_rounding: bool = setting(
-        False, "tune also to which code each weight is rounded (with --tune)", best=True
+        False,
+        "tune also to which code each weight is rounded (with --tune)",
+        balanced=True,
+        best=True,
     )
     tune_rounding_lr: float = setting(
         1e-3,

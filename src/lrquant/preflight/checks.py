@@ -42,6 +42,7 @@ from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
 
 _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
+_TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
 
 
 def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
@@ -158,7 +159,8 @@ def _estimate(
         memory = estimate_memory(load, costs, before, inside, measured)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
-        report.compare("memory", report.memory.peak, free, where, _MEND)
+        mend = _TUNING_MEND if report.memory.peak == in_tuning else _MEND
+        report.compare("memory", report.memory.peak, free, where, mend)
         if cuda and storage == "host":
             free = psutil.virtual_memory().available
             report.compare("memory", report.stream_bytes, free, "on the host", _MEND)
