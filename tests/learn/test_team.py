@@ -267,11 +267,13 @@ def test_a_whole_model_is_learned_together_and_kept_by_the_first(model, feed, tm
     assert [each[1] for each in together(share)] == [own, own], "what was adapted is kept"
 
 
-def test_a_team_tunes_end_to_end(make_model, make_bench, feed, tmp_path):
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_team_tunes_end_to_end(make_model, make_bench, feed, tmp_path, rounding):
     samples = feed()
+    tuning = Tuning(tune=True, tune_lr=0.02, tune_epochs=2, tune_rounding=rounding)
 
     def work(team):
-        plan = Plan(Schemes(Scheme(2, 16, 16)), (Tuning(tune=True, tune_lr=0.02, tune_epochs=2),))
+        plan = Plan(Schemes(Scheme(2, 16, 16)), (tuning,))
         bench = dataclasses.replace(make_bench(make_model("llama")), plan=plan)
         path = tmp_path / ("run" if team.rank == 0 else "absent")
         folder = RunFolder(path)

@@ -184,6 +184,7 @@ def test_a_checkpoint_and_measures_have_what_was_tuned(learn, token_ids, tmp_pat
     run = learn(**how)
     shifts = [t for n, t in run.folder.learned(1).items() if n.endswith(".shift")]
     assert len(shifts) == 7 * rounding and all(each.dtype == torch.uint8 for each in shifts)
+    assert ("Tuned rounding" in (tmp_path / "run" / "report.html").read_text()) == rounding
     saved = {"save_dir": str(tmp_path / "saved"), "format": "dequantized"}
     learn(resume=str(run.folder.path), **saved, **how)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)

@@ -212,11 +212,12 @@ class _Fit:
         return total / steps
 
     def _stepped(self, block: TunedBlock) -> None:
-        """Step a block by the gradient of all members."""
+        """Step a block by the gradient of all members; some may not reach each of its matrices."""
         share_gradients(list(block.factors.values()), self.team)
         for positions in block.positions.values():
-            if positions.gradient is not None:
-                positions.gradient = self.team.sum(positions.gradient.float())
+            own = positions.gradient
+            own = torch.zeros_like(positions.offsets) if own is None else own
+            positions.gradient = self.team.sum(own.float())
         block.step()
 
     def _pass(self, samples: _Samples, batch: int, stepped: Callable[[TunedBlock], None]) -> float:
