@@ -189,7 +189,7 @@ def test_each_text_has_its_own_parameters_and_a_run_can_be_adapted_later(learn, 
 
 def test_what_stays_as_it_is_while_the_rest_is_adapted(learn, tmp_path):
     """Rounding and what was tuned end to end: the blocks before are those of the run."""
-    learn(let=True, lwc=True, rounding=True, tune=True)
+    learn(let=True, lwc=True, rounding=True, tune=True, tune_rounding=True)
     results = evaluate(str(tmp_path / "run"), ppl=("wikitext2",), tta=True)
     adapted = results["test_time_adaptation"]["wikitext2"]
     assert "rounding" not in adapted["learned"] and "end to end" not in adapted["learned"]

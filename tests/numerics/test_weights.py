@@ -5,6 +5,8 @@ Both paths, fused and by autograd, are held against the equations written anew i
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -122,6 +124,26 @@ def test_weight_matches_the_equations(
     for name, theirs in expected.items():
         assert_near(found[name], theirs, name)
         assert theirs.abs().max() > 0, f"{name}: this case shows nothing"
+
+
+@SYMMETRY
+@BITS
+@GROUPS
+def test_shifted_codes_on_both_paths(bits, group_size, symmetric, assert_near):
+    """The value is that of the codes moved; gradients of both paths agree, but none is to it."""
+    weight, grid = normal(OUT, IN), IntegerGrid(bits, group_size, symmetric)
+    recipe, inputs = recipe_of(FIELDS, weight, grid)
+    shift = normal(OUT, IN, seed=3).round().clamp(-1, 1).requires_grad_()
+    recipe = dataclasses.replace(recipe, shift=shift, dense=None)
+    inputs = {name: values for name, values in inputs.items() if name not in ("r1", "r2")}
+    plain = quantize_weight(weight, dataclasses.replace(recipe, shift=None).detached(), grid)
+    moved = quantize_weight(weight, recipe.detached(), grid)
+    assert torch.equal(moved.codes, (plain.codes + shift).clamp(*grid.code_range))
+    paths = fake_quantize_weight, reference_weight
+    fused, plainly = (values_and_gradients(path, weight, recipe, grid, inputs) for path in paths)
+    assert torch.equal(fused["value"], dequantize_weight(moved, grid))
+    for name, theirs in plainly.items():
+        assert_near(fused[name], theirs, name)
 
 
 @SYMMETRY
