@@ -23,6 +23,7 @@ from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples, calibration_samples, perplexity_windows
 from lrquant.measures.agreement import MEASURE as AGREEMENT
 from lrquant.measures.scoring.predictions import score, send_through
+from lrquant.model.device import dtype_name
 from lrquant.model.loading import load_model
 
 TEXTS = ("wikitext2", "c4")
@@ -67,9 +68,8 @@ class Reference:
     def conditions(self) -> dict[str, str]:
         """What numbers depend on beside the toolkit and its setting."""
         texts = {text.name: text.description for text in self.texts}
-        precision = str(self.bench.dtype).removeprefix("torch.")
         own = {"model": self.model.name, "samples": self.samples.description}
-        return {**own, **texts, "precision": precision}
+        return {**own, **texts, "precision": dtype_name(self.bench.dtype)}
 
     def write(self, folder: Path) -> None:
         """The model as transformers reads it, in float32, and its tokenizer."""

@@ -257,7 +257,7 @@ def test_too_little_disk_and_memory(settings, monkeypatch):
 
 
 def test_a_block_that_cannot_fit_is_not_measured(settings, monkeypatch):
-    monkeypatch.setattr(checks, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(checks, "free_memory", lambda device: 1000)
     monkeypatch.setattr(checks, "probe_kinds", None)
     done = check(settings)
     assert [finding.what for finding in done.failed] == ["memory"]

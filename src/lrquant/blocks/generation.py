@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
@@ -14,6 +13,7 @@ from lrquant.blocks.materialize import materialize
 from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import Workbench
 from lrquant.errors import LRQuantError
+from lrquant.model.device import free_memory
 
 logger = logging.getLogger("lrquant")
 _AT_ONCE = 32  # texts of a batch
@@ -40,11 +40,7 @@ class OwnText:
     @cached_property
     def _module(self) -> PreTrainedModel:
         bench = self.workbench
-        needed = bench.model.parameters * bench.dtype.itemsize
-        cuda = bench.device.type == "cuda"
-        free = (
-            torch.cuda.mem_get_info(bench.device)[0] if cuda else psutil.virtual_memory().available
-        )
+        needed, free = bench.model.parameters * bench.dtype.itemsize, free_memory(bench.device)
         if needed > free:
             raise LRQuantError(
                 f"calibration set 'self': the whole model writes it, and needs {needed / 1e9:.1f} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.stubs import Arguments
 from lrquant.blocks.view import BlockView, scale_norm_
+from lrquant.ingredients.base.descent import left
 from lrquant.ingredients.tuning import Tuning
 from lrquant.numerics.positions import Positions
 from lrquant.numerics.weights import with_dense
 
 
 class TunedBlock:
-    """A block as its `view` was learned, under the parameters of `tuning`, from the view's own on.
+    """A block as its `view` was learned, under parameters of `tuning` that the view need not have.
 
     `factors` are those that multiply scales and norms, by the ingredient's names.  `positions` are
     where weights lie on their grids, if the rounding is tuned, by matrix: codes follow from them.
@@ -26,8 +27,7 @@ class TunedBlock:
     def __init__(self, tuning: Tuning, view: BlockView, runner: BlockRunner) -> None:
         self.tuning, self.runner = tuning, runner
         self.frozen = view.freeze()
-        own = tuning.own(view.parameters)
-        self.factors = {name: t for name, t in own.items() if not tuning.shifts(name)}
+        self.factors = tuning.factors(view.shapes)
         self.positions = view.positions(self.frozen) if tuning.tune_rounding else {}
         self._norms = {
             site.producer.module: site.producer.offset
@@ -47,7 +47,8 @@ class TunedBlock:
         """Be stepped so many times from now on."""
         leaves = [factor.requires_grad_(True) for factor in self.factors.values()]
         self._optimizer = self.tuning.optimizer(leaves, 0.0, steps)
-        self._rates = iter(self.tuning.tune_rounding_lr * (1 - i / steps) for i in range(steps))
+        rate = self.tuning.tune_rounding_lr
+        self._rates = iter(rate * left(taken, steps) for taken in range(steps))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -84,10 +85,9 @@ class TunedBlock:
 class _Positioned(QuantizedMatrix):
     """A matrix whose codes follow from where its weights lie."""
 
-    positions: Positions | None = None
+    positions: Positions = field(kw_only=True)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), differentiable in the scale and the positions."""
-        assert self.positions is not None
         before = dtype if self.factor is None else torch.float32
         return with_dense(self.positions.weight(self.scale, before), self.factor, dtype)

@@ -85,18 +85,17 @@ def calibration_samples(
         if each == SELF:
             if writer is None:
                 raise LRQuantError(f"calibration set {SELF!r}: no model to write it")
-            windows.append(writer(count, seqlen, seed, _start(tokenizer, beginning)))
-            labels.append(SELF if len(sets) == 1 else f"{count} of {SELF}")
-            splits.append("written")
-            origins.append("the model")
-            continue
-        text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
-        tokens = TokenText(text, tokenizer, beginning)
-        drawn, note = random_windows(tokens, count, seqlen, seed)
-        missing = text.missing_split("train", data_dir)
-        label = text.label(missing, tokens.layout, note, beginning.text)
-        splits.append(text.split)
-        origins.append(text.origin)
+            drawn = writer(count, seqlen, seed, _start(tokenizer, beginning))
+            label, split, origin = SELF, "written", "the model"
+        else:
+            text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
+            tokens = TokenText(text, tokenizer, beginning)
+            drawn, note = random_windows(tokens, count, seqlen, seed)
+            missing = text.missing_split("train", data_dir)
+            label = text.label(missing, tokens.layout, note, beginning.text)
+            split, origin = text.split, text.origin
+        splits.append(split)
+        origins.append(origin)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     ids = torch.cat(windows)

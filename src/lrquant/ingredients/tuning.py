@@ -109,15 +109,24 @@ class Tuning(Ingredient):
         return shapes
 
     def start(self, block: BlockShapes, start: Start) -> Parameters:
-        return self.untouched(block)
+        import torch
 
-    def untouched(self, block: BlockShapes) -> Parameters:
-        """Its parameters where nothing is tuned yet: gains and factors of 1, shifts of 0."""
+        shapes = self.shapes(block).items()
+        shifts = {
+            name: torch.zeros(shape, device=block.device)
+            for name, shape in shapes
+            if self.shifts(name)
+        }
+        return self.factors(block) | shifts
+
+    def factors(self, block: BlockShapes) -> Parameters:
+        """Its gains and factors where nothing is tuned yet."""
         import torch
 
         return {
-            name: torch.full(shape, 0.0 if self.shifts(name) else 1.0, device=block.device)
+            name: torch.ones(shape, device=block.device)
             for name, shape in self.shapes(block).items()
+            if not self.shifts(name)
         }
 
     def fold(self, block: BlockShapes, parameters: Parameters, factors: Factors) -> None:

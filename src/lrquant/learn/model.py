@@ -59,7 +59,8 @@ def learn_model(
     them those of the blocks.  Of a `team` each member is given its share of the samples; the first
     alone reads and writes the folder.
     """
-    whole, workbench = workbench, replace(workbench, plan=workbench.plan.of_blocks)
+    ingredients, plan = workbench.plan.ingredients, workbench.plan.of_blocks
+    workbench = replace(workbench, plan=plan)
     tower = workbench.tower
     plain = learned = full_precision(workbench).tower
     scheme = workbench.plan.schemes.tower
@@ -73,10 +74,10 @@ def learn_model(
     towers = plain, learned
     rest = folder, progress, diagnosed, towers
     learn_blocks(workbench, learning, feed, statistics, *rest, team=team)
-    for each in whole.plan.ingredients:
+    for each in ingredients:
         if isinstance(each, Tuning):
             own = learning.batch_size, tuning or feed, folder, progress, towers
-            tune(whole, each, *own, team=team)
+            tune(workbench, each, *own, team=team)
 
 
 def require_pictures(feed: Feed, scheme: str, team: Team = ALONE) -> Feed:

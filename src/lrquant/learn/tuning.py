@@ -53,6 +53,7 @@ def tune(
 ) -> None:
     """Tune scales and norms of a run of which all blocks are learned, unless it is done already.
 
+    The plan of the `workbench` is that of the blocks.
     `towers` stand before the first block of the full-precision and of the quantised model.  Of a
     `team` each member has its share of the samples; the first alone reads and writes the folder.
     """
@@ -134,8 +135,7 @@ class EndToEnd:
         for each in samples:
             advance_full_precision(bench, index, stored, each.entry, each.target, each.target)
         view = bench.view(index, stored)
-        start = self.tuning.kept(self.tuning.untouched(view.shapes))
-        view.load(self.team.first(lambda: self.folder.load_block(index)) | start)
+        view.load(self.team.first(lambda: self.folder.load_block(index)))
         return TunedBlock(self.tuning, view, bench.runner(index, view))
 
     def _keep(self, blocks: Sequence[dict[str, Tensor]], record: JsonObject) -> None:

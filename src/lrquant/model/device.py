@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from lrquant.errors import LRQuantError
@@ -26,6 +27,13 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise LRQuantError(f"device {name!r}: torch sees {count} CUDA devices; use --device cpu")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

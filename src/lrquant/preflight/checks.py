@@ -22,6 +22,7 @@ from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.identity import describe_run
 from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.evaluation.resolution import resolve_settings
+from lrquant.model.device import free_memory
 from lrquant.model.model import Model
 from lrquant.preflight.estimate import (
     Seconds,
@@ -71,8 +72,7 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     if run.model.architecture.reads_pixels and run.calibration is None:
         report.add("memory, disk, time", "not checked", "need pictures to calibrate on")
     elif fits and run.workbench is not None:
-        texts = list(run.texts.values())
-        _estimate(report, run.workbench, run, texts, finished)
+        _estimate(report, run, run.workbench, finished)
     else:
         report.add("memory, disk, time", "not checked", "need sizes that fit and a device")
     return report
@@ -111,13 +111,7 @@ def _check_packing(report: Preflight, run: Prospect, model: Model) -> bool:
     return False
 
 
-def _estimate(
-    report: Preflight,
-    workbench: Workbench,
-    run: Prospect,
-    texts: list[Samples],
-    finished: int,
-) -> None:
+def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: int) -> None:
     """Measure the blocks of each part, and hold memory, disk and time against what there is."""
     config, model, calibration = report.config, workbench.model, run.calibration
     learning, with_files = config.group(Learning), config.act_scales is not None
@@ -153,12 +147,12 @@ def _estimate(
                 own = language_load(workbench, learning, run.tuning, lengths)
                 seconds += tuning_seconds(own, costs, each)
                 in_tuning = before + stream_bytes(own) * inside + tuning_bytes(own, each)
-        measured = _text_load(config, texts)
+        measured = _text_load(config, list(run.texts.values()))
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
         memory = estimate_memory(load, costs, before, inside, measured)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
-        free, where = _free_memory(workbench.device) + before, f"on {workbench.device}"
+        free, where = free_memory(workbench.device) + before, f"on {workbench.device}"
         mend = _TUNING_MEND if report.memory.peak == in_tuning else _MEND
         report.compare("memory", report.memory.peak, free, where, mend)
         if cuda and storage == "host":
@@ -182,16 +176,9 @@ def _require_room(workbench: Workbench) -> None:
     blocks = [block.state_dict().values() for block in workbench.model.blocks]
     largest = max(sum(tensor.numel() for tensor in block) for block in blocks)
     least = largest * 3 * workbench.dtype.itemsize
-    free = _free_memory(workbench.device)
+    free = free_memory(workbench.device)
     if least > free:
         raise LRQuantError(
             f"one block needs more than {least / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on "
             f"{workbench.device}; use a machine with more memory"
         )
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -24,12 +24,17 @@ class SignDescent(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
+def left(taken: int, steps: int) -> float:
+    """What is left of a rate that falls linearly to 0 over so many steps, when some are taken."""
+    return max(0.0, 1 - taken / steps)
+
+
 def falling(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
     """The same optimizer, whose rate falls linearly from what it is to 0 over so many steps.
 
     By sign descent an element goes ``rate * (steps + 1) / 2`` at the farthest.
     """
-    schedule = LambdaLR(optimizer, lambda taken: max(0.0, 1 - taken / steps))
+    schedule = LambdaLR(optimizer, lambda taken: left(taken, steps))
 
     def after(*_: Any) -> None:
         schedule.step()
