@@ -96,7 +96,12 @@ def test_the_preflight_writes_nothing(make_model, tiny_tokenizer, tmp_path, monk
     AutoModelForCausalLM.from_config(make_model("llama").config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     asked = {"model": str(folder), "scheme": "W4A16", "calib_dataset": "self", "nsamples": 4}
-    done = preflight({**asked, "seqlen": LENGTH, "output_dir": str(tmp_path / "run")})
+    asked |= {"seqlen": LENGTH, "output_dir": str(tmp_path / "run")}
+    few, many = (
+        preflight({**asked, "tune": True, "tune_nsamples": count}).memory for count in (2, 60_000)
+    )
+    assert many.tuning - few.tuning > 100e6, "the hidden states of the stage's own samples count"
+    done = preflight(asked)
     (said,) = [f for f in done.findings if f.what == "calibration"]
     assert said.state == "ok" and "self: written before learning" in said.text
     assert done.memory is not None and done.seconds is not None

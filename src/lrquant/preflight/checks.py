@@ -144,6 +144,7 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         in_tuning = 0
         for each in workbench.plan.ingredients:
             if isinstance(each, Tuning):
+                lengths = [config.seqlen] * (each.tune_nsamples or config.nsamples)
                 own = language_load(workbench, learning, run.tuning, lengths)
                 seconds += tuning_seconds(own, costs, each)
                 in_tuning = before + stream_bytes(own) * inside + tuning_bytes(own, each)
