@@ -100,7 +100,9 @@ def test_the_preflight_writes_nothing(make_model, tiny_tokenizer, tmp_path, monk
     few, many = (
         preflight({**asked, "tune": True, "tune_nsamples": count}).memory for count in (2, 60_000)
     )
-    assert many.tuning - few.tuning > 100e6, "the hidden states of the stage's own samples count"
+    # beside learning, which needs what it did: both begin at what this process holds at the time
+    grown = (many.tuning - many.learning) - (few.tuning - few.learning)
+    assert grown > 90e6, "the hidden states of the stage's own samples count"
     done = preflight(asked)
     (said,) = [f for f in done.findings if f.what == "calibration"]
     assert said.state == "ok" and "self: written before learning" in said.text
