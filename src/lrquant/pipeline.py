@@ -261,7 +261,7 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
             observe = statistics.observe
             advance_full_precision(workbench, index, stored, entry, stream, stream, observe)
             told(index)
-    return statistics
+    return statistics.on_host()
 
 
 def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> JsonObject:

@@ -231,6 +231,38 @@ def failing_from(monkeypatch, call):
     monkeypatch.setattr(fit, "loss_terms", loss)
 
 
+@pytest.mark.parametrize("steps", [2, 100])
+def test_losses_may_be_looked_at_late(block, monkeypatch, steps):
+    """As on a device that runs ahead: the same numbers, told a few steps later."""
+    told = []
+    for late in (1, steps):
+        monkeypatch.setattr(fit, "unseen_steps", lambda device, late=late: late)
+        view, runner, data = block()
+        seen = []
+        with runner:
+            report = fit_block(
+                view,
+                runner,
+                data,
+                settings(epochs=3),
+                lambda step, loss, seen=seen: seen.append((step, loss)),
+            )
+        told.append((seen, report.epoch_losses, copies(view)))
+    (at_once, losses, parameters), (later, same_losses, same) = told
+    assert at_once == later and losses == same_losses and equal(parameters, same)
+
+
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_loss_that_is_not_finite_is_seen_late_too(block, monkeypatch, steps):
+    monkeypatch.setattr(fit, "unseen_steps", lambda device: steps)
+    view, *_ = prepared = block()
+    before = copies(view)
+    failing_from(monkeypatch, 1)
+    report, initial, after = learn(prepared)
+    assert report.non_finite == ["epoch 1: back to the best parameters so far"]
+    assert equal(before, view.parameters) and after == initial
+
+
 def test_not_finite_in_the_first_epoch_goes_back_to_the_start(block, monkeypatch):
     view, *_ = prepared = block()
     before = copies(view)

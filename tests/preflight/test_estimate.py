@@ -180,7 +180,11 @@ def test_the_memory_of_each_phase(make_model, load_of):
     assert memory.embedding == 5_000 + streams + embedding
     assert memory.learning == 9_000 - 1_000 + streams
     logits = 2 * 16 * 264 * 4
-    assert memory.measuring == 5_000 + 6 * 16 * 32 * 4 + embedding + logits
+    states = 6 * 16 * 32 * 4
+    assert memory.measuring == 5_000 + states + embedding, "gone before there are logits"
+    measured = TextLoad(texts(6, 16), 16, {"a"})
+    against = estimate_memory(load, BLOCKS, 5_000, True, measured)
+    assert against.measuring == 5_000 + 2 * states + 2 * logits
     assert memory.peak == max(memory.embedding, memory.learning, memory.measuring)
     assert dataclasses.replace(memory, tower=10**9).peak == 10**9
 
@@ -200,9 +204,11 @@ def test_memory_of_other_settings(make_model, load_of):
     copies = (4 + 2) * (264 * 32 + 32)  # as stored, and in float32
     assert memory(config).embedding == 5_000 + streams + copies
     assert memory(config).measuring == 5_000, "nothing is measured"
-    plain = memory(config, windows=texts(2, 16)).measuring
-    more = 2 * 16 * 32 * 2 + 2 * 16 * 264 * 4  # a second stream, and the reference's logits
-    assert memory(config, windows=texts(2, 16), against={"a"}).measuring == plain + more
+    states, logits = 2 * 16 * 32 * 2, 2 * 16 * 264 * 4
+    assert memory(config, windows=texts(2, 16)).measuring == 5_000 + states + copies
+    against = memory(config, windows=texts(2, 16), against={"a"}).measuring
+    as_stored = 2 * (264 * 32 + 32)  # of the embedding, read before: mapped pages
+    assert against == 5_000 + 2 * states + as_stored + 2 * logits
 
 
 def test_the_time_of_learning(make_model, load_of):

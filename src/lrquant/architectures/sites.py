@@ -8,6 +8,7 @@ float64 that the model's function is unchanged, and to reduce statistics to the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lrquant.config.choices import Kind
@@ -29,6 +30,11 @@ class Fold:
     power: Literal[-1, 1]
     index: tuple[int, ...]
     offset: float = 0.0
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every channel has the element of its own number."""
+        return self.index == tuple(range(len(self.index)))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Head:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device = model, device
-        self._tensors = model.outer_tensors(device, dtype, head=True)
+        self._tensors = model.outer_tensors(device, dtype, head=True, embeddings=False)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or (batch, classes) of a classifier.

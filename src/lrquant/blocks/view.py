@@ -72,7 +72,7 @@ class BlockView:
 
     def initialize(self, statistics: ChannelStatistics) -> None:
         """Set the parameters to their start, those that need to know what is folded last."""
-        self.parameters = {}
+        self.parameters, statistics = {}, statistics.on_host()
         for after in (False, True):
             factors = self._factors() if after else Factors()
             start = Start(self.plan.name, statistics, self.weight, factors)

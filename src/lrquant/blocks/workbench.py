@@ -108,10 +108,16 @@ def shape_view(model: Model, index: int, plan: Plan) -> BlockView:
     return BlockView(stored, block, plan.ingredients, torch.float32, plan.scale_dtype)
 
 
+def begin_peak(device: torch.device) -> None:
+    """Let the peak memory of a CUDA device begin here; that of a process on a CPU has no end."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Largest memory so far: of the CUDA device, or of this process on a CPU, in bytes.
 
-    All that the process did before counts; `ru_maxrss` is in KiB, on macOS in bytes.
+    On a CPU all that the process did before counts; `ru_maxrss` is in KiB, on macOS in bytes.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -248,8 +248,8 @@ def run_lengths(tokens: int, channels: int) -> tuple[int, int]:
 def code_counts(matrix: QuantizedMatrix) -> Tensor:
     """How often each code is used, from the smallest on, (codes,) int64 on the CPU."""
     smallest, largest = matrix.grid.code_range
-    codes = range(smallest, largest + 1)
-    return torch.stack([(matrix.codes == code).sum() for code in codes]).cpu()
+    codes = matrix.codes.flatten().int() - smallest
+    return torch.bincount(codes, minlength=largest - smallest + 1).cpu()
 
 
 def seen_matrices(view: BlockView) -> dict[str, Matrix]:
@@ -266,9 +266,9 @@ def weight_histogram(weight: Tensor) -> Tensor:
     values = weight.float()
     scaled = values / values.std().clamp(min=torch.finfo(torch.float32).tiny)
     ends = WEIGHT_DEVIATIONS * (1 - 1e-6)
-    scaled = scaled.clamp_(-ends, ends).cpu()
-    limits = -WEIGHT_DEVIATIONS, WEIGHT_DEVIATIONS
-    return torch.histc(scaled, WEIGHT_BINS, *limits).long()
+    width = 2 * WEIGHT_DEVIATIONS / WEIGHT_BINS
+    bins = scaled.clamp_(-ends, ends).add_(WEIGHT_DEVIATIONS).div_(width).int()
+    return torch.bincount(bins.flatten(), minlength=WEIGHT_BINS).cpu()
 
 
 def _pictures(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -204,24 +204,27 @@ class _Fit:
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
-        steps = len(self.data.entry.batches)
-        total = 0.0
+        steps, total = len(self.data.entry.batches), 0.0
+        unseen: list[Tensor] = []
         for batch in range(steps):
-            value = learning_step(
-                self.view,
-                self.runner,
-                self.data,
-                batch,
-                optimizers,
-                self.report.objective,
-                self.learning.loss,
-            )
-            if not math.isfinite(value):
-                return None
-            total += value
-            self.progress((epoch - 1) * steps + batch + 1, value)
-        finite = all(torch.isfinite(each).all() for each in self.view.parameters.values())
-        return total / steps if holds_for_all(self.data.team, finite) else None
+            loss = self._step(optimizers, batch)
+            unseen.append(loss)
+            if len(unseen) == unseen_steps(loss.device) or batch + 1 == steps:
+                values = torch.stack(unseen).tolist()
+                unseen.clear()
+                if not all(map(math.isfinite, values)):
+                    return None
+                total = sum(values, total)
+                first = (epoch - 1) * steps + batch + 2 - len(values)
+                for step, value in enumerate(values, first):
+                    self.progress(step, value)
+        parameters = self.view.parameters.values()
+        finite = torch.stack([torch.isfinite(each).all() for each in parameters]).all()
+        return total / steps if holds_for_all(self.data.team, bool(finite)) else None
+
+    def _step(self, optimizers: Optimizers, batch: int) -> Tensor:
+        rest = batch, optimizers, self.report.objective, self.learning.loss
+        return learning_step(self.view, self.runner, self.data, *rest)
 
     @torch.no_grad()
     def _held_loss(self) -> float:
@@ -243,6 +246,11 @@ class _Fit:
             self.view.parameters = self.start
 
 
+def unseen_steps(device: torch.device) -> int:
+    """After how many steps losses are looked at, for which all but a CPU have to be waited for."""
+    return 1 if device.type == "cpu" else 32
+
+
 def learning_step(
     view: Learnable,
     runner: Runner,
@@ -251,8 +259,11 @@ def learning_step(
     optimizers: Optimizers,
     objective: Objective,
     kind: str,
-) -> float:
-    """One step on one batch of every member; the objective's measure before it."""
+) -> Tensor:
+    """One step on one batch of every member; the objective's measure before it, on the device.
+
+    Nothing in it waits for the device.
+    """
     _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -262,7 +273,7 @@ def learning_step(
     for optimizer in optimizers:
         optimizer.step()
     view.constrain_()
-    return objective.measure(whole)
+    return objective.measured(whole)
 
 
 def share_gradients(parameters: Sequence[Tensor], team: Team) -> None:

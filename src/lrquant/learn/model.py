@@ -19,6 +19,7 @@ from lrquant.blocks.workbench import (
     WeightedObserver,
     Workbench,
     advance_full_precision,
+    begin_peak,
     peak_memory,
 )
 from lrquant.config.groups import Learning
@@ -183,6 +184,7 @@ class BlockLearning:
     def learn(self, unit: range) -> None:
         """Learn a window, keep its blocks, and send both streams through them."""
         started = time.monotonic()
+        begin_peak(self.workbench.device)
         bench, before = self.workbench, self._copied_full(unit)
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)

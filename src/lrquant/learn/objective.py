@@ -58,6 +58,10 @@ class Objective:
         self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * seen
         return (terms / (self._means + SMALLEST_MEAN)).sum()
 
+    def measured(self, terms: Tensor) -> Tensor:
+        """Sum of terms under the fixed weights, a float32 scalar where the terms are."""
+        return (terms.detach() * self._fixed).sum()
+
     def measure(self, terms: Tensor) -> float:
-        """Sum of terms under the fixed weights."""
-        return float((terms.detach() * self._fixed).sum())
+        """The same as a number: waits for the device."""
+        return float(self.measured(terms))

@@ -105,17 +105,23 @@ class Model:
         return {name: self.source.tensor(prefix + name).to(device) for name in names}
 
     def outer_tensors(
-        self, device: torch.device, dtype: torch.dtype, *, head: bool
+        self, device: torch.device, dtype: torch.dtype, *, head: bool, embeddings: bool = True
     ) -> dict[str, Tensor]:
         """All tensors outside the blocks: linears in `dtype`, the rest float32.
 
-        Without the head if `head` is False; then named relative to the base model.
+        Without the head if `head` is False; then named relative to the base model.  Without
+        `embeddings` these are one zero that stands for all, for a model whose first hidden states
+        nobody looks at.
         """
         base = self.skeleton.base_model_prefix + "."
         names = [name for name in self.outer_names() if head or name.startswith(base)]
         tensors = {}
         for name in names:
             owner = self.skeleton.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.Embedding) and not embeddings:
+                zero = torch.zeros((), device=device)
+                tensors[name] = zero.expand(owner.weight.shape)
+                continue
             kind = dtype if isinstance(owner, nn.Linear) else torch.float32
             tensor = self.source.tensor(name)
             tensors[name] = tensor.to(device, kind if tensor.is_floating_point() else None)

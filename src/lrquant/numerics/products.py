@@ -38,9 +38,14 @@ def padded_product(left: Tensor, right: Tensor) -> Tensor:
     tokens, columns = left.shape
     out = right.shape[0]
     wide = -columns % _CUDA_MULTIPLE
-    left = pad(left, (0, wide, 0, max(0, _CUDA_ROWS - tokens)))
-    right = pad(right, (0, wide, 0, -out % _CUDA_MULTIPLE))
+    left = _padded(left, max(0, _CUDA_ROWS - tokens), wide)
+    right = _padded(right, -out % _CUDA_MULTIPLE, wide)
     return torch._int_mm(left, right.t())[:tokens, :out]
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """With rows and columns of zeros; the very same without any, of which `pad` makes a copy."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def centred(codes: Tensor, grid: IntegerGrid) -> Tensor:

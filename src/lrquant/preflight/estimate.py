@@ -211,16 +211,17 @@ def estimate_memory(
     outer = outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
     copies = (4 + beside) * outer["embedding"]
-    head = 0
+    outside = 0
     if measured is not None and tokens:
         vocabulary = model.config.vocab_size
         logits = min(HEAD_TOKENS, measured.seqlen) * vocabulary * 4 * (4 if against else 2)
-        head = copies + dtype.itemsize * outer["head"] * (dtype != stored) + logits
+        head = dtype.itemsize * outer["head"] * (dtype != stored) + logits
+        outside = max(copies, beside * outer["embedding"] + head)
     reached = max(held, *(each.costs.peak_memory - each.costs.streams for each in costs))
     return Memory(
         embedding=held + streams + copies,
         learning=reached + streams,
-        measuring=held + states + head,
+        measuring=held + states + outside,
     )
 
 

@@ -19,6 +19,7 @@ from lrquant.blocks.workbench import (
     WeightedObserver,
     Workbench,
     advance_full_precision,
+    begin_peak,
     peak_memory,
 )
 from lrquant.config.groups import Learning
@@ -102,8 +103,7 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     hidden = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
     for stream in streams:
         stream.write(entry.batches[0], hidden)
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(bench.device)
+    begin_peak(bench.device)
     try:
         return _measure(_Clock(bench.device), bench, learning, index, entry, streams)
     except torch.OutOfMemoryError as error:

@@ -60,7 +60,7 @@ class BlockShapes:
 
     def spread(self, values: Tensor, fold: Fold, untouched: float) -> Tensor:
         """One value a channel; `untouched` where the site leaves a channel as it is."""
-        if fold.index == tuple(range(len(values))):
+        if fold.in_order and len(fold.index) == len(values):
             return values
         if fold.index not in self._indices:
             self._indices[fold.index] = torch.tensor(fold.index, device=values.device)

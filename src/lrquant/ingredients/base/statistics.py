@@ -22,7 +22,7 @@ SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
 @dataclass
 class ChannelStatistics:
-    """Statistics by linear name, each (in,), float32 on the CPU.
+    """Statistics by linear name, each (in,), float32, where the inputs were seen.
 
     maxima: largest |x_j| over all tokens.  midpoints: ``0.99 m + 0.01 (max_j + min_j) / 2`` over
     the samples in order, the first sample's midpoint as the start.  means and squares:
@@ -47,7 +47,7 @@ class ChannelStatistics:
         for sample, share in zip(samples.float(), shares, strict=True):
             if share is not None:
                 sample, share = sample[share > 0], share[share > 0]
-            low, high = sample.amin(0).cpu(), sample.amax(0).cpu()
+            low, high = sample.amin(0), sample.amax(0)
             maximum, midpoint = torch.maximum(high, -low), (low + high) / 2
             if name in self.maxima:
                 maximum = torch.maximum(self.maxima[name], maximum)
@@ -55,9 +55,16 @@ class ChannelStatistics:
             self.maxima[name], self.midpoints[name] = maximum, midpoint
             for sums, values in ((self.means, sample), (self.squares, sample.square())):
                 mean = values.mean(0) if share is None else share @ values / share.sum()
-                mean = mean.cpu()
                 sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
             self.samples[name] = self.samples.get(name, 0) + 1
+
+    def on_host(self) -> ChannelStatistics:
+        """The same on the CPU."""
+        maxima, midpoints, means, squares = (
+            {name: value.cpu() for name, value in table.items()}
+            for table in (self.maxima, self.midpoints, self.means, self.squares)
+        )
+        return ChannelStatistics(maxima, midpoints, means, squares, self.samples)
 
     def importance(self, name: str, like: Tensor, shift: Tensor | None) -> Tensor:
         """Mean squared inputs of a linear (in,), `shift` taken off them, on the device of `like`.
@@ -81,21 +88,22 @@ class ChannelStatistics:
         may have seen none of a linear's inputs, as an expert's.  Largest magnitudes are the
         largest of all and sums are summed.  A running midpoint depends on the order of samples,
         which members do not share: each member's counts by how many samples it has, so that a
-        lone member's stays as it is.
+        lone member's stays as it is.  On the CPU.
         """
-        widths = maximum(torch.tensor([self._width(name) for name in names])).tolist()
-        counts = [self.samples.get(name, 0) for name in names]
+        own = self.on_host()
+        widths = maximum(torch.tensor([own._width(name) for name in names])).tolist()
+        counts = [own.samples.get(name, 0) for name in names]
         totals = total(torch.tensor(counts)).tolist()
         whole = ChannelStatistics()
         for name, width, count, every in zip(names, widths, counts, totals, strict=True):
             if every:
                 none = torch.zeros(width)
-                share = self.midpoints.get(name, none) * (count / every)
+                share = own.midpoints.get(name, none) * (count / every)
                 whole.samples[name] = every
-                whole.maxima[name] = maximum(self.maxima.get(name, none))
+                whole.maxima[name] = maximum(own.maxima.get(name, none))
                 whole.midpoints[name] = total(share)
-                whole.means[name] = total(self.means.get(name, none))
-                whole.squares[name] = total(self.squares.get(name, none))
+                whole.means[name] = total(own.means.get(name, none))
+                whole.squares[name] = total(own.squares.get(name, none))
         return whole
 
     def _width(self, name: str) -> int:
