@@ -31,17 +31,29 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from lrquant import quantize
@@ -73,6 +85,10 @@ _LLAMA3_ROPE = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+_YARN_ROPE |= {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}  # where the default has others
+_MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 
 TINY = {
     "llama": LlamaConfig(**_GATED),
@@ -100,6 +116,29 @@ TINY = {
     "opt-bare": OPTConfig(**_OPT, enable_bias=False, layer_norm_elementwise_affine=False),
     "opt-no-biases": OPTConfig(**_OPT, enable_bias=False),
     "opt-gelu": OPTConfig(**_OPT, activation_function="gelu"),
+    "granite": GraniteConfig(
+        **_GATED,
+        embedding_multiplier=1.5,
+        logits_scaling=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+    ),
+    "smollm3": SmolLM3Config(**_GATED, **_ENDS, no_rope_layers=[1, 0]),
+    "seed_oss": SeedOssConfig(**_GATED, head_dim=16),
+    "seed_oss-biases": SeedOssConfig(**_GATED, head_dim=16, attention_out_bias=True, mlp_bias=True),
+    "ministral3": Ministral3Config(
+        **_GATED, head_dim=16, pad_token_id=1, rope_parameters=_YARN_ROPE
+    ),
+    "olmo2": Olmo2Config(**_GATED, eos_token_id=2),
+    "olmo3": Olmo3Config(**_GATED, **_MIXED, eos_token_id=2),
+    "exaone4": Exaone4Config(**_GATED, **_MIXED),
+    "hunyuan_v1_dense": HunYuanDenseV1Config(**_GATED, head_dim=16),
+    "ernie4_5": Ernie4_5Config(**_GATED, head_dim=16),
+    "ernie4_5-biases": Ernie4_5Config(**_GATED, head_dim=8, use_bias=True),
+    "cohere2": Cohere2Config(**_GATED, **_MIXED, **_ENDS, logit_scale=0.5),
+    "starcoder2": Starcoder2Config(**_GATED, **_ENDS),
+    "starcoder2-no-biases": Starcoder2Config(**_GATED, **_ENDS, use_bias=False, sliding_window=4),
+    "apertus": ApertusConfig(**_GATED),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "outside-unlike": Qwen3MoeConfig(

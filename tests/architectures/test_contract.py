@@ -26,16 +26,27 @@ from lrquant.model.loading import from_module
 
 TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
-FLOAT32, INSIDE = 1e-5, ("gemma", "gemma3")  # their norms compute in float32 whatever is asked
+FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
+INSIDE = ("gemma", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
+NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
+AFTER = {**NO_QUERY_KEY, "norm": 0}
 OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
     "opt-post-norm": {**ALL_KINDS, "norm": 0},  # the norms' output feeds the residual too
     "opt-bare": {**ALL_KINDS, "norm": 0},  # norms without a weight
-    "opt-gelu": {**ALL_KINDS, "up_down": 0},  # not exact without ReLU
+    "opt-gelu": NO_UP_DOWN,  # not exact without ReLU
+    "olmo2": AFTER,  # norms after the sublayers, q and k normalised
+    "olmo3": AFTER,
+    "exaone4": AFTER,
+    "hunyuan_v1_dense": NO_QUERY_KEY,  # q and k are normalised after RoPE
+    "cohere2": {**ALL_KINDS, "norm": 1},  # attention and MLP read the same
+    "starcoder2": NO_UP_DOWN,  # GELU without a gate
+    "starcoder2-no-biases": NO_UP_DOWN,
+    "apertus": {**NO_QUERY_KEY, "up_down": 0},  # xIELU without a gate, q and k normalised
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -255,6 +266,23 @@ WRONG_SITES = {
         "llama",
         norm_site("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj"), 32),
     ),
+    "a norm that the MLP reads too": (
+        "cohere2",
+        norm_site("input_layernorm", decoder.ATTENTION_INPUTS, 32),
+    ),
+    "halves for neighbours": ("ernie4_5", query_key_site(*QUERY_KEY, 16, "half")),
+    "q and k normalised over all heads": ("olmo2", query_key_site(*QUERY_KEY, 8, "half")),
+    "q and k normalised without RoPE": ("exaone4", query_key_site(*QUERY_KEY, 8, "half")),
+    "q and k normalised after RoPE": (
+        "hunyuan_v1_dense",
+        query_key_site(*QUERY_KEY, 16, "half"),
+    ),
+    "a norm after the sublayer": (
+        "olmo3",
+        norm_site("post_attention_layernorm", decoder.MLP_INPUTS, 32),
+    ),
+    "c_fc to c_proj through GELU": ("starcoder2", up_down_site("mlp.c_fc", "mlp.c_proj", 48)),
+    "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }
 
 

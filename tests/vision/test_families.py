@@ -38,6 +38,8 @@ GELU = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 0}
 TOWER_SITES = {
     "internvl-qk-norm": {**GELU, "query_key": 0},
     "qwen2_5_vl": {**GELU, "up_down": 1},  # a gated MLP
+    "mistral3": {**GELU, "up_down": 1},
+    "mistral3-small": {**GELU, "up_down": 1},
 }
 
 

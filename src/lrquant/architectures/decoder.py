@@ -23,11 +23,13 @@ def matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     return linears(*LINEARS)
 
 
-def sites(config: PretrainedConfig, block: int, norm_offset: float = 0.0) -> tuple[Site, ...]:
-    """All sites; for families without norms on q and k."""
+def sites(
+    config: PretrainedConfig, block: int, rotary: str | None = "half", norm_offset: float = 0.0
+) -> tuple[Site, ...]:
+    """All sites; for families without norms on q and k, whose channels turn as `rotary` says."""
     heads, kv_heads, head_dim = head_shape(config)
     query_key = query_key_site(
-        "self_attn.q_proj", "self_attn.k_proj", heads, kv_heads, head_dim, rotary="half"
+        "self_attn.q_proj", "self_attn.k_proj", heads, kv_heads, head_dim, rotary
     )
     return (*sites_without_query_key(config, block, norm_offset=norm_offset), query_key)
 
@@ -42,10 +44,17 @@ def sites_without_query_key(
 
     Norms multiply with their stored weight and `norm_offset`.
     """
-    heads, kv_heads, head_dim = head_shape(config)
     return (
         norm_site("input_layernorm", ATTENTION_INPUTS, config.hidden_size, norm_offset),
         norm_site(mlp_norm, MLP_INPUTS, config.hidden_size, norm_offset),
+        *sites_without_norms(config, block),
+    )
+
+
+def sites_without_norms(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
+    """The sites inside attention and MLP: those that remain where the norms come after them."""
+    heads, kv_heads, head_dim = head_shape(config)
+    return (
         value_output_site("self_attn.v_proj", "self_attn.o_proj", heads, kv_heads, head_dim),
         up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size),
     )

@@ -38,7 +38,7 @@ _ORIGIN = 3072  # bytes of the model card, and of what else lrquant.json says
 _RECORD = 2048  # bytes of a block's line in blocks.jsonl and of its lines in run.log
 _BELONGING = 440  # bytes in front of a block's file: of which run it is, and its losses
 _REPORT = 400_000  # bytes of a report, beside
-_REPORTED = 240_000  # what a block adds to it and to diagnostics/ (SmolLM2-135M: 238,000)
+_REPORTED = 240_000  # what a block adds to it and to diagnostics/ (135 M parameters: 238,000)
 
 
 @dataclass(frozen=True)
