@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_every_file_is_a_family_or_is_used_by_one():
     assert families <= {each.name for each in (*architectures().values(), *towers().values())}
     for helper in set(sources) - families:
         pattern = rf"(import.*|architectures\.)\b{helper}\b"
-        used = [name for name in families if re.search(pattern, sources[name])]
+        used = [name for name in set(sources) - {helper} if re.search(pattern, sources[name])]
         assert used, f"{helper}.py declares no ARCHITECTURE and no family imports it"
 
 
@@ -59,13 +60,53 @@ def test_model_types_are_those_of_transformers(model_type):
     assert architecture_of(AutoConfig.for_model(model_type)) is architecture
 
 
-def test_an_unknown_family_is_refused_with_the_known_and_the_guide():
+def refused(config: PretrainedConfig) -> str:
     with pytest.raises(LRQuantError) as caught:
-        architecture_of(GPT2Config())
-    message = str(caught.value)
-    assert message.startswith("model family 'gpt2' is not declared; known: ")
-    assert ", ".join(sorted(architectures())) in message
-    assert "docs/add-an-architecture.md" in message
+        architecture_of(config)
+    return str(caught.value)
+
+
+def test_an_unknown_family_is_refused_with_the_nearest_and_the_guide():
+    message = refused(GPT2Config(n_layer=2))
+    assert message.startswith(
+        "model family 'gpt2' is not declared; the nearest that is declared is"
+    )
+    assert "this one's blocks have attn.c_attn" in message
+    assert message.endswith("docs/add-an-architecture.md says how to add one")
+
+
+@pytest.mark.parametrize(
+    "model_type, said",
+    [
+        ("qwen3_moe", "'qwen3', but this one's blocks have mlp.experts.down_proj"),
+        ("qwen3_next", "'qwen3', but this one's blocks have linear_attn.conv1d"),
+        ("cohere2_moe", "'cohere2', but this one's blocks have mlp.experts"),
+        ("arcee", "'llama', but this one's blocks have no mlp.gate_proj"),
+        ("granite_swa", "'granite', but its declaration says nothing of self_attn.sinks"),
+        ("cwm", "'llama', and their blocks have the same parts"),
+        ("mamba2", "its blocks have no part in common"),
+        ("t5", "nor is it a decoder of blocks"),
+        ("lfm2_moe", "transformers lays out none from this configuration"),
+    ],
+)
+def test_the_nearest_family_is_named_and_what_is_not_as_it_assumes(model_type, said):
+    assert said in refused(AutoConfig.for_model(model_type))
+
+
+def test_a_depth_that_nothing_has_is_refused_before_anything_is_laid_out():
+    assert "num_hidden_layers 1000000000" in refused(
+        AutoConfig.for_model("qwen3_moe", num_hidden_layers=10**9)
+    )
+
+
+def test_a_setting_that_is_not_as_assumed_is_named(tiny_configs):
+    config = copy.deepcopy(tiny_configs["llama"])
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    said = "config.json says partial_rotary_factor 0.5, and its declaration holds for 1.0 alone"
+    assert said in refused(config)
+    mixed = copy.deepcopy(tiny_configs["gemma3"])
+    mixed.rope_parameters["full_attention"]["partial_rotary_factor"] = 0.25
+    assert "partial_rotary_factor 0.25" in refused(mixed)
 
 
 def test_a_declared_refusal_is_an_error(monkeypatch):

@@ -585,7 +585,7 @@ def test_a_model_of_an_unknown_family(command, refuse, tmp_path):
     given = command()
     path = tmp_path / "model-llama" / "config.json"
     path.write_text(path.read_text().replace('"llama"', '"gpt2"'))
-    refuse(given, "'gpt2'", "known: ", "docs/add-an-architecture.md")
+    refuse(given, "'gpt2'", "nearest that is declared", "docs/add-an-architecture.md")
 
 
 def test_errors_of_the_operating_system_are_one_line_too(refuse, monkeypatch):

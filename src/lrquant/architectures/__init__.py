@@ -3,72 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from lrquant.architectures.matrix import Matrix
-from lrquant.architectures.sites import Site
-from lrquant.config.declarations import declarations
+from lrquant.architectures.architecture import (
+    Architecture,
+    architectures,
+    language_parts,
+    towers,
+)
+from lrquant.architectures.nearest import nearest
 from lrquant.errors import LRQuantError
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family: where its blocks are, their matrices and their sites.
-
-    `blocks` is the path of the block list in the model that `auto_class` makes.  `matrices`,
-    `sites` and `kept` name what is in one block, relative to it, by the block's index and `part` of
-    the model's configuration, that of the blocks; every parameter of two or more axes is a matrix,
-    or `kept` in floating point.  `refusal` returns why a configuration is not supported, or None.
-
-    `language_types` are the model types of language parts of multimodal models that this family
-    serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
-    says that pictures enter the blocks, not tokens.  `windows_begin` says how windows of text
-    begin: "stream", cut out of one stream as the family's published numbers are; "bos", each with
-    BOS; or each as the family's "tokenizer" begins a text.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    blocks: str
-    matrices: Callable[[PretrainedConfig, int], tuple[Matrix, ...]]
-    sites: Callable[[PretrainedConfig, int], tuple[Site, ...]]
-    kept: Callable[[PretrainedConfig, int], tuple[str, ...]] = lambda config, block: ()
-    refusal: Callable[[PretrainedConfig], str | None] = lambda config: None
-    part: Callable[[PretrainedConfig], PretrainedConfig] = lambda config: config
-    auto_class: Any = AutoModelForCausalLM
-    language_types: tuple[str, ...] = ()
-    tower: str | None = None
-    reads_pixels: bool = False
-    windows_begin: str = "tokenizer"
-
-
-@cache
-def architectures() -> dict[str, Architecture]:
-    """Every family by the model types it serves: in this folder, and of other packages."""
-    return {kind: each for each in _declared("ARCHITECTURE") for kind in each.model_types}
-
-
-@cache
-def language_parts() -> dict[str, Architecture]:
-    """The family of each language part of a multimodal model, by the part's model type."""
-    families = architectures()
-    return families | {kind: f for f in families.values() for kind in f.language_types}
-
-
-@cache
-def towers() -> dict[str, Architecture]:
-    """Every vision tower in this folder, by model type; `blocks` is relative to the tower."""
-    return {kind: each for each in _declared("TOWER") for kind in each.model_types}
-
-
-def _declared(attribute: str) -> list[Architecture]:
-    group = "towers" if attribute == "TOWER" else "architectures"
-    return declarations(group, __name__, attribute, Architecture)
+__all__ = [
+    "Architecture",
+    "architecture_of",
+    "architectures",
+    "find_tower",
+    "language_parts",
+    "refuse_tower",
+    "towers",
+]
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -77,11 +33,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     model_type = getattr(config, "model_type", None)
     if model_type not in families:
         raise LRQuantError(
-            f"model family {model_type!r} is not declared; known: {', '.join(sorted(families))}; "
-            "docs/add-an-architecture.md says how to add one"
+            f"model family {model_type!r} is not declared; {nearest(config)}; docs/families.md "
+            "lists those that are, docs/add-an-architecture.md says how to add one"
         )
     architecture = families[model_type]
-    reason = architecture.refusal(config)
+    reason = architecture.objection(config)
     if reason is not None:
         raise LRQuantError(f"model family {model_type!r}: {reason}")
     return architecture

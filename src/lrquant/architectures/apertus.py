@@ -28,4 +28,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=_matrices,
     sites=_sites,
+    assumes=decoder.WHOLE_ROTARY,
 )

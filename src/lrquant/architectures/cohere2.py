@@ -30,4 +30,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=_sites,
+    assumes=decoder.WHOLE_ROTARY,
 )

@@ -17,6 +17,8 @@ ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
 
+WHOLE_ROTARY = {"partial_rotary_factor": (None, 1.0)}  # what pairs of halves and neighbours assume
+
 
 def matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     """The seven linears of a block."""

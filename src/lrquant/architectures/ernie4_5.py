@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=lambda config, block: decoder.sites(config, block, "interleaved"),
+    assumes=decoder.WHOLE_ROTARY,
 )

@@ -8,5 +8,6 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=lambda config, block: decoder.sites(config, block, norm_offset=1.0),
+    assumes=decoder.WHOLE_ROTARY,
     windows_begin="bos",
 )

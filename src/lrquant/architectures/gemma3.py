@@ -24,5 +24,6 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=_sites,
+    assumes=decoder.WHOLE_ROTARY,
     windows_begin="bos",
 )

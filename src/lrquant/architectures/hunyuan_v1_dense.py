@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=decoder.sites_without_query_key,
+    assumes=decoder.WHOLE_ROTARY,
 )

@@ -8,4 +8,5 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=decoder.sites,
+    assumes=decoder.WHOLE_ROTARY,
 )

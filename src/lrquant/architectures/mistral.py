@@ -8,5 +8,6 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=decoder.sites,
+    assumes=decoder.WHOLE_ROTARY,
     windows_begin="stream",
 )

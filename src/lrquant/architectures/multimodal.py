@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from lrquant.architectures import Architecture, language_parts
 from lrquant.architectures.matrix import Matrix
+from lrquant.architectures.nearest import nearest
 from lrquant.architectures.sites import Site
 
 
@@ -44,8 +45,5 @@ def _refusal(config: PretrainedConfig) -> str | None:
     text = config.get_text_config()
     families = language_parts()
     if text.model_type not in families:
-        return (
-            f"its language part {text.model_type!r} is not declared; known: "
-            f"{', '.join(sorted(families))}"
-        )
-    return families[text.model_type].refusal(text)
+        return f"its language part {text.model_type!r} is not declared; {nearest(config)}"
+    return families[text.model_type].objection(text)

@@ -8,6 +8,7 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=decoder.sites,
+    assumes=decoder.WHOLE_ROTARY,
     language_types=("qwen2_vl_text", "qwen2_5_vl_text"),
     windows_begin="stream",
 )

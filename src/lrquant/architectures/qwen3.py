@@ -8,6 +8,7 @@ ARCHITECTURE = Architecture(
     blocks="model.layers",
     matrices=decoder.matrices,
     sites=decoder.sites_without_query_key,
+    assumes=decoder.WHOLE_ROTARY,
     language_types=("qwen3_vl_text",),
     windows_begin="stream",
 )

@@ -10,14 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lrquant.architectures import Architecture
-from lrquant.config.settings import shown
+from lrquant.architectures.depth import require_depth
 from lrquant.errors import LRQuantError
 from lrquant.model.reading import reading
 
 
 def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, computed buffers real."""
-    _require_depth(config)
+    require_depth(config)
     with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
         skeleton: PreTrainedModel = architecture.auto_class.from_config(
             config, attn_implementation="sdpa", trust_remote_code=False
@@ -32,21 +32,6 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
     return skeleton
 
 
-def _require_depth(config: PretrainedConfig) -> None:
-    """Refuse a depth that no model has, which would take for ever to lay out."""
-    values = config.to_dict()
-    for each in (values, *(nested for nested in values.values() if isinstance(nested, dict))):
-        for name in _DEPTHS & each.keys():
-            depth = each[name]
-            if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
-                raise LRQuantError(
-                    f"config.json: {name} {shown(depth)}: a model has from 1 to {_DEEPEST}; "
-                    "get the file again"
-                )
-
-
-_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
-_DEEPEST = 4096
 _LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
 
 
