@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from lrquant.architectures import Architecture, architecture_of, decoder
 from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
-from lrquant.architectures.sites import Fold, Site, norm_site, query_key_site, up_down_site
+from lrquant.architectures.sites import (
+    UNTOUCHED,
+    Fold,
+    Site,
+    norm_site,
+    query_key_site,
+    up_down_site,
+    value_output_site,
+)
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
@@ -47,6 +55,7 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "starcoder2": NO_UP_DOWN,  # GELU without a gate
     "starcoder2-no-biases": NO_UP_DOWN,
     "apertus": {**NO_QUERY_KEY, "up_down": 0},  # xIELU without a gate, q and k normalised
+    "gpt_neox": NO_UP_DOWN,  # GELU without a gate
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -174,7 +183,7 @@ def test_sites_fit_the_matrices(variant, make_model):
             for fold in site.folds:
                 weight = weight_of(block, matrices, fold.module)
                 assert len(fold.index) == weight.shape[1 if fold.axis == "columns" else 0]
-                assert set(fold.index) == set(range(site.size))
+                assert set(fold.index) - {UNTOUCHED} == set(range(site.size))
                 assert weight.dim() == (1 if fold.axis == "norm" else 2)
                 assert (fold.module in {*matrices, *kept}) == (fold.axis != "norm")
 
@@ -282,6 +291,34 @@ WRONG_SITES = {
         norm_site("post_attention_layernorm", decoder.MLP_INPUTS, 32),
     ),
     "c_fc to c_proj through GELU": ("starcoder2", up_down_site("mlp.c_fc", "mlp.c_proj", 48)),
+    "pairs over whole heads where RoPE turns a part": (
+        "glm",
+        query_key_site(*QUERY_KEY, 16, "half"),
+    ),
+    "halves of a part of each head for neighbours": (
+        "glm4",
+        query_key_site(*QUERY_KEY, 16, "half", rotary_dim=8),
+    ),
+    "halves of whole heads where RoPE turns a part": (
+        "nemotron",
+        query_key_site(*QUERY_KEY, 8, "half"),
+    ),
+    "gate instead of up in one linear": (
+        "phi3",
+        up_down_site("mlp.gate_up_proj.gate", "mlp.down_proj", 48),
+    ),
+    "queries, keys and values one after the other for each head's in turn": (
+        "gpt_neox",
+        value_output_site("attention.query_key_value", "attention.dense", 4, 4, 8, rows=64),
+    ),
+    "squared ReLU as if it were ReLU": (
+        "nemotron",
+        up_down_site("mlp.up_proj", "mlp.down_proj", 48),
+    ),
+    "ReLU as if it were squared": (
+        "gpt_neox-in-turn",
+        up_down_site("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", 48, power=2),
+    ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }
 

@@ -47,6 +47,34 @@ def test_query_key_site(rotary, size, of_query, of_key):
     assert (key.module, key.axis, key.power, key.index) == ("k", "rows", 1, of_key)
 
 
+def test_query_key_site_where_rope_turns_a_part_of_each_head():
+    """The first four of six channels turn; the two others are free."""
+    for rotary, first in (("half", (0, 1, 0, 1)), ("interleaved", (0, 0, 1, 1))):
+        site = query_key_site("q", "k", 2, 1, 6, rotary, rotary_dim=4)
+        assert site.size == 4 and site.consumers[0].index == (*first, 2, 3)
+        assert site.producer.index == (*first, 2, 3) * 2
+
+
+def test_queries_key_and_value_of_each_head_in_turn():
+    """Two key/value heads of two channels, each with two queries: rows q q k v, twice."""
+    value = value_output_site("qkv", "o", 4, 2, 2, grouped=True)
+    others = (-1,) * 6
+    assert value.producer.index == (*others, 0, 1, *others, 2, 3)
+    assert value.consumers[0].index == (0, 1, 0, 1, 2, 3, 2, 3)
+    pair = query_key_site("qkv", "qkv", 4, 2, 2, rotary="half", grouped=True)
+    assert pair.producer.index == (0, 0, 0, 0, *others[:4], 1, 1, 1, 1, *others[:4])
+    assert pair.consumers[0].index == (*others[:4], 0, 0, *others, 1, 1, -1, -1)
+
+
+def test_no_shift_where_a_gate_stands_between_values_and_output():
+    assert not value_output_site("v", "o", 2, 2, 3, shiftable=False).shiftable
+
+
+def test_squared_relu_gives_down_the_square():
+    (up, down) = up_down_site("up", "down", 3, power=2).folds
+    assert (up.power, down.power) == (-1, 2)
+
+
 def test_up_down_site():
     site = up_down_site("up", "down", 5)
     assert (site.kind, site.size, site.measured, site.shiftable) == ("up_down", 5, "down", False)

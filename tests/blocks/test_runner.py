@@ -49,8 +49,8 @@ def prepare(bench: Workbench, index: int, scheme: Scheme, learned: Learned = ())
     view = bench.view(index, bench.stored(index))
     if learned:
         maxima = {
-            f"{view.plan.name}.{linear}": torch.linspace(1, 9, view.weight(linear).shape[1])
-            for linear in view.matrices
+            f"{view.plan.name}.{matrix.reads}": torch.linspace(1, 9, view.weight(name).shape[1])
+            for name, matrix in view.matrices.items()
         }
         view.initialize(ChannelStatistics(maxima))
         generator = torch.Generator().manual_seed(index)

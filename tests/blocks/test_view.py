@@ -50,11 +50,10 @@ def make_view(make_model):
 def random_statistics(view: BlockView) -> ChannelStatistics:
     generator = torch.Generator().manual_seed(3)
     statistics = ChannelStatistics()
-    for linear in view.matrices:
-        columns = view.stored[f"{linear}.weight"].shape[1]
-        midpoints = torch.randn(columns, generator=generator)
-        statistics.midpoints[f"{view.plan.name}.{linear}"] = midpoints
-        statistics.maxima[f"{view.plan.name}.{linear}"] = midpoints.abs() + 4
+    for name, matrix in view.matrices.items():
+        midpoints = torch.randn(view.weight(name).shape[1], generator=generator)
+        statistics.midpoints[f"{view.plan.name}.{matrix.reads}"] = midpoints
+        statistics.maxima[f"{view.plan.name}.{matrix.reads}"] = midpoints.abs() + 4
     return statistics
 
 

@@ -62,15 +62,14 @@ class Architecture:
 
 
 def stated(config: PretrainedConfig, name: str) -> list[object]:
-    """The values of a setting: of the configuration, else of the rotary embedding it describes.
+    """The values of a setting: of the configuration, and of the rotary embedding it describes.
 
-    There may be one for each type of block.  A setting that is absent is None.
+    There may be one for each type of block.  A setting that is nowhere is None.
     """
-    if hasattr(config, name):
-        return [getattr(config, name)]
     rotary = getattr(config, "rope_parameters", None) or {}
     by_type = [each for each in rotary.values() if isinstance(each, dict)] or [rotary]
-    return [each.get(name) for each in by_type]
+    own = [getattr(config, name)] if hasattr(config, name) else []
+    return [*own, *(each[name] for each in by_type if name in each)] or [None]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
 from lrquant.architectures.sites import (
     Site,
     norm_site,
@@ -15,6 +15,7 @@ from lrquant.architectures.sites import (
 
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+GATE_UP = "mlp.gate_up_proj"
 LINEARS = (*ATTENTION_INPUTS, "self_attn.o_proj", *MLP_INPUTS, "mlp.down_proj")
 
 WHOLE_ROTARY = {"partial_rotary_factor": (None, 1.0)}  # what pairs of halves and neighbours assume
@@ -53,6 +54,21 @@ def sites_without_query_key(
     )
 
 
+def fused_mlp_matrices(config: PretrainedConfig) -> tuple[Matrix, ...]:
+    """Gate and up in one linear, and down."""
+    width = config.intermediate_size
+    return *fused_linear(GATE_UP, gate=width, up=width), linear("mlp.down_proj")
+
+
+def fused_mlp_sites(config: PretrainedConfig, norm: str) -> tuple[Site, ...]:
+    """The sites of such an MLP: of the norm that it alone reads, and within it."""
+    readers = f"{GATE_UP}.gate", f"{GATE_UP}.up"
+    return (
+        norm_site(norm, readers, config.hidden_size, measured=GATE_UP),
+        up_down_site(f"{GATE_UP}.up", "mlp.down_proj", config.intermediate_size),
+    )
+
+
 def sites_without_norms(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     """The sites inside attention and MLP: those that remain where the norms come after them."""
     heads, kv_heads, head_dim = head_shape(config)
@@ -68,3 +84,9 @@ def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, kv_heads, head_dim
+
+
+def rotary_dim(config: PretrainedConfig) -> int:
+    """Channels of each head that RoPE turns."""
+    factor = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    return int(head_shape(config)[2] * factor)

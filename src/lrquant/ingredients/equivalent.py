@@ -127,6 +127,8 @@ class Equivalent(Ingredient):
             if site.measured is not None:
                 maxima = _statistic(statistics.maxima, site, start.block_name)
                 scale = logarithmic_scale(_reduced(site, maxima, "amax"))
+                if site.consumers[0].power == 2:  # of which the consumers get the square
+                    scale = scale.sqrt()
             parameters[f"let.{site.name}.scale"] = scale.to(block.device)
             if self.shifts(site, block):
                 shift = torch.zeros(site.size)
@@ -142,6 +144,8 @@ class Equivalent(Ingredient):
             scale = parameters[f"let.{site.name}.scale"]
             shift = parameters.get(f"let.{site.name}.shift")
             powers = {1: scale, -1: scale.reciprocal()}
+            if site.consumers[0].power == 2:
+                powers[2] = scale.square()
             for fold in site.folds:
                 table = {"rows": factors.rows, "columns": factors.columns, "norm": factors.norms}
                 factor = block.spread(powers[fold.power], fold, 1.0)
