@@ -36,6 +36,7 @@ from transformers import (
     Cohere2Config,
     Ernie4_5Config,
     Exaone4Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -111,6 +112,9 @@ TINY = {
     ),
     "qwen3": Qwen3Config(**_GATED, head_dim=16),
     "gemma": GemmaConfig(**_GATED, head_dim=8),
+    "gemma2": Gemma2Config(
+        **_GATED, **_MIXED, head_dim=8, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+    ),
     "gemma3": Gemma3TextConfig(
         **_GATED,
         head_dim=8,
@@ -233,7 +237,10 @@ def _make_model(name: str, dtype: torch.dtype = torch.float32, **changes):
         setattr(config, key, value)
     if dtype == torch.float64:  # which grouped products of experts do not take
         config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    attention = (
+        "sdpa" if AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa else "eager"
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return _randomize_(model).to(dtype).eval().requires_grad_(False)
 
 

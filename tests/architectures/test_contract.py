@@ -35,7 +35,7 @@ from lrquant.model.loading import from_module
 TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
-INSIDE = ("gemma", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2")
+INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}

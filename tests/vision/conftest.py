@@ -122,6 +122,21 @@ def _configs() -> dict[str, PreTrainedConfig]:
             projection_dim=32,
             hidden_size=32,
         ),
+        "paligemma-2": PaliGemmaConfig(
+            text_config={
+                **TEXT,
+                "model_type": "gemma2",
+                "head_dim": 8,
+                "query_pre_attn_scalar": 16,
+                "attn_logit_softcapping": 2.0,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 8,
+            },
+            vision_config={**SIGLIP, "projection_dim": 32, "vision_use_head": False},
+            image_token_id=IMAGE,
+            projection_dim=32,
+            hidden_size=32,
+        ),
         "gemma3": Gemma3Config(
             text_config={
                 **TEXT,
@@ -209,7 +224,8 @@ def make_vision(randomize_):
         config = copy.deepcopy(CONFIGS[name])
         classifier = name in CLASSIFIERS
         auto = AutoModelForImageClassification if classifier else AutoModelForImageTextToText
-        model = auto.from_config(config, attn_implementation="sdpa")
+        attention = "eager" if name == "paligemma-2" else "sdpa"  # soft caps
+        model = auto.from_config(config, attn_implementation=attention)
         model = randomize_(model).to(dtype).eval().requires_grad_(False)
         for module in model.modules():  # norms that store their weight less 1
             if type(module).__name__.startswith("Gemma") and "RMSNorm" in type(module).__name__:

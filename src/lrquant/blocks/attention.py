@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on quantised Q, K and V, under a name that transformers knows."""
+"""Attention on quantised Q, K and V, under a name that transformers knows."""
 
 from __future__ import annotations
 
@@ -75,4 +75,53 @@ def _attention(
             else fake_quantize_tokens(states, grid, dtype)
             for states in (query, key, value)
         )
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    if arguments.get("softcap") is None and arguments.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    return _spelled_out(module, query, key, value, attention_mask, **arguments), None
+
+
+def _spelled_out(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: object,
+) -> Tensor:
+    """Attention whose scores x become ``c tanh(x / c)`` or that has sinks: torch's has neither.
+
+    `s_aux` (heads,) are scores of a further key of each head whose value is 0.  The result is
+    (batch, tokens, heads, head_dim).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = _masked(scores.to(torch.promote_types(scores.dtype, torch.float32)), mask, module)
+    keys = scores.shape[-1]
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).reshape(1, -1, 1, 1)
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :keys].to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _masked(scores: Tensor, mask: Tensor | None, module: nn.Module) -> Tensor:
+    """Scores (batch, heads, tokens, keys) under what transformers makes for torch's attention.
+
+    A mask of truth values or to be added; None: each token sees itself and those before it, or, one
+    alone and where attention is not causal, all.
+    """
+    tokens, keys = scores.shape[-2:]
+    if mask is None:
+        if tokens == 1 or not getattr(module, "is_causal", True):
+            return scores
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device)
+        mask = mask.tril(keys - tokens)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,7 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
     """The model without weights: parameters on the meta device, computed buffers real."""
     require_depth(config)
     with reading(f"a {config.model_type!r}", Path("config.json")), torch.device("meta"):
-        skeleton: PreTrainedModel = architecture.auto_class.from_config(
-            config, attn_implementation="sdpa", trust_remote_code=False
-        )
+        skeleton = _laid_out(config, architecture)
     _require_blocks(skeleton, architecture)
     with reading(f"a {config.model_type!r}", Path("config.json")):
         _compute_buffers(skeleton, skeleton)
@@ -30,6 +29,21 @@ def build_skeleton(config: PretrainedConfig, architecture: Architecture) -> PreT
         maybe_install_capturing_hooks(skeleton)
     skeleton.eval().requires_grad_(False)
     return skeleton
+
+
+def _laid_out(config: PretrainedConfig, architecture: Architecture) -> PreTrainedModel:
+    """With torch's attention, or where a family's soft caps, sinks or biases rule it out its own.
+
+    Blocks run with the attention of this package in either case; masks are made for the one here.
+    """
+    make = partial(architecture.auto_class.from_config, config, trust_remote_code=False)
+    try:
+        model: PreTrainedModel = make(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model = make(attn_implementation="eager")
+    return model
 
 
 _LARGEST_BUFFERS = 2**28  # values; those of a rotary embedding are some hundred
