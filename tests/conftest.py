@@ -33,9 +33,11 @@ from torch import Tensor
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     Cohere2Config,
     Ernie4_5Config,
     Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -174,6 +176,29 @@ TINY = {
     "nemotron": NemotronConfig(**_GATED, **_PART, eos_token_id=2),
     "nemotron-biases": NemotronConfig(
         **_GATED, head_dim=16, attention_bias=True, mlp_bias=True, eos_token_id=2
+    ),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": FalconConfig(**_SHAPE, **_ENDS, ffn_hidden_size=48),
+    "falcon-groups": FalconConfig(
+        **_SHAPE, **_ENDS, ffn_hidden_size=48, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "falcon-one-norm": FalconConfig(
+        **_SHAPE,
+        **_ENDS,
+        ffn_hidden_size=48,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        num_ln_in_parallel_attn=1,
+    ),
+    "falcon-alibi": FalconConfig(
+        **_SHAPE,
+        **_ENDS,
+        ffn_hidden_size=48,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+        activation="relu",
     ),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),

@@ -35,7 +35,7 @@ from lrquant.model.loading import from_module
 TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
-INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2")
+INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2", "bloom")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
@@ -56,6 +56,10 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "starcoder2-no-biases": NO_UP_DOWN,
     "apertus": {**NO_QUERY_KEY, "up_down": 0},  # xIELU without a gate, q and k normalised
     "gpt_neox": NO_UP_DOWN,  # GELU without a gate
+    "bloom": NO_UP_DOWN,
+    "falcon": {**NO_UP_DOWN, "norm": 1},  # attention and MLP read the same
+    "falcon-groups": NO_UP_DOWN,
+    "falcon-one-norm": {**NO_UP_DOWN, "norm": 1},
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -318,6 +322,14 @@ WRONG_SITES = {
     "ReLU as if it were squared": (
         "gpt_neox-in-turn",
         up_down_site("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", 48, power=2),
+    ),
+    "each head's in turn for queries, keys and values of groups": (
+        "falcon-groups",
+        value_output_site("self_attention.query_key_value", "self_attention.dense", 4, 2, 8, 48),
+    ),
+    "a norm of which the MLP is not named": (
+        "falcon",
+        norm_site("input_layernorm", ("self_attention.query_key_value",), 32),
     ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }

@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as capped
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as sunk
 
+from lrquant import LRQuantError, quantize
 from lrquant.blocks.attention import attention_name
 from lrquant.numerics.grids.integer import IntegerGrid
 
@@ -71,3 +72,15 @@ def test_one_token_sees_all_before_it(states):
 def test_they_read_quantised_states(states):
     coarse = own(states, None, IntegerGrid(2), softcap=1.5)
     assert (coarse - own(states, None, softcap=1.5)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_own_code_of_a_family_refuses_quantised_states_before_anything(
+    name, make_model, token_ids, tmp_path
+):
+    """Negative control: with them in full precision it runs."""
+    settings = {"samples": token_ids(1, 12), "epochs": 0, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(LRQuantError, match=r"self_attention: attention is .* use --qkv_bits 16"):
+        quantize(make_model(name), "W4A4", **settings)
+    assert not (tmp_path / "run").exists()
+    assert quantize(make_model(name), "W4A4-qkv16", **settings).records

@@ -45,6 +45,8 @@ def planned(bench: Workbench, scheme: Scheme, learned: Learned = ()) -> Workbenc
 
 def prepare(bench: Workbench, index: int, scheme: Scheme, learned: Learned = ()):
     """A block under a scheme, with every clipping logit and scale away from its start."""
+    if bench.model.architecture.own_attention and not scheme.floating_point:
+        scheme = dataclasses.replace(scheme, qkv_bits=16)
     bench = planned(bench, scheme, learned)
     view = bench.view(index, bench.stored(index))
     if learned:

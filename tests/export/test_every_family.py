@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lrquant import quantize
+from lrquant.architectures import architecture_of
 from lrquant.config.choices import KINDS
 
 SETTINGS = {
@@ -20,9 +21,10 @@ def test_learned_written_and_read_back(
     scheme, variant, make_model, token_ids, assert_alike, tmp_path
 ):
     module, ids = make_model(variant), token_ids(2, 12)
+    own_attention = architecture_of(module.config).own_attention
     run = quantize(
         module,
-        scheme,
+        f"{scheme}-qkv16" if own_attention else scheme,
         samples=ids,
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),

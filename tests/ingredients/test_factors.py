@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,9 +26,11 @@ FORMS = [*((sharing, 1) for sharing in SHARINGS), ("weight", 2), ("weight", 5)]
 
 
 def make_view(module, sharing, rank=1, scheme=None) -> BlockView:
-    model = from_module(module)
+    model, scheme = from_module(module), scheme or Scheme(4)
+    if model.architecture.own_attention:
+        scheme = replace(scheme, qkv_bits=16)
     learned = learned_by(rotation=True, rotation_sharing=sharing, rotate_rank=rank)
-    plan = plan_block(model, 0, Schemes(scheme or Scheme(4)))
+    plan = plan_block(model, 0, Schemes(scheme))
     view = BlockView(model.block_tensors(0, CPU), plan, learned, torch.float32)
     view.initialize(ChannelStatistics())
     return view

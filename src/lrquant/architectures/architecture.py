@@ -27,9 +27,11 @@ class Architecture:
 
     `language_types` are the model types of language parts of multimodal models that this family
     serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
-    says that pictures enter the blocks, not tokens.  `windows_begin` says how windows of text
-    begin: "stream", cut out of one stream as the family's published numbers are; "bos", each with
-    BOS; or each as the family's "tokenizer" begins a text.
+    says that pictures enter the blocks, not tokens.  `own_attention` says that attention is
+    computed in the blocks' own code, where Q, K and V can't be put on a grid; `in_tuples` that the
+    model takes the first of what a block returns.  `windows_begin` says how windows of text begin:
+    "stream", cut out of one stream as the family's published numbers are; "bos", each with BOS; or
+    each as the family's "tokenizer" begins a text.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Architecture:
     language_types: tuple[str, ...] = ()
     tower: str | None = None
     reads_pixels: bool = False
+    own_attention: bool = False
+    in_tuples: bool = False
     windows_begin: str = "tokenizer"
 
     def objection(self, config: PretrainedConfig) -> str | None:

@@ -129,7 +129,7 @@ class BlockInputs:
         arguments: Arguments = {name: value.to(device) for name, value in inputs.items()}
         if "input_ids" in arguments:
             arguments["use_cache"] = False
-        with stubs(model.blocks, visits):
+        with stubs(model.blocks, visits, model.architecture.in_tuples):
             try:
                 functional_call(
                     model.skeleton.base_model, tensors, (), arguments, tie_weights=False

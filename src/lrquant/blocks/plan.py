@@ -152,7 +152,13 @@ def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
     own = {each: schemes.of(f"{name}.{each}") for each in matrices}
     floating = frozenset(n for n, scheme in own.items() if scheme.floating_point)
     alone = frozenset() if schemes.floating_point else floating
-    return BlockPlan(name, matrices, model.sites(index), own, alone)
+    plan = BlockPlan(name, matrices, model.sites(index), own, alone)
+    if plan.attention is not None and model.architecture.own_attention:
+        raise LRQuantError(
+            f"{plan.attention_module}: attention is computed in this family's own code, where Q, K "
+            "and V can't be quantised; use --qkv_bits 16"
+        )
+    return plan
 
 
 def require_groups(name: str, columns: int, grid: Grid | None) -> None:

@@ -51,7 +51,8 @@ class BlockRunner:
     their grid, Q, K and V on that of `attention`, then cast to `dtype`, in which products run.
     Consumers of one tensor share its quantised form.  `shifted` names norms without a bias whose
     output takes a shift; a linear that has an input factor reads its input times that; `observer`
-    is told (module, unquantised input (batch, tokens, in)).
+    is told (module, unquantised input (batch, tokens, in)).  Where a block computes attention by
+    `own_attention`, that runs in float32, on what linears give.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class BlockRunner:
         dtype: torch.dtype,
         shifted: Sequence[str] = (),
         observer: Observer | None = None,
+        own_attention: bool = False,
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
-        self.config = attention_config(block)
-        self._attention_before = self.config._attn_implementation
+        self.own_attention = own_attention
+        self.config = None if own_attention else attention_config(block)
+        self._attention_before = getattr(self.config, "_attn_implementation", None)
         self._attention_name = attention_name(attention, dtype)
         self.dtype, self.observer = dtype, observer
         self._handles: list[RemovableHandle] = []
@@ -77,6 +80,8 @@ class BlockRunner:
         for name in self.inputs:
             reader = self.block.get_submodule(name)
             self._handles.append(reader.register_forward_pre_hook(partial(self._before, name)))
+            if self.own_attention:
+                self._handles.append(reader.register_forward_hook(_in_float32))
         for name in self.shifted:
             norm = self.block.get_submodule(name)
             self._handles.append(norm.register_forward_hook(partial(self._after_norm, name)))
@@ -109,7 +114,14 @@ class BlockRunner:
 
     def on(self, block: nn.Module) -> BlockRunner:
         """The same hooks for another block of the same shape."""
-        return BlockRunner(block, self.inputs, self.attention, self.dtype, self.shifted)
+        return BlockRunner(
+            block,
+            self.inputs,
+            self.attention,
+            self.dtype,
+            self.shifted,
+            own_attention=self.own_attention,
+        )
 
     def _before(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]
@@ -137,9 +149,15 @@ class BlockRunner:
 
     def _before_block(self, module: nn.Module, inputs: object) -> None:
         """All blocks may read one configuration: it says this block's attention while it runs."""
-        self._attention_before = self.config._attn_implementation
-        self.config._attn_implementation = self._attention_name
+        if self.config is not None:
+            self._attention_before = self.config._attn_implementation
+            self.config._attn_implementation = self._attention_name
 
     def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.config._attn_implementation = self._attention_before
+        if self.config is not None:
+            self.config._attn_implementation = self._attention_before
         self._last = None
+
+
+def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.float()

@@ -15,27 +15,37 @@ Arguments = dict[str, Any]  # of a block's forward, beside the hidden states
 class _Stub(nn.Module):
     """Stands in a block's place, answers for its attributes, and passes its inputs to `visit`."""
 
-    def __init__(self, block: nn.Module, visit: Callable[[Tensor, Arguments], Tensor]) -> None:
+    def __init__(
+        self, block: nn.Module, visit: Callable[[Tensor, Arguments], Tensor], in_tuple: bool
+    ) -> None:
         super().__init__()
-        self.__dict__.update(block=block, visit=visit)
+        self.__dict__.update(block=block, visit=visit, in_tuple=in_tuple)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden_states: Tensor, *positional: object, **arguments: object) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, *positional: object, **arguments: object
+    ) -> Tensor | tuple[Tensor]:
         """Arguments that the model gives by position are passed on by their names."""
         names = list(inspect.signature(self.__dict__["block"].forward).parameters)[1:]
         named = dict(zip(names, positional, strict=False))
-        return self.visit(hidden_states, named | arguments)
+        output: Tensor = self.visit(hidden_states, named | arguments)
+        return (output,) if self.__dict__["in_tuple"] else output
 
 
 @contextmanager
-def stubs(blocks: nn.ModuleList, visits: Sequence[Callable]) -> Iterator[None]:
-    """Blocks that are not run: each calls its visit with (hidden states, arguments) instead."""
+def stubs(
+    blocks: nn.ModuleList, visits: Sequence[Callable], in_tuples: bool = False
+) -> Iterator[None]:
+    """Blocks that are not run: each calls its visit with (hidden states, arguments) instead.
+
+    The model gets what that returns, `in_tuples` where it takes the first of what a block returns.
+    """
     originals = list(blocks)
     try:
         for index, visit in enumerate(visits):
-            blocks[index] = _Stub(originals[index], visit)
+            blocks[index] = _Stub(originals[index], visit, in_tuples)
         yield
     finally:
         for index, block in enumerate(originals):

@@ -74,6 +74,7 @@ class Workbench:
             self.dtype,
             view.shifted_norms,
             observer,
+            self.model.architecture.own_attention,
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

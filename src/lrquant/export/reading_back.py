@@ -231,7 +231,10 @@ def _output(
 ) -> Tensor:
     shifted = [n.removesuffix(SHIFT_SUFFIX) for n in tensors if n.endswith(SHIFT_SUFFIX)]
     readers = dict.fromkeys(m.reads for m in model.matrices(index) if m.reads is not None)
-    runner = BlockRunner(model.blocks[index], readers, None, torch.float32, shifted)
+    own = model.architecture.own_attention
+    runner = BlockRunner(
+        model.blocks[index], readers, None, torch.float32, shifted, own_attention=own
+    )
     with runner:
         return runner(tensors, states, entry.arguments(0, index))
 

@@ -99,7 +99,8 @@ class Checkpoint:
         """Logits (batch, tokens, vocabulary) of hidden states after the last block."""
         states = hidden_states.to(self.dtype)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.device)
-        with stubs(self._blocks, [lambda hidden, arguments: states] * len(self._blocks)):
+        visits = [lambda hidden, arguments: states] * len(self._blocks)
+        with stubs(self._blocks, visits, self.architecture.in_tuples):
             return self.module(input_ids=ids, use_cache=False).logits
 
     @property
