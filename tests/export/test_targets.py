@@ -11,6 +11,8 @@ from lrquant.config.core import TARGETS
 from lrquant.config.scheme import Scheme
 from lrquant.export.choice import choose_format, formats
 from lrquant.export.format import Format
+from lrquant.export.kernels import fused_matrices
+from lrquant.model.loading import from_module
 
 
 def config_of(scheme, target, **settings):
@@ -182,3 +184,22 @@ def test_the_target_goes_with_the_run(make_model, token_ids, tmp_path):
     )
     assert run.folder.config.target == "transformers"
     assert (tmp_path / "saved" / "config.json").read_text().count("compressed-tensors") == 1
+
+
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+OUTPUT, GATE_UP, DOWN = ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+
+
+@pytest.mark.parametrize(
+    "name, fused",
+    [
+        ("llama", [QKV, OUTPUT, GATE_UP, DOWN]),
+        ("cohere2", [QKV, OUTPUT, GATE_UP, DOWN]),  # attention and MLP read one norm
+        ("olmo2", [QKV, OUTPUT, GATE_UP, DOWN]),  # norms come after
+        ("apertus", [QKV, OUTPUT, ("mlp.up_proj",), DOWN]),
+        ("gpt_neox", [("attention.query_key_value",), ("attention.dense",)]),
+        ("phi3", [tuple(f"self_attn.qkv_proj.{part}" for part in "qkv"), OUTPUT]),
+    ],
+)
+def test_what_runtimes_make_one_product_of(name, fused, make_model):
+    assert fused_matrices(from_module(make_model(name)), 0)[: len(fused)] == fused

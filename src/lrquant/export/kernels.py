@@ -68,12 +68,26 @@ def _precision(scheme: Scheme) -> tuple[int, int, bool]:
 
 
 def fused_matrices(model: Model, index: int) -> list[tuple[str, ...]]:
-    """Names of all matrices of a block, those together that read one norm."""
-    names = [matrix.name for matrix in model.matrices(index)]
-    fused = [
-        tuple(fold.module for fold in site.consumers if fold.module in names)
+    """Names of all matrices of a block, those together that runtimes make one product of.
+
+    Those of attention, or of the MLP, that read one norm; and by their names those of a block whose
+    norms come after.
+    """
+    read = {
+        fold.module: site.name
         for site in model.sites(index)
         if site.kind == "norm"
-    ]
-    inside = {name for group in fused for name in group}
-    return [*fused, *((name,) for name in names if name not in inside)]
+        for fold in site.consumers
+    }
+    fused: dict[tuple[str, str], list[str]] = {}
+    for matrix in model.matrices(index):
+        inside, _, leaf = matrix.name.rpartition(".")
+        product = inside, _TOGETHER.get(leaf, leaf)
+        if matrix.name in read:
+            product = read[matrix.name], matrix.name.partition(".")[0]
+        fused.setdefault(product, []).append(matrix.name)
+    return [tuple(names) for names in fused.values()]
+
+
+_TOGETHER = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv")
+_TOGETHER |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
