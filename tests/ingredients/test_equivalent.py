@@ -87,6 +87,17 @@ def test_start_of_scales(statistics):
     assert all(values.dtype == torch.float32 for values in found.values())
 
 
+def test_where_consumers_carry_the_square_the_scale_is_its_root(statistics):
+    """What down reads is then divided by as much as without: its start is the same."""
+    squared = up_down_site("up", "down", 3, power=2)
+    found = start_of((squared,), statistics)
+    expected = logarithmic_scale(statistics.maxima["block.down"])
+    torch.testing.assert_close(found["let.down.scale"].square(), expected)
+    factors = folded((squared,), found)
+    torch.testing.assert_close(factors.columns["down"], expected)
+    torch.testing.assert_close(factors.rows["up"], expected.rsqrt())
+
+
 def test_start_of_shifts(statistics):
     found = start_of((NORM, VALUE_OUTPUT), statistics, shift="always")
     assert torch.equal(found["let.norm.shift"], statistics.midpoints["block.q"])
