@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: venv check test pins faults demo clean
+.PHONY: venv check test pins faults demo docs clean
 
 venv: $(STAMP)
 
@@ -38,6 +39,14 @@ faults: venv
 demo: venv
 	$(VENV)/bin/python examples/demo.py
 
+# The documentation site, in build/site; fails on a dead link or anchor.  Reads no network.
+docs: $(DOCS)
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
+
+$(DOCS): $(STAMP)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
-	find src tests examples LRLLM benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests examples LRLLM benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
