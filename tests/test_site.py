@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -116,3 +118,33 @@ def test_figures_are_whole_and_fetch_nothing():
         drawing = path.read_text(encoding="utf-8")
         assert drawing.startswith("<svg ") and "<title>" in drawing and "<desc>" in drawing
         assert "href" not in drawing and "@import" not in drawing
+
+
+def template(node: ast.AST) -> str | None:
+    """A string of the source with `…` for what is put into it."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else "…"
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(value) or "…" for value in node.values)
+    return None
+
+
+def said_by_the_package() -> str:
+    """Every string of the package, one a line."""
+    paths = Path(lrquant.__file__).parent.rglob("*.py")
+    nodes = (n for path in paths for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return "\n".join(text for text in map(template, nodes) if text)
+
+
+def quoted_errors(page: str) -> list[str]:
+    """The lines that a page says the package says: the first cells of its tables of them."""
+    tables = re.findall(r"^\| it says \| mend \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page, re.M)
+    return re.findall(r"^\| `([^`]+)` \|", "".join(tables), re.M)
+
+
+def test_errors_of_the_troubleshooting_page_are_those_of_the_package():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    lines, said = quoted_errors(page), said_by_the_package()
+    assert len(lines) > 30
+    pieces = [piece.strip() for line in [*lines, "no line of the package"] for piece in line.split("…")]
+    assert [piece for piece in pieces if piece not in said] == ["no line of the package"]
