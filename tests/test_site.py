@@ -146,5 +146,16 @@ def test_errors_of_the_troubleshooting_page_are_those_of_the_package():
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     lines, said = quoted_errors(page), said_by_the_package()
     assert len(lines) > 30
-    pieces = [piece.strip() for line in [*lines, "no line of the package"] for piece in line.split("…")]
+    pieces = [
+        piece.strip() for line in [*lines, "no line of the package"] for piece in line.split("…")
+    ]
     assert [piece for piece in pieces if piece not in said] == ["no line of the package"]
+
+
+def test_flags_that_other_tools_are_translated_to_exist(part):
+    page = (DOCS / "migrating.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"--[a-z-]+", part("commands").markdown()))
+    cells = re.findall(r"^\|.*[^\\]\| ([^|]+) \|$", page, re.M)
+    typed = {flag for cell in cells for flag in re.findall(r"--[a-z-]+", cell.replace("_", "-"))}
+    assert len(typed) > 30
+    assert typed - known == set()
