@@ -3,17 +3,23 @@
 
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
-DOCS := $(VENV)/.docs
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 
 .PHONY: venv check test pins faults demo docs clean
 
-venv: $(STAMP)
+venv: $(DEV)
 
 # torch first, by itself, so that the pin and nothing else decides which build is taken.
-$(STAMP): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -c constraints.txt -e .
+	touch $@
+
+# What the checks and tests need beside it; `make docs` has its own.
+$(DEV): $(BASE)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -36,14 +42,14 @@ faults: venv
 		tests/faults/test_fuzzing.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python tests/faults/matrix.py --share $(or $(SHARE),1)
 
-demo: venv
+demo: $(BASE)
 	$(VENV)/bin/python examples/demo.py
 
 # The documentation site, in build/site; fails on a dead link or anchor.  Reads no network.
 docs: $(DOCS)
 	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
-$(DOCS): $(STAMP)
+$(DOCS): $(BASE)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	touch $@
 
