@@ -38,7 +38,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def quick(data_dir):
     """Flags of a run that takes a moment."""
-    few = ["--nsamples", "3", "--epochs", "1", "--no-report"]
+    few = ["--nsamples", "3", "--epochs", "1", "--no-report", "--recipe", "default"]
     return [*QUICK, "--data_dir", str(data_dir), *few]
 
 
@@ -196,6 +196,8 @@ def flags_of(name):
 def test_every_setting_is_a_flag_with_underscores_or_dashes(entry, monkeypatch):
     seen = {}
     monkeypatch.setattr("lrquant.pipeline.run", lambda settings, progress: seen.update(settings))
+    monkeypatch.setattr(cli, "with_usual_recipe", lambda settings: settings)
+    monkeypatch.setattr(cli, "with_usual_places", lambda settings, save: settings)
     given = {
         **{"bool": [], "bool | None": [], "let_shift": ["never"], "loss": ["nlc"]},
         **{"precision": ["float32"], "offload": ["disk"]},
@@ -463,7 +465,9 @@ def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
         (["--act-scales", "/no/such.pt", "--lwc"], ["/no/such.pt"]),
         (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
         (["--ppl", "novels"], ["unknown data set 'novels'"]),
-        (["--nonsense"], ["unrecognized arguments: --nonsense"]),
+        (["--nonsense"], ["unrecognized arguments: --nonsense; see lrquant quantize --help-all"]),
+        (["--shceme", "W4A4"], ["unrecognized arguments: --shceme; the nearest is --scheme"]),
+        (["--no-save", "--save_dir", "here"], ["--no-save with --save_dir here: give one"]),
         (["--lwc=yes"], ["--lwc"]),
         (["--wbits"], ["--wbits: expected one argument"]),
     ],
@@ -478,8 +482,9 @@ def test_wrong_flags(command, refuse, tmp_path, flags, parts):
     ("arguments", "parts"),
     [
         ([], ["COMMAND"]),
-        (["improve"], ["improve"]),
-        (["evaluate"], ["target"]),
+        (["improve"], ["improve: no such command; see lrquant --help"]),
+        (["quantise"], ["quantise: no such command; the nearest is quantize"]),
+        (["evaluate"], ["TARGET"]),
         (["stats"], ["no model given"]),
         (["evaluate", "/no/such/model"], ["/no/such/model"]),
     ],

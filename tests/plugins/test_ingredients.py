@@ -201,6 +201,6 @@ def test_a_run_with_the_one_of_the_page_is_resumed_byte_for_byte(installed, tmp_
     assert [path.read_bytes() for path in blocks] == before
     assert "Learned rounding offsets" in (tmp_path / "run" / "report.html").read_text()
     assert "measured with 0.25 0.05" in told, "what was learned stays, what is afterwards is given"
-    assert "--offsets-lr" in child("-m", "lrquant", "quantize", "--help")
-    said = child("-m", "lrquant", "evaluate", "--help")
+    assert "--offsets-lr" in child("-m", "lrquant", "quantize", "--help-all")
+    said = child("-m", "lrquant", "evaluate", "--help-all")
     assert "--tta-offsets-lr" in said and "--tta-let-lr" in said and "--offsets-lr" not in said

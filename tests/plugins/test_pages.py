@@ -20,7 +20,7 @@ import torch
 
 import lrquant
 from lrquant.architectures import architectures
-from lrquant.cli.commands import parsed
+from lrquant.cli.parsing import parsed
 from lrquant.errors import LRQuantError
 from lrquant.pipeline import export
 
@@ -35,7 +35,7 @@ PUBLISHED = {
 SMALL = {"nsamples": 2, "seqlen": 16, "epochs": 1, "precision": "float32", "output_dir": "run"}
 PARSING = """
 import sys
-from lrquant.cli.commands import parsed
+from lrquant.cli.parsing import parsed
 for line in sys.stdin.read().splitlines():
     parsed(line.split("\\t"))
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -20,10 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _mend_streams()
-        from lrquant.cli.commands import carry_out
+        from lrquant.cli.parsing import carry_out
 
         return carry_out(words)
     except LRQuantError as error:
+        if "--verbose" in words:
+            traceback.print_exc()
         _complain(str(error))
         return 2
     except OSError as error:

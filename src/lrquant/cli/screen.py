@@ -64,8 +64,11 @@ class _ScreenHandler(logging.Handler):
         self._screen.log_line(self.format(record))
 
 
-def log_to(screen: Screen) -> None:
-    """Show what the package logs."""
-    logger = logging.getLogger("lrquant")
-    logger.handlers = [_ScreenHandler(screen)]
+def log_to(screen: Screen, *, quiet: bool = False, verbose: bool = False) -> None:
+    """Show what the package logs; warnings alone if `quiet`, with the time of day if `verbose`."""
+    logger, handler = logging.getLogger("lrquant"), _ScreenHandler(screen)
+    if verbose:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)

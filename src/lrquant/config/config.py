@@ -29,6 +29,7 @@ from lrquant.config.settings import (
 from lrquant.errors import LRQuantError
 
 T = TypeVar("T")
+ALSO_CALLED = {"recipe": "preset"}
 Brought = tuple[str, type, object]  # a field: its name, its type, its default and its help
 
 
@@ -261,6 +262,13 @@ def preset(name: str) -> SettingDict:
     return {setting: value for setting, value in told.items() if value is not None}
 
 
+def names_method(settings: SettingDict) -> bool:
+    """Whether settings by name say what is learned, or under which preset."""
+    parts = {"preset", "lr_plus", "two_branch", "dynamic_weights"}
+    named = {*parts, *(kind.switch for kind in ingredient_kinds())}
+    return bool(named & settings.keys()) or settings.get("epochs") == 0
+
+
 def with_preset(settings: SettingDict) -> SettingDict:
     """`settings` over the values of the preset that they name, of what the scheme has a use for."""
     values = {**preset(settings.get("preset", "default")), **settings}
@@ -294,6 +302,7 @@ def typed_settings(values: SettingDict, origin: str) -> SettingDict:
     settings: SettingDict = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        name = ALSO_CALLED.get(name, name)
         if name not in hints:
             near = difflib.get_close_matches(name, hints, 1)
             mend = f"the nearest is {near[0]}" if near else "install the package that declares it"

@@ -15,7 +15,7 @@ from lrquant.config.schemes import Schemes, parse_patterns
 from lrquant.config.settings import convert, refuse_empty, setting, shown
 from lrquant.errors import LRQuantError
 
-PRESETS = ("default", "balanced", "best", "paper")
+PRESETS = ("default", "fast", "balanced", "best", "paper")
 TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
 MANY = 2**16  # beyond such limits no machine ends a run, or no generator takes the number
 HEAVIEST = 1e6
@@ -29,8 +29,9 @@ class Settings:
     model: str = setting("", "local folder, hub name or GGUF file")
     preset: str = setting(
         "default",
-        "values of all settings not given: what costs least, what is best at up to twice the time, "
-        "what is best, or those of the papers",
+        "recipe, the values of all settings not given: blocks alone (fast), tuned end to end too "
+        "(balanced), on twice the text (best), as in the papers (paper), or each setting's own "
+        "default (default)",
         PRESETS,
     )
     net: str | None = setting(None, "short name of the model (default: last part of --model)")
@@ -52,6 +53,7 @@ class Settings:
     lr_plus: bool = setting(
         False,
         "LRQuant+: factors of the scale, two branches, dynamic weights",
+        fast=True,
         balanced=True,
         best=True,
     )
@@ -73,7 +75,11 @@ class Settings:
         "mse+nlc", "terms of the block loss, joined by + (LRQuant: mse+nlc)", paper="mse+nlc"
     )
     epochs: int = setting(
-        10, "passes over the samples a block; 0 learns nothing", limits=(0, 10_000), paper=20
+        10,
+        "passes over the samples a block; 0 learns nothing",
+        limits=(0, 10_000),
+        fast=5,
+        paper=20,
     )
     window: int = setting(
         1,
@@ -143,7 +149,9 @@ class Settings:
     )
     save_dir: str | None = setting(None, "write the quantised model as a checkpoint here")
     format: str | None = setting(
-        None, "format of --save-dir (default: the one that --target loads, or packed integers)"
+        None,
+        "format of the checkpoint, or auto: what vLLM serves, else what transformers loads, else "
+        "the native one (default: the one that --target loads, or compressed-tensors)",
     )
     target: str | None = setting(
         None,
@@ -156,7 +164,9 @@ class Settings:
         "dtype of a checkpoint's scales and unquantised tensors (default: the model's own)",
         ("bfloat16", "float16", "float32"),
     )
-    resume: str | None = setting(None, "go on with this run folder")
+    resume: str | None = setting(
+        None, "go on with this run folder; auto: with the one in --output_dir, if there is one"
+    )
     overwrite: bool = setting(
         False, "replace the run in --output_dir, the checkpoint in --save_dir"
     )

@@ -33,6 +33,7 @@ def setting(
     *,
     limits: tuple[float, float] | None = None,
     paper: Any = None,
+    fast: Any = None,
     balanced: Any = None,
     best: Any = None,
     part_of: str = "",
@@ -40,10 +41,10 @@ def setting(
     """A dataclass field that a user may set; `text` is its help.
 
     `choices` are the values, or the members of a list, that it may have, `limits` the smallest and
-    the largest number; `paper`, `balanced` and `best` are its values under the presets of these
-    names, where they have one, and `part_of` is the setting that stands for it and others.
+    the largest number; `paper`, `fast`, `balanced` and `best` are its values under the presets of
+    these names, where they have one, and `part_of` is the setting that stands for it and others.
     """
-    presets = {"paper": paper, "balanced": balanced, "best": best}
+    presets = {"paper": paper, "fast": fast, "balanced": balanced, "best": best}
     told = {"help": text, "choices": choices, "limits": limits, "presets": presets}
     return field(default=default, metadata={**told, "part_of": part_of})
 

@@ -30,11 +30,10 @@ def chosen_for_target(plan: Plan, target: str, forms: dict[str, Format], first: 
     Dense weights do for what is learned at 16 bits; for less they are chosen by name alone.  Raises
     LRQuantError with what cannot be held and the nearest settings that can.
     """
-    packed = sorted(forms.values(), key=lambda form: (form.name != first, form.name))
-    packed = [form for form in packed if not _dense(form, plan)]
-    for form in packed:
-        if _reason(form, plan, target) is None:
-            return form
+    packed = _packed(plan, forms, first)
+    chosen = taken_by(plan, target, forms, first)
+    if chosen is not None:
+        return chosen
     start = f"--target {target}: "
     nearest = _nearest(plan, target, packed)
     if nearest is None:
@@ -44,6 +43,18 @@ def chosen_for_target(plan: Plan, target: str, forms: dict[str, Format], first: 
         f"{start}cannot hold {_differences(plan, nearest)} of {plan.schemes.name}; the nearest "
         f"that it holds is {_flags(plan, nearest)}, to be asked for before learning"
     )
+
+
+def taken_by(plan: Plan, target: str, forms: dict[str, Format], first: str) -> Format | None:
+    """The first packed format, `first` before all others, that holds the plan for the target."""
+    fitting = (f for f in _packed(plan, forms, first) if _reason(f, plan, target) is None)
+    return next(fitting, None)
+
+
+def _packed(plan: Plan, forms: dict[str, Format], first: str) -> list[Format]:
+    """Formats in order, `first` first, without those that would hold quantised weights dense."""
+    ordered = sorted(forms.values(), key=lambda form: (form.name != first, form.name))
+    return [form for form in ordered if not _dense(form, plan)]
 
 
 def mended(plan: Plan, target: str, forms: Sequence[Format]) -> str | None:

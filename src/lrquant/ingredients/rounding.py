@@ -32,7 +32,11 @@ class Rounding(Ingredient):
     """One `offset` a weight, (out, in)."""
 
     rounding: bool = setting(
-        False, "learn whether each weight is rounded up or down", balanced=True, best=True
+        False,
+        "learn whether each weight is rounded up or down",
+        fast=True,
+        balanced=True,
+        best=True,
     )
     rounding_lr: float = setting(
         1.0,

@@ -22,7 +22,7 @@ from lrquant.data.prompts import takes_pictures
 from lrquant.data.samples import written_by_the_model
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.export.checkpoint import checkpoint_dtype
-from lrquant.export.choice import choose_format
+from lrquant.export.choice import AUTO, NATIVE, choose_format, why_native
 from lrquant.export.targets import loading_of, verdicts
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.ingredients.tuning import Tuning
@@ -90,6 +90,9 @@ def _format(run: Prospect) -> Iterator[Said]:
         return
     form = run.form = choose_format(plan, config.format, config.target)
     yield Said(form.name + ("" if config.target is None else f", which {config.target} loads"))
+    if config.format == AUTO and form.name == NATIVE and config.target is None:
+        yield Said(why_native(plan), "warning", f"format: {why_native(plan)}")
+        return
     for exact, text in verdicts(form, plan.schemes, config.target):
         state: State = "ok" if exact else "warning"
         yield Said(text, state, f"{form.name}: {text}", "runtime")

@@ -9,6 +9,7 @@ from lrquant.blocks.plan import plan_block, require_groups
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.export.checkpoint import check_format, checkpoint_dtype
+from lrquant.export.choice import AUTO, NATIVE, formats
 from lrquant.export.format import Format
 from lrquant.export.kernels import check_kernels, fused_matrices
 from lrquant.learn.checks import check_grids, check_patterns
@@ -73,9 +74,16 @@ def shapes(run: Prospect, model: Model, form: Format) -> Iterator[Check]:
     plan, target = run.plan, run.config.target
 
     def held() -> Iterator[Said]:
-        check_format(model, plan, form, checkpoint_dtype(model, plan, form))
+        try:
+            check_format(model, plan, form, checkpoint_dtype(model, plan, form))
+        except LRQuantError as error:
+            if run.config.format != AUTO or target is not None or form.name == NATIVE:
+                raise
+            run.form = formats()[NATIVE]
+            check_format(model, plan, run.form, checkpoint_dtype(model, plan, run.form))
+            text = f"{error}: written in the native format ({NATIVE})"
+            yield Said(text, "warning", text)
         run.passed.add("format")
-        yield from ()
 
     def kernels(target: str) -> Iterator[Said]:
         multiple = check_kernels(model, plan, form, target)

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from lrquant.config.config import Config, ingredient_kinds
+from lrquant.config.config import Config, ingredient_kinds, names_method
 from lrquant.errors import LRQuantError
 
 _NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out
@@ -46,6 +46,8 @@ def repeating_command(config: Config) -> str:
     words = ["lrquant", "quantize"]
     for name in names:
         words += _flag(name, getattr(plain, name))
+    if not names_method({name: getattr(plain, name) for name in names}):
+        words += ["--recipe", "default"]
     return shlex.join(words)
 
 

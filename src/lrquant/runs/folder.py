@@ -95,6 +95,11 @@ class RunFolder(PartFolder):
         folder._read("config.yaml")
         return folder
 
+    def has_run(self) -> bool:
+        """Whether there is a run to go on with: blocks, or a start that was not cut off."""
+        begun = (self.path / "run.json").is_file() and "run.json" in self.journal.listed()
+        return begun or self._all_finished_blocks() > 0
+
     def require_format(self) -> None:
         """Refuse a run of another version, if one is here."""
         if not (self.path / "run.json").is_file():

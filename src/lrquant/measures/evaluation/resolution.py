@@ -14,12 +14,14 @@ from lrquant.config.config import (
     typed_settings,
     with_preset,
 )
-from lrquant.config.settings import require_one_scheme
+from lrquant.config.settings import read_yaml, require_one_scheme
+from lrquant.files.manifest import SETTINGS
 from lrquant.measures.choice import measures
 from lrquant.numerics.grids.schemes import weight_grid
 from lrquant.numerics.losses import terms_of
 from lrquant.runs.folder import RunFolder
 
+RESUME_WHERE_THERE_IS_ONE = "auto"
 _HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "seqlen")
 _WHERE = ("output_dir", "save_dir", "format", "target", "save_dtype", "report", "log_dir")
 _WITH = ("overwrite", "text_column", "bos", "device", "precision", "offload", "data_dir")
@@ -28,7 +30,7 @@ _SETTINGS = (*_HOW, *_WHERE, *_WITH, "cache_dir", "model")
 
 def resolve_settings(settings: SettingDict) -> tuple[Config, bool]:
     """The run that `settings` ask for, and whether a finished one is only measured."""
-    settings = typed_settings(settings, "settings")
+    settings = _gone_on_with(typed_settings(settings, "settings"))
     require_one_scheme(settings)
     measure_only = settings.get("epochs") == 0 and settings.get("resume") is not None
     if measure_only:
@@ -36,6 +38,30 @@ def resolve_settings(settings: SettingDict) -> tuple[Config, bool]:
     config = Config(**with_preset(settings)).resolved()
     _require_declared(config)
     return config, measure_only
+
+
+def _gone_on_with(settings: SettingDict) -> SettingDict:
+    """`resume` "auto": the run in `output_dir` where there is one, else none.
+
+    A checkpoint in `save_dir` that is of that run is left as it is.
+    """
+    if settings.get("resume") != RESUME_WHERE_THERE_IS_ONE:
+        return settings
+    output = settings.get("output_dir", Config.output_dir)
+    settings = {**settings, "resume": output if RunFolder(Path(output)).has_run() else None}
+    target = settings.get("save_dir")
+    if settings["resume"] is not None and target and is_checkpoint_of(Path(target), Path(output)):
+        settings["save_dir"] = None
+    return settings
+
+
+def is_checkpoint_of(target: Path, output_dir: Path) -> bool:
+    """Whether the checkpoint in `target` says that it is of the run in `output_dir`."""
+    path = target / SETTINGS
+    if not path.is_file():
+        return False
+    named = read_yaml(path).get("output_dir")
+    return named is not None and Path(str(named)).resolve() == output_dir.resolve()
 
 
 def _require_declared(config: Config) -> None:

@@ -1,0 +1,96 @@
+"""The closing lines of a run: what came of it, how good it is, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from lrquant.export.choice import formats
+from lrquant.export.format import Format
+from lrquant.export.targets import loading_of
+from lrquant.files.manifest import read_manifest
+from lrquant.measures.choice import measures
+from lrquant.measures.numbers import duration
+from lrquant.measures.rows import RunResults, labels_of
+from lrquant.pipeline import Run
+from lrquant.preflight.estimate import checkpoint_size
+from lrquant.runs.block_file import BlockRecord
+
+_BFLOAT16_BYTES = 2
+_WIDTH = 11  # of the words that begin a line
+
+
+def closing_lines(run: Run, checkpoint: str | None, seconds: float) -> str:
+    """What a person wants to know when a run has ended, a line each."""
+    form = None if checkpoint is None else formats()[read_manifest(Path(checkpoint))["format"]]
+    lines = [] if checkpoint is None or form is None else list(_sizes(run, checkpoint, form))
+    lines += _quality(run)
+    lines.append(("time", duration(seconds)))
+    report = Path(run.config.output_dir, "report.html")
+    beside = f", report: {report}" if run.config.report and report.is_file() else ""
+    lines.append(("run folder", f"{run.config.output_dir}{beside}"))
+    lines += (
+        ("next" if not i else "", text) for i, text in enumerate(_next(run, checkpoint, form))
+    )
+    return "\n".join(f"{(name + ':' if name else '').ljust(_WIDTH)} {text}" for name, text in lines)
+
+
+def _sizes(run: Run, checkpoint: str, form: Format) -> Iterator[tuple[str, str]]:
+    """Where the checkpoint is, how large, and with how many bits a weight."""
+    model = run.workbench.model
+    after = sum(path.stat().st_size for path in Path(checkpoint).rglob("*") if path.is_file())
+    before = _BFLOAT16_BYTES * model.parameters
+    bits = checkpoint_size(model, run.workbench.plan, form, 0).bits_per_weight
+    yield "checkpoint", f"{checkpoint} ({form.name}, {run.workbench.plan.schemes.name})"
+    yield (
+        "size",
+        f"{_size(before)} in bfloat16 -> {_size(after)} ({after / before:.0%}), "
+        f"{bits:.2f} bits a weight of the quantised linears",
+    )
+
+
+def _quality(run: Run) -> Iterator[tuple[str, str]]:
+    """Measures beside full precision and round-to-nearest; without any, what learning did."""
+    seen = RunResults(run.results, labels_of(run.results))
+    tiles = [tile for measure in measures() for tile in measure.tiles(seen)]
+    for tile in tiles:
+        yield "quality", f"{tile.label}: {tile.value}" + (f" ({tile.note})" if tile.note else "")
+    if not tiles:
+        yield "quality", "not measured" + _falls(run.records)
+
+
+def _falls(records: Sequence[BlockRecord]) -> str:
+    """How far learning brought the losses of blocks down."""
+    learned = [record for record in records if record.epoch_losses and record.initial_loss > 0]
+    if not learned:
+        return ""
+    fall = 1 - median(record.final_loss / record.initial_loss for record in learned)
+    kept = sum(record.best_epoch == 0 for record in learned)
+    note = f", {kept} of {len(learned)} kept their start" if kept else ""
+    return f"; learning took {fall:.0%} off the median block's loss{note}"
+
+
+def _next(run: Run, checkpoint: str | None, form: Format | None) -> Iterator[str]:
+    """Commands that go on from here."""
+    folder = shlex.quote(run.config.output_dir)
+    if not any(measure.tiles(RunResults(run.results, {"quantized": ""})) for measure in measures()):
+        yield f"lrquant evaluate {folder} --ppl wikitext2 --compare"
+    if checkpoint is None or form is None:
+        yield f"lrquant export {folder} DIR"
+        return
+    place, schemes = shlex.quote(checkpoint), run.workbench.plan.schemes
+    served = loading_of(form, schemes, "vllm")
+    if served.refusal is None:
+        yield (served.serve or "vllm serve FOLDER").replace("FOLDER", place)
+    yield f"lrquant chat {place}"
+
+
+def _size(count: float) -> str:
+    """Bytes with three digits, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
