@@ -35,7 +35,7 @@ def main() -> None:
         command += ["--seqlen", str(options.seqlen), "--output-dir", folder]
         command += ["--offload", options.offload, "--seed", str(Config.seed)]
         command += ["--data-dir", options.data_dir] if options.data_dir else []
-        command += ["--lr-plus"] if options.lr_plus else []
+        command += ["--lr-plus"] if options.lr_plus else ["--recipe", "default"]
         process = subprocess.Popen(command)
         records: list[dict] = []
         while len(records) < options.blocks and process.poll() is None:

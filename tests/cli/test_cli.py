@@ -422,7 +422,7 @@ def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
     out = succeed(["inspect", tmp_path / "model-llama"])
     assert "llama, 1 files" in out and "none (dense weights)" in out
     refuse(["inspect", tmp_path], tmp_path, "neither a run folder")
-    refuse(["inspect", tmp_path / "absent"], "absent", "neither a run folder")
+    refuse(["inspect", tmp_path / "absent"], "absent: no such folder")
     for folder, name in (("saved", "config.json"), ("run", "run.json"), ("run", "results.json")):
         kept = (tmp_path / folder / name).read_bytes()
         (tmp_path / folder / name).write_text("{ nonsense")
@@ -436,7 +436,7 @@ def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--model", "/no/such/model"], ["/no/such/model", "neither a local path"]),
+        (["--model", "/no/such/model"], ["/no/such/model: no such folder"]),
         (["--model", ""], ["--model", "empty"]),
         (["--wbits", 0], ["weight bits 0: use 2 to 8, or 16"]),
         (["--wbits", 1], ["weight bits 1: use 2 to 8, or 16"]),
@@ -447,7 +447,7 @@ def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
         (["--wbits", 16, "--abits", 16, "--let"], ["--let with W16A16", "no effect"]),
         (["--wbits", 16, "--lwc"], ["--lwc with --wbits 16"]),
         (["--scheme", "W4"], ["scheme 'W4'", "for example W4A4"]),
-        (["--scheme", "int4"], ["scheme 'int4'"]),
+        (["--scheme", "int4"], ["scheme 'int4'", "the nearest is W4A16"]),
         (["--scheme", "W4A4", "--wbits", 3], ["scheme W4A4 and wbits 3 disagree"]),
         (["--device", "tpu"], ["device 'tpu'", "use auto, cpu, cuda"]),
         (["--epochs", "x"], ["--epochs: expected a whole number, got 'x'"]),
@@ -459,7 +459,13 @@ def test_inspecting_checkpoints(command, succeed, refuse, tmp_path):
         (["--seqlen", 1], ["seqlen 1: use a whole number from 2"]),
         (["--seqlen", 5000], ["wikitext2/validation", "fewer than one window of seqlen 5000"]),
         (["--calib_dataset", "novels"], ["unknown data set 'novels'", "known are wikitext2"]),
-        (["--calib_dataset", "/no/such.txt"], ["/no/such.txt"]),
+        (["--calib_dataset", "/no/such.txt"], ["/no/such.txt: no such file"]),
+        (
+            ["--calib_dataset", "wikitxt2"],
+            ["unknown data set 'wikitxt2'; the nearest is wikitext2"],
+        ),
+        (["--scheme", "W4A16g12B"], ["the nearest is W4A16g128"]),
+        (["--recipe", "blanced"], ["preset 'blanced': use one of", "the nearest is balanced"]),
         (["--data_dir", "/no/such/folder"], ["data_dir /no/such/folder: no such folder"]),
         (["--let", "--act-scales", "/no/such.pt"], ["/no/such.pt: no such file"]),
         (["--act-scales", "/no/such.pt", "--lwc"], ["/no/such.pt"]),

@@ -33,7 +33,7 @@ import lrquant.report.page  # children find imported what they need
 
 BLOCKS = 2
 QUICK = ["--nsamples", "2", "--seqlen", "16", "--epochs", "1", "--precision", "float32"]
-QUICK += ["--device", "cpu", "--scheme", "W4A16", "--no-report"]
+QUICK += ["--device", "cpu", "--scheme", "W4A16", "--no-report", "--recipe", "default"]
 MINE = ("notes.txt", "saved.partial", "p.partial", "run/mine.txt", "run/blocks/mine.txt")
 VOLATILE = ("run.log", "results.json", "blocks.jsonl", "lrquant-files.jsonl")  # clocks
 VOLATILE += ("lrquant.yaml", "lrquant.sha256")  # whether it was resumed

@@ -427,7 +427,10 @@ def test_resolve_bad_paths(tmp_path):
     (tmp_path / "weights.bin").touch()
     refusal(lambda: resolve_model(str(tmp_path / "weights.bin"), None), "not .gguf", "folder")
     name = str(tmp_path / "absent")
-    refusal(lambda: resolve_model(name, None), name, "neither a local path nor")
+    refusal(lambda: resolve_model(name, None), f"{name}: no such folder")
+    (tmp_path / "absence").mkdir()
+    refusal(lambda: resolve_model(name, None), f"the nearest is {tmp_path}/absence")
+    refusal(lambda: resolve_model("./abs.gguf", None), "./abs.gguf: no such file")
 
 
 @pytest.fixture
@@ -451,7 +454,7 @@ def test_hub_model_from_the_cache(hub, folder):
 
 
 def test_hub_model_not_cached(hub):
-    words = "neither a local path nor reachable or cached on the hub", "give the folder"
+    words = "neither a local path nor reachable or cached on the hub", "give the folder", "offline"
     refusal(lambda: resolve_model("org/other", hub.parent), "org/other", *words)
     refusal(lambda: resolve_model("org/name", hub.parent), "org/name", "no config.json")
 

@@ -97,7 +97,7 @@ def failing(settings, tmp_path):
     (other / "thesis.txt").write_text("precious")
     run, saved = settings["output_dir"], str(tmp_path / "saved")
     return {
-        "model": ({"model": str(tmp_path / "none")}, "neither a local path"),
+        "model": ({"model": str(tmp_path / "none")}, "no such folder"),
         "format": ({"scheme": "W4A4", "target": "vllm"}, "--scheme W4A4-sym-qkv16"),
         "format-name": ({"format": "gguf", "save_dir": saved}, "use one of"),
         "groups": ({"scheme": "W4A16g32"}, "does not divide the 48 input columns of mlp.down"),

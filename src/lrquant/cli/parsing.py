@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lrquant.cli.flags import (
     require_words,
     with_dashes,
 )
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest
 from lrquant.version import __version__
 
 
@@ -42,9 +41,8 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     if name in by_name:
         require_flags(name, by_name[name], words[1:])
     elif name is not None:
-        near = difflib.get_close_matches(name, by_name, 1)
-        mend = f"the nearest is {near[0]}" if near else "see lrquant --help"
-        raise LRQuantError(f"{name}: no such command; {mend}")
+        mend = nearest(name, by_name) or "; see lrquant --help"
+        raise LRQuantError(f"{name}: no such command{mend}")
     return top.parse_args(words)
 
 

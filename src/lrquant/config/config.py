@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from lrquant.config.settings import (
     shown,
     spelled_out,
 )
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest
 
 T = TypeVar("T")
 ALSO_CALLED = {"recipe": "preset"}
@@ -304,9 +303,8 @@ def typed_settings(values: SettingDict, origin: str) -> SettingDict:
         name = str(key).replace("-", "_")
         name = ALSO_CALLED.get(name, name)
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, 1)
-            mend = f"the nearest is {near[0]}" if near else "install the package that declares it"
-            raise LRQuantError(f"{origin}: unknown setting {shown(key)}; {mend}")
+            mend = nearest(name, hints) or "; install the package that declares it"
+            raise LRQuantError(f"{origin}: unknown setting {shown(key)}{mend}")
         if name in settings:
             raise LRQuantError(f"{origin}: {key}: given twice, with dashes and with underscores")
         settings[name] = convert(hints[name], value, f"{origin}: {key}")

@@ -13,7 +13,7 @@ from lrquant.config.choices import RULES, SettingDict
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes, parse_patterns
 from lrquant.config.settings import convert, refuse_empty, setting, shown
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest
 
 PRESETS = ("default", "fast", "balanced", "best", "paper")
 TARGETS = ("vllm", "vllm-cpu", "transformers", "native")
@@ -266,4 +266,5 @@ def _require_allowed(name: str, value: Any, entry: dataclasses.Field[Any]) -> No
     ]
     if choices and odd:
         words = "some" if isinstance(value, tuple) else "one"
-        raise LRQuantError(f"{name} {odd[0]!r}: use {words} of {', '.join(choices)}")
+        near = nearest(str(odd[0]), choices)
+        raise LRQuantError(f"{name} {odd[0]!r}: use {words} of {', '.join(choices)}{near}")

@@ -6,9 +6,13 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest
 
 FLOAT_BITS = 16
+USUAL = (  # schemes that people ask for
+    *("W4A16g128", "W4A16g64", "W4A16g32", "W4A16", "W3A16g64", "W2A16g64", "W8A16", "W8A8"),
+    *("W8A8-sym-qkv16", "W4A8-sym-qkv16", "W6A6", "W4A4", "W4A4-qkv16", "W4A4-sym-qkv16"),
+)
 _NAME = re.compile(
     r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-qkv([0-9]{1,9}))?"
     r"(?:-(?!sym|asym|qkv)([a-z][a-z0-9]*))?",
@@ -55,7 +59,7 @@ class Scheme:
         if match is None or (match[4] and match[5]):
             raise LRQuantError(
                 f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-qkv<bits>], "
-                "for example W4A4, W4A16g128 or W4A4-qkv16"
+                f"for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
             )
         return cls(
             weight_bits=int(match[1]),
@@ -115,6 +119,15 @@ class Scheme:
             f"{words(self.activation_bits, f'{activation_kind}, per token')}; "
             f"Q, K, V {words(self.attention_bits, 'per token and head')}"
         )
+
+
+def _nearest(name: str) -> str:
+    """The scheme that a name may mean: by its spelling, else by its bits and group."""
+    bits = re.findall(r"[0-9]+", name)
+    if not name.strip().lower().startswith("w") and bits and 2 <= int(bits[0][:9]) <= 8:
+        group = f"g{bits[-1]}" if len(bits) > 1 and int(bits[-1][:9]) > FLOAT_BITS else ""
+        return f"; the nearest is W{int(bits[0])}A16{group}"
+    return nearest(name.strip(), USUAL)
 
 
 FLOATING_POINT = Scheme(weight_bits=FLOAT_BITS, activation_bits=FLOAT_BITS)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrquant.data.rows import Document, read_rows, require_room
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest, nearest_beside
+from lrquant.model.sources.hub import offline
 
 SPLITS = ("train", "validation", "test")
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -122,7 +123,8 @@ def load_text(
         return _local_text(name, base, splits, present)
     if name in CONVENTIONS:
         return _hub_text(name, base, splits, data_dir, cache_dir)
-    raise LRQuantError(f"unknown data set {name!r}: {_names_to_choose_from(data_dir)}")
+    near = nearest(name, [*CONVENTIONS, "mix", "self", *_local_sets(data_dir)])
+    raise LRQuantError(f"unknown data set {name!r}{near}: {_names_to_choose_from(data_dir)}")
 
 
 def is_file_name(name: str) -> bool:
@@ -134,9 +136,14 @@ def _names_to_choose_from(data_dir: Path | None) -> str:
     named = f"known are {', '.join(CONVENTIONS)}, and for calibration mix, self and comma lists"
     local = "a folder of data_dir with train.txt, validation.txt or test.txt"
     if data_dir is not None:
-        folders = sorted(f.name for f in data_dir.iterdir() if _local_splits(f.name, data_dir))
-        local += f" ({data_dir} has: {', '.join(folders) or 'none'})"
+        local += f" ({data_dir} has: {', '.join(_local_sets(data_dir)) or 'none'})"
     return f"{named}; {local}; a path ending in {', '.join(FILE_SUFFIXES)}"
+
+
+def _local_sets(data_dir: Path | None) -> list[str]:
+    """The sets that a folder of one's own has."""
+    folders = [] if data_dir is None else data_dir.iterdir()
+    return sorted(each.name for each in folders if _local_splits(each.name, data_dir))
 
 
 def _local_splits(base: str, data_dir: Path | None) -> dict[str, Path]:
@@ -191,7 +198,7 @@ def _unavailable(
     name: str, base: str, split: str, data_dir: Path | None, error: Exception
 ) -> LRQuantError:
     hub = HUB[base]
-    cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    cause = offline(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
     local = "no data_dir is given" if data_dir is None else f"not in {data_dir}"
     network = "a network"
     if hub.needs and importlib.util.find_spec(hub.needs) is None:
@@ -215,6 +222,8 @@ def _file_text(name: str, column: str | None) -> Text:
 
 def _require_file(path: Path) -> None:
     """Refuse what would be waited for, read for ever, or take most of the memory."""
+    if not path.exists() and not path.is_symlink():
+        raise LRQuantError(f"{path}: no such file{nearest_beside(path)}")
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or device"
         raise LRQuantError(f"{path}: {kind}, not a file of text")

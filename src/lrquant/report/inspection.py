@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrquant.config.scheme import Scheme
-from lrquant.errors import UNREADABLE, LRQuantError
+from lrquant.errors import UNREADABLE, LRQuantError, nearest_beside
 from lrquant.export.verification import Verified, verify
 from lrquant.files.manifest import MANIFEST, read_manifest
 from lrquant.files.whole import JsonObject, read_json
@@ -24,6 +24,8 @@ def inspect_folder(path: Path) -> str:
         return _inspect_run(RunFolder.open(path))
     if (path / "config.json").is_file():
         return _inspect_checkpoint(path)
+    if not path.exists():
+        raise LRQuantError(f"{path}: no such folder{nearest_beside(path)}")
     raise LRQuantError(f"{path}: neither a run folder (run.json) nor a checkpoint (config.json)")
 
 

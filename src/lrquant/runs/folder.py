@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrquant.config.config import Config
 from lrquant.config.learned import BLOCKS
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest_beside
 from lrquant.files.whole import JsonObject, json_object, read_json
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
@@ -80,7 +80,8 @@ class RunFolder(PartFolder):
         folder = cls(path)
         if not (path / "run.json").is_file():
             mend = f"; restore it, or {AGAIN}" if folder._all_finished_blocks() else ""
-            raise LRQuantError(f"run folder {path}: no run here (run.json is missing){mend}")
+            near = "" if path.exists() else nearest_beside(path)
+            raise LRQuantError(f"run folder {path}: no run here (run.json is missing){near}{mend}")
         folder.require_format()
         if folder.journal.holds is None:
             raise LRQuantError(

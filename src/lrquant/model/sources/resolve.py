@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from lrquant.errors import LRQuantError
+from lrquant.errors import LRQuantError, nearest_beside
+from lrquant.model.sources.hub import offline
 from lrquant.model.sources.kinds import kind_without_config
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -38,6 +39,7 @@ def resolve_model(name: str, cache_dir: Path | None) -> ModelFiles:
             raise LRQuantError(f"model {name}: a file, but not .gguf; give its folder instead")
         return ModelFiles("gguf", path.parent, path.name)
     if not path.is_dir():
+        _require_hub_name(name, path)
         return ModelFiles("hub", _download(name, cache_dir))
     if (path / "config.json").is_file():
         return ModelFiles("local", path)
@@ -50,6 +52,14 @@ def resolve_model(name: str, cache_dir: Path | None) -> ModelFiles:
         advice = "give the path of one of them" if names else "give a Hugging Face model folder"
         raise LRQuantError(f"model {name}: this folder holds no config.json and {what}; {advice}")
     return ModelFiles("gguf", path, names[0])
+
+
+def _require_hub_name(name: str, path: Path) -> None:
+    """Refuse what can only mean a place on this machine, and is not there."""
+    parts = name.split("/")
+    if parts[0] in ("", ".", "..", "~") or len(parts) > 2 or name.lower().endswith(".gguf"):
+        kind = "file" if name.lower().endswith(".gguf") else "folder"
+        raise LRQuantError(f"model {name}: no such {kind}{nearest_beside(path)}")
 
 
 def _download(name: str, cache_dir: Path | None) -> Path:
@@ -74,9 +84,10 @@ def _download(name: str, cache_dir: Path | None) -> Path:
             advice = "accept its licence on the hub, then log in with `hf auth login`"
         elif isinstance(error, RepositoryNotFoundError):
             advice = "the hub has no such repository, or it is private: check the spelling"
+        reason = offline(error)
         raise LRQuantError(
             f"model {name}: neither a local path nor reachable or cached on the hub "
-            f"({type(error).__name__}); {advice}"
+            f"({reason or type(error).__name__}){nearest_beside(Path(name))}; {advice}"
         ) from error
     if not (folder / "config.json").is_file():
         kind = kind_without_config(folder)
