@@ -37,12 +37,31 @@ def heavy_after(program: str) -> set[str]:
         "import lrquant.cli, lrquant.cli.commands",
         *(
             f"from lrquant.cli import main; main({words})"
-            for words in (["--version"], ["--help"], ["quantize", "--help"], ["stats", "-h"])
+            for words in (
+                *(["--version"], ["--help"], ["quantize", "--help"], ["quantize", "--help-all"]),
+                ["stats", "-h"],
+            )
         ),
     ],
 )
 def test_nothing_heavy_is_imported(program):
     assert heavy_after(program) == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ["list", kind]
+            for kind in ("models", "schemes", "formats", "targets", "recipes", "tasks")
+        ),
+        ["guide"],
+        ["quantize", "--shceme", "W4A16"],
+    ],
+    ids=" ".join,
+)
+def test_what_only_says_something_imports_nothing_that_computes(words):
+    assert heavy_after(f"from lrquant.cli import main; main({words})") <= {"rich"}
 
 
 def test_what_is_imported_is_seen():

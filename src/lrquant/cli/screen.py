@@ -33,6 +33,13 @@ class Screen(Console):
         except OSError as error:
             self._lose(error)
 
+    def part(self, text: str) -> None:
+        """A part of what was asked for, as it comes."""
+        try:
+            print(visible(text), end="", flush=True)
+        except OSError as error:
+            self._lose(error)
+
     def on_broken_pipe(self) -> None:
         """Who read the lines has gone; the base class would end the process."""
         self._lose(BrokenPipeError(None, "Broken pipe"))
