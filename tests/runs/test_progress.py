@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import sys
@@ -237,3 +238,24 @@ def test_a_model_and_a_checkpoint_are_logged_too(model_folder, tmp_path):
             assert found[f"perplexity/wikitext2 {variant}"] == [(0, value)]
         kl = pytest.approx(results["agreement"]["wikitext2"][own]["kl_mean"], abs=1e-6)
         assert found[f"agreement/wikitext2 {own} kl_mean"] == [(0, kl)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "outcome"),
+    [
+        ((2.0, 1.24), 3, "-38 %"),
+        ((2.0, 1.99), 1, "-0.5 %"),
+        ((2.0, 2.5), 1, "+25 %"),
+        ((2.0, 2.0), 0, "kept the start"),
+        ((2.0, 1.0), None, "-50 %"),
+        ((0.0, 0.0), 1, ""),
+        ((float("nan"), 1.0), 1, ""),
+        ((1.0, float("inf")), 1, ""),
+    ],
+)
+def test_what_learning_did_to_a_block(losses, best, outcome):
+    numbers = {"block": 0, "seconds": 1.0, "peak_memory_bytes": 1, "non_finite": []}
+    losses = dict(zip(("initial_loss", "final_loss"), losses, strict=True))
+    record = BlockRecord(**numbers, **losses, epoch_losses=[1.0], best_epoch=best)
+    assert record.outcome == outcome
+    assert dataclasses.replace(record, epoch_losses=[]).outcome == ""

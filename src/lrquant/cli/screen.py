@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from rich.console import Console
 
+from lrquant.cli.tables import fitted
 from lrquant.errors import LRQuantError, visible
 
 
@@ -27,7 +28,8 @@ class Screen(Console):
             self._lose(error)
 
     def say(self, text: str) -> None:
-        """What was asked for."""
+        """What was asked for; in a terminal, tables that are too wide for it row by row."""
+        text = fitted(text, self.width) if self.is_terminal else text
         try:
             print(visible(text), flush=True)
         except OSError as error:

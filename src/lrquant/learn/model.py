@@ -288,10 +288,11 @@ def _record(
     )
     folder.save_block(view.kept, record)
     logger.info(
-        "block %d: loss %.6g -> %.6g, %.1f s%s",
+        "block %d: loss %.6g -> %.6g%s, %.1f s%s",
         index,
         report.initial_loss,
         final_loss,
+        f" ({record.outcome})" if record.outcome else "",
         seconds,
         "".join(f"; NOT FINITE at {event}" for event in report.non_finite),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from lrquant.config.declarations import Declaration
-from lrquant.measures.numbers import share, spread
+from lrquant.measures.numbers import plain, share, spread
 from lrquant.measures.rows import SPREAD_NOTE, RunResults, Table, Tile, columns_in, named, table
 from lrquant.measures.shares import counted
 from lrquant.runs.results import Entry, Json, Results, figure, record
@@ -126,7 +126,7 @@ class Measure(Declaration, ABC, Generic[S, A, R]):
         scores = record(self.as_json(scored.scores[variant])) or {"": 0}
         numbers = [(key, scores[key], scores.get(f"{key}_stderr")) for key in self.metrics]
         told = [
-            f"{key} {spread(value, error) if isinstance(error, float) else f'{value:.4f}'}"
+            f"{key} {spread(value, error) if isinstance(error, float) else plain(value)}"
             for key, value, error in numbers
             if isinstance(value, float)
         ]

@@ -46,6 +46,11 @@ def share(value: float | str | None) -> str:
     return f"{value:.{digits}f}"
 
 
+def plain(value: float) -> str:
+    """Up to 1 as a share, above as a perplexity."""
+    return share(value) if abs(value) <= 1 else number(value)
+
+
 def spread(value: float | str, error: float | str | None, *, signed: bool = False) -> str:
     """A mean, or a difference with its sign, ± its standard error.
 
@@ -53,7 +58,7 @@ def spread(value: float | str, error: float | str | None, *, signed: bool = Fals
     """
     if isinstance(value, str):
         return value
-    mean = share(value) if abs(value) <= 1 else number(value)
+    mean = plain(value)
     mean = f"+{mean}" if signed and value >= 0 else mean
     if not isinstance(error, float) or not math.isfinite(error) or error == 0:
         return f"{mean} ± ?"

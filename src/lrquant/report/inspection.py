@@ -62,12 +62,13 @@ def _inspect_run(folder: RunFolder) -> str:
 
 def _losses(records: Sequence[BlockRecord]) -> str:
     return table(
-        ["block", "initial loss", "final loss", "seconds", "not finite"],
+        ["block", "initial loss", "final loss", "learning", "seconds", "not finite"],
         [
             [
                 str(r.block),
                 f"{r.initial_loss:.6g}",
                 f"{r.final_loss:.6g}",
+                r.outcome or "-",
                 f"{r.seconds:.1f}",
                 "; ".join(r.non_finite) or "-",
             ]

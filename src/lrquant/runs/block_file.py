@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lrquant.files.whole import JsonObject
 
 _KEY = "lrquant"
 _LENGTH = 8  # bytes that say how long the header is
+_WHOLE_PERCENT = 9.95  # a change from which on it is told in whole per cent
 _OF_THE_MACHINE = ("seconds", "peak_memory_bytes")
 
 
@@ -31,6 +33,18 @@ class BlockRecord:
     non_finite: list[str]
     held_losses: list[float] = field(default_factory=list)
     best_epoch: int | None = None
+
+    @property
+    def outcome(self) -> str:
+        """What learning did to the loss, in words; empty where nothing was learned."""
+        if not self.epoch_losses or not self.initial_loss > 0:
+            return ""
+        if self.best_epoch == 0:
+            return "kept the start"
+        change = 100 * (self.final_loss / self.initial_loss - 1)
+        if not math.isfinite(change):
+            return ""
+        return f"{change:+.0f} %" if abs(change) >= _WHOLE_PERCENT else f"{change:+.2g} %"
 
     def as_line(self) -> str:
         """One line of blocks.jsonl."""
