@@ -19,6 +19,8 @@ from lrquant.errors import LRQuantError
         ("W4A4-asym", Scheme(4, 4)),
         ("W4A4-qkv16", Scheme(4, 4, qkv_bits=16)),
         ("W4A16g128-sym-qkv8", Scheme(4, 16, 128, symmetric=True, qkv_bits=8)),
+        ("W4A4-ag64", Scheme(4, 4, activation_group_size=64)),
+        ("W4A8g32-sym-ag64-qkv16", Scheme(4, 8, 32, True, False, 16, activation_group_size=64)),
         ("W16A16", FLOATING_POINT),
     ],
 )
@@ -29,8 +31,9 @@ def test_parse(name, expected):
 @pytest.mark.parametrize("group_size", [None, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("qkv_bits", [None, 8, 16])
-def test_name_reads_back(group_size, symmetric, qkv_bits):
-    scheme = Scheme(3, 4, group_size, symmetric, qkv_bits=qkv_bits)
+@pytest.mark.parametrize("across", [None, 32])
+def test_name_reads_back(group_size, symmetric, qkv_bits, across):
+    scheme = Scheme(3, 4, group_size, symmetric, qkv_bits=qkv_bits, activation_group_size=across)
     assert Scheme.parse(scheme.name) == scheme
 
 
@@ -38,6 +41,7 @@ def test_name_reads_back(group_size, symmetric, qkv_bits):
     "name",
     [
         *("", "W4", "A4", "4A4", "W4A4g", "W4A4 g128", "W4A4-symm", "W4A4-sym-asym"),
+        *("W4A4-ag", "W4A4-qkv16-ag8"),
         *("W4A4-qkv", "W-4A4", "W4.5A4", "W4A4g128x", "W4A16g-1", "xW4A4"),
     ],
 )
@@ -58,6 +62,8 @@ def test_parse_refuses_and_gives_an_example(name):
         ("W4A4-qkv1", "Q/K/V bits 1"),
         ("W4A4-qkv0", "Q/K/V bits 0"),
         ("W4A16g0", "group size 0"),
+        ("W4A4-ag0", "activation group size 0"),
+        ("W4A16-ag64", "activation group size 64 with 16-bit activations"),
     ],
 )
 def test_impossible_numbers_are_named(name, words):

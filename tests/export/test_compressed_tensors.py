@@ -233,6 +233,7 @@ def test_it_is_really_small(learn, make_model, tmp_path, tensors_of):
         ("W4A4", {}, "--scheme W4A4-sym-qkv16 --activation_symmetric"),
         ("W6A6", {}, "--scheme W8A8-sym-qkv16 --activation_symmetric"),
         ("W8A8-sym", {"activation_symmetric": True}, "--scheme W8A8-sym-qkv16"),
+        ("W4A4-ag16", {}, "--scheme W4A4-sym-qkv16 --activation_symmetric"),
         ("W16A8", {"lwc": False}, "not packed; --format dequantized or lrquant takes it"),
         ("W4A16", {"rotate_rank": 2}, "learn with --rotation_sharing site"),
         ("W4A16", {"rotation_sharing": "linear"}, "learn with --rotation_sharing site"),

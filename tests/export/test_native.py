@@ -86,7 +86,9 @@ def test_whoever_may_read_the_folder_may_read_its_tensors(learn, tmp_path):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("scheme", ["W4A4", "W8A8", "W4A4g16", "W3A16"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A4", "W8A8", "W4A4g16", "W3A16", "W4A4-ag8", "W4A4g16-ag8", "W4A8g8-ag16"]
+)
 def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme, symmetric):
     """On the same inputs: of a symmetric grid the largest value lies between two codes."""
     settings = {"rotation_sharing": "linear", "activation_symmetric": symmetric}

@@ -100,6 +100,10 @@ def failing(settings, tmp_path):
         "model": ({"model": str(tmp_path / "none")}, "no such folder"),
         "format": ({"scheme": "W4A4", "target": "vllm"}, "--scheme W4A4-sym-qkv16"),
         "format-name": ({"format": "gguf", "save_dir": saved}, "use one of"),
+        "groups-tokens": (
+            {"scheme": "W4A4-ag32"},
+            "activation group size 32 does not divide the 48 input columns of mlp.down",
+        ),
         "groups": ({"scheme": "W4A16g32"}, "does not divide the 48 input columns of mlp.down"),
         "format-shifts": (
             {"let": True, "let_shift": "always", "target": "transformers"},
@@ -120,7 +124,8 @@ def failing(settings, tmp_path):
 
 
 NAMES = [
-    *("model", "format", "format-name", "groups", "format-shifts", "device", "calibration"),
+    *("model", "format", "format-name", "groups", "groups-tokens", "format-shifts", "device"),
+    "calibration",
     *("seqlen", "statistics", "evaluation", "evaluation-tta", "evaluation-tasks"),
     *("output_dir", "save_dir", "save_dir-same", "run folder"),
 ]

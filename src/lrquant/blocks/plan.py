@@ -133,7 +133,7 @@ class BlockPlan:
             dtype = scale_dtype or parameter.dtype
             half = dtype in (torch.bfloat16, torch.float16)
             grid = weight_grid(self.schemes[name], dtype if half else torch.float32)
-            require_groups(name, columns, grid)
+            require_groups(name, columns, self.schemes[name])
             matrices[name] = MatrixShape(rows, columns, grid, matrix.reads, matrix.whole)
         modules = {name.removesuffix(".bias") for name in stored if name.endswith(".bias")}
         own = {n for n, m in self.matrices.items() if m.bias is not None and m.bias in stored}
@@ -161,15 +161,19 @@ def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
     return plan
 
 
-def require_groups(name: str, columns: int, grid: Grid | None) -> None:
-    """Refuse groups that do not divide the columns of a matrix."""
-    size = 1 if grid is None else grid.size(columns)
-    if columns % size:
-        fitting = [n for n in range(16, columns + 1) if columns % n == 0]
-        raise LRQuantError(
-            f"group size {size} does not divide the {columns} input columns of {name}; "
-            f"sizes that do: {', '.join(map(str, fitting))}"
-        )
+def require_groups(name: str, columns: int, scheme: Scheme) -> None:
+    """Refuse groups, of a matrix or of what it reads, that do not divide its columns."""
+    for what, grid in (
+        ("group size", weight_grid(scheme)),
+        ("activation group size", activation_grid(scheme)),
+    ):
+        size = 1 if grid is None else grid.size(columns)
+        if columns % size:
+            fitting = [n for n in range(16, columns + 1) if columns % n == 0]
+            raise LRQuantError(
+                f"{what} {size} does not divide the {columns} input columns of {name}; "
+                f"sizes that do: {', '.join(map(str, fitting))}"
+            )
 
 
 def learned_by(**settings: object) -> tuple[Ingredient, ...]:

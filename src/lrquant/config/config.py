@@ -129,6 +129,7 @@ class _Config(Settings):
             symmetric=scheme.symmetric or self.symmetric,
             qkv_bits=scheme.qkv_bits if scheme.qkv_bits else self.qkv_bits,
             weight_grid=scheme.weight_grid if scheme.weight_grid != "int" else self.weight_grid,
+            activation_group_size=scheme.activation_group_size or self.activation_group_size,
         )
 
     def _asked(self) -> bool:

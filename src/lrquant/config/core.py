@@ -48,6 +48,9 @@ class Settings:
     group_size: int | None = setting(None, "input columns sharing a scale (default: all)")
     symmetric: bool = setting(False, "symmetric weight grid without zero points")
     activation_symmetric: bool = setting(False, "symmetric activation grid")
+    activation_group_size: int | None = setting(
+        None, "channels of a token sharing a scale (default: all), -ag<size> in --scheme"
+    )
     weight_grid: str = setting("int", "kind of grid of the weights, or at the end of --scheme")
 
     lr_plus: bool = setting(
@@ -210,6 +213,7 @@ class Settings:
             activation_symmetric=self.activation_symmetric,
             qkv_bits=self.qkv_bits,
             weight_grid=self.weight_grid,
+            activation_group_size=self.activation_group_size,
         )
 
     @property

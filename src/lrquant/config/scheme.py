@@ -14,8 +14,8 @@ USUAL = (  # schemes that people ask for
     *("W8A8-sym-qkv16", "W4A8-sym-qkv16", "W6A6", "W4A4", "W4A4-qkv16", "W4A4-sym-qkv16"),
 )
 _NAME = re.compile(
-    r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-qkv([0-9]{1,9}))?"
-    r"(?:-(?!sym|asym|qkv)([a-z][a-z0-9]*))?",
+    r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-ag([0-9]{1,9}))?"
+    r"(?:-qkv([0-9]{1,9}))?(?:-(?!sym|asym|qkv|ag(?:[0-9]|$))([a-z][a-z0-9]*))?",
     re.IGNORECASE,
 )
 
@@ -25,9 +25,10 @@ class Scheme:
     """Bits of every quantised linear and of attention's Q, K and V; 16 means floating point.
 
     Weights: static, per output row (`group_size` None) or per `group_size` input columns.
-    Activations: dynamic, per token.  Q, K (after the rotary embedding) and V: dynamic, per token
-    and head, at `activation_bits` unless `qkv_bits` says otherwise.  `weight_grid` is the kind of
-    grid that weights lie on: integers, or what another package declares.
+    Activations: dynamic, per token, or per token and `activation_group_size` channels.  Q, K (after
+    the rotary embedding) and V: dynamic, per token and head, at `activation_bits` unless `qkv_bits`
+    says otherwise.  `weight_grid` is the kind of grid that weights lie on: integers, or what
+    another package declares.
     """
 
     weight_bits: int = 4
@@ -37,6 +38,7 @@ class Scheme:
     activation_symmetric: bool = False
     qkv_bits: int | None = None
     weight_grid: str = "int"
+    activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
         for what, bits in (
@@ -46,19 +48,28 @@ class Scheme:
         ):
             if bits != FLOAT_BITS and not 2 <= bits <= 8:
                 raise LRQuantError(f"{what} {bits}: use 2 to 8, or 16 for floating point")
-        if self.group_size is not None and self.group_size < 1:
+        if self.activation_bits == FLOAT_BITS and self.activation_group_size is not None:
             raise LRQuantError(
-                f"group size {self.group_size}: use a positive number, or leave it out for one "
-                "scale per output channel"
+                f"activation group size {self.activation_group_size} with 16-bit activations: they "
+                "have no scales; give activations below 16 bits"
             )
+        for what, size, whole in (
+            ("group size", self.group_size, "output channel"),
+            ("activation group size", self.activation_group_size, "token"),
+        ):
+            if size is not None and size < 1:
+                raise LRQuantError(
+                    f"{what} {size}: use a positive number, or leave it out for one scale per "
+                    f"{whole}"
+                )
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read "W4A16g128", "W4A4", "W4A4-qkv16" or "W8A8-sym" (symmetric weights)."""
+        """Read "W4A16g128", "W4A4", "W4A4-qkv16", "W8A8-sym" (symmetric weights), "W4A4-ag64"."""
         match = _NAME.fullmatch(name.strip())
         if match is None or (match[4] and match[5]):
             raise LRQuantError(
-                f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-qkv<bits>], "
+                f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-ag<size>][-qkv<bits>], "
                 f"for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
             )
         return cls(
@@ -66,8 +77,9 @@ class Scheme:
             activation_bits=int(match[2]),
             group_size=int(match[3]) if match[3] else None,
             symmetric=match[4] is not None,
-            qkv_bits=int(match[6]) if match[6] else None,
-            weight_grid=match[7].lower() if match[7] else "int",
+            qkv_bits=int(match[7]) if match[7] else None,
+            weight_grid=match[8].lower() if match[8] else "int",
+            activation_group_size=int(match[6]) if match[6] else None,
         )
 
     @property
@@ -82,7 +94,9 @@ class Scheme:
         symmetry = "-sym" if self.symmetric else ""
         attention = f"-qkv{self.qkv_bits}" if self.attention_bits != self.activation_bits else ""
         grid = f"-{self.weight_grid}" if self.weight_grid != "int" else ""
-        return f"W{self.weight_bits}A{self.activation_bits}{group}{symmetry}{attention}{grid}"
+        across = f"-ag{self.activation_group_size}" if self.activation_group_size else ""
+        bits = f"W{self.weight_bits}A{self.activation_bits}"
+        return f"{bits}{group}{symmetry}{across}{attention}{grid}"
 
     @property
     def quantizes_weights(self) -> bool:
@@ -100,9 +114,9 @@ class Scheme:
         return self.weight_only and self.weight_bits == FLOAT_BITS
 
     def to_dict(self) -> dict[str, int | bool | str | None]:
-        """Its fields, but for the kind of grid where that is integers, which older readers lack."""
-        values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if (k, v) != ("weight_grid", "int")}
+        """Its fields, but for those that older readers lack where they say nothing new."""
+        usual = ("weight_grid", "int"), ("activation_group_size", None)
+        return {pair[0]: pair[1] for pair in dataclasses.asdict(self).items() if pair not in usual}
 
     def describe(self) -> str:
         """One line for people: what is quantised, and how."""
@@ -114,9 +128,11 @@ class Scheme:
         kind = kind if self.weight_grid == "int" else f"{self.weight_grid} grid, {kind}"
         per = f"groups of {self.group_size}" if self.group_size else "per output channel"
         activation_kind = "symmetric" if self.activation_symmetric else "asymmetric"
+        size = self.activation_group_size
+        across = f"per token and {size} channels" if size else "per token"
         return (
             f"{self.name}: weights {words(self.weight_bits, f'{kind}, {per}')}; activations "
-            f"{words(self.activation_bits, f'{activation_kind}, per token')}; "
+            f"{words(self.activation_bits, f'{activation_kind}, {across}')}; "
             f"Q, K, V {words(self.attention_bits, 'per token and head')}"
         )
 

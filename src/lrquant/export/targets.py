@@ -129,26 +129,30 @@ def _nearest(plan: Plan, target: str, forms: Sequence[Format]) -> Plan | None:
 def _candidates(plan: Plan) -> Iterator[Plan]:
     """Plans whose schemes or ingredients differ; weights stay quantised, or not."""
     own = plan.schemes.default
-    for weights, activations, group, symmetric, activation_symmetric, attention, learned in product(
+    for weights, activations, group, symmetric, of_tokens, across, attention, learned in product(
         _BITS[:-1] if own.quantizes_weights else (FLOAT_BITS,),
         _BITS,
         dict.fromkeys((own.group_size, *_GROUPS)),
         (False, True),
         (False, True),
+        dict.fromkeys((own.activation_group_size, None)),
         dict.fromkeys((own.attention_bits, FLOAT_BITS)),
         _simpler(plan.ingredients),
     ):
         weight_only = activations == attention == FLOAT_BITS
-        if weight_only and activation_symmetric != own.activation_symmetric:
+        if weight_only and of_tokens != own.activation_symmetric:
             continue  # nothing would change
+        if across is not None and activations == FLOAT_BITS:
+            continue
         scheme = Scheme(
             weights,
             activations,
             group,
             symmetric,
-            activation_symmetric,
+            of_tokens,
             None if attention == activations else attention,
             own.weight_grid,
+            across,
         )
         schemes = dataclasses.replace(plan.schemes, default=scheme, patterns=_like(plan, scheme))
         yield dataclasses.replace(plan, schemes=schemes, ingredients=learned)
@@ -191,6 +195,7 @@ def _distance(plan: Plan, other: Plan) -> float:
         + (before.attention_bits != after.attention_bits) / 2
         + (before.symmetric != after.symmetric) / 4
         + (before.activation_symmetric != after.activation_symmetric) / 4
+        + (before.activation_group_size != after.activation_group_size) / 2
         + (plan.ingredients != other.ingredients) / 8
     )
 
@@ -212,6 +217,9 @@ def _differences(plan: Plan, nearest: Plan) -> str:
         f"{before.activation_bits}-bit activations": lambda scheme: scheme.activation_bits,
         f"{grid(before.activation_symmetric)} activations": lambda scheme: (
             scheme.activation_symmetric
+        ),
+        f"activations in groups of {before.activation_group_size}": lambda scheme: (
+            scheme.activation_group_size
         ),
         f"{before.attention_bits}-bit Q, K and V": lambda scheme: scheme.attention_bits,
     }

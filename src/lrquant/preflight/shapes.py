@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from lrquant.blocks.plan import plan_block, require_groups
+from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.export.checkpoint import check_format, checkpoint_dtype
@@ -14,7 +15,6 @@ from lrquant.export.format import Format
 from lrquant.export.kernels import check_kernels, fused_matrices
 from lrquant.learn.checks import check_grids, check_patterns
 from lrquant.model.model import Model
-from lrquant.numerics.grids.schemes import weight_grid
 from lrquant.preflight.prospect import Check, Prospect, Said
 
 
@@ -52,20 +52,20 @@ def _odd_groups(model: Model, schemes: Schemes) -> list[list[str]]:
 
     A list for each size of groups that does not divide a width of inputs: the error, then names.
     """
-    odd: dict[tuple[int, int | None], list[str]] = {}
+    odd: dict[tuple[int, Scheme], list[str]] = {}
     for index in range(len(model.blocks)):
         stored, block = model.blocks[index].state_dict(), plan_block(model, index, schemes)
         for name, matrix in block.matrices.items():
             columns = matrix.of(stored[matrix.parameter]).shape[1]
-            wrong = odd.get((columns, block.schemes[name].group_size))
+            wrong = odd.get((columns, block.schemes[name]))
             if wrong is not None and name not in wrong and name not in wrong[0]:
                 wrong.append(name)
             if wrong is not None:
                 continue
             try:
-                require_groups(name, columns, weight_grid(block.schemes[name]))
+                require_groups(name, columns, block.schemes[name])
             except LRQuantError as error:
-                odd[columns, block.schemes[name].group_size] = [str(error)]
+                odd[columns, block.schemes[name]] = [str(error)]
     return list(odd.values())
 
 

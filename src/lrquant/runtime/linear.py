@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from lrquant.numerics.products import affine_product, quantize_tokens
 class IntegerLinear(nn.Module):
     """``y = (x input_factor) W^T + bias`` with W, and x below 16 bits, as integers.
 
-    Activations are quantised per token, products and zero-point corrections are exact in int32,
-    and the scales follow in float32; with 16-bit activations the weight is decoded to x's dtype.
-    Before `unpack` it holds the checkpoint's tensors, named as in compressed-tensors'
-    pack-quantized layout; after it int8 codes (groups, out, group_size) with zero points and sums
-    (out, groups), int32.
+    Activations are quantised per token or group of its channels, products and zero-point
+    corrections are exact in int32, and the scales follow in float32; with 16-bit activations the
+    weight is decoded to x's dtype.  Before `unpack` it holds the checkpoint's tensors, named as in
+    compressed-tensors' pack-quantized layout; after it int8 codes (units, out, unit) with sums
+    (out, units) and zero points (out, groups), int32.  A unit is the most columns that share their
+    scales on both sides.
     """
 
     codes: Tensor
@@ -45,6 +48,7 @@ class IntegerLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = scheme.group_size or in_features
         groups = in_features // self.group_size
+        self._unit = math.gcd(self.group_size, scheme.activation_group_size or in_features)
         bits = scheme.weight_bits
         self._register("weight_packed", (out_features, -(-in_features * bits // 32)), torch.int32)
         self._register("weight_shape", (2,), torch.int64)
@@ -67,7 +71,6 @@ class IntegerLinear(nn.Module):
         """Turn what was loaded into the codes that the products take."""
         bits, shape = self.scheme.weight_bits, (self.out_features, self.in_features)
         codes = unpack_from_int32(self.weight_packed.data, bits, torch.Size(shape))
-        groups = self.weight_scale.shape[1]
         zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
         if not self.scheme.symmetric:
             zero_points = unpack_from_int32(
@@ -75,7 +78,7 @@ class IntegerLinear(nn.Module):
             ).int()
             del self.weight_zero_point
         del self.weight_packed, self.weight_shape
-        codes = codes.view(self.out_features, groups, -1).transpose(0, 1).contiguous()
+        codes = codes.view(self.out_features, -1, self._unit).transpose(0, 1).contiguous()
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("zero_points", zero_points, persistent=False)
         sums = codes.sum(-1, dtype=torch.int32).t().contiguous()
@@ -83,15 +86,19 @@ class IntegerLinear(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that `unpack` took apart, as a checkpoint holds them."""
-        codes = self.codes.transpose(0, 1).reshape(self.out_features, self.in_features)
+        codes = self._codes()
         zero_points = None if self.scheme.symmetric else self.zero_points.to(torch.int8)
         return packed_weight(codes, zero_points, self.scheme.weight_bits)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
-        scale, zero_points = self.weight_scale.t()[..., None], self.zero_points.t()[..., None]
-        values = self.codes.float().sub_(zero_points).mul_(scale)
-        return values.transpose(0, 1).reshape(self.out_features, -1).to(dtype)
+        codes = self._codes().view(self.out_features, -1, self.group_size).float()
+        values = codes.sub_(self.zero_points[..., None]).mul_(self.weight_scale[..., None])
+        return values.view(self.out_features, -1).to(dtype)
+
+    def _codes(self) -> Tensor:
+        """(out, in), int8."""
+        return self.codes.transpose(0, 1).reshape(self.out_features, self.in_features)
 
     def forward(self, values: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `values`."""
@@ -109,18 +116,23 @@ class IntegerLinear(nn.Module):
         """(tokens, in) to float32 (tokens, out), without the bias."""
         grid = activation_grid(self.scheme)
         assert grid is not None
-        codes, scale, zero_point = quantize_tokens(values, grid)
+        size = grid.size(self.in_features)
+        codes, *scales = quantize_tokens(values.reshape(-1, size), grid)
+        scale, zero_point = (each.view(len(values), -1) for each in scales)
         output = values.new_zeros(len(values), self.out_features, dtype=torch.float32)
-        for group, columns in enumerate(codes.split(self.group_size, 1)):
+        for unit, columns in enumerate(codes.view(len(values), -1).split(self._unit, 1)):
+            own, group = unit * self._unit // size, unit * self._unit // self.group_size
             totals = affine_product(
                 columns.contiguous(),
-                zero_point,
-                self.codes[group],
-                self.code_sums[:, group],
+                zero_point[:, own, None],
+                self.codes[unit],
+                self.code_sums[:, unit],
                 self.zero_points[:, group],
-            )
-            output.addcmul_(totals.float(), self.weight_scale[:, group])
-        return output.mul_(scale)
+            ).float()
+            if scale.shape[1] > 1:
+                totals.mul_(scale[:, own, None])
+            output.addcmul_(totals, self.weight_scale[:, group])
+        return output if scale.shape[1] > 1 else output.mul_(scale)
 
     def extra_repr(self) -> str:
         """Sizes and scheme."""

@@ -18,10 +18,11 @@ def weight_grid(scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Gri
 
 
 def activation_grid(scheme: Scheme) -> IntegerGrid | None:
-    """That of what a linear reads, one scale a token."""
+    """That of what a linear reads, one scale a token, or a group of a token's channels."""
     if scheme.activation_bits == FLOAT_BITS:
         return None
-    return IntegerGrid(scheme.activation_bits, None, scheme.activation_symmetric)
+    size = scheme.activation_group_size
+    return IntegerGrid(scheme.activation_bits, size, scheme.activation_symmetric)
 
 
 def attention_grid(scheme: Scheme) -> IntegerGrid | None:
