@@ -20,7 +20,10 @@ SCHEMES = [
     *("W4A16", "W4A16g16", "W4A16-sym", "W4A16g16-sym", "W2A16g16", "W3A16", "W3A16-sym"),
     *("W5A16g16", "W6A16", "W7A16-sym", "W8A16", "W8A16-sym"),
 ]
-WITH_ACTIVATIONS = ["W8A8-sym-qkv16", "W4A8-sym-qkv16", "W4A4-sym-qkv16", "W4A8g16-sym-qkv16"]
+WITH_ACTIVATIONS = [
+    *("W8A8-sym-qkv16", "W4A8-sym-qkv16", "W4A4-sym-qkv16", "W4A8g16-sym-qkv16"),
+    *("W4A4-sym-ag8-qkv16", "W4A8g16-sym-ag16-qkv16"),
+]
 
 
 @pytest.fixture
@@ -233,7 +236,8 @@ def test_it_is_really_small(learn, make_model, tmp_path, tensors_of):
         ("W4A4", {}, "--scheme W4A4-sym-qkv16 --activation_symmetric"),
         ("W6A6", {}, "--scheme W8A8-sym-qkv16 --activation_symmetric"),
         ("W8A8-sym", {"activation_symmetric": True}, "--scheme W8A8-sym-qkv16"),
-        ("W4A4-ag16", {}, "--scheme W4A4-sym-qkv16 --activation_symmetric"),
+        ("W4A4-ag16", {}, "--scheme W4A4-sym-ag16-qkv16 --activation_symmetric"),
+        ("W8A8-ag16", {}, "--scheme W8A8-sym-qkv16 --activation_symmetric"),
         ("W16A8", {"lwc": False}, "not packed; --format dequantized or lrquant takes it"),
         ("W4A16", {"rotate_rank": 2}, "learn with --rotation_sharing site"),
         ("W4A16", {"rotation_sharing": "linear"}, "learn with --rotation_sharing site"),

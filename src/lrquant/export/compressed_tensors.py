@@ -1,7 +1,7 @@
 """compressed-tensors: packed integers that transformers and vLLM load.
 
 Weights of 2 to 8 bits, symmetric or not, by row or group; activations as they are, or symmetric,
-dynamic, one scale a token.  Codes are packed by the library itself.
+dynamic, one scale a token or a group of its channels.  Codes are packed by the library itself.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def _nearest(scheme: Scheme) -> Scheme:
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
     group_size = None if weights == 8 else scheme.group_size
-    return replace(
-        Scheme(weights, bits, group_size, True, True, 16), weight_grid=scheme.weight_grid
-    )
+    across = None if weights == bits == 8 else scheme.activation_group_size
+    kind = scheme.weight_grid
+    return Scheme(weights, bits, group_size, True, True, 16, kind, across)
 
 
 def _loading(scheme: Scheme, target: str) -> Loading:
@@ -178,7 +178,11 @@ def _group(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
     activations = None
     if scheme.activation_bits != FLOAT_BITS:
         activations = QuantizationArgs(
-            num_bits=scheme.activation_bits, symmetric=True, strategy="token", dynamic=True
+            num_bits=scheme.activation_bits,
+            symmetric=True,
+            strategy="group" if scheme.activation_group_size else "token",
+            group_size=scheme.activation_group_size,
+            dynamic=True,
         )
     weights = QuantizationArgs(
         num_bits=scheme.weight_bits,
