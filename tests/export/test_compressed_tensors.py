@@ -241,6 +241,7 @@ def test_it_is_really_small(learn, make_model, tmp_path, tensors_of):
         ("W16A8", {"lwc": False}, "not packed; --format dequantized or lrquant takes it"),
         ("W4A16", {"rotate_rank": 2}, "learn with --rotation_sharing site"),
         ("W4A16", {"rotation_sharing": "linear"}, "learn with --rotation_sharing site"),
+        ("W8A8-sym-qkv16", {"activation_symmetric": True, "lac": True}, "--lac leaves a clipping"),
         ("W4A16", {"format": "gguf"}, "use one of awq, compressed-tensors, dequantized, lrquant"),
     ],
 )

@@ -176,7 +176,8 @@ def require_as_measured(run, form, saved, stored):
         for factor in [key for key in decoded if key.endswith(INPUT_FACTOR_SUFFIX)]:
             weight = factor.removesuffix(INPUT_FACTOR_SUFFIX) + ".weight"
             decoded[weight] = decoded[weight] * decoded.pop(factor)
-        expected = learned_view(run.workbench, run.folder, index).freeze().dense()
+        frozen = learned_view(run.workbench, run.folder, index).freeze()
+        expected = frozen.dense() | frozen.input_clips
         assert decoded.keys() == expected.keys()
         for key, tensor in expected.items():
             close = 0 if exact else torch.finfo(dtype).eps

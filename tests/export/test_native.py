@@ -30,6 +30,8 @@ RUNS = [
     ("opt", "W4A4", {"let_shift": "always"}),
     ("opt-post-norm", "W4A6", {"let_sites": ("value_output",)}),
     ("opt-no-biases", "W4A4", {"let_shift": "always"}),
+    ("llama", "W4A4", {"lac": True}),
+    ("qwen2", "W4A4g16-ag16", {"lac": True, "lac_lr": 0.05}),
     ("llama", "W3A16g16", {}),
     ("llama", "W4A16", {"rotation_sharing": "linear"}),
     ("llama", "W16A8", {"lwc": False, "lr_plus": False}),
@@ -92,6 +94,7 @@ def test_whoever_may_read_the_folder_may_read_its_tensors(learn, tmp_path):
 def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme, symmetric):
     """On the same inputs: of a symmetric grid the largest value lies between two codes."""
     settings = {"rotation_sharing": "linear", "activation_symmetric": symmetric}
+    settings |= {"lac": not scheme.endswith("A16"), "lac_lr": 0.1}
     run = learn("llama-biases", scheme, **settings)
     model = loaded(tmp_path / "saved")
     frozen = learned_view(run.workbench, run.folder, 1).freeze()
@@ -101,8 +104,8 @@ def test_each_linear_agrees_to_the_rounding_of_its_sums(learn, tmp_path, scheme,
         assert isinstance(module, IntegerLinear)
         values = torch.randn(7, module.in_features, generator=generator)
         inputs = values * expected.input_factor
-        grid = activation_grid(run.config.quantization)
-        inputs = inputs if grid is None else fake_quantize_tokens(inputs, grid)
+        grid, clip = activation_grid(run.config.quantization), expected.input_clip
+        inputs = inputs if grid is None else fake_quantize_tokens(inputs, grid, clip=clip)
         weight = expected.dequantize(torch.float32)
         assert torch.equal(module.weight(torch.float32), weight)
         exact = linear(inputs.double(), weight.double(), expected.bias.double())

@@ -102,6 +102,39 @@ def test_groups_of_a_token_have_scales_of_their_own(symmetric, kind):
 
 
 @KINDS
+@SYMMETRY
+@BITS
+def test_clipped_ranges_match_autograd(bits, symmetric, kind, assert_near):
+    """By the clipped extremes, written out: values, and gradients to them and to the clipping."""
+    values, clip = normal(2, 5, 32) + 0.3, torch.tensor([0.6, 0.8])
+    grid = kind(bits, None, symmetric)
+
+    def plain(values, clip):
+        low = values.amin(-1, keepdim=True).clamp(max=0) * clip[0]
+        high = values.amax(-1, keepdim=True).clamp(min=0) * clip[1]
+        scales = grid.scales(low, high)
+        ratios = values / scales.scale
+        rounded = ratios + (ratios.round() - ratios).detach()
+        codes = (rounded + scales.zero_point).clamp(*grid.code_range)
+        return (codes - scales.zero_point) * scales.scale
+
+    results = []
+    for function in (
+        plain,
+        lambda values, clip: fake_quantize_tokens(values, grid, clip=clip),
+    ):
+        leaves = values.clone().requires_grad_(), clip.clone().requires_grad_()
+        output = function(*leaves)
+        weights = normal(*values.shape, seed=9)
+        results.append((output.detach(), *torch.autograd.grad((output * weights).sum(), leaves)))
+    for found, expected, what in zip(
+        *results, ("value", "gradient", "to the clipping"), strict=True
+    ):
+        assert_near(found, expected, what)
+    assert not torch.equal(results[1][0], fake_quantize_tokens(values, grid))
+
+
+@KINDS
 def test_inputs_are_not_changed(kind):
     values = normal(24, 64)
     before = values.clone()

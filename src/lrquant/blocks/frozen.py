@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrquant.architectures.matrix import Matrix
 from lrquant.blocks.assembly import assembled, assembled_biases
-from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX
+from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.grid import Grid
@@ -27,7 +27,8 @@ class QuantizedMatrix:
     (out,) float32 or None.  The weight is what the `grid` makes of them, ``scale * (codes -
     zero_point)`` of integers, times ``r1 r2`` where there is a `factor` (r1 (out, k), r2 (k, in)),
     which no integer format holds.  With an `input_factor` (in,) the input is multiplied by it
-    before the activation quantizer.  `scheme` says the rest, such as the bits of activations.
+    before the activation quantizer, of whose range an `input_clip` (2,) says how much of a token's
+    smallest and largest value it spans.  `scheme` says the rest, such as the bits of activations.
     """
 
     codes: Tensor
@@ -38,6 +39,7 @@ class QuantizedMatrix:
     scheme: Scheme
     factor: tuple[Tensor, Tensor] | None = None
     input_factor: Tensor | None = None
+    input_clip: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for, differentiable in the scale."""
@@ -74,7 +76,13 @@ class FrozenBlock:
         for name, matrix in self.matrices.items():
             if matrix.input_factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
-        return tensors
+        return tensors | self.input_clips
+
+    @property
+    def input_clips(self) -> dict[str, Tensor]:
+        """How inputs of modules are clipped, as `tensors` has it."""
+        pairs = ((self.layout[n].reads, each.input_clip) for n, each in self.matrices.items())
+        return {f"{name}{INPUT_CLIP_SUFFIX}": clip for name, clip in pairs if clip is not None}
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self.matrices:
@@ -82,8 +90,10 @@ class FrozenBlock:
         return self.unquantized[name][0].to(dtype)
 
     def dense(self) -> dict[str, Tensor]:
-        """Float32 tensors of a plain block, input factors multiplied into weights."""
+        """Float32 tensors of a plain block, input factors multiplied into weights, no clipping."""
         tensors = self.tensors(torch.float32)
+        for name in self.input_clips:
+            del tensors[name]
         for name, matrix in self.matrices.items():
             if matrix.input_factor is not None:
                 tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)

@@ -134,7 +134,8 @@ class BlockPlan:
             half = dtype in (torch.bfloat16, torch.float16)
             grid = weight_grid(self.schemes[name], dtype if half else torch.float32)
             require_groups(name, columns, self.schemes[name])
-            matrices[name] = MatrixShape(rows, columns, grid, matrix.reads, matrix.whole)
+            reads, across = matrix.reads, activation_grid(self.schemes[name])
+            matrices[name] = MatrixShape(rows, columns, grid, reads, matrix.whole, across)
         modules = {name.removesuffix(".bias") for name in stored if name.endswith(".bias")}
         own = {n for n, m in self.matrices.items() if m.bias is not None and m.bias in stored}
         device = next(iter(stored.values())).device

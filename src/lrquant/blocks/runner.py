@@ -17,7 +17,9 @@ from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
 
 SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
-INPUT_FACTOR_SUFFIX = ".input_factor"  # and these multiply the input of a linear
+INPUT_FACTOR_SUFFIX = ".input_factor"  # these multiply the input of a linear
+INPUT_CLIP_SUFFIX = ".input_clip"  # and these say how much of an input's range its grids span
+_SUFFIXES = (SHIFT_SUFFIX, INPUT_FACTOR_SUFFIX, INPUT_CLIP_SUFFIX)
 Observer = Callable[[str, Tensor], None]
 
 
@@ -72,7 +74,7 @@ class BlockRunner:
         self._attention_name = attention_name(attention, dtype)
         self.dtype, self.observer = dtype, observer
         self._handles: list[RemovableHandle] = []
-        self._last: tuple[Tensor, Grid | None, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor | None, Grid | None, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
 
@@ -108,8 +110,7 @@ class BlockRunner:
 
     def bind(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep what the hooks apply among `tensors`; the rest are the block's parameters."""
-        suffixes = SHIFT_SUFFIX, INPUT_FACTOR_SUFFIX
-        self._extras = {name: t for name, t in tensors.items() if name.endswith(suffixes)}
+        self._extras = {name: t for name, t in tensors.items() if name.endswith(_SUFFIXES)}
         return {name: t for name, t in tensors.items() if name not in self._extras}
 
     def on(self, block: nn.Module) -> BlockRunner:
@@ -131,18 +132,20 @@ class BlockRunner:
             flattened = values.dim() == 2 and len(values) == self._leading.numel()
             self.observer(name, values.unflatten(0, self._leading) if flattened else values)
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
+        clip = self._extras.get(name + INPUT_CLIP_SUFFIX)
         grid = self.inputs[name]
         if factor is not None:
-            return (self._quantized(values * factor, grid), *rest)
-        if self._last is None or self._last[0] is not values or self._last[1] != grid:
-            self._last = values, grid, self._quantized(values, grid)
-        return (self._last[2], *rest)
+            return (self._quantized(values * factor, grid, clip), *rest)
+        last = self._last
+        if last is None or last[0] is not values or last[1] is not clip or last[2] != grid:
+            self._last = last = values, clip, grid, self._quantized(values, grid, clip)
+        return (last[3], *rest)
 
-    def _quantized(self, values: Tensor, grid: Grid | None) -> Tensor:
+    def _quantized(self, values: Tensor, grid: Grid | None, clip: Tensor | None) -> Tensor:
         """What products take, in their dtype."""
         if grid is None:
             return values.to(self.dtype)
-        return fake_quantize_tokens(values, grid, self.dtype)
+        return fake_quantize_tokens(values, grid, self.dtype, clip)
 
     def _after_norm(self, name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + self._extras[name + SHIFT_SUFFIX]

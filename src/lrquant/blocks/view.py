@@ -12,7 +12,7 @@ from torch import Tensor
 from lrquant.blocks.assembly import assembled, assembled_biases
 from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
 from lrquant.blocks.plan import BlockPlan
-from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.block import MatrixShape, Start
 from lrquant.ingredients.base.folding import Factors
@@ -168,6 +168,9 @@ class BlockView:
             factor = self._input_factor(name)
             if factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = factor
+            clip = self._input_clip(name)
+            if clip is not None:
+                tensors[str(shape.reads) + INPUT_CLIP_SUFFIX] = clip
         tensors |= assembled(self.matrices, weights)
         return tensors | assembled_biases(self.matrices, biases)
 
@@ -198,7 +201,7 @@ class BlockView:
             codes, scale, zero_point = quantize_weight(
                 self.weight(name), recipe, shape.grid, self._extremes.get(name)
             )
-            factor = self._input_factor(name)
+            factor, clip = self._input_factor(name), self._input_clip(name)
             matrices[name] = QuantizedMatrix(
                 codes.to(shape.grid.stored_dtype),
                 scale,
@@ -208,6 +211,7 @@ class BlockView:
                 self.plan.schemes[name],
                 recipe.dense,
                 None if factor is None else factor.detach(),
+                None if clip is None else clip.detach(),
             )
         shared = {self.matrices[name].parameter for name in matrices}
         layout = {n: m for n, m in self.matrices.items() if m.parameter in shared}
@@ -278,6 +282,11 @@ class BlockView:
         shares = [each.input_factor(matrix, self.parameters) for each in self.ingredients]
         factors = [share for share in shares if share is not None]
         return reduce(torch.mul, factors) if factors else None
+
+    def _input_clip(self, matrix: str) -> Tensor | None:
+        asked = self.shapes, matrix, self.parameters
+        shares = (each.input_clip(*asked) for each in self.ingredients)
+        return next((clip for clip in shares if clip is not None), None)
 
     def _computed(self, matrix: str, shape: MatrixShape, factors: Factors) -> Tensor:
         """A weight (out, in) as products take it, with its factors and through its grid."""

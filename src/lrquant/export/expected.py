@@ -80,4 +80,5 @@ def _zeros(view: BlockView, matrix: str) -> QuantizedMatrix:
         scheme=view.plan.schemes[matrix],
         factor=dense if "dense factor" in held else None,
         input_factor=torch.ones(shape.columns) if "input factor" in held else None,
+        input_clip=torch.ones(2) if "input clip" in held and shape.input_grid is not None else None,
     )

@@ -1,7 +1,8 @@
 """lrquant: the native format, for all that is learned and that no other format holds.
 
-Asymmetric activations of any bits, quantised Q, K and V, shifts after norms, input factors of
-linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime` computes with them.
+Asymmetric activations of any bits, quantised Q, K and V, shifts after norms, input factors and
+clipped inputs of linears.  Weights are packed as compressed-tensors packs them; `lrquant.runtime`
+computes with them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.frozen import FrozenBlock
-from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.config.scheme import Scheme
 from lrquant.export.compressed_tensors import packed_matrix
 from lrquant.export.format import Format
@@ -36,6 +37,8 @@ def _tensors(frozen: FrozenBlock, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
         if matrix.input_factor is not None:
             tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
+        if matrix.input_clip is not None:
+            tensors[name + INPUT_CLIP_SUFFIX] = matrix.input_clip.clone()  # linears share it
     return tensors
 
 
@@ -48,7 +51,7 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
         own = {name.removeprefix(linear + "."): dense.pop(name) for name in packed}
         rows, columns = own["weight_shape"].tolist()
         scheme = config.part_of(f"{block}.{linear}").scheme
-        module = IntegerLinear(columns, rows, scheme, bias=False, input_factor=False)
+        module = IntegerLinear(columns, rows, scheme, bias=False)
         module.load_state_dict(own)
         module.unpack()
         dense[f"{linear}.weight"] = module.weight(torch.float32)
@@ -82,12 +85,14 @@ def _other_attentions(part: Part) -> list[JsonObject]:
 
 
 def _part_config(part: Part) -> JsonObject:
-    return {
+    values: JsonObject = {
         "scheme": part.scheme.to_dict(),
         "biases": _modules(part, ".bias"),
         "shifts": _modules(part, SHIFT_SUFFIX),
         "input_factors": _modules(part, INPUT_FACTOR_SUFFIX),
     }
+    clipped = _modules(part, INPUT_CLIP_SUFFIX)
+    return {**values, "input_clips": clipped} if clipped else values  # older readers lack it
 
 
 def _modules(part: Part, suffix: str) -> list[str]:
@@ -116,5 +121,5 @@ FORMAT = Format(
     decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
-    holds=frozenset({"shift", "input factor"}),
+    holds=frozenset({"shift", "input factor", "input clip"}),
 )

@@ -155,8 +155,7 @@ def _compare_outside(
 def _compare_block(
     name: str, decoded: dict[str, Tensor], frozen: FrozenBlock, dtype: torch.dtype, place: Path
 ) -> None:
-    expected = frozen.dense()
-    written = dict(decoded)
+    expected, written = frozen.dense() | frozen.input_clips, dict(decoded)
     for factor in [key for key in written if key.endswith(INPUT_FACTOR_SUFFIX)]:
         weight = factor.removesuffix(INPUT_FACTOR_SUFFIX) + ".weight"
         written[weight] = written[weight] * written.pop(factor)

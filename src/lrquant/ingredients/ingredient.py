@@ -42,7 +42,7 @@ class Ingredient(LearnedSettings):
     charts: ClassVar[dict[str, Chart]]  # of its parameters in the report, by kind
     after_folds: ClassVar[bool] = False  # its start needs to know what others fold
     adapts: ClassVar[bool] = True  # is learned again on a text to be scored, or stays as it is
-    held_as: ClassVar[tuple[str, ...]] = ()  # "shift", "input factor", "dense factor"
+    held_as: ClassVar[tuple[str, ...]] = ()  # "shift", "input factor", "input clip", …
 
     @property
     def rate(self) -> float:
@@ -81,6 +81,11 @@ class Ingredient(LearnedSettings):
 
     def input_factor(self, matrix: str, parameters: Parameters) -> Tensor | None:
         """What the input (in,) of a matrix is multiplied with, before it is quantised."""
+        return None
+
+    def input_clip(self, block: BlockShapes, matrix: str, parameters: Parameters) -> Tensor | None:
+        """How much of a token's smallest and largest value the grid of a matrix's input spans:
+        (2,), in (0, 1], the same tensor for all that read one module's input."""
         return None
 
     def constrain_(self, parameters: Parameters) -> None:

@@ -53,14 +53,16 @@ def centred(codes: Tensor, grid: IntegerGrid) -> Tensor:
     return (codes if grid.symmetric else codes - (1 << (grid.bits - 1))).to(torch.int8)
 
 
-def quantize_tokens(values: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_tokens(
+    values: Tensor, grid: IntegerGrid, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic per-token codes of (tokens, channels), on the grid of `fake_quantize_tokens`.
 
     Returns centred codes int8 (tokens, channels), scale float32 (tokens, 1) and centred zero point
     int32 (tokens, 1): ``value = scale * (code - zero_point)``.
     """
     codes = values.to(torch.float32, copy=True)
-    scales, _ = token_scales(codes, grid)
+    scales, _ = token_scales(codes, grid, clip)
     codes = centred(grid.encode_(codes, scales), grid)
     return codes, scales.scale, centred(scales.zero_point, grid).int()
 

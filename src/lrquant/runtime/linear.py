@@ -34,6 +34,7 @@ class IntegerLinear(nn.Module):
     weight_scale: Tensor
     bias: Tensor | None
     input_factor: Tensor | None
+    input_clip: Tensor | None
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class IntegerLinear(nn.Module):
         scheme: Scheme,
         *,
         bias: bool,
-        input_factor: bool,
+        input_factor: bool = False,
+        input_clip: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
@@ -59,6 +61,7 @@ class IntegerLinear(nn.Module):
             )
         self._register("bias", (out_features,) if bias else None)
         self._register("input_factor", (in_features,) if input_factor else None)
+        self._register("input_clip", (2,) if input_clip else None)
 
     def _register(
         self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = torch.float32
@@ -117,7 +120,7 @@ class IntegerLinear(nn.Module):
         grid = activation_grid(self.scheme)
         assert grid is not None
         size = grid.size(self.in_features)
-        codes, *scales = quantize_tokens(values.reshape(-1, size), grid)
+        codes, *scales = quantize_tokens(values.reshape(-1, size), grid, self.input_clip)
         scale, zero_point = (each.view(len(values), -1) for each in scales)
         output = values.new_zeros(len(values), self.out_features, dtype=torch.float32)
         for unit, columns in enumerate(codes.view(len(values), -1).split(self._unit, 1)):

@@ -35,9 +35,10 @@ class NativeConfig(QuantizationConfigMixin):
     """`quantization_config` of a native checkpoint's config.json.
 
     `scheme` are the fields of `Scheme`; `ignore` names the linears that stay as they are; `biases`,
-    `shifts` and `input_factors` name the modules of a block that have such a tensor.  `tower` has
-    the same for a quantised vision tower, and the path of its `blocks`; `others` lists schemes of
-    their own for `modules` by full name, `attentions` those of Q, K and V of such attentions.
+    `shifts`, `input_factors` and `input_clips` name the modules of a block that have such a tensor.
+    `tower` has the same for a quantised vision tower, and the path of its `blocks`; `others` lists
+    schemes of their own for `modules` by full name, `attentions` those of Q, K and V of such
+    attentions.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class NativeConfig(QuantizationConfigMixin):
         biases: list[str] | None = None,
         shifts: list[str] | None = None,
         input_factors: list[str] | None = None,
+        input_clips: list[str] | None = None,
         tower: JsonObject | None = None,
         others: list[JsonObject] | None = None,
         attentions: list[JsonObject] | None = None,
@@ -67,6 +69,8 @@ class NativeConfig(QuantizationConfigMixin):
         self.scheme, self.ignore = scheme, ignore or []
         self.biases, self.shifts = biases or [], shifts or []
         self.input_factors = input_factors or []
+        if input_clips:
+            self.input_clips = input_clips
         if tower is not None:
             self.tower = tower
         if others:
@@ -82,7 +86,8 @@ class NativeConfig(QuantizationConfigMixin):
             part = tower
         usual = Scheme(**part["scheme"])
         scheme = self._schemes("others").get(module, usual)
-        return _Part(scheme, usual, part["biases"], part["shifts"], part["input_factors"])
+        clips = part.get("input_clips", [])
+        return _Part(scheme, usual, part["biases"], part["shifts"], part["input_factors"], clips)
 
     @property
     def other_attentions(self) -> dict[str, Scheme]:
@@ -106,6 +111,7 @@ class _Part:
     biases: list[str]
     shifts: list[str]
     input_factors: list[str]
+    input_clips: list[str]
 
 
 @register_quantizer(NAME)
@@ -151,6 +157,7 @@ class NativeQuantizer(HfQuantizer):
                 part.scheme,
                 bias=_ends_with(name, part.biases),
                 input_factor=_ends_with(name, part.input_factors),
+                input_clip=_ends_with(name, part.input_clips),
             )
         model.set_submodule(name, replacement)
         parent = model.get_submodule(name.rpartition(".")[0])

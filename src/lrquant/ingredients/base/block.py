@@ -17,13 +17,15 @@ from lrquant.numerics.grids.grid import Grid
 @dataclass(frozen=True)
 class MatrixShape:
     """A matrix (rows, columns), its grid (None: floating point), and the module whose input it
-    reads (None: that is never seen); `whole` says that it is all of that module's weight."""
+    reads (None: that is never seen), which lies on the `input_grid` (None: floating point);
+    `whole` says that it is all of that module's weight."""
 
     rows: int
     columns: int
     grid: Grid | None
     reads: str | None
     whole: bool
+    input_grid: Grid | None = None
 
     @property
     def rank(self) -> int:
