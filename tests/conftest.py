@@ -3,6 +3,7 @@
 ``tiny_configs``    name -> configuration; every family in architectures/ needs at least one here
 ``variant``         each of those names in turn whose family is declared, here or by an installed
                     package ("outside-"): a test that asks for it runs once a name
+``first_variant``   the first of these of each model type
 ``make_model``      make_model(name, dtype, **changes) -> a random model, equal at every call
 ``make_bench``      make_bench(model, dtype, plan) -> a Workbench on the CPU that reads that model
 ``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
@@ -232,6 +233,13 @@ def _is_declared(name: str) -> bool:
 
 @pytest.fixture(params=sorted(filter(_is_declared, TINY)))
 def variant(request):
+    return request.param
+
+
+@pytest.fixture(
+    params=sorted({TINY[n].model_type: n for n in reversed(TINY) if _is_declared(n)}.values())
+)
+def first_variant(request):
     return request.param
 
 

@@ -18,9 +18,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("scheme", SETTINGS)
 def test_learned_written_and_read_back(
-    scheme, variant, make_model, token_ids, assert_alike, tmp_path
+    scheme, first_variant, make_model, token_ids, assert_alike, tmp_path
 ):
-    module, ids = make_model(variant), token_ids(2, 12)
+    module, ids = make_model(first_variant), token_ids(2, 12)
     own_attention = architecture_of(module.config).own_attention
     run = quantize(
         module,

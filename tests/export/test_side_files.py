@@ -132,7 +132,7 @@ def test_a_configuration_in_new_words_says_the_old_ones_too(
     read = AutoConfig.from_pretrained(place).to_dict()
     expected = model.skeleton.config.to_dict()
     own = {"dtype", "architectures", "_name_or_path", "transformers_version", "rope_theta"}
-    own |= {"rope_local_base_freq", "rope_scaling"}
+    own |= {"rope_local_base_freq", "rope_scaling", "partial_rotary_factor"}
     assert {k: v for k, v in read.items() if k not in own} == {
         k: v for k, v in expected.items() if k not in own
     }
@@ -144,10 +144,11 @@ def test_a_configuration_in_new_words_says_the_old_ones_too(
         assert values["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
     else:
         scaled = rope["rope_type"] != "default"
-        assert values["rope_theta"] == rope["rope_theta"]
+        for key in ("rope_theta", "partial_rotary_factor"):
+            assert values.get(key) == rope.pop(key, None)
         assert (values["rope_scaling"] is not None) == scaled
         if scaled:
-            assert values["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
+            assert values["rope_scaling"] == rope
 
 
 def test_a_tokenizer_without_a_folder_is_written_for_old_readers(
