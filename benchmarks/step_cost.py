@@ -108,7 +108,7 @@ def _learning_step(
     view = bench.view(0, bench.stored(0))
     view.initialize(observed)
     learning = Learning(1, 0.0, "mse+nlc", dynamic_weights=plus)
-    optimizers = make_optimizers(view, learning.weight_decay)
+    optimizers = make_optimizers(view, learning.weight_decay, steps=1)
     objective = Objective(torch.ones(2), learning.dynamic_weights, learning.ema_init)
     runner = bench.runner(0, view)
 
