@@ -200,7 +200,7 @@ def test_every_setting_is_a_flag_with_underscores_or_dashes(entry, monkeypatch):
     monkeypatch.setattr(cli, "with_usual_places", lambda settings, save: settings)
     given = {
         **{"bool": [], "bool | None": [], "let_shift": ["never"], "loss": ["nlc"]},
-        **{"precision": ["float32"], "offload": ["disk"]},
+        **{"precision": ["float32"], "offload": ["disk"], "compile": ["off"]},
     }
     kind = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
     value = given.get(entry.name, given.get(kind, ["3"]))

@@ -27,7 +27,13 @@ OTHER = {
     "bos": "always",  # a legal value that is not the default, by type or by name
     **{int: 3, float: 0.25, str: "text", bool: True, "let_shift": "never", "loss": "nlc"},
     **{"vision_scheme": "W8A8", "vqa": ("q.jsonl",), "scheme_for": ("0=W8A16", "1=W3A16")},
-    **{"precision": "float32", "offload": "disk", "let_sites": ("norm",), "ppl": ("ptb", "c4")},
+    **{
+        "precision": "float32",
+        "offload": "disk",
+        "compile": "off",
+        "let_sites": ("norm",),
+        "ppl": ("ptb", "c4"),
+    },
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},
     **{"report": False, "bos": "never"},
@@ -173,7 +179,7 @@ def test_text_of_a_command_line_is_converted():
         *({"epochs": -1}, {"nsamples": 0}, {"batch_size": 0}, {"seqlen": 1}),
         *({"limit": 0}, {"limit": -2}),
         *({"lwc_lr": -0.1}, {"let_lr": float("nan")}, {"wd": float("inf")}),
-        *({"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}),
+        *({"let_shift": "yes"}, {"precision": "fp8"}, {"offload": "cloud"}, {"compile": "maybe"}),
         {"let_sites": ("norm", "attention")},
         *({"rotate_rank": 0}, {"rotation_lr": -1.0}, {"rotation_sharing": "row"}),
         *({"ema_init": "last"}, {"lwc_init": float("inf")}, {"preset": "worst"}),

@@ -66,9 +66,10 @@ class BlockRunner:
         shifted: Sequence[str] = (),
         observer: Observer | None = None,
         own_attention: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
-        self.own_attention = own_attention
+        self.own_attention, self.compiled = own_attention, compiled
         self.config = None if own_attention else attention_config(block)
         self._attention_before = getattr(self.config, "_attn_implementation", None)
         self._attention_name = attention_name(attention, dtype)
@@ -145,7 +146,7 @@ class BlockRunner:
         """What products take, in their dtype."""
         if grid is None:
             return values.to(self.dtype)
-        return fake_quantize_tokens(values, grid, self.dtype, clip)
+        return fake_quantize_tokens(values, grid, self.dtype, clip, compiled=self.compiled)
 
     def _after_norm(self, name: str, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + self._extras[name + SHIFT_SUFFIX]

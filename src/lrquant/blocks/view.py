@@ -42,8 +42,9 @@ class BlockView:
         ingredients: Sequence[Ingredient],
         dtype: torch.dtype,
         scale_dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:
-        self.stored, self.plan, self.dtype = stored, plan, dtype
+        self.stored, self.plan, self.dtype, self.compiled = stored, plan, dtype, compiled
         self.ingredients = tuple(ingredients)
         self.matrices = plan.matrices
         self.shapes = plan.shapes(stored, scale_dtype)
@@ -294,8 +295,8 @@ class BlockView:
         if shape.grid is None:
             return _scaled(weight, matrix, factors, self.dtype)
         recipe = self._recipe(matrix, factors)
-        extremes = self._extremes.get(matrix)
-        return fake_quantize_weight(weight, recipe, shape.grid, self.dtype, extremes)
+        rest = recipe, shape.grid, self.dtype, self._extremes.get(matrix)
+        return fake_quantize_weight(weight, *rest, compiled=self.compiled)
 
     def _others(self, factors: Factors) -> dict[str, Tensor]:
         tensors = dict(self._plain)

@@ -29,7 +29,8 @@ WeightedObserver = Callable[[str, Tensor, Tensor | None], None]
 class Workbench:
     """A part of a model on a device: how its blocks are viewed, run and streamed.
 
-    `plan` says on which grids its matrices lie and what is learned of them.
+    `plan` says on which grids its matrices lie and what is learned of them, `compiled` whether
+    quantizers are.
     """
 
     model: Model
@@ -38,6 +39,7 @@ class Workbench:
     offload: str
     scratch: Path | None = None
     plan: Plan = FULL_PRECISION
+    compiled: bool = False
 
     @property
     def tower(self) -> Workbench | None:
@@ -63,7 +65,7 @@ class Workbench:
         """Block `index`, whose tensors are `stored`, under the plan."""
         plan = plan_block(self.model, index, self.plan.schemes)
         ingredients, scale_dtype = self.plan.ingredients, self.plan.scale_dtype
-        return BlockView(stored, plan, ingredients, self.dtype, scale_dtype)
+        return BlockView(stored, plan, ingredients, self.dtype, scale_dtype, self.compiled)
 
     def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
         """What runs block `index` with a view's tensors."""
@@ -75,6 +77,7 @@ class Workbench:
             view.shifted_norms,
             observer,
             self.model.architecture.own_attention,
+            self.compiled,
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

@@ -33,7 +33,7 @@ _GROUPS = {
     ),
     _MEASURED: ("ppl", "agreement", "tasks", "compare", "limit"),
     _LEARNED: ("lr_plus", "epochs"),
-    "machine": ("device", "precision", "offload", "batch_size"),
+    "machine": ("device", "precision", "compile", "offload", "batch_size"),
 }
 _FIRST = (  # what the short help has
     *("model", "scheme", "preset", "save_dir", "format", "target", "resume", "overwrite"),

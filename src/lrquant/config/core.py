@@ -178,6 +178,11 @@ class Settings:
     precision: str = setting(
         "auto", "matrix products: bfloat16 where fast (auto)", ("auto", "bfloat16", "float32")
     )
+    compile: str = setting(
+        "auto",
+        "compile the quantizers, which then take a third of their time: auto where that pays",
+        ("auto", "on", "off"),
+    )
     offload: str = setting(
         "auto", "where hidden states live between blocks", ("auto", "device", "host", "disk")
     )

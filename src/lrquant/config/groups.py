@@ -21,6 +21,7 @@ class Computing:
     device: str
     precision: str
     offload: str
+    compile: str = "off"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def describe_run(
         "data": data,
         "statistics": statistics,
         "precision": dtype_name(workbench.dtype),
+        **({"compiled": True} if workbench.compiled else {}),
         "calibration": calibration.description,
     }
 

@@ -7,18 +7,21 @@ in plain autograd, for every grid; integers have the same by hand, several times
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lrquant.numerics.chunks import equality_mask, row_chunks, spread_
+from lrquant.numerics.compiled import call_compiled
 from lrquant.numerics.grids.grid import Grid, Scales
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.recipe import Recipe, scaled_weight
 
+R = TypeVar("R")
 _GRADIENTS = ("rows", "columns", "upper", "lower", "offset", "gain")
 _TENSORS = (*_GRADIENTS, "shift")
 
@@ -94,16 +97,19 @@ def fake_quantize_weight(
     grid: Grid,
     dtype: torch.dtype = torch.float32,
     extremes: Extremes | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """A weight (out, in) on its grid and back, in `dtype`; differentiable in all of the recipe.
 
-    Equals `dequantize_weight(quantize_weight(...))`, times ``r1 r2``, bit for bit.
+    Equals `dequantize_weight(quantize_weight(...))`, times ``r1 r2``, bit for bit, also where it is
+    `compiled`, which integers can be.
     """
     if not isinstance(grid, IntegerGrid):
         return reference_weight(weight, recipe, grid, dtype)
     before = dtype if recipe.dense is None else torch.float32
     tensors = [getattr(recipe, name) for name in _TENSORS]
-    inner = _FakeQuantizedWeight.apply(weight, *tensors, _Job(grid, before, extremes))
+    inner = _FakeQuantizedWeight.apply(weight, *tensors, _Job(grid, before, extremes, compiled))
     return with_dense(inner, recipe.dense, dtype)
 
 
@@ -176,6 +182,7 @@ class _Job:
     grid: IntegerGrid
     dtype: torch.dtype
     extremes: Extremes | None
+    compiled: bool = False
 
     def extremes_of(self, rows: slice) -> Extremes | None:
         return None if self.extremes is None else self.extremes.of_rows(rows)
@@ -188,16 +195,14 @@ class _FakeQuantizedWeight(torch.autograd.Function):
     def forward(ctx, weight: Tensor, *rest):
         *tensors, job = rest
         recipe = Recipe(**dict(zip(_TENSORS, tensors, strict=True)))
-        output = torch.empty(weight.shape, dtype=job.dtype, device=weight.device)
-        for rows in row_chunks(weight):
-            quantized = quantize_weight(
-                weight[rows], recipe.of_rows(rows), job.grid, job.extremes_of(rows)
-            )
-            codes, scale, zero_point = quantized
-            scales = Scales(scale[..., None], zero_point[..., None])
-            output[rows] = job.grid.decode_(job.grid.grouped(codes), scales).view_as(codes)
         ctx.save_for_backward(weight, *tensors)
         ctx.job = job
+        if job.compiled:
+            return call_compiled(_round_trip, weight, recipe, job.grid, job.dtype, job.extremes)
+        output = torch.empty(weight.shape, dtype=job.dtype, device=weight.device)
+        for rows in row_chunks(weight):
+            own = recipe.of_rows(rows), job.grid, job.dtype, job.extremes_of(rows)
+            output[rows] = _round_trip(weight[rows], *own)
         return output
 
     @staticmethod
@@ -205,15 +210,37 @@ class _FakeQuantizedWeight(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         recipe = Recipe(**dict(zip(_TENSORS, tensors, strict=True)))
         needed = dict(zip(_TENSORS, ctx.needs_input_grad[1:-1], strict=True))
-        gradients = {
-            name: torch.zeros_like(tensor) if name == "columns" else torch.empty_like(tensor)
-            for name, tensor in zip(_TENSORS, tensors, strict=True)
-            if needed[name] and name in _GRADIENTS
-        }
-        for rows in row_chunks(weight):
-            own = recipe.of_rows(rows)
-            _row_gradients(weight[rows], own, ctx.job, rows, gradient[rows].float(), gradients)
+        wanted = tuple(name for name in _GRADIENTS if needed[name])
+        whole = call_compiled if ctx.job.compiled else _called
+        gradients = whole(_gradients, weight, recipe, ctx.job, gradient, wanted)
         return None, *(gradients.get(name) for name in _TENSORS), None
+
+
+def _called(function: Callable[..., R], *arguments: object) -> R:
+    return function(*arguments)
+
+
+def _round_trip(
+    weight: Tensor, recipe: Recipe, grid: IntegerGrid, dtype: torch.dtype, extremes: Extremes | None
+) -> Tensor:
+    """A weight (out, in) on its grid and back, without its gradient."""
+    codes, scale, zero_point = quantize_weight(weight, recipe, grid, extremes)
+    scales = Scales(scale[..., None], zero_point[..., None])
+    return grid.decode_(grid.grouped(codes), scales).view_as(codes).to(dtype)
+
+
+def _gradients(
+    weight: Tensor, recipe: Recipe, job: _Job, gradient: Tensor, wanted: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Those of the recipe's tensors that are wanted, from that to the weight on its grid."""
+    gradients = {}
+    for name in wanted:
+        empty = torch.zeros_like if name == "columns" else torch.empty_like
+        gradients[name] = empty(getattr(recipe, name))
+    for rows in [slice(0, len(weight))] if job.compiled else row_chunks(weight):
+        own = recipe.of_rows(rows)
+        _row_gradients(weight[rows], own, job, rows, gradient[rows].float(), gradients)
+    return gradients
 
 
 def _row_gradients(

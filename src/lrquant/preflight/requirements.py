@@ -7,6 +7,7 @@ there is to know.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from torch import Tensor
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.workbench import make_workbench
 from lrquant.config.config import optional_path
-from lrquant.config.groups import Adapting, Calibrating, Computing, Sources, StatisticsFiles
+from lrquant.config.groups import (
+    Adapting,
+    Calibrating,
+    Computing,
+    Learning,
+    Sources,
+    StatisticsFiles,
+)
 from lrquant.config.scheme import Scheme
 from lrquant.data.calibration import calibration_of, tuning_samples_of
 from lrquant.data.prompts import takes_pictures
@@ -28,6 +36,7 @@ from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.adaptation import check_adaptation
 from lrquant.learn.checks import check_grids, check_ingredients, check_samples
+from lrquant.learn.compiling import compiling
 from lrquant.learn.identity import dtype_name
 from lrquant.learn.model import require_pictures
 from lrquant.measures.choice import AnyModule, check_measures, module_measures
@@ -129,9 +138,17 @@ def _ingredients(run: Prospect, model: Model) -> Iterator[Said]:
 
 def _device(run: Prospect, model: Model) -> Iterator[Said]:
     computing, scratch = run.config.group(Computing), Path(run.config.output_dir)
-    bench = run.workbench = make_workbench(model, run.plan, computing, scratch)
+    bench = make_workbench(model, run.plan, computing, scratch)
     text = f"matrix products in {dtype_name(bench.dtype)} on {bench.device}"
     yield Said(text, logged=text)
+    learning, samples = run.config.group(Learning), run.config.nsamples
+    epochs = 0 if run.measure_only else learning.epochs
+    if epochs and run.plan.of_blocks.ingredients:
+        asked = computing.compile, bench.device, model, run.plan.of_blocks, learning, samples
+        compiled, why = compiling(*asked)
+        bench = replace(bench, compiled=compiled)
+        yield Said(why, logged=why if compiled else "")
+    run.workbench = bench
 
 
 def _statistics(run: Prospect) -> Iterator[Said]:

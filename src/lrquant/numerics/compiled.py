@@ -1,0 +1,47 @@
+"""Quantizers compiled by torch: the same functions, their passes over memory fused.
+
+What they give is the same bit for bit; sums of gradients differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+
+R = TypeVar("R")
+_VARIANTS = 256  # of a function, by shapes, grids and what is learned; torch's own limit is 8
+_COMPILERS = ("g++", "clang++", "c++")
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device here, or None."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "the package triton is not installed"
+    if any(shutil.which(name) for name in _COMPILERS):
+        return None
+    return f"no C++ compiler ({', '.join(_COMPILERS)}) is on the PATH"
+
+
+def call_compiled(function: Callable[..., R], *arguments: Any, by_size: bool = True) -> R:
+    """What a function of tensors gives, by its compiled form.
+
+    It is compiled anew for other kinds of arguments; for other sizes too if `by_size`, else once
+    more for all of them.
+    """
+    with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+        return _compiled(function, by_size)(*arguments)
+
+
+@cache
+def _compiled(function: Callable[..., R], by_size: bool) -> Callable[..., R]:
+    """Without these options a scale would not be rounded to the dtype that it is stored in, and on
+    CUDA a division not as IEEE has it: weights near a border would take another code."""
+    options: dict[str, Any] = {"emulate_precision_casts": True}
+    if torch.cuda.is_available():
+        options["eager_numerics.division_rounding"] = True
+    return torch.compile(function, dynamic=False if by_size else None, options=options)
