@@ -219,6 +219,14 @@ def own_logging():
     logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_examples():
+    """What models write for a report is two tokens here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrquant.blocks.examples.NEW_TOKENS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_configs():
     return TINY

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrquant.blocks.examples import write_examples
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
@@ -36,6 +37,7 @@ from lrquant.learn.tuning import outcome_of_tuning
 from lrquant.measures.choice import check_measures, measures_anything
 from lrquant.measures.evaluation.evaluation import Evaluation
 from lrquant.measures.evaluation.resolution import (
+    asked_later,
     asks_for_measures,
     default_measures,
     no_measures,
@@ -58,13 +60,14 @@ from lrquant.model.loading import from_module, load_model
 from lrquant.model.model import Model
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
+from lrquant.preflight.sizes import sizes_of
 from lrquant.report.writing import write_report
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.log import kept_log
 from lrquant.runs.progress import Progress
-from lrquant.runs.results import conditions
+from lrquant.runs.results import ASKED, conditions
 from lrquant.runs.tensorboard import with_tensorboard
 
 logger = logging.getLogger("lrquant")
@@ -193,8 +196,9 @@ def _run(
         about = environment(config.model, plan, learning, config.seed, workbench)
         about |= source_of(workbench.model) | outcome_of_tuning(folder)
         if not measure_only:
-            about |= {"learned_with": conditions(about)}
+            about |= {"learned_with": conditions(about)} | _told_of(workbench, config, folder)
             results_folder.add_results(about)
+        about |= _asked(config, folder)
         evaluation, reading = prospect.evaluation, prospect.reading
         assert evaluation is not None and reading is not None
         evaluation.folder = results_folder
@@ -211,6 +215,20 @@ def _run(
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
     return Run(folder, config, workbench, results)
+
+
+def _told_of(workbench: Workbench, config: Config, folder: RunFolder) -> JsonObject:
+    """What a report tells beside measures, taken while the model is there."""
+    if not config.report:
+        return {}
+    sizes: JsonObject = {"sizes": sizes_of(workbench)}
+    return sizes | (write_examples(workbench, folder) if config.examples else {})
+
+
+def _asked(config: Config, folder: RunFolder) -> JsonObject:
+    """What this command asks to measure, where the run's own settings do not."""
+    asked = asked_later(config, folder.config)
+    return {ASKED: [asked]} if asked else {}
 
 
 def _require_all(prospect: Prospect) -> None:

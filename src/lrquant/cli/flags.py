@@ -24,7 +24,7 @@ _GROUPS = {
     ),
     "where results go": (
         *("save_dir", "format", "target", "save_dtype", "output_dir", "resume", "overwrite"),
-        *("report", "log_dir"),
+        *("report", "examples", "log_dir"),
     ),
     "calibration": (
         *("calib_dataset", "data_dir", "nsamples", "seqlen", "seed", "text_column", "bos"),

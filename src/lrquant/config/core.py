@@ -147,6 +147,11 @@ class Settings:
     report: bool = setting(
         True, "measure each learned block over a few samples, and write report.html, .md and .json"
     )
+    examples: bool = setting(
+        True,
+        "show in the report what the model writes before and after: two short texts, where the "
+        "whole model fits and is small enough for a minute",
+    )
     log_dir: str | None = setting(
         None, "write losses and measures for TensorBoard here (lrquant[tensorboard])"
     )

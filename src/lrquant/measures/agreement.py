@@ -85,8 +85,7 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
         if scores.divergences is None:
             return None
         values = dataclasses.asdict(scores.divergences)
-        unsaid = {"kl_mean_stderr"} | ({"positions"} if not values["positions"] else set())
-        return {name: value for name, value in values.items() if name not in unsaid}
+        return {name: value for name, value in values.items() if value is not None and value != []}
 
     def entries(
         self, scored: Scored[Samples, AgreementScores], settings: AgreementSettings
@@ -121,6 +120,8 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
                 if key in variants:
                     scores = record(variants[key])
                     cells = [_cell(metric, figure(scores.get(metric))) for metric in self.metrics]
+                    error = figure(scores.get("kl_mean_stderr"))
+                    cells[0] += f" ± {divergence(error)}" if cells[0] and error is not None else ""
                     rows.append([f"{name}{about}, {labels[key]}{other}", *cells])
         return [metric.words for metric in self.metrics.values()], rows
 
@@ -148,6 +149,8 @@ class Agreement(TextMeasure[AgreementSettings, AgreementScores]):
             if scores.get("kl_mean") is not None:
                 same = f"same top token {share(figure(scores['same_top']))}"
                 mean = divergence(figure(scores["kl_mean"]))
+                error = figure(scores.get("kl_mean_stderr"))
+                mean += f" ± {divergence(error)}" if error is not None else ""
                 tiles.append(Tile(f"mean KL, {text}{about}", mean, same))
         return tiles
 

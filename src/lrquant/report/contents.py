@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.identity import describe_method, method_name
 from lrquant.measures.choice import measures
 from lrquant.measures.tables import kinds_in_order
-from lrquant.report.repeat import repeating_command
+from lrquant.report.decision import first_sentences, warnings
+from lrquant.report.fitting import fitting
+from lrquant.report.repeat import measuring_commands, repeating_command, settings_said
+from lrquant.report.values import spans_of
 from lrquant.runs.folder import BlockRecord, RunFolder
-from lrquant.runs.results import VERDICT, seen_from
+from lrquant.runs.results import VERDICT, objects, record, seen_from
 from lrquant.version import __version__
 
 FORMAT = 1
@@ -29,7 +32,8 @@ _WORST = 10
 
 
 def run_contents(folder: RunFolder) -> JsonObject:
-    """What report.json holds: run, results, blocks, worst_linears, worst_blocks, missing.
+    """What report.json holds: run, results, blocks, the worst of them, what fits, what is missing,
+    and the first lines and warnings of the page.
 
     Figures of a block are those of `BlockDiagnostics`, None where they were not taken; its
     parameters are quantiles (`QUANTILES`) over all values, nothing left out.
@@ -50,7 +54,11 @@ def run_contents(folder: RunFolder) -> JsonObject:
         "worst_linears": _worst_linears(blocks),
         "worst_blocks": _worst_blocks(blocks),
     }
+    plan, config = Plan.of(folder.config.quantizing), folder.config
+    contents["fits"] = fitting(plan, config.format, config.target, contents["run"]["sizes"])
     contents["missing"] = _missing(contents)
+    contents["first"] = first_sentences(contents)
+    contents["warnings"] = warnings(contents)
     return _without_non_finite(contents, lambda _: None)
 
 
@@ -85,7 +93,12 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> 
         "seconds": sum(record.seconds for record in records),
         "peak_memory_bytes": max((record.peak_memory_bytes for record in records), default=0),
         "parameter_bytes": sum(folder.block_path(r.block).stat().st_size for r in records),
+        "sizes": record(results.get("sizes")),
+        "examples": objects(results.get("examples")),
+        "calibrated_on": config.calib_dataset.split(","),
+        "settings": settings_said(config),
         "command": repeating_command(config),
+        "later_commands": measuring_commands(config, results),
         "repeatable": identity["data"]["set"] != "given/given",
     }
 
@@ -163,23 +176,11 @@ def _missing(contents: JsonObject) -> list[str]:
     bare = [block["block"] for block in blocks if block["figures"] is None]
     if bare:
         missing.append(
-            f"errors, activations and histograms of {_spans(bare)}: learned without the report's "
+            f"errors, activations and histograms of {spans_of(bare)}: learned without the report's "
             "measurements (--no-report, or an earlier version); learn again to have them"
         )
     missing += [text for measure in measures() for text in measure.missing(results)]
     return missing
-
-
-def _spans(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] -> "blocks 0-2, 5"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
-    return ("blocks " if len(words) > 1 or "-" in words[0] else "block ") + ", ".join(words)
 
 
 def _without_non_finite(value: Any, instead: Callable[[float], str | None]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lrquant.measures.rows import Table, table
+from lrquant.report.fitting import fitting_table
 from lrquant.report.result_sections import adaptation_table, result_tables
 from lrquant.report.sections import (
     block_table,
@@ -19,19 +20,45 @@ def run_markdown(contents: Contents) -> str:
     """The whole report, without pictures."""
     run = contents["run"]
     paragraphs = [f"# {_text(run['name'])}, {run['scheme']}, {run['method_name']}"]
+    paragraphs += ["\n".join(f"- {_text(line)}" for line in contents["first"])] * bool(
+        contents["first"]
+    )
+    if contents["warnings"]:
+        lines = [f"- {_text(line)}" for line in contents["warnings"]]
+        paragraphs.append("\n".join(["## To be looked at", "", *lines]))
+    paragraphs += _examples(contents)
+    paragraphs.append("## The run")
     paragraphs.append("\n".join(f"- {label}: {_text(value)}" for label, value in facts(run)))
     note = "" if run["repeatable"] else " (with the token ids that were given from Python)"
-    paragraphs.append(f"Repeat it{note}:\n\n```\n{run['command']}\n```")
+    commands = "\n\n".join([run["command"], *run["later_commands"]])
+    paragraphs.append(f"Repeat it{note}:\n\n```\n{commands}\n```")
     if contents["missing"]:
         lines = [f"- {_text(line)}" for line in contents["missing"]]
         paragraphs.append("\n".join(["## Not in this report", "", *lines]))
-    shown = [*result_tables([contents], [""]), adaptation_table(contents)]
+    shown = [
+        fitting_table(contents["fits"]),
+        *result_tables([contents], [""]),
+        adaptation_table(contents),
+    ]
     shown += [worst_table(contents["worst_linears"])]
     shown += [block_table(contents["blocks"]), linear_table(contents["blocks"])]
     shown += tower_tables(contents["tower_blocks"])
     paragraphs += [_section(each) for each in shown if each.rows]
     paragraphs += filter(None, [worst_sentence(contents["worst_blocks"], contents["blocks"])])
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _examples(contents: Contents) -> list[str]:
+    """What the model writes before and after."""
+    if not contents["run"]["examples"]:
+        return []
+    method = contents["run"]["method_name"]
+    lines = [
+        f"- {_text(each['prompt'])} …\n  - full precision: {_text(each['full_precision'])}\n"
+        f"  - {method}: {_text(each['quantized'])}"
+        for each in contents["run"]["examples"]
+    ]
+    return ["\n".join(["## What it writes", "", *lines])]
 
 
 def _section(shown: Table) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from rich.filesize import decimal
@@ -10,6 +10,8 @@ from rich.filesize import decimal
 from lrquant.measures.numbers import duration
 from lrquant.measures.rows import Table
 from lrquant.report import charts, comparison_charts, tensor_charts
+from lrquant.report.decision import recovered_tile
+from lrquant.report.fitting import fitting_table, size_in_words
 from lrquant.report.result_sections import adaptation_table, result_tables, result_tiles
 from lrquant.report.sections import (
     block_table,
@@ -28,6 +30,17 @@ def run_page(contents: Contents, folder: RunFolder) -> str:
     run, blocks = contents["run"], contents["blocks"]
     errors = [worst_table(contents["worst_linears"]), block_table(blocks), linear_table(blocks)]
     errors += tower_tables(contents["tower_blocks"])
+    fits = fitting_table(contents["fits"])
+    shown: dict[str, Sequence[object]] = {
+        "results": [*result_tables([contents], [""]), *_filled(adaptation_table(contents))],
+        "examples": [{**e, "same": e["quantized"] == e["full_precision"]} for e in run["examples"]],
+        "errors": [table for table in errors if table.rows],
+        "error_pictures": charts.error_pictures(blocks),
+        "learning_pictures": charts.learning_pictures(blocks, run["blocks"]),
+        "parameter_pictures": charts.parameter_pictures(blocks),
+        "activation_pictures": tensor_charts.activation_pictures(blocks, folder),
+        "weight_pictures": tensor_charts.weight_pictures(blocks, folder),
+    }
     return _template("run.html").render(
         title=f"{run['name']} · {run['scheme']} · {run['method_name']}",
         run=run,
@@ -35,17 +48,36 @@ def run_page(contents: Contents, folder: RunFolder) -> str:
         tiles=_tiles(contents),
         facts=facts(run),
         missing=contents["missing"],
-        results=[*result_tables([contents], [""]), *_filled(adaptation_table(contents))],
+        first=contents["first"],
+        warnings=contents["warnings"],
+        headings=_headings(shown, bool(fits.rows)),
+        fits=fits,
         worst=worst_sentence(contents["worst_blocks"], blocks),
-        errors=[table for table in errors if table.rows],
-        error_pictures=charts.error_pictures(blocks),
-        learning_pictures=charts.learning_pictures(blocks, run["blocks"]),
         activations_quantised=run["activations_quantised"],
         scaled=any("scale" in block["parameters"] for block in blocks),
-        activation_pictures=tensor_charts.activation_pictures(blocks, folder),
-        parameter_pictures=charts.parameter_pictures(blocks),
-        weight_pictures=tensor_charts.weight_pictures(blocks, folder),
+        **shown,
     )
+
+
+_HEADINGS = {
+    "results": ("Results", ("results",)),
+    "examples": ("What it writes", ("examples",)),
+    "fits": ("Where it runs", ("fits",)),
+    "errors": ("Where the error is made", ("errors", "error_pictures")),
+    "learned": ("What was learned", ("learning_pictures", "parameter_pictures")),
+    "activations": ("Activations", ("activation_pictures",)),
+    "weights": ("Weights and codes", ("weight_pictures",)),
+    "run": ("The run", ("run",)),
+    "repeat": ("Repeat it", ("run",)),
+}
+
+
+def _headings(shown: Mapping[str, Sequence[object]], fits: bool) -> list[tuple[str, str]]:
+    """(anchor, words) of the sections that a page has."""
+    there = (
+        {name for name, parts in shown.items() if parts} | {"run"} | ({"fits"} if fits else set())
+    )
+    return [(anchor, words) for anchor, (words, of) in _HEADINGS.items() if there & set(of)]
 
 
 def comparison_page(runs: Sequence[Contents], names: Sequence[str]) -> str:
@@ -92,7 +124,10 @@ def _filled(table: Table) -> list[Table]:
 def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
     """(label, value, note) of the numbers that people look for first."""
     run = contents["run"]
-    tiles = [(tile.label, tile.value, tile.note) for tile in result_tiles(contents)]
+    size = size_in_words(contents["fits"], run["sizes"])
+    tiles = [] if size is None else [("size", *size)]
+    tiles += filter(None, [recovered_tile(contents["results"])])
+    tiles += [(tile.label, tile.value, tile.note) for tile in result_tiles(contents)]
     each = run["seconds"] / max(run["learned_blocks"], 1)
     tiles.append(("learning time", duration(run["seconds"]), f"{duration(each)} a block"))
     tiles.append(("peak memory", decimal(run["peak_memory_bytes"]), run["device"] or ""))

@@ -1,4 +1,4 @@
-"""The command that repeats a run, from its settings."""
+"""The commands that repeat a run and what was measured of it later, from their settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lrquant.config.config import Config, ingredient_kinds, names_method
 from lrquant.errors import LRQuantError
+from lrquant.runs.results import ASKED, Results, objects
 
 _NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out
 _ALWAYS = ("model", "scheme")
@@ -49,6 +50,32 @@ def repeating_command(config: Config) -> str:
     if not names_method({name: getattr(plain, name) for name in names}):
         words += ["--recipe", "default"]
     return shlex.join(words)
+
+
+def measuring_commands(config: Config, results: Results) -> list[str]:
+    """`lrquant evaluate …` as it was asked of the run later, of the run that repeats it."""
+    place = config.output_dir.rstrip("/") + "-again"
+    commands = []
+    for asked in objects(results.get(ASKED)):
+        words = ["lrquant", "evaluate", place]
+        for name, value in asked.items():
+            words += _flag(name, tuple(map(str, value)) if isinstance(value, list) else value)
+        commands.append(shlex.join(words))
+    return commands
+
+
+def settings_said(config: Config) -> dict[str, str]:
+    """Every setting of a run that is not the default, places and how to go on apart, as text."""
+    apart = {*_NOT_OF_THE_RUN, "output_dir", "save_dir", "wbits", "abits"}
+    return {
+        entry.name: _as_text(getattr(config, entry.name))
+        for entry in dataclasses.fields(Config)
+        if entry.name not in apart and getattr(config, entry.name) != entry.default
+    }
+
+
+def _as_text(value: object) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _say_all(names: Sequence[str], config: Config) -> bool:

@@ -104,6 +104,18 @@ def figures_by_block(blocks: Sequence[Block]) -> dict[int, Figures]:
     return {block["block"]: block["figures"] for block in blocks if block["figures"]}
 
 
+def spans_of(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "blocks 0-2, 5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
+    return ("blocks " if len(words) > 1 or "-" in words[0] else "block ") + ", ".join(words)
+
+
 def linears_of(figures: Iterable[Figures]) -> list[str]:
     """The linears of these blocks, each once, in their order: a block may lack some of them."""
     return list(dict.fromkeys(linear for each in figures for linear in each["linears"]))

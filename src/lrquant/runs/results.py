@@ -22,12 +22,18 @@ _PACKAGES = ("lrquant", "torch", "transformers")
 _OF_WHAT = ("text", "sha256", "data", "items", "num_fewshot", "tasks")
 _ONCE_SAID = ("base_model", "adapted", "reference_precision")  # of what one of the columns is
 VERDICT = "max_drop"  # of the last command that asked for one
-_OF_THE_RUN = ("learned_with", VERDICT)  # said once, and kept
+ASKED = "asked"  # what later commands asked to measure, settings by name, each once
+_OF_THE_RUN = ("learned_with", VERDICT, "sizes", "examples")  # said once, and kept
 
 
 def record(value: Json) -> Entry:
     """A JSON object; nothing where the value is none."""
     return value if isinstance(value, Mapping) else {}
+
+
+def objects(value: Json) -> list[Entry]:
+    """A list of JSON objects; empty where the value is none."""
+    return [record(each) for each in value] if isinstance(value, list) else []
 
 
 def figure(value: Json) -> float | str | None:
@@ -62,6 +68,9 @@ def merge_results(old: Results, new: Results) -> dict[str, Json]:
     """`new`, and all that was measured before: beside it, or apart where it is something else."""
     before, now = conditions(old), conditions(new)
     merged = {name: old[name] for name in _OF_THE_RUN if name in old} | _about(new)
+    asked = [each for results in (old, new) for each in objects(results.get(ASKED))]
+    if asked:
+        merged[ASKED] = [each for i, each in enumerate(asked) if each not in asked[:i]]
     others: dict[str, Json] = {}
     for kind in dict.fromkeys([*kinds(new), *kinds(old)]):
         kept: dict[str, list[Entry]] = {}

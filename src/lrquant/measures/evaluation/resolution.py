@@ -16,7 +16,7 @@ from lrquant.config.config import (
 )
 from lrquant.config.settings import read_yaml, require_one_scheme
 from lrquant.files.manifest import SETTINGS
-from lrquant.measures.choice import measures
+from lrquant.measures.choice import measures, measures_anything
 from lrquant.numerics.grids.schemes import weight_grid
 from lrquant.numerics.losses import terms_of
 from lrquant.runs.folder import RunFolder
@@ -25,6 +25,7 @@ RESUME_WHERE_THERE_IS_ONE = "auto"
 _HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "seqlen")
 _WHERE = ("output_dir", "save_dir", "format", "target", "save_dtype", "report", "log_dir")
 _WITH = ("overwrite", "text_column", "bos", "device", "precision", "offload", "data_dir")
+_READ = ("text_column", "bos", "data_dir", "cache_dir", "device", "precision")
 _SETTINGS = (*_HOW, *_WHERE, *_WITH, "cache_dir", "model")
 
 
@@ -103,3 +104,20 @@ def no_measures() -> SettingDict:
     asking = {name for m in measures() for name in (*m.asked_by, *m.of_one_command)}
     names = {*asking, "compare", "limit", "tta"}
     return {e.name: e.default for e in dataclasses.fields(Config) if e.name in names}
+
+
+def asked_later(config: Config, own: Config) -> SettingDict:
+    """What a command asked to be measured of a run, where its `own` settings do not ask for it."""
+    asked, first = _asked_of(config, own), _asked_of(own, own)
+    return {} if asked == first or not measures_anything(config.measuring) else asked
+
+
+def _asked_of(config: Config, own: Config) -> SettingDict:
+    """Settings that ask for measures, and others that are not the run's own, as JSON has them."""
+    plain = {entry.name: entry.default for entry in dataclasses.fields(Config)}
+    usual = {name: plain[name] for name in (*measure_settings(), "compare", "limit", "tta")}
+    rest = (*_HOW[3:], *settings_afterwards(), *_READ)
+    usual |= {name: getattr(own, name) for name in rest}
+    values = {name: getattr(config, name) for name in usual}
+    changed = {name: value for name, value in values.items() if value != usual[name]}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in changed.items()}
