@@ -33,6 +33,7 @@ const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const node = walker.currentNode;
   if (!node.data.trim() || node.parentElement.closest("svg, style, script")) continue;
+  if (!node.parentElement.checkVisibility()) continue; // in a closed table
   const range = document.createRange();
   range.selectNodeContents(node);
   for (const rect of range.getClientRects()) {

@@ -13,6 +13,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from lrquant.report.contents import run_contents
+from lrquant.report.page import run_page
+from lrquant.report.pictures import DEPTHS
 from lrquant.report.writing import write_comparison, write_report
 from lrquant.runs.folder import RunFolder
 
@@ -99,7 +102,45 @@ def test_the_page_of_an_older_run(older_run, look, tmp_path, width):
 def test_the_page_of_a_comparison(comparison, look, width):
     problems, pictures, log = look(comparison, width)
     assert problems == [] and log == []
-    assert pictures[0] == "Perplexity on wikitext2" and len(pictures) == 4
+    assert pictures[0] == "Perplexity on wikitext2" and len(pictures) == 6
+    assert [title.split(",")[0] for title in pictures[1:3]] == [
+        *("Quality against size", "Quality against time")
+    ]
+
+
+def test_figures_are_read_on_a_phone(full_run, look, browser):
+    look(full_run.folder.path / "report.html", 390)
+    script = """return [...document.querySelectorAll("figure svg text")].map((label) => {
+        const { a, b } = label.getScreenCTM();
+        return parseFloat(getComputedStyle(label).fontSize) * Math.hypot(a, b); })"""
+    assert min(browser.execute_script(script)) > 8.5
+
+
+def test_curves_of_all_blocks_are_seen_on_white_and_on_black():
+    for colour in (DEPTHS(share / 20)[:3] for share in range(21)):
+        linear = [
+            each / 12.92 if each < 0.04 else ((each + 0.055) / 1.055) ** 2.4 for each in colour
+        ]
+        light = sum(
+            weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+        )
+        assert 1.05 / (light + 0.05) > 2.5 and (light + 0.05) / 0.059 > 3
+
+
+def test_a_long_table_is_closed_until_it_is_opened(copied, look, browser):
+    records = run_contents(RunFolder.open(copied))
+    records["blocks"] = [
+        {**records["blocks"][0], "block": i, **({"figures": None} if i else {})} for i in range(20)
+    ]
+    page = copied / "long.html"
+    page.write_text(run_page(records, RunFolder.open(copied)))
+    assert look(page, 390)[0] == []
+    names = "return [...document.querySelectorAll('details summary')].map(s => s.innerText)"
+    assert browser.execute_script(names)[0].startswith("Blocks (20 rows)")
+    links = (
+        "return [...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))"
+    )
+    assert browser.execute_script(links)
 
 
 def test_in_the_dark(full_run, look, browser):

@@ -84,9 +84,17 @@ def add_readers(subparsers: Subparsers) -> None:
     report.set_defaults(command=commands._report)
 
     compare = command_parser(
-        subparsers, "compare", "show several runs side by side in a page", "RUN [RUN …]"
+        subparsers,
+        "compare",
+        "show runs, checkpoints and models side by side in a page",
+        "TARGET [TARGET …]",
     )
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        metavar="TARGET",
+        help="run, checkpoint, folder of results, or a model as for --model",
+    )
     compare.add_argument(
         "--output",
         type=Path,

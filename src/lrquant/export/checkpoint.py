@@ -99,6 +99,7 @@ def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format
         "tower": schemes.tower.describe() if schemes.tower else "",
         "auto_class": model.architecture.auto_class.__name__,
         "base_model": origin.net_name,
+        "base_weights": folder.identity["model"]["weights"],
         "method": describe_method(workbench.plan, origin.learning),
         "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
         "precision": folder.identity["precision"],

@@ -15,6 +15,8 @@ from lrquant.config.config import ingredient_kinds
 from lrquant.ingredients.ingredient import Chart, Ingredient
 from lrquant.report.pictures import (
     CARRIED,
+    DEPTHS,
+    ERRORS,
     FAINT,
     INK,
     LEARNED,
@@ -25,7 +27,6 @@ from lrquant.report.pictures import (
 )
 from lrquant.report.values import Block, Figures, LinearFigures, figures_by_block, linears_of
 
-DEPTHS = "viridis"
 _NUMBERED = 12  # blocks whose ratios are written into the cells of a map
 _NO_ERROR = 1e-10  # of a signal's energy: what rounding in float32 leaves
 _PANEL = 1.15  # inches of a small panel
@@ -74,9 +75,8 @@ def _errors(by_number: dict[int, Figures]) -> Picture:
             axis.plot(
                 list(by_number), positive(values), dash, color=colour, label=label, marker="."
             )
-        logarithmic(axis)
-        axis.set_ylabel("error energy / output's")
-        canvas.figure.legend(loc="outside upper left", ncols=2)
+        logarithmic(axis, "error energy / output's")
+        canvas.figure.legend(loc="outside upper left", ncols=2, columnspacing=1)
         return canvas.picture(
             "errors",
             "Error made in each block, and carried in",
@@ -97,8 +97,7 @@ def _cosines(figures: dict[int, Figures]) -> Picture:
         ):
             distance = [1 - value for value in series(values)]
             axis.plot(list(figures), positive(distance), color=colour, label=label, marker=".")
-        logarithmic(axis)
-        axis.set_ylabel("1 − cosine")
+        logarithmic(axis, "1 − cosine")
         canvas.figure.legend(loc="outside upper left", ncols=2)
         return canvas.picture(
             "cosines",
@@ -122,13 +121,13 @@ def _map(
     by_linear = [each["linears"] for each in figures.values()]
     linears = linears_of(figures.values())
     ratios = [series([_learned(each.get(linear), key) for each in by_linear]) for linear in linears]
-    with drawing(1, height=0.9 + 0.22 * len(linears)) as canvas:
+    with drawing(1, height=0.9 + 0.2 * len(linears)) as canvas:
         (axis,) = canvas.axes
         by_block(axis)
         colours = numpy.ma.masked_invalid(numpy.array(ratios))
         shown = axis.pcolormesh(
             numpy.arange(len(figures) + 1) - 0.5, numpy.arange(len(linears) + 1) - 0.5, colours,
-            cmap="magma", rasterized=True,
+            cmap=ERRORS, rasterized=True,
         )  # fmt: skip
         axis.set_yticks(range(len(linears)), [short(linear) for linear in linears])
         axis.invert_yaxis()
@@ -136,13 +135,13 @@ def _map(
         numbers, few = list(figures), _few(len(figures))
         axis.set_xticks(few, [str(numbers[index]) for index in few])
         bar = canvas.figure.colorbar(shown, ax=axis, pad=0.02)
-        bar.set_label("dB")
+        bar.set_label("dB (red: much error)")
         bar.outline.set_visible(False)
         return canvas.picture(
             key.replace("_", ""),
             title,
-            f"Signal-to-noise ratio in dB {words}; dark is bad. Empty where there is no "
-            "error, or no such linear in the block.",
+            f"Signal-to-noise ratio in dB {words}; the lower, the more error. Empty where "
+            "there is no error, or no such linear in the block.",
         )
 
 
@@ -233,14 +232,15 @@ def _bands(
             axis.fill_between(numbers, quarter, upper, color=LEARNED, alpha=0.35, linewidth=0)
             axis.plot(numbers, middle, color=LEARNED, marker=".", markersize=3)
             if scale == "log":
-                logarithmic(axis)
+                logarithmic(axis, "")
             axis.set_title(short(owner))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
         for axis in canvas.axes[len(owners) :]:
             axis.set_visible(False)
         canvas.figure.supxlabel("block", fontsize=8)
+        words += ", on a log scale" if scale == "log" else ""
         caption = (
-            f"{words}: median, middle half (dark band) and 1st to 99th percentile (light band) of "
-            "all values, none left out."
+            f"{words}: median, middle half (dark band) and 1st to 99th percentile (light "
+            "band) of all values, none left out."
         )
         return canvas.picture(kind, title, caption)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lrquant.report.charts import by_block, positive
-from lrquant.report.pictures import FAINT, SERIES, Picture, drawing, logarithmic
+from lrquant.report.pictures import FAINT, SERIES, Picture, drawing, logarithmic, plain_name
+from lrquant.report.tradeoffs import model_of, tradeoff_pictures
 from lrquant.report.values import Contents, Figures, figures_by_block
 
 _LINES = ("-", "--", ":")
 
 
 def comparison_pictures(runs: Sequence[Contents], names: Sequence[str]) -> list[Picture]:
-    """Perplexities, then each block's error, direction and seconds, a line a run."""
-    pictures = _perplexities(runs, names)
+    """Perplexities, what they cost, then each block's error and direction, a line a run."""
+    pictures = [*_perplexities(runs, names), *tradeoff_pictures(runs, names)]
     figures = [figures_by_block(contents["blocks"]) for contents in runs]
     if any(figures):
         pictures += [_by_block(figures, names, *what) for what in _QUANTITIES]
@@ -69,11 +70,10 @@ def _by_block(
                 positive([value(each) for each in figures.values()]),
                 color=SERIES[index % len(SERIES)],
                 linestyle=_LINES[index // len(SERIES) % len(_LINES)],
-                label=_plain(run),
+                label=plain_name(run),
                 marker=".",
             )
-        logarithmic(axis)
-        axis.set_ylabel(unit)
+        logarithmic(axis, unit)
         canvas.figure.legend(loc="outside upper left")
         return canvas.picture(
             name, title, f"{words} Each run over its own samples; lower is better."
@@ -118,10 +118,9 @@ def _perplexity(
         else:
             lines = [index for index, value in enumerate(full) if isinstance(value, float)]
             axis.scatter(measured, lines, marker="|", color=FAINT, s=90, linewidth=1.2)
-        axis.set_yticks(range(len(values)), [_plain(run) for run, *_ in rows])
+        axis.set_yticks(range(len(values)), [plain_name(run) for run, *_ in rows])
         axis.set_ylim(len(values) - 0.5, -0.5)
-        logarithmic(axis, horizontal=True)
-        axis.set_xlabel("perplexity")
+        logarithmic(axis, "perplexity", horizontal=True)
         return canvas.picture(name, f"Perplexity on {text}", _words(rows, measured, one))
 
 
@@ -132,7 +131,7 @@ def _words(rows: Sequence[tuple[str, Contents, Contents]], full: list[float], on
         words.append("Dashed: full precision, of the same model on the same windows in all runs.")
     elif full:
         words.append("Upright dashes: the full precision of each run that has measured it.")
-    if len({contents["run"]["weights"] for _, contents, _ in rows}) > 1:
+    if len({model_of(contents) for _, contents, _ in rows}) > 1:
         words.append("The runs are of different models.")
     if len({_windows(scores) for *_, scores in rows}) > 1:
         words.append("Not all on the same windows of it: see the table.")
@@ -149,13 +148,7 @@ def _of_what(contents: Contents, scores: Contents) -> tuple[object, ...]:
     """What two runs must share for their full precision to be one number."""
     run = contents["run"]
     made_with = [scores.get("measured_with", {}).get(key, run.get(key)) for key in _CONDITIONS]
-    return (run["weights"], *_windows(scores), *made_with)
+    return (model_of(contents), *_windows(scores), *made_with)
 
 
 _CONDITIONS = ("precision", "device")
-
-
-def _plain(name: str) -> str:
-    """A name as matplotlib is to draw it: not as mathematics, and of some length at most."""
-    name = name if len(name) <= 32 else name[:15] + "…" + name[-16:]
-    return name.replace("$", r"\$").lstrip("_")

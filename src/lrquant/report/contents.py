@@ -48,7 +48,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
         "written_by": f"lrquant {__version__}",
         "run": _run(folder, records, results),
         # as words, "inf" and "nan": nobody should miss them
-        "results": _without_non_finite(measured, str),
+        "results": without_non_finite(measured, str),
         "blocks": blocks,
         "tower_blocks": [_block(folder.tower, record) for record in folder.tower.records()],
         "worst_linears": _worst_linears(blocks),
@@ -59,7 +59,7 @@ def run_contents(folder: RunFolder) -> JsonObject:
     contents["missing"] = _missing(contents)
     contents["first"] = first_sentences(contents)
     contents["warnings"] = warnings(contents)
-    return _without_non_finite(contents, lambda _: None)
+    return without_non_finite(contents, lambda _: None)
 
 
 def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> JsonObject:
@@ -183,10 +183,10 @@ def _missing(contents: JsonObject) -> list[str]:
     return missing
 
 
-def _without_non_finite(value: Any, instead: Callable[[float], str | None]) -> Any:
+def without_non_finite(value: Any, instead: Callable[[float], str | None]) -> Any:
     """The same JSON value with each number that JSON does not have replaced."""
     if isinstance(value, dict):
-        return {key: _without_non_finite(inner, instead) for key, inner in value.items()}
+        return {key: without_non_finite(inner, instead) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_non_finite(inner, instead) for inner in value]
+        return [without_non_finite(inner, instead) for inner in value]
     return instead(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -74,6 +74,8 @@ def recovered_tile(results: Results) -> tuple[str, str, str] | None:
     """The share that is recovered on the first text of which it is measured."""
     for text, about, scores in named(results, "perplexity"):
         share = recovered(scores)
+        if share is not None and share < 0:
+            return f"recovered, {text}{about}", "none", "more is lost than round-to-nearest loses"
         if share is not None:
             note = "of the loss that round-to-nearest adds to full precision's"
             return f"recovered, {text}{about}", _whole(share), note

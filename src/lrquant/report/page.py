@@ -11,6 +11,7 @@ from lrquant.measures.numbers import duration
 from lrquant.measures.rows import Table
 from lrquant.report import charts, comparison_charts, tensor_charts
 from lrquant.report.decision import recovered_tile
+from lrquant.report.differences import differences, settings_that_differ
 from lrquant.report.fitting import fitting_table, size_in_words
 from lrquant.report.result_sections import adaptation_table, result_tables, result_tiles
 from lrquant.report.sections import (
@@ -81,29 +82,39 @@ def _headings(shown: Mapping[str, Sequence[object]], fits: bool) -> list[tuple[s
 
 
 def comparison_page(runs: Sequence[Contents], names: Sequence[str]) -> str:
-    """Several runs side by side."""
-    listed = [dict(facts(contents["run"])) for contents in runs]
+    """Runs, checkpoints and models side by side."""
+    listed = [_facts(contents) for contents in runs]
     labels = list(dict.fromkeys(label for each in listed for label in each))
-    commands = [contents["run"]["command"] for contents in runs]
+    each_run = list(zip(names, runs, strict=True))
     return _template("compare.html").render(
-        title=f"{len(runs)} runs compared",
+        title=f"{len(runs)} {_what(runs)} compared",
         names=names,
         written_by=runs[0]["written_by"],
+        differences=differences(runs, names),
+        settings=settings_that_differ(runs, names),
         facts=[(label, [each.get(label, "–") for each in listed]) for label in labels],
-        commands=list(zip(names, commands, strict=True)),
+        commands=[(n, _commands(c)) for n, c in each_run if c["run"]["command"]],
         results=result_tables(runs, names),
         pictures=comparison_charts.comparison_pictures(runs, names),
-        worst=[
-            (name, table)
-            for name, contents in zip(names, runs, strict=True)
-            for table in _filled(worst_table(contents["worst_linears"]))
-        ],
-        missing=[
-            (name, contents["missing"])
-            for name, contents in zip(names, runs, strict=True)
-            if contents["missing"]
-        ],
+        worst=[(n, t) for n, c in each_run for t in _filled(worst_table(c["worst_linears"]))],
+        missing=[(n, c["missing"]) for n, c in each_run if c["missing"]],
     )
+
+
+def _what(runs: Sequence[Contents]) -> str:
+    return "runs" if all("learned_blocks" in each["run"] for each in runs) else "models"
+
+
+def _facts(contents: Contents) -> dict[str, str]:
+    """Facts of a run, or those that something else says of itself; size first."""
+    run = contents["run"]
+    size = size_in_words(contents["fits"], run["sizes"])
+    told = [] if size is None else [("Size", " ".join((size[0], f"({size[1]})")))]
+    return dict([*told, *(run["facts"] if "facts" in run else facts(run))])
+
+
+def _commands(contents: Contents) -> str:
+    return "\n\n".join([contents["run"]["command"], *contents["run"]["later_commands"]])
 
 
 def _template(name: str) -> Template:

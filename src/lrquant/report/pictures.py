@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FuncFormatter,
@@ -29,9 +30,12 @@ VARIABLES = {
     **{INK: "--ink", FAINT: "--faint", LEARNED: "--learned", NEAREST: "--nearest"},
     **{CARRIED: "--carried"},
 }
+# from the first block to the last, and from much error to little: seen on white and on black
+DEPTHS = LinearSegmentedColormap.from_list("depths", ["#2f7fe0", "#2f9e68", "#c98a1b", "#d1493f"])
+ERRORS = LinearSegmentedColormap.from_list("errors", ["#c62f2f", "#e8934a", "#ecd9a0", "#5b9bd5"])
 SERIES = ("#2c6dd1", "#d1722c", "#2f9e68", "#a24fc4", "#c43f5f", "#8a7a1f", "#1f97a8", "#777777")
 _WIDE = 30.0  # times from the smallest to the largest value, for labels at powers of ten
-WIDTH = 4.8  # inches; 72 points each are the units of the SVG
+WIDTH = 4.0  # inches; 72 points each are the units of the SVG: about the pixels of a phone
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lrquant",
@@ -103,11 +107,14 @@ class _Canvas:
         buffer = io.StringIO()
         unknown = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=unknown)
-        return Picture(title, caption, inline(buffer.getvalue(), name, title))
+        return Picture(title, caption, inline(buffer.getvalue(), name.replace(" ", "-"), title))
 
 
-def logarithmic(axes: Axes, *, horizontal: bool = False) -> None:
-    """Make an axis of what is drawn logarithmic, with few labels, plain numbers that keep apart."""
+def logarithmic(axes: Axes, label: str, *, horizontal: bool = False) -> None:
+    """Make an axis of what is drawn logarithmic, and say so, with few numbers that keep apart.
+
+    Without a `label` the picture's words are to say it.
+    """
     axis: Axis = axes.xaxis if horizontal else axes.yaxis
     if horizontal:
         axes.set_xscale("log")
@@ -118,6 +125,7 @@ def logarithmic(axes: Axes, *, horizontal: bool = False) -> None:
     wide = low > 0 and high / low > _WIDE
     axis.set_major_locator(LogLocator(numticks=5) if wide else MaxNLocator(4))
     axis.set_minor_locator(NullLocator())
+    axis.set_label_text(f"{label} (log scale)" if label else "")
     axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
 
 
@@ -135,3 +143,9 @@ def inline(svg: str, name: str, title: str) -> str:
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return f'{head} role="img" aria-label="{label}">{rest}'
+
+
+def plain_name(name: str) -> str:
+    """A name as matplotlib is to draw it: not as mathematics, and of some length at most."""
+    name = name if len(name) <= 32 else name[:15] + "…" + name[-16:]
+    return name.replace("$", r"\$").lstrip("_")

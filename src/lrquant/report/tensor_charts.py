@@ -54,14 +54,13 @@ def _activations(
             axis.set_title(when)
             axis.set_ylabel("token")
         bar = canvas.figure.colorbar(shown, ax=maps, pad=0.02)
-        bar.set_label("magnitude")
+        bar.set_label("magnitude (log scale)")
         bar.minorticks_off()
         bar.outline.set_visible(False)
         edges = numpy.linspace(0, channels, pair[0].shape[1] + 1)
         for values, when, colour in zip(pair, ("before", "after"), (NEAREST, LEARNED), strict=True):
             below.stairs(values.max(0), edges, color=colour, label=when, linewidth=0.9)
-        logarithmic(below)
-        below.set_ylabel("largest")
+        logarithmic(below, "largest")
         below.set_xlabel("channel")
         below.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=2)
         after = _spread(torch.from_numpy(pair[1]).amax(0))
@@ -123,10 +122,9 @@ def _weights(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> 
             share[share == 0] = numpy.nan
             centres = (edges[:-1] + edges[1:]) / 2
             axis.plot(centres, share, color=SERIES[index % len(SERIES)], label=short(linear), lw=1)
-        logarithmic(axis)
+        logarithmic(axis, "share of weights")
         axis.set_xlabel("weight / standard deviation of its linear")
-        axis.set_ylabel("share")
-        canvas.figure.legend(loc="outside upper left", ncols=4)
+        canvas.figure.legend(loc="outside upper left", ncols=3, columnspacing=1)
         return canvas.picture(
             "weights",
             "Weights of the model",
@@ -160,7 +158,7 @@ def _codes(sums: dict[str, torch.Tensor], linears: list[str], blocks: int) -> Pi
         canvas.figure.supxlabel("code", fontsize=8)
         canvas.figure.supylabel("share", fontsize=8)
         return canvas.picture(
-            "codes",
+            "code-counts",
             "Codes of the quantised weights",
             f"How often each code is used, over all weights of these linears in {blocks} blocks "
             "(where a linear has several numbers of bits, in steps of the finest). In the two "

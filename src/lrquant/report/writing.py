@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import read_plain, write_whole
+from lrquant.report.compared import compared_contents, with_known_weights
 from lrquant.report.contents import run_contents
 from lrquant.report.markdown import run_markdown
 from lrquant.report.values import Contents
@@ -35,13 +36,12 @@ def write_report(folder: RunFolder) -> Path:
     return folder.path / "report.html"
 
 
-def write_comparison(paths: Sequence[Path], output: Path) -> Path:
-    """Write one page with several runs side by side; replaces nothing but such a page."""
+def write_comparison(targets: Sequence[str | Path], output: Path) -> Path:
+    """Write one page with runs, checkpoints and models side by side; replaces only such a page."""
     from lrquant.report.page import comparison_page
 
     _require_own_page(output)
-    folders = [RunFolder.open(path) for path in paths]
-    runs = [run_contents(folder) for folder in folders]
+    runs = with_known_weights([compared_contents(str(target)) for target in targets])
     write_whole(output, comparison_page(runs, run_names(runs)))
     return output
 
