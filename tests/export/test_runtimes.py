@@ -91,7 +91,7 @@ def test_the_log_and_the_card_say_it(make_model, token_ids, tmp_path, caplog):
     assert "vllm computes 16-bit activations" in text and level == logging.WARNING
     assert text in (tmp_path / "run" / "run.log").read_text()
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "vllm serve FOLDER --linear-backend humming" in card
+    assert "vllm serve . --linear-backend humming --dtype" in card
     assert "It computes 16-bit activations wherever" in card
     assert "Not for vLLM's CPU build: it leaves activations" in card
     assert f"It computes {AS_LEARNED}. Note: transformers emulates" in card

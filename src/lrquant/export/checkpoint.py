@@ -30,6 +30,7 @@ from lrquant.learn.checks import parts_of
 from lrquant.learn.identity import describe_method
 from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
+from lrquant.model.publication import publication_of
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import VERDICT, Results, kinds, seen_from
 
@@ -91,6 +92,7 @@ def save_checkpoint(
 def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format) -> JsonObject:
     """What a checkpoint says of itself; nothing that differs between two exports of a run."""
     model, schemes = workbench.model, workbench.plan.schemes
+    published = publication_of(origin.places.model, model.folder)
     results = RunFolder(Path(origin.places.output_dir)).results()
     results = seen_from(results, folder.identity["precision"])
     return {
@@ -99,6 +101,9 @@ def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format
         "tower": schemes.tower.describe() if schemes.tower else "",
         "auto_class": model.architecture.auto_class.__name__,
         "base_model": origin.net_name,
+        "base_repository": published.repository,
+        "published": dict(published.told),
+        "dtype": dtype_name(checkpoint_dtype(model, workbench.plan, form)),
         "base_weights": folder.identity["model"]["weights"],
         "method": describe_method(workbench.plan, origin.learning),
         "calibration": {"text": folder.identity["calibration"], **folder.identity["data"]},
@@ -110,7 +115,7 @@ def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format
 
 def _said(results: Results) -> set[str]:
     """What of the run's results a checkpoint repeats."""
-    about = {"method_name", "scheme", "versions", "unpacked_from", "threads", "cpu"}
+    about = {"method_name", "scheme", "versions", "unpacked_from", "threads", "cpu", "examples"}
     return {*about, *kinds(results), "others", VERDICT}
 
 

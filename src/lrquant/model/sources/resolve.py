@@ -15,7 +15,10 @@ from lrquant.errors import LRQuantError, nearest_beside
 from lrquant.model.sources.hub import offline
 from lrquant.model.sources.kinds import kind_without_config
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = [
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+]
 _HUB_IGNORED = ["*/*", "consolidated*"]  # other software's copies of the same weights
 
 
