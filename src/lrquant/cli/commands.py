@@ -41,7 +41,7 @@ EVALUATE_SETTINGS = (
     *("data_dir", "cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
     *("text_column", "bos"),
 )
-EXPORT_SETTINGS = ("format", "target", "save_dtype", "model", "device", "overwrite")
+EXPORT_SETTINGS = ("format", "target", "save_dtype", "push_to_hub", "model", "device", "overwrite")
 
 
 def _config(settings: SettingValues) -> Config:

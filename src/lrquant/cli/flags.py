@@ -23,7 +23,16 @@ _GROUPS = {
         *("activation_symmetric", "qkv_bits", "weight_grid", "vision_scheme", "net"),
     ),
     "where results go": (
-        *("save_dir", "format", "target", "save_dtype", "output_dir", "resume", "overwrite"),
+        *(
+            "save_dir",
+            "format",
+            "target",
+            "save_dtype",
+            "push_to_hub",
+            "output_dir",
+            "resume",
+            "overwrite",
+        ),
         *("report", "examples", "log_dir"),
     ),
     "calibration": (
@@ -50,6 +59,7 @@ _METAVARS = {
     **{"model": "PATH", "scheme": "WxAy", "vision_scheme": "WxAy", "calib_dataset": "SETS"},
     **{"ppl": "SETS", "agreement": "SETS", "tasks": "NAMES", "loss": "TERMS", "vqa": "FILE"},
     **{"act_scales": "FILE", "act_shifts": "FILE", "calib_images": "PATH"},
+    "push_to_hub": "NAME",
     **{"task_batch_size": "N", "resume": "RUN", "compare": "BASE", "scheme_for": "PATTERN=WxAy"},
 }
 

@@ -76,7 +76,8 @@ class _Config(Settings):
     def origin(self) -> Origin:
         """What a checkpoint of this run tells of it."""
         learning, places = self.group(Learning), self.group(Places)
-        return Origin(self.net_name, learning, self.seed, self.to_yaml(), places)
+        settings = self.to_yaml()
+        return Origin(self.net_name, learning, self.seed, settings, places, self.push_to_hub)
 
     @property
     def quantizing(self) -> Quantizing:

@@ -172,6 +172,9 @@ class Settings:
         "dtype of a checkpoint's scales and unquantised tensors (default: the model's own)",
         ("bfloat16", "float16", "float32"),
     )
+    push_to_hub: str | None = setting(
+        None, "upload the checkpoint to this repository on the hub, which is made private if new"
+    )
     resume: str | None = setting(
         None, "go on with this run folder; auto: with the one in --output_dir, if there is one"
     )

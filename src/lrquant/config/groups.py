@@ -135,11 +135,12 @@ class Places:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint tells of the run that it is of, with all `settings` as YAML, and where it
-    must not lie."""
+    """What a checkpoint tells of the run that it is of, with all `settings` as YAML, where it
+    must not lie, and the repository on the hub to which it goes, if any."""
 
     net_name: str
     learning: Learning
     seed: int
     settings: str
     places: Places
+    repository: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lrquant.errors import LRQuantError
 from lrquant.export.card import model_card
 from lrquant.export.expected import require_packable
 from lrquant.export.format import Format
+from lrquant.export.hub import push, require_repository
 from lrquant.export.model_config import write_model_config
 from lrquant.export.parts import Part
 from lrquant.export.protected import check_target
@@ -34,6 +36,7 @@ from lrquant.model.publication import publication_of
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import VERDICT, Results, kinds, seen_from
 
+logger = logging.getLogger("lrquant")
 INDEX = "model.safetensors.index.json"
 
 
@@ -87,6 +90,10 @@ def save_checkpoint(
             f"checkpoint {target}: cannot be written ({error}); free some space or use another "
             f"--save_dir; the run is whole: `lrquant export {folder.path} DIR`"
         ) from error
+    if origin.repository is not None:
+        whole = require_repository(origin.repository, origin.places.overwrite)
+        named = model_card(plan.schemes, origin.seed, form, facts, whole)
+        logger.info("on the hub: %s", push(target, whole, named, origin.places.overwrite))
 
 
 def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format) -> JsonObject:

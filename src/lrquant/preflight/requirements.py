@@ -29,8 +29,10 @@ from lrquant.data.calibration import calibration_of, tuning_samples_of
 from lrquant.data.prompts import takes_pictures
 from lrquant.data.samples import written_by_the_model
 from lrquant.data.vocabulary import strange_tokenizer
+from lrquant.errors import LRQuantError
 from lrquant.export.checkpoint import checkpoint_dtype
 from lrquant.export.choice import AUTO, NATIVE, choose_format, why_native
+from lrquant.export.hub import require_repository
 from lrquant.export.targets import loading_of, verdicts
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.ingredients.tuning import Tuning
@@ -60,6 +62,8 @@ def requirements(run: Prospect) -> Iterator[Check]:
     """
     yield Check("evaluation", lambda: _settings_of_measures(run))
     yield Check("format", lambda: _format(run))
+    if run.config.push_to_hub is not None:
+        yield Check("hub", lambda: _repository(run))
     yield from _sets_alone(run)
     yield Check("model", lambda: _model(run))
     model = run.model
@@ -108,6 +112,15 @@ def _format(run: Prospect) -> Iterator[Said]:
     if config.target is not None:
         for note in loading_of(form, plan.schemes, config.target).notes:
             yield Said(note, "warning", what="runtime")
+
+
+def _repository(run: Prospect) -> Iterator[Said]:
+    """That the checkpoint may be pushed where it is to go."""
+    name, config = run.config.push_to_hub, run.config
+    assert name is not None
+    if config.save_dir is None:
+        raise LRQuantError(f"--push-to-hub {name}: there is no checkpoint; give --save-dir DIR")
+    yield Said(f"goes to {require_repository(name, config.overwrite)} on the hub")
 
 
 def _model(run: Prospect) -> Iterator[Said]:

@@ -10,7 +10,13 @@ from lrquant.config.config import Config, ingredient_kinds, names_method
 from lrquant.errors import LRQuantError
 from lrquant.runs.results import ASKED, Results, objects
 
-_NOT_OF_THE_RUN = ("resume", "overwrite", "log_dir", "preset")  # a preset is spelled out
+_NOT_OF_THE_RUN = (
+    "resume",
+    "overwrite",
+    "log_dir",
+    "push_to_hub",
+    "preset",
+)  # a preset is spelled out
 _ALWAYS = ("model", "scheme")
 _ONE_A_FLAG = ("scheme_for",)  # lists whose flag is repeated; others are joined by commas
 
@@ -26,7 +32,13 @@ def repeating_command(config: Config) -> str:
         if (path := getattr(config, name)) is not None
     }
     plain = dataclasses.replace(
-        config, resume=None, overwrite=False, log_dir=None, preset="default", **places
+        config,
+        resume=None,
+        overwrite=False,
+        log_dir=None,
+        push_to_hub=None,
+        preset="default",
+        **places,
     ).resolved()
     defaults = Config()
     changed = [

@@ -23,7 +23,10 @@ from lrquant.runs.folder import RunFolder
 
 RESUME_WHERE_THERE_IS_ONE = "auto"
 _HOW = ("compare", "limit", "tta", "tta_blocks", "tta_epochs", "seqlen")
-_WHERE = ("output_dir", "save_dir", "format", "target", "save_dtype", "report", "log_dir")
+_WHERE = (
+    *("output_dir", "save_dir", "format", "target", "save_dtype", "push_to_hub", "report"),
+    "log_dir",
+)
 _WITH = ("overwrite", "text_column", "bos", "device", "precision", "offload", "data_dir")
 _READ = ("text_column", "bos", "data_dir", "cache_dir", "device", "precision")
 _SETTINGS = (*_HOW, *_WHERE, *_WITH, "cache_dir", "model")
@@ -51,7 +54,8 @@ def _gone_on_with(settings: SettingDict) -> SettingDict:
     output = settings.get("output_dir", Config.output_dir)
     settings = {**settings, "resume": output if RunFolder(Path(output)).has_run() else None}
     target = settings.get("save_dir")
-    if settings["resume"] is not None and target and is_checkpoint_of(Path(target), Path(output)):
+    there = target and is_checkpoint_of(Path(target), Path(output))
+    if settings["resume"] is not None and there and not settings.get("push_to_hub"):
         settings["save_dir"] = None
     return settings
 
@@ -78,7 +82,7 @@ def _settings_of_finished_run(asked: SettingDict) -> SettingDict:
     names = (*measure_settings(), *settings_afterwards(), *_SETTINGS)
     chosen = {name: asked[name] for name in names if asked.get(name) is not None}
     places = {"output_dir": asked["resume"], "resume": asked["resume"], "save_dir": None}
-    places |= {"log_dir": None, "overwrite": False}
+    places |= {"log_dir": None, "overwrite": False, "push_to_hub": None}
     places |= {"target": None} if asked.get("format") else {}
     replaced = no_measures() if asks_for_measures(asked) else {}
     return dataclasses.asdict(own) | replaced | places | chosen
