@@ -92,7 +92,7 @@ def _front(schemes: Schemes, form: Format, facts: JsonObject) -> str:
         library_name="transformers",
         pipeline_tag=_PIPELINES[facts["auto_class"]],
         tags=list(dict.fromkeys(["lrquant", "quantized", form.name, scheme.lower()])),
-        model_name=f"{facts['base_model']}-{scheme}" if scores else None,
+        model_name=f"{facts['base_model'].removesuffix('.gguf')}-{scheme}" if scores else None,
         eval_results=scores or None,
     ).to_yaml()
 
