@@ -57,8 +57,10 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
@@ -99,6 +101,9 @@ _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}  # where the d
 _PART = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _PART = {"rope_parameters": _PART}  # RoPE turns a half of each head
 _MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 16}
+_DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
 TINY = {
     "llama": LlamaConfig(**_GATED),
@@ -201,6 +206,13 @@ TINY = {
         bias=True,
         activation="relu",
     ),
+    "qwen3_5": Qwen3_5TextConfig(**_GATED, **_DELTA),
+    "qwen3_5-biases": Qwen3_5TextConfig(
+        **{**_GATED, **_DELTA, "linear_num_value_heads": 2},
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_next": Qwen3NextConfig(**_GATED, **_DELTA, num_experts=0),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "outside-unlike": Qwen3MoeConfig(

@@ -18,6 +18,7 @@ from lrquant.architectures.sites import (
     UNTOUCHED,
     Fold,
     Site,
+    gated_norm_site,
     norm_site,
     query_key_site,
     up_down_site,
@@ -36,11 +37,13 @@ TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
 INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2", "bloom")
+INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
 AFTER = {**NO_QUERY_KEY, "norm": 0}
 OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
+DELTA = {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 1}  # the gated norm is a third
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
@@ -60,12 +63,23 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "falcon": {**NO_UP_DOWN, "norm": 1},  # attention and MLP read the same
     "falcon-groups": NO_UP_DOWN,
     "falcon-one-norm": {**NO_UP_DOWN, "norm": 1},
+    "qwen3_5": (DELTA, NO_QUERY_KEY),
+    "qwen3_5-biases": (DELTA, NO_QUERY_KEY),
+    "qwen3_next": (DELTA, NO_QUERY_KEY),
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
 }
 ROUTER = frozenset({"mlp.gate.weight"})
-KEPT = {"outside-experts": ROUTER, "outside-unlike": (frozenset(), ROUTER, ROUTER)}  # or nothing
+DELTA_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_a", "in_proj_b"))
+NEXT_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_ba"))
+KEPT = {  # of each block, or of all; or nothing
+    "qwen3_5": (DELTA_SMALL, frozenset()),
+    "qwen3_5-biases": (DELTA_SMALL, frozenset()),
+    "qwen3_next": (NEXT_SMALL, frozenset()),
+    "outside-experts": ROUTER,
+    "outside-unlike": (frozenset(), ROUTER, ROUTER),
+}
 
 
 def block_of(model: nn.Module, index: int) -> nn.Module:
@@ -260,6 +274,12 @@ def test_parts_of_a_linear_take_shifts_as_the_whole_does(
         assert change < EQUAL if holds else change > CLEAR
 
 
+def replace_offset(site: Site, offset: float) -> Site:
+    """The same with another offset of its norm."""
+    producer = dataclasses.replace(site.producer, offset=offset)
+    return dataclasses.replace(site, folds=(producer, *site.consumers))
+
+
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
 WRONG_SITES = {
     "unpaired under RoPE": ("llama", query_key_site(*QUERY_KEY, 8, rotary=None)),
@@ -331,6 +351,22 @@ WRONG_SITES = {
         "falcon",
         norm_site("input_layernorm", ("self_attention.query_key_value",), 32),
     ),
+    "values to output through a convolution and SiLU": (
+        "qwen3_5",
+        value_output_site("linear_attn.in_proj_qkv", "linear_attn.out_proj", 4, 4, 16, rows=32),
+    ),
+    "the gate of a DeltaNet": (
+        "qwen3_5",
+        up_down_site("linear_attn.in_proj_z", "linear_attn.out_proj", 64),
+    ),
+    "a norm of which the small projections are not named": (
+        "qwen3_5",
+        norm_site("input_layernorm", ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), 32, 1.0),
+    ),
+    "a gated norm as if it stored its weight less 1": (
+        "qwen3_next",
+        replace_offset(gated_norm_site("linear_attn.norm", "linear_attn.out_proj", 16, 4), 1.0),
+    ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }
 
@@ -340,8 +376,17 @@ def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
     """Negative controls: the sites that the declarations rightly leave out."""
     name, site = WRONG_SITES[what]
     model = make_model(name, torch.float64)
-    for index in indices(model):
+    blocks = [index for index in indices(model) if has_place(model, index, site)]
+    assert blocks
+    for index in blocks:
         assert change(model, {index: (site,)}) > CLEAR
+
+
+def has_place(model: nn.Module, index: int, site: Site) -> bool:
+    """Whether a block is of the kind that a site is of, in a model of several."""
+    modules = {name for name, _ in block_of(model, index).named_modules()}
+    names = modules | {matrix.name for matrix in matrices_of(model, index)}
+    return {fold.module for fold in site.folds} <= names
 
 
 @torch.no_grad()

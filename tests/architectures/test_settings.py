@@ -15,6 +15,7 @@ from lrquant.model.loading import from_module
 EQUAL = 1e-5  # relative change of the logits in float64; some families compute in float32 inside
 NOT_OF_BLOCKS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions"}
 NOT_OF_BLOCKS |= {"tie_word_embeddings", "is_encoder_decoder", "add_cross_attention", "is_decoder"}
+NOT_OF_BLOCKS |= {"output_router_logits"}
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
     SmolVLMConfig,
     ViTConfig,
@@ -48,6 +49,10 @@ TOWER |= {"num_attention_heads": 2, "patch_size": 4}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
 QWEN |= {"temporal_patch_size": 2, "in_channels": 3}
+DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+DELTA |= {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
+DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SPECIAL = {"image_token_id": IMAGE, "video_token_id": 261}
 SPECIAL |= {"vision_start_token_id": 262, "vision_end_token_id": 263}
 LLAMA, QWEN2 = {**TEXT, "model_type": "llama"}, {**TEXT, "model_type": "qwen2"}
@@ -191,6 +196,17 @@ def _configs() -> dict[str, PreTrainedConfig]:
                 "out_hidden_size": 32,
                 "num_position_embeddings": 16,
                 "deepstack_visual_indexes": [0],
+            },
+            **SPECIAL,
+        ),
+        "qwen3_5": Qwen3_5Config(
+            text_config={**TEXT, **DELTA, "model_type": "qwen3_5_text"},
+            vision_config={
+                **QWEN,
+                "hidden_size": 32,
+                "intermediate_size": 40,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
             },
             **SPECIAL,
         ),

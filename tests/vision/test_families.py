@@ -33,7 +33,7 @@ from lrquant.preflight.probe import probe_block
 CPU = torch.device("cpu")
 EQUAL, CLEAR = 1e-9, 1e-6  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where the model itself computes norms or rotations in float32
-INSIDE = ("gemma3", "paligemma", "paligemma-2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+INSIDE = ("gemma3", "paligemma", "paligemma-2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 GELU = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 0}
 TOWER_SITES = {
     "internvl-qk-norm": {**GELU, "query_key": 0},

@@ -54,6 +54,14 @@ def sites_without_query_key(
     )
 
 
+def mlp_sites(config: PretrainedConfig, norm: str, norm_offset: float = 0.0) -> tuple[Site, ...]:
+    """The sites of a gated MLP: of the norm that it alone reads, and within it."""
+    return (
+        norm_site(norm, MLP_INPUTS, config.hidden_size, norm_offset),
+        up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size),
+    )
+
+
 def fused_mlp_matrices(config: PretrainedConfig) -> tuple[Matrix, ...]:
     """Gate and up in one linear, and down."""
     width = config.intermediate_size

@@ -1,4 +1,4 @@
-"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: q, k and v in one linear, RoPE, packed patches.
+"""Towers of Qwen2-VL to Qwen3.5: q, k and v in one linear, RoPE, packed patches.
 
 That of Qwen2.5-VL has RMSNorms and a gated MLP.
 """
@@ -16,6 +16,7 @@ _MLP = {
     "qwen2_vl_vision": (("mlp.fc1",), "mlp.fc2"),
     _GATED: (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     "qwen3_vl_vision": (("mlp.linear_fc1",), "mlp.linear_fc2"),
+    "qwen3_5_vision": (("mlp.linear_fc1",), "mlp.linear_fc2"),
 }
 
 

@@ -1,10 +1,10 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: multimodal RoPE, and in the last DeepStack features."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL (with DeepStack features) and Qwen3.5: multimodal RoPE."""
 
 from lrquant.architectures.multimodal import multimodal
 
 ARCHITECTURE = multimodal(
     name="qwen_vl",
-    model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"),
     blocks="model.language_model.layers",
     tower="model.visual",
 )

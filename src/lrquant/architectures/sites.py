@@ -83,6 +83,16 @@ def norm_site(
     return Site(norm, "norm", hidden_size, tuple(folds), measured, shiftable=True)
 
 
+def gated_norm_site(norm: str, output: str, head_dim: int, heads: int = 1) -> Site:
+    """Norm -> output projection of a mixer, where a gate stands between them.
+
+    The norm's weight, of `head_dim` channels, is that of each of the `heads`.
+    """
+    identity = tuple(range(head_dim))
+    folds = (Fold(norm, "norm", -1, identity), Fold(output, "columns", 1, identity * heads))
+    return Site(norm, "norm", head_dim, folds, output, shiftable=False)
+
+
 def value_output_site(
     value: str,
     output: str,

@@ -25,15 +25,19 @@ def mark_quantized(states: Tensor) -> Tensor:
     return states
 
 
-def attention_config(module: nn.Module) -> PretrainedConfig:
-    """The configuration from which a block's, or an attention's own, implementation is taken."""
+def attention_config(module: nn.Module) -> PretrainedConfig | None:
+    """The configuration from which a block's, or an attention's own, implementation is taken.
+
+    None where nothing in the block has one, as in one without attention.
+    """
     configs = [getattr(each, "config", None) for each in module.modules()]
-    return next(config for config in configs if isinstance(config, PretrainedConfig))
+    return next((config for config in configs if isinstance(config, PretrainedConfig)), None)
 
 
 def with_own_config(module: nn.Module) -> PretrainedConfig:
     """The configuration that a module's attention reads, from now on its own, and no other's."""
     shared = attention_config(module)
+    assert shared is not None
     own = copy.copy(shared)
     for each in module.modules():
         if getattr(each, "config", None) is shared:

@@ -213,12 +213,9 @@ def write_small_files(
     model: Model, plan: Plan, place: Path, form: Format, parts: Sequence[Part]
 ) -> None:
     """Write configuration, tokenizer and what else travels along with tensors."""
-    inside = tuple(part.blocks + "." for part in parts)
-    outside = [
-        name
-        for name, module in model.skeleton.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(inside)
-    ]
+    held = {name for part in parts for name in part.linears}
+    modules = model.skeleton.named_modules()
+    outside = [n for n, module in modules if isinstance(module, nn.Linear) and n not in held]
     extra = {name.rpartition(".")[0] for name in model.source.extra_names()}
     quantization = form.quantization_config(parts, [*outside, *sorted(extra - {""})])
     write_model_config(model, checkpoint_dtype(model, plan, form), quantization, place)
