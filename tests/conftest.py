@@ -39,6 +39,7 @@ from transformers import (
     Ernie4_5Config,
     Exaone4Config,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -46,13 +47,17 @@ from transformers import (
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoHybridConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
@@ -104,6 +109,8 @@ _MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attent
 _DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
 _DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 16}
 _DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_KINDS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 TINY = {
     "llama": LlamaConfig(**_GATED),
@@ -213,6 +220,63 @@ TINY = {
         tie_word_embeddings=True,
     ),
     "qwen3_next": Qwen3NextConfig(**_GATED, **_DELTA, num_experts=0),
+    "granitemoehybrid": GraniteMoeHybridConfig(
+        **{**_GATED, **_MAMBA, **_KINDS},
+        num_local_experts=0,
+        shared_intermediate_size=32,
+        residual_multiplier=0.5,
+    ),
+    "granitemoehybrid-rope": GraniteMoeHybridConfig(
+        **{**_GATED, **_MAMBA, **_KINDS},
+        num_local_experts=0,
+        shared_intermediate_size=32,
+        mamba_n_groups=2,
+        mamba_proj_bias=True,
+        position_embedding_type="rope",
+    ),
+    "falcon_h1": FalconH1Config(
+        **_GATED,
+        **_MAMBA,
+        mamba_d_ssm=32,
+        mamba_d_head=8,
+        attention_in_multiplier=0.5,
+        ssm_multipliers=[0.5, 1.0, 2.0, 1.0, 0.5],
+    ),
+    "falcon_h1-norm": FalconH1Config(
+        **_GATED,
+        **_MAMBA,
+        mamba_d_ssm=64,
+        mamba_d_head=16,
+        mamba_n_groups=2,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+    ),
+    "lfm2": Lfm2Config(
+        **_GATED, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
+    "lfm2-biases": Lfm2Config(
+        **_GATED, layer_types=["conv", "full_attention"], conv_bias=True, block_multiple_of=16
+    ),
+    "nemotron_h": NemotronHConfig(
+        **{**_GATED, "num_hidden_layers": 3},
+        layer_types=["linear_attention", "full_attention", "mlp"],
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=8,
+    ),
+    "olmo_hybrid": OlmoHybridConfig(
+        **_GATED,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=16,
+        pad_token_id=1,
+        eos_token_id=2,
+    ),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "outside-unlike": Qwen3MoeConfig(

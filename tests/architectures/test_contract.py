@@ -37,13 +37,17 @@ TOKENS = 12
 EQUAL, CLEAR = 1e-9, 1e-3  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
 INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2", "bloom")
-INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next")
+INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next", "olmo_hybrid", "nemotron_h")
+INSIDE += ("granitemoehybrid", "granitemoehybrid-rope", "falcon_h1", "falcon_h1-norm")
+INSIDE += ("lfm2", "lfm2-biases")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
 AFTER = {**NO_QUERY_KEY, "norm": 0}
 OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
 DELTA = {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 1}  # the gated norm is a third
+ONE_NORM = dict.fromkeys(KINDS, 0) | {"norm": 1}
+GATED_CONVOLUTION = {**ONE_NORM, "norm": 2, "up_down": 2}
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
@@ -66,6 +70,17 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "qwen3_5": (DELTA, NO_QUERY_KEY),
     "qwen3_5-biases": (DELTA, NO_QUERY_KEY),
     "qwen3_next": (DELTA, NO_QUERY_KEY),
+    "granitemoehybrid": (DELTA, ALL_KINDS),
+    "granitemoehybrid-rope": (DELTA, ALL_KINDS),
+    "falcon_h1-norm": {**ALL_KINDS, "norm": 3},
+    "lfm2": (GATED_CONVOLUTION, NO_QUERY_KEY),
+    "lfm2-biases": (GATED_CONVOLUTION, NO_QUERY_KEY),
+    "nemotron_h": (
+        {**ONE_NORM, "norm": 2},
+        {**ONE_NORM, "value_output": 1, "query_key": 1},
+        {**ONE_NORM, "up_down": 1},
+    ),
+    "olmo_hybrid": (DELTA, AFTER),
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -73,10 +88,20 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
 ROUTER = frozenset({"mlp.gate.weight"})
 DELTA_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_a", "in_proj_b"))
 NEXT_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_ba"))
+OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "b_proj"))
+MAMBA = frozenset({"mamba.conv1d.weight"})
 KEPT = {  # of each block, or of all; or nothing
     "qwen3_5": (DELTA_SMALL, frozenset()),
     "qwen3_5-biases": (DELTA_SMALL, frozenset()),
     "qwen3_next": (NEXT_SMALL, frozenset()),
+    "granitemoehybrid": (MAMBA, frozenset()),
+    "granitemoehybrid-rope": (MAMBA, frozenset()),
+    "falcon_h1": MAMBA,
+    "falcon_h1-norm": MAMBA,
+    "lfm2": (frozenset({"conv.conv.weight"}), frozenset()),
+    "lfm2-biases": (frozenset({"conv.conv.weight"}), frozenset()),
+    "nemotron_h": (frozenset({"mixer.conv1d.weight"}), frozenset(), frozenset()),
+    "olmo_hybrid": (OLMO_SMALL, frozenset()),
     "outside-experts": ROUTER,
     "outside-unlike": (frozenset(), ROUTER, ROUTER),
 }
@@ -280,6 +305,13 @@ def replace_offset(site: Site, offset: float) -> Site:
     return dataclasses.replace(site, folds=(producer, *site.consumers))
 
 
+def among_rows(up: str, down: str, rows: int, start: int, width: int) -> Site:
+    """From some of the `rows` of a linear to the columns of another."""
+    site = up_down_site(up, down, width)
+    index = (UNTOUCHED,) * start + tuple(range(width)) + (UNTOUCHED,) * (rows - start - width)
+    return dataclasses.replace(site, folds=(Fold(up, "rows", -1, index), *site.consumers))
+
+
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
 WRONG_SITES = {
     "unpaired under RoPE": ("llama", query_key_site(*QUERY_KEY, 8, rotary=None)),
@@ -366,6 +398,30 @@ WRONG_SITES = {
     "a gated norm as if it stored its weight less 1": (
         "qwen3_next",
         replace_offset(gated_norm_site("linear_attn.norm", "linear_attn.out_proj", 16, 4), 1.0),
+    ),
+    "what a Mamba mixer scans to its output, through a convolution and SiLU": (
+        "nemotron_h",
+        among_rows("mixer.in_proj", "mixer.out_proj", 164, start=64, width=64),
+    ),
+    "the gate of a Mamba mixer": (
+        "granitemoehybrid",
+        among_rows("mamba.in_proj", "mamba.out_proj", 148, start=0, width=64),
+    ),
+    "a norm of which the mixer beside attention is not named": (
+        "falcon_h1",
+        norm_site("input_layernorm", decoder.ATTENTION_INPUTS, 32),
+    ),
+    "an MLP's squared ReLU in a block of its own as if it were ReLU": (
+        "nemotron_h",
+        up_down_site("mixer.up_proj", "mixer.down_proj", 48),
+    ),
+    "what a convolution reads, past its bias": (
+        "lfm2-biases",
+        up_down_site("conv.in_proj.x", "conv.out_proj", 32),
+    ),
+    "a norm after attention in a hybrid": (
+        "olmo_hybrid",
+        norm_site("post_attention_layernorm", decoder.ATTENTION_INPUTS, 32),
     ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }

@@ -71,3 +71,5 @@ def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
         owner._init_weights(module)
     for child in module.children():
         _compute_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
+    if isinstance(module, PreTrainedModel):
+        module._init_weights(module)  # some models fill buffers of their blocks
