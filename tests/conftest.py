@@ -42,6 +42,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     GlmConfig,
@@ -111,6 +112,8 @@ _DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 16}
 _DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _KINDS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+_SHARED = {"num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4}
+_SHARED |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 
 TINY = {
     "llama": LlamaConfig(**_GATED),
@@ -276,6 +279,20 @@ TINY = {
         linear_value_head_dim=16,
         pad_token_id=1,
         eos_token_id=2,
+    ),
+    "gemma4": Gemma4TextConfig(
+        **{**_GATED, **_ENDS, **_SHARED},
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma4-plain": Gemma4TextConfig(
+        **{**_GATED, **_ENDS, **_SHARED},
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
     ),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),

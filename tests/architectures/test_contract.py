@@ -39,7 +39,7 @@ FLOAT32 = 1e-5  # where norms or rotations compute in float32 whatever is asked
 INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2", "bloom")
 INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next", "olmo_hybrid", "nemotron_h")
 INSIDE += ("granitemoehybrid", "granitemoehybrid-rope", "falcon_h1", "falcon_h1-norm")
-INSIDE += ("lfm2", "lfm2-biases")
+INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
@@ -81,6 +81,8 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
         {**ONE_NORM, "up_down": 1},
     ),
     "olmo_hybrid": (DELTA, AFTER),
+    "gemma4": {**NO_QUERY_KEY, "value_output": 0},  # q, k and v are normalised
+    "gemma4-plain": {**NO_QUERY_KEY, "value_output": 0},
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -102,6 +104,7 @@ KEPT = {  # of each block, or of all; or nothing
     "lfm2-biases": (frozenset({"conv.conv.weight"}), frozenset()),
     "nemotron_h": (frozenset({"mixer.conv1d.weight"}), frozenset(), frozenset()),
     "olmo_hybrid": (OLMO_SMALL, frozenset()),
+    "gemma4": frozenset({"per_layer_input_gate.weight", "per_layer_projection.weight"}),
     "outside-experts": ROUTER,
     "outside-unlike": (frozenset(), ROUTER, ROUTER),
 }
@@ -423,6 +426,10 @@ WRONG_SITES = {
         "olmo_hybrid",
         norm_site("post_attention_layernorm", decoder.ATTENTION_INPUTS, 32),
     ),
+    "values that are normalised": (
+        "gemma4-plain",
+        value_output_site("self_attn.v_proj", "self_attn.o_proj", 4, 2, 8),
+    ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }
 
@@ -460,8 +467,9 @@ def block_outputs(
         view = bench.view(index, bench.stored(index))
         set_sites_(view, index)
         with bench.runner(index, view) as runner:
+            arguments = entry.arguments(0, index, stream.handed_on(entry.batches[0]))
             states = stream.read(entry.batches[0])
-            outputs.append(runner(view.tensors(), states, entry.arguments(0, index)))
+            outputs.append(runner(view.tensors(), states, arguments))
         advance_full_precision(bench, index, bench.stored(index), entry, stream, stream)
     return outputs
 

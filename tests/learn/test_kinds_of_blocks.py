@@ -13,7 +13,7 @@ from lrquant.model.loading import from_module
 from lrquant.preflight.checks import preflight
 from lrquant.runs.folder import RunFolder
 
-HYBRIDS = ("qwen3_5", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid")
+HYBRIDS = ("qwen3_5", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "gemma4")
 SETTINGS = {"scheme": "W4A4", "lwc": True, "let": True, "let_sites": KINDS, "epochs": 1}
 
 

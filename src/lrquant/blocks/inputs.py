@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream, batches_of
 from lrquant.blocks.stubs import Arguments, stubs
@@ -35,6 +36,7 @@ class BlockInputs:
             feed = Feed.of_tokens(feed)
         self.feed = feed if batch_size == 1 else feed.grouped()
         self._arguments: list[list[Arguments]] = []
+        self._of_tokens: set[str] = set()  # arguments of which each token has its own: on the host
         self._model, self._device = model, device
         samples = self.feed.slices(batch_size)
         if model.architecture.reads_pixels:
@@ -56,8 +58,8 @@ class BlockInputs:
         pictures = any(map(has_pictures, self.feed.inputs))
         model = self._model
         device = self._device if pictures else torch.device("cpu")
-        self._arguments = []
-        stream.added = {}
+        self._arguments, self._of_tokens = [], set()
+        stream.added, stream.handed = {}, {}
         with ExitStack() as stack:
             tensors = model.outer_tensors(device, torch.float32, head=False)
             if pictures:
@@ -74,7 +76,7 @@ class BlockInputs:
                         stream.added[batch.rows.start, block] = added.flatten(0, -2).to(
                             stream.states.dtype
                         )
-                self._keep([_moved(arguments, self._device) for _, arguments in seen])
+                self._keep([arguments for _, arguments in seen], batch.shape)
 
     def embed_both(
         self, full: Stream, quantized: Stream, towers: tuple[Prepare | None, Prepare | None]
@@ -142,14 +144,33 @@ class BlockInputs:
             "declaration does not fit this model"
         )
 
-    def _keep(self, arguments: list[Arguments]) -> None:
-        if self._arguments and _equal(self._arguments[-1], arguments):
-            arguments = self._arguments[-1]
-        self._arguments.append(arguments)
+    def _keep(self, arguments: list[Arguments], shape: tuple[int, ...]) -> None:
+        for name, value in (pair for own in arguments for pair in own.items()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self._of_tokens |= {name} if value.shape[:-1] == shape else set()
+        moved = [self._moved(own) for own in arguments]
+        before = self._arguments[-1] if self._arguments else [{} for _ in moved]
+        shared = [_shared(old, own) for old, own in zip(before, moved, strict=True)]
+        if all(own is old for old, own in zip(before, shared, strict=True)):
+            shared = before
+        self._arguments.append(shared)
 
-    def arguments(self, batch: int, block: int) -> Arguments:
-        """Keyword arguments of one block for one batch."""
-        return self._arguments[batch][block]
+    def _moved(self, arguments: Arguments) -> Arguments:
+        host = torch.device("cpu")
+        return {
+            name: _to_device(value, host if name in self._of_tokens else self._device)
+            for name, value in arguments.items()
+        }
+
+    def arguments(self, batch: int, block: int, handed: HandedOn | None = None) -> Arguments:
+        """Keyword arguments of one block for one batch; it reads and sets what is `handed` on."""
+        arguments, name = self._arguments[batch][block], self._model.architecture.hands_on
+        own = {each: arguments[each] for each in self._of_tokens & arguments.keys()}
+        if own:
+            arguments = {**arguments, **_moved(own, self._device)}
+        if name is None:
+            return arguments
+        return {**arguments, name: HandedOn({}) if handed is None else handed}
 
     def weights(self, batch: int) -> Tensor | None:
         """How much each token of a batch counts, (samples, tokens) float32; None: all alike."""
@@ -203,6 +224,14 @@ def _to_device(value: object, device: torch.device) -> object:
     if isinstance(value, dict):
         return {key: _to_device(each, device) for key, each in value.items()}
     return value
+
+
+def _shared(before: Arguments, own: Arguments) -> Arguments:
+    """The same, with what equals the arguments before taken from there."""
+    equal = {name for name in before.keys() & own.keys() if _equal(before[name], own[name])}
+    if len(equal) == len(own) == len(before):
+        return before
+    return {name: before[name] if name in equal else value for name, value in own.items()}
 
 
 def _equal(left: object, right: object) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrquant.blocks.handed import HandedOn, States, moved
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import temporary_file
 
@@ -44,7 +45,7 @@ class Stream:
     A row is a token.  `storage` is "device", "host" or "disk"; on disk the states are a
     memory-mapped file that is reserved in full at the start and unlinked at once, so that no kill
     leaves it behind.  `added` holds, by (first row, block), what the model adds to a batch's
-    states before that block.
+    states before that block, `handed` by first row what blocks left for later ones.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Stream:
     ) -> None:
         self.device = device
         self.added: dict[tuple[int, int], Tensor] = {}
+        self.handed: dict[int, States] = {}
         if storage == "disk":
             self.states = _mapped_tensor(shape, dtype, folder)
         else:
@@ -80,6 +82,17 @@ class Stream:
             return None
         return added.to(self.device, torch.float32).unflatten(0, batch.shape)
 
+    def handed_on(self, batch: Batch) -> HandedOn:
+        """What blocks before left for those to come, on the computing device, float32."""
+        return HandedOn(moved(self.handed.get(batch.rows.start, {}), self.device, torch.float32))
+
+    def hand_on(self, batch: Batch, states: HandedOn, before: Stream) -> None:
+        """Keep what a block left, and what those before it did in the stream that it read."""
+        if states:
+            new = moved(states.new, self.states.device, self.states.dtype)
+            start = batch.rows.start
+            self.handed[start] = {**before.handed.get(start, {}), **new}
+
     def write(self, batch: Batch, states: Tensor) -> None:
         """Replace the states of a batch."""
         rows = states.flatten(0, -2)
@@ -89,6 +102,7 @@ class Stream:
         """Take over another stream's states."""
         self.states.copy_(other.states)
         self.added = other.added
+        self.handed = dict(other.handed)
 
     @property
     def nbytes(self) -> int:

@@ -167,5 +167,8 @@ def advance_full_precision(
                 runner.observer = lambda name, values, weights=weights: observer(
                     prefix + name, values, weights
                 )
-            output = runner(tensors, stream.read(batch, index), entry.arguments(number, index))
+            handed = stream.handed_on(batch)
+            arguments = entry.arguments(number, index, handed)
+            output = runner(tensors, stream.read(batch, index), arguments)
+            into.hand_on(batch, handed, stream)
             into.write(batch, output)

@@ -14,7 +14,7 @@ from lrquant.model.model import Model
 
 _DTYPES = ("dtype", "torch_dtype")  # transformers 5 and 4
 _LOCAL = "_attn_implementation"
-_AXIAL = "axial"  # rotary positions of towers, which version 4 does not configure
+_NEWER = ("axial", "proportional")  # kinds of RoPE that transformers 4 has not
 
 
 def write_model_config(
@@ -71,11 +71,12 @@ def _older_rope(values: JsonObject) -> JsonObject:
     if "full_attention" in rope:
         sliding = rope.get("sliding_attention") or {}
         local = {"rope_local_base_freq": sliding["rope_theta"]} if "rope_theta" in sliding else {}
-        return {**_older_rope({"rope_parameters": rope["full_attention"]}), **local}
+        older: JsonObject = _older_rope({"rope_parameters": rope["full_attention"]})
+        return {**older, **local} if older else {}
     kept = dict(rope)
-    if "rope_theta" not in kept or kept.get("rope_type") == _AXIAL:
+    if "rope_theta" not in kept or kept.get("rope_type") in _NEWER:
         return {}
-    older: JsonObject = {"rope_theta": kept.pop("rope_theta")}
+    older = {"rope_theta": kept.pop("rope_theta")}
     if "partial_rotary_factor" in kept:
         older["partial_rotary_factor"] = kept.pop("partial_rotary_factor")
     plain = kept.keys() <= {"rope_type"} and kept.get("rope_type", "default") == "default"

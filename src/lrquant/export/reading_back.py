@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks.frozen import FrozenBlock
+from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner
 from lrquant.blocks.streams import Stream
+from lrquant.blocks.stubs import Arguments
 from lrquant.blocks.workbench import Workbench, learned_view
 from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
@@ -198,6 +200,7 @@ def _compare_outputs(
     ids = torch.arange(min(_TOKENS, limit))[None] % model.config.vocab_size
     (own, states), (other, embedded) = (_embedded(m, ids, device) for m in (model, written))
     _require_alike("the embedding", embedded, states, dtype, place)
+    handed = [HandedOn({}) for _ in range(3)]
     for index in _kinds(model):
         name = model.block_name(index)
         view = learned_view(bench, learned, index)
@@ -205,7 +208,10 @@ def _compare_outputs(
         expected = {key: tensor.float() for key, tensor in frozen.items()}
         decoded = {key: tensor.to(device) for key, tensor in source.block(name).items()}
         runs = [(model, own, expected), (model, own, decoded), (written, other, decoded)]
-        outputs = [_output(m, index, t, states, entry) for m, entry, t in runs]
+        outputs = [
+            _output(m, index, t, states, entry.arguments(0, index, left))
+            for (m, entry, t), left in zip(runs, handed, strict=True)
+        ]
         _require_alike(f"what config.json makes of {name}", outputs[2], outputs[1], None, place)
         _require_alike(f"the output of {name}", outputs[2], outputs[0], dtype, place)
 
@@ -219,14 +225,16 @@ def _embedded(model: Model, ids: Tensor, device: torch.device) -> tuple[BlockInp
 
 
 def _kinds(model: Model) -> list[int]:
-    """The first block of each kind of attention, and the last block."""
+    """The first block of each kind of attention, and the last; all, where they read others'."""
     last = len(model.blocks) - 1
+    if model.architecture.hands_on is not None:
+        return list(range(last + 1))
     kinds = list(getattr(model.config, "layer_types", None) or [])[: last + 1]
     return sorted({*(kinds.index(kind) for kind in kinds), last})
 
 
 def _output(
-    model: Model, index: int, tensors: dict[str, Tensor], states: Tensor, entry: BlockInputs
+    model: Model, index: int, tensors: dict[str, Tensor], states: Tensor, arguments: Arguments
 ) -> Tensor:
     shifted = [n.removesuffix(SHIFT_SUFFIX) for n in tensors if n.endswith(SHIFT_SUFFIX)]
     readers = dict.fromkeys(m.reads for m in model.matrices(index) if m.reads is not None)
@@ -235,7 +243,7 @@ def _output(
         model.blocks[index], readers, None, torch.float32, shifted, own_attention=own
     )
     with runner:
-        return runner(tensors, states, entry.arguments(0, index))
+        return runner(tensors, states, arguments)
 
 
 def _compare_heads(workbench: Workbench, written: Model, dtype: torch.dtype, place: Path) -> None:

@@ -177,7 +177,9 @@ def measure_block(
             break
         inputs, target = data.inputs.read(rows, index), data.targets[0].read(rows)
         with plain.watched(first=not batch) as (runner, reference):
-            homologous = runner(plain.tensors, inputs, data.entry.arguments(batch, index))
+            handed = data.inputs.handed_on(rows)
+            arguments = data.entry.arguments(batch, index, handed)
+            homologous = runner(plain.tensors, inputs, arguments)
         carried.add(homologous, target)
         count = rows.samples.stop - rows.samples.start
         tokens += math.prod(rows.shape)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.streams import Stream
@@ -62,24 +63,34 @@ class BlockData:
         self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
     ) -> tuple[Tensor, Tensor]:
         """Output of one batch and its loss terms."""
+        return self._terms(self.output(runner, tensors, batch), batch, kind)
+
+    def _terms(self, output: Tensor, batch: int, kind: str) -> tuple[Tensor, Tensor]:
         rows = self.entry.batches[batch]
-        output = self.output(runner, tensors, batch)
         targets = [stream.read(rows) for stream in self.targets]
         return output, loss_terms(output, targets, kind, self.entry.weights(batch))
 
     def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
         """Output of one batch (batch, tokens, hidden)."""
+        return self._output(runner, tensors, batch, self._handed(batch))
+
+    def _handed(self, batch: int) -> HandedOn:
+        return self.inputs.handed_on(self.entry.batches[batch])
+
+    def _output(
+        self, runner: Runner, tensors: dict[str, Tensor], batch: int, handed: HandedOn
+    ) -> Tensor:
         states = self.inputs.read(self.entry.batches[batch], self.index)
         if isinstance(runner, Window):
-            return runner(tensors, states, self._steps(batch))
-        return runner(tensors, states, self.entry.arguments(batch, self.index))
+            return runner(tensors, states, self._steps(batch, handed))
+        return runner(tensors, states, self.entry.arguments(batch, self.index, handed))
 
-    def _steps(self, batch: int) -> list[Step]:
+    def _steps(self, batch: int, handed: HandedOn) -> list[Step]:
         rows = self.entry.batches[batch]
         indices = range(self.index, self.index + self.blocks)
         added = [None, *(self.inputs.added_before(rows, index) for index in indices[1:])]
         return [
-            Step(self.entry.arguments(batch, index), extra)
+            Step(self.entry.arguments(batch, index, handed), extra)
             for index, extra in zip(indices, added, strict=True)
         ]
 
@@ -93,10 +104,12 @@ class BlockData:
         """
         sums, counts = [], []
         for number, batch in enumerate(self.entry.batches):
-            output, terms = self.batch_terms(runner, tensors, number, kind)
+            handed = self._handed(number)
+            output, terms = self._terms(self._output(runner, tensors, number, handed), number, kind)
             counts.append(self.count(number))
             sums.append(terms.double() * counts[-1])
             if advance:
+                self.inputs.hand_on(batch, handed, self.inputs)
                 self.inputs.write(batch, output)
         total = torch.tensor(sum(counts), dtype=torch.float64, device=sums[0].device)
         return (self.team.sum(torch.stack(sums).sum(0)) / self.team.sum(total)).float()

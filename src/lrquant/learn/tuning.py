@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lrquant.blocks.handed import HandedOn, leaves, owe_
 from lrquant.blocks.head import HEAD_TOKENS, Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import Prepare
@@ -222,29 +223,35 @@ class _Fit:
 
     def _pass(self, samples: _Samples, batch: int, stepped: Callable[[TunedBlock], None]) -> float:
         """One batch's divergence; each block is `stepped` once its gradient is there."""
-        inputs = self._through(samples, batch)
+        inputs, handed = self._through(samples, batch)
         loss, gradient = self._of_logits(inputs.pop(), samples, batch)
+        owed: dict[str, list[Tensor]] = {}
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
-            states = inputs.pop().requires_grad_(True)
+            states, read = inputs.pop().requires_grad_(True), leaves(handed.pop())
             with torch.enable_grad():
-                output = block(states, samples.entry.arguments(batch, index))
-            output.backward(gradient)
+                output = block(states, samples.entry.arguments(batch, index, read))
+            left = [(each, owed.pop(name)) for name, each in read.new.items() if name in owed]
+            outputs = [output, *(tensor for tensors, _ in left for tensor in tensors)]
+            torch.autograd.backward(outputs, [gradient, *(g for _, each in left for g in each)])
             gradient = _gradient_of(states)
+            owe_(owed, read)
             stepped(block)
         return loss
 
     @torch.no_grad()
-    def _through(self, samples: _Samples, batch: int) -> list[Tensor]:
-        """What enters each block, and what leaves the last."""
+    def _through(self, samples: _Samples, batch: int) -> tuple[list[Tensor], list[HandedOn]]:
+        """What enters each block, and what leaves the last; and what those before it left each."""
         rows = samples.entry.batches[batch]
         states = [samples.first.read(rows)]
+        handed, before = HandedOn({}), []
         for index, block in enumerate(self.blocks):
             added = samples.first.added_before(rows, index)
             if added is not None:
                 states[-1] = states[-1] + added
-            states.append(block(states[-1], samples.entry.arguments(batch, index)))
-        return states
+            before.append(HandedOn(handed))
+            states.append(block(states[-1], samples.entry.arguments(batch, index, handed)))
+        return states, before
 
     def _of_logits(self, states: Tensor, samples: _Samples, batch: int) -> tuple[float, Tensor]:
         """The divergence of a batch, mean over its tokens, and its gradient to the last states."""
@@ -272,7 +279,7 @@ class _Fit:
         """Mean divergence over all samples, as they are."""
         batches = range(len(samples.entry.batches))
         losses = [
-            self._of_logits(self._through(samples, batch)[-1], samples, batch)[0]
+            self._of_logits(self._through(samples, batch)[0][-1], samples, batch)[0]
             for batch in batches
         ]
         total = self.team.sum(torch.tensor([sum(losses), len(losses)], dtype=torch.float64))

@@ -99,6 +99,7 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     entry = BlockInputs(bench.model, load.batch, learning.batch_size, bench.device)
     streams = bench.streams(entry, 3 if learning.two_branch else 2)
     entry.embed(streams[0])
+    _hand_on(bench, entry, streams, index)
     shape = *entry.batches[0].shape, model.hidden_size
     hidden = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
     for stream in streams:
@@ -111,6 +112,16 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
             f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "
             f"the memory of {bench.device}; use a smaller --batch_size or --seqlen"
         ) from error
+
+
+def _hand_on(bench: Workbench, entry: BlockInputs, streams: list[Stream], index: int) -> None:
+    """Let the blocks before one leave in all streams what it may read; their weights are ones."""
+    if bench.model.architecture.hands_on is None:
+        return
+    for before in range(index):
+        advance_full_precision(bench, before, bench.stored(before), entry, streams[0], streams[0])
+    for stream in streams[1:]:
+        stream.handed = dict(streams[0].handed)
 
 
 class _Clock:

@@ -87,7 +87,10 @@ def send_through(
         with prepared.runner as runner:
             for number, batch in enumerate(entry.batches):
                 states = stream.read(batch, index)
-                output = runner(prepared.tensors, states, entry.arguments(number, index))
+                handed = stream.handed_on(batch)
+                arguments = entry.arguments(number, index, handed)
+                output = runner(prepared.tensors, states, arguments)
+                stream.hand_on(batch, handed, stream)
                 stream.write(batch, output)
         progress(index)
 

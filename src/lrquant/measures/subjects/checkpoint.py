@@ -87,7 +87,7 @@ class Checkpoint:
             for (batch, _, _), sample in zip(batches, windows.feed.inputs, strict=True):
                 # The whole module: some formats unpack themselves before its first forward.
                 inputs = {name: value.to(self.device) for name, value in sample.items()}
-                self.module(**inputs, use_cache=False, logits_to_keep=1)
+                self.module(**inputs, use_cache=False, logits_to_keep=self._logits_to_keep)
                 stream.write(batch, seen.pop())
                 progress(batch.samples.start)
         finally:
@@ -102,6 +102,11 @@ class Checkpoint:
         visits = [lambda hidden, arguments: states] * len(self._blocks)
         with stubs(self._blocks, visits, self.architecture.in_tuples):
             return self.module(input_ids=ids, use_cache=False).logits
+
+    @property
+    def _logits_to_keep(self) -> int:
+        """One will do, or all where later blocks would compute no other tokens."""
+        return 1 if self.architecture.hands_on is None else 0
 
     @property
     def _blocks(self) -> nn.ModuleList:

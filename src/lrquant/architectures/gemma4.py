@@ -1,0 +1,68 @@
+"""Gemma 4, text, without experts: keys and values that blocks share, and inputs of each block.
+
+Norms stand before and after each sublayer, those after it feed the residual; q, k and v are
+normalised.  Some blocks attend to the keys and values of an earlier one and have none themselves;
+full attention may have values that are its keys.  What a block gets beside the hidden states goes
+through two small linears, which stay in floating point.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from lrquant.architectures import Architecture, decoder
+from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.sites import Site, norm_site, up_down_site
+
+_PER_LAYER = ("per_layer_input_gate.weight", "per_layer_projection.weight")
+
+
+def _readers(config: PretrainedConfig, block: int) -> tuple[str, ...]:
+    """The linears of attention that read its norm."""
+    query, key, value = decoder.ATTENTION_INPUTS
+    if _reuses(config, block):
+        return (query,)
+    full = config.layer_types[block] != "sliding_attention"
+    return (query, key) if config.attention_k_eq_v and full else (query, key, value)
+
+
+def _reuses(config: PretrainedConfig, block: int) -> bool:
+    return bool(config.kv_sharing_modes[block] == "reuse")
+
+
+def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
+    mlp = *decoder.MLP_INPUTS, "mlp.down_proj"
+    return linears(*_readers(config, block), "self_attn.o_proj", *mlp)
+
+
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
+    double = config.use_double_wide_mlp and _reuses(config, block)
+    return (
+        norm_site("input_layernorm", _readers(config, block), config.hidden_size),
+        norm_site("pre_feedforward_layernorm", decoder.MLP_INPUTS, config.hidden_size),
+        up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size * (1 + double)),
+    )
+
+
+def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
+    return _PER_LAYER if config.hidden_size_per_layer_input else ()
+
+
+def _refusal(config: PretrainedConfig) -> str | None:
+    if config.enable_moe_block:
+        return "its blocks have experts, which this family's declaration does not cover yet"
+    return None
+
+
+ARCHITECTURE = Architecture(
+    name="gemma4",
+    model_types=("gemma4_text",),
+    blocks="model.layers",
+    matrices=_matrices,
+    sites=_sites,
+    kept=_kept,
+    assumes={"use_bidirectional_attention": (None, "vision")},
+    refusal=_refusal,
+    hands_on="shared_kv_states",
+    windows_begin="bos",
+)
