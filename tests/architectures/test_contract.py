@@ -83,6 +83,11 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "olmo_hybrid": (DELTA, AFTER),
     "gemma4": {**NO_QUERY_KEY, "value_output": 0},  # q, k and v are normalised
     "gemma4-plain": {**NO_QUERY_KEY, "value_output": 0},
+    "qwen3_moe": OF_EXPERTS,
+    "qwen3_moe-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
+    "qwen2_moe": {**ALL_KINDS, "up_down": 5},  # and one of the shared expert
+    "olmoe": OF_EXPERTS,
+    "mixtral": {**ALL_KINDS, "up_down": 4},
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -92,7 +97,8 @@ DELTA_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_a
 NEXT_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_ba"))
 OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "b_proj"))
 MAMBA = frozenset({"mamba.conv1d.weight"})
-KEPT = {  # of each block, or of all; or nothing
+UNLIKE = (frozenset(), ROUTER, ROUTER)
+KEPT = {  # of each block, or a tuple by block; the rest nothing
     "qwen3_5": (DELTA_SMALL, frozenset()),
     "qwen3_5-biases": (DELTA_SMALL, frozenset()),
     "qwen3_next": (NEXT_SMALL, frozenset()),
@@ -106,7 +112,12 @@ KEPT = {  # of each block, or of all; or nothing
     "olmo_hybrid": (OLMO_SMALL, frozenset()),
     "gemma4": frozenset({"per_layer_input_gate.weight", "per_layer_projection.weight"}),
     "outside-experts": ROUTER,
-    "outside-unlike": (frozenset(), ROUTER, ROUTER),
+    "outside-unlike": UNLIKE,
+    "qwen3_moe": ROUTER,
+    "qwen3_moe-unlike": UNLIKE,
+    "qwen2_moe": ROUTER | {"mlp.shared_expert_gate.weight"},
+    "olmoe": ROUTER,
+    "mixtral": ROUTER,
 }
 
 
@@ -188,7 +199,8 @@ def test_matrices_are_named_once_and_after_what_they_are(variant, make_model):
             if isinstance(modules.get(name), nn.Linear):
                 assert (matrix.reads, matrix.bias) == (name, f"{name}.bias")
                 assert (matrix.name == name) == matrix.whole
-            assert matrix.reads is None or matrix.reads in modules
+            inside = matrix.expert is not None and matrix.reads == matrix.name
+            assert matrix.reads is None or matrix.reads in modules or inside
 
 
 def test_a_linear_too_many_or_too_few_is_refused(make_model, monkeypatch):

@@ -89,7 +89,6 @@ def test_an_unknown_family_is_refused_with_the_nearest_and_the_guide():
 @pytest.mark.parametrize(
     "model_type, said",
     [
-        ("qwen3_moe", "'qwen3', but this one's blocks have mlp.experts.down_proj"),
         ("cohere2_moe", "'cohere2', but this one's blocks have mlp.experts"),
         ("arcee", "'nemotron', and their blocks have the same parts"),
         ("diffllama", "but its declaration says nothing of self_attn.lambda_k1"),

@@ -101,5 +101,5 @@ def test_parts_of_experts_cover_their_parameter_once(transposed):
 def test_an_expert_s_second_matrix_reads_what_stays_inside():
     (first, _) = experts("moe", "gate_up", 2, reads_input=True, up=4)
     (second, _) = experts("moe", "down", 2, reads_input=False, down=4)
-    assert (first.reads, second.reads) == ("moe", None)
+    assert (first.reads, second.reads) == ("moe", second.name) == ("moe", "moe.0.down")
     assert first.bias is None and second.bias is None

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -729,3 +730,34 @@ def test_gguf_not_understood(tmp_path, key):
     skeleton = make_skeleton(make_model().config)
     words = ("qwen35", "safetensors") if key == "architecture" else ("3 parts", "--merge")
     refusal(lambda: GGUFSource(path, skeleton), *words)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-unlike", "mixtral"])
+def test_experts_of_their_own_are_joined_as_transformers_joins_them(name, model_folder, make_model):
+    folder = model_folder(name)
+    source = load_model(str(folder)).source
+    stored = SafetensorsSource(folder)
+    single = [each for each in stored.names() if re.search(r"experts\.\d+\.", each)]
+    assert single and not any("gate_up_proj" in each for each in stored.names())
+    for key, tensor in make_model(name).state_dict().items():
+        assert torch.equal(source.tensor(key), tensor) and source.dtype(key) == "float32"
+        assert source.shape(key) == tuple(tensor.shape)
+    assert not source.extra_names() and source.fingerprint() == stored.fingerprint()
+
+
+def test_an_expert_that_is_missing_or_odd_is_refused(model_folder):
+    folder = model_folder("qwen3_moe")
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    first = "model.layers.0.mlp.experts.3.up_proj.weight"
+    for change, said in (
+        ({first: None}, "wrong shape|missing"),
+        ({first: torch.ones(3, 32)}, "missing .first: model.layers.0.mlp.experts.gate_up_proj"),
+        ({first: torch.ones(16, 32, dtype=torch.int8)}, "stored as int8"),
+    ):
+        tensors = {
+            name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(LRQuantError, match=said):
+            load_model(str(folder))

@@ -5,8 +5,8 @@ They pass the contract of this package's own, and mistakes in them do not.
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,15 +175,30 @@ def test_what_a_format_of_linears_cannot_hold_is_refused(make_family, token_ids,
         assert not (tmp_path / name).exists()
 
 
-def test_inputs_that_stay_inside_cannot_be_quantised(make_family, token_ids, tmp_path):
-    with pytest.raises(LRQuantError, match=r"experts\.0\.down: its inputs stay inside .*W4A16'"):
-        quantize(make_family("experts"), "W4A8", samples=token_ids(1, 12), output_dir=str(tmp_path))
+def test_inputs_that_nothing_tells_of_cannot_be_quantised(make_family, token_ids, tmp_path):
+    """As of experts that a family computes in its own code."""
+    module = make_family("experts")
+    whole = architectures()["qwen3_moe"]
+
+    def matrices(config, block):
+        own = whole.matrices(config, block)
+        return tuple(
+            replace(m, reads=None) if m.reads == m.name and m.expert is not None else m for m in own
+        )
+
+    own_code = replace(whole, matrices=matrices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrquant.model.loading.architecture_of", lambda config: own_code)
+        with pytest.raises(
+            LRQuantError, match=r"experts\.0\.down.*: its inputs stay inside .*W4A16'"
+        ):
+            quantize(module, "W4A8", samples=token_ids(1, 12), output_dir=str(tmp_path))
 
 
 def test_experts_declared_by_attention_alone_are_refused(make_family, toys, monkeypatch):
     module = make_family("experts")
     whole = architectures()["qwen3_moe"]
-    only = dataclasses.replace(
+    only = replace(
         whole, matrices=lambda config, block: whole.matrices(config, block)[:4], kept=lambda *a: ()
     )
     monkeypatch.setattr("lrquant.model.loading.architecture_of", lambda config: only)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,8 +15,9 @@ class Matrix:
     `name` is what schemes, sites and formats call it, relative to its block: for the whole of a
     linear that of the module.  `parameter` is the stored tensor, `expert` its index along a first
     axis, and `rows` the first row and the one after the last, of outputs; `transposed` says that
-    inputs come first in the store.  `reads` names the module whose first input it multiplies, None
-    where that stays inside a module, so that it cannot be quantised.  `bias` is the stored bias.
+    inputs come first in the store.  `reads` names the module whose first input it multiplies; of an
+    expert's second matrix, whose input stays inside that of the experts, it is its own name; None
+    where nothing tells of the input, so that it cannot be quantised.  `bias` is the stored bias.
     """
 
     name: str
@@ -80,22 +82,28 @@ def experts(
     """Each expert's part of a 3-D parameter (experts, out, in) of a module: `MODULE.INDEX.NAME`.
 
     `rows` names the parts along the outputs, as of a fused gate and up; `reads_input` says that
-    they multiply the module's own input, and not what stays inside it.
+    they multiply the module's own input, and not what stays inside it.  The module computes through
+    transformers' interface of experts.
     """
+    return parts_of_experts(module, parameter, count, rows, reads_input, transposed)
+
+
+def parts_of_experts(
+    module: str,
+    parameter: str,
+    count: int,
+    rows: Mapping[str, int],
+    reads_input: bool,
+    transposed: bool = False,
+) -> tuple[Matrix, ...]:
+    """The same, of `rows` by names that are known when it runs."""
     matrices = []
     for expert in range(count):
         start = 0
         for name, size in rows.items():
             span = (start, start + size)
             start += size
-            matrices.append(
-                Matrix(
-                    f"{module}.{expert}.{name}",
-                    f"{module}.{parameter}",
-                    span,
-                    expert,
-                    transposed,
-                    module if reads_input else None,
-                )
-            )
+            own = f"{module}.{expert}.{name}"
+            reads = module if reads_input else own
+            matrices.append(Matrix(own, f"{module}.{parameter}", span, expert, transposed, reads))
     return tuple(matrices)

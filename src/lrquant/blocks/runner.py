@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from lrquant.blocks.attention import attention_config, attention_name
+from lrquant.blocks.experts import ExpertModules, Inside
 from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
@@ -55,6 +56,10 @@ class BlockRunner:
     output takes a shift; a linear that has an input factor reads its input times that; `observer`
     is told (module, unquantised input (batch, tokens, in)).  Where a block computes attention by
     `own_attention`, that runs in float32, on what linears give.
+
+    Names among `inputs` that are no modules are of what experts read inside theirs.  While
+    `all_experts`, the observer is told of these too, as if every token went to every expert;
+    `router` is told (module, experts of each token (tokens, chosen)).
     """
 
     def __init__(
@@ -74,13 +79,18 @@ class BlockRunner:
         self._attention_before = getattr(self.config, "_attn_implementation", None)
         self._attention_name = attention_name(attention, dtype)
         self.dtype, self.observer = dtype, observer
+        self.all_experts = False
+        self.router: Observer | None = None
+        self._experts = ExpertModules.of(block)
+        self._places = self._experts.places(inputs)
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, Tensor | None, Grid | None, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> BlockRunner:
-        for name in self.inputs:
+        inside = {place for places in self._places.values() for place in places.values()}
+        for name in (each for each in self.inputs if each not in inside):
             reader = self.block.get_submodule(name)
             self._handles.append(reader.register_forward_pre_hook(partial(self._before, name)))
             if self.own_attention:
@@ -129,18 +139,26 @@ class BlockRunner:
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         values, *rest = inputs
+        self._tell(name, values)
+        return (self._read(name, values), *rest)
+
+    def _tell(self, name: str, values: Tensor) -> None:
+        """The observer, of values (batch, tokens, in)."""
         if self.observer is not None:
             flattened = values.dim() == 2 and len(values) == self._leading.numel()
             self.observer(name, values.unflatten(0, self._leading) if flattened else values)
+
+    def _read(self, name: str, values: Tensor) -> Tensor:
+        """What products take of what is read under a name."""
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
         clip = self._extras.get(name + INPUT_CLIP_SUFFIX)
         grid = self.inputs[name]
         if factor is not None:
-            return (self._quantized(values * factor, grid, clip), *rest)
+            return self._quantized(values * factor, grid, clip)
         last = self._last
         if last is None or last[0] is not values or last[1] is not clip or last[2] != grid:
             self._last = last = values, clip, grid, self._quantized(values, grid, clip)
-        return (last[3], *rest)
+        return last[3]
 
     def _quantized(self, values: Tensor, grid: Grid | None, clip: Tensor | None) -> Tensor:
         """What products take, in their dtype."""
@@ -156,10 +174,22 @@ class BlockRunner:
         if self.config is not None:
             self._attention_before = self.config._attn_implementation
             self.config._attn_implementation = self._attention_name
+        self._experts.enter(
+            {
+                name: Inside(
+                    places,
+                    self._read,
+                    self._tell if self.all_experts and self.observer is not None else None,
+                    None if self.router is None else partial(self.router, name),
+                )
+                for name, places in self._places.items()
+            }
+        )
 
     def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
         if self.config is not None:
             self.config._attn_implementation = self._attention_before
+        self._experts.leave()
         self._last = None
 
 

@@ -155,12 +155,14 @@ def advance_full_precision(
 ) -> None:
     """Send `stream` through one full-precision block, to `into` (which may be `stream` itself).
 
-    `observer` is told of each linear its full name, its inputs, and its tokens' weights.
+    `observer` is told of each linear its full name, its inputs, and its tokens' weights; of each
+    expert what it would read of every token.
     """
     view = workbench.full_precision.view(index, stored)
     tensors = view.tensors()
     prefix = workbench.model.block_name(index) + "."
     with workbench.runner(index, view) as runner:
+        runner.all_experts = observer is not None
         for number, batch in enumerate(entry.batches):
             if observer is not None:
                 weights = entry.weights(number)

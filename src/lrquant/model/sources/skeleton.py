@@ -8,11 +8,10 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lrquant.errors import LRQuantError
 from lrquant.model.sources.checks import AGAIN, is_listed, unfinished_download
+from lrquant.model.sources.conversion import Conversion, Join
 from lrquant.model.sources.files import (
     INDEX,
     SAFETENSORS,
@@ -61,6 +60,7 @@ def _instead(folder: Path) -> str:
 class SkeletonSource(WeightSource):
     """Stored weights under a skeleton's names, with or without the base model's prefix in the file.
 
+    What transformers joins on loading, as the tensors of single experts, is joined when it is read.
     A tied weight that is not stored comes from its partner.  Raises LRQuantError if a parameter or
     persistent buffer is missing or has another shape.
     """
@@ -70,10 +70,14 @@ class SkeletonSource(WeightSource):
         self._stored = stored
         wanted = skeleton.state_dict()
         shapes = {name: tuple(t.shape) for name, t in wanted.items()}
-        renamed = _renamed(stored.names(), skeleton)
-        matched = _match_names(renamed, shapes, skeleton.base_model_prefix + ".")
+        conversion, prefix = Conversion(skeleton), skeleton.base_model_prefix + "."
+        renamed = _renamed(stored.names(), conversion)
+        matched = _match_names(renamed, shapes, prefix)
         self._names = {name: renamed[other] for name, other in matched.items()}
-        self._extra = stored.names() - frozenset(self._names.values())
+        lacking = [name for name in shapes if name not in self._names]
+        self._joins = _joins(conversion, stored, lacking, prefix)
+        parts = {part for join, _, _ in self._joins.values() for part in join.names}
+        self._extra = stored.names() - parts - frozenset(self._names.values())
         # One object for tied weights: two copies of an unpacked embedding would cost gigabytes.
         self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         tied: Mapping[str, str] = skeleton.get_expanded_tied_weights_keys(all_submodels=True)
@@ -85,7 +89,7 @@ class SkeletonSource(WeightSource):
         require_floating_weights(self, wanted)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        missing = [name for name in shapes if name not in self._names]
+        missing = [name for name in shapes if name not in self.names()]
         if missing:
             packed = [name for name in sorted(self._extra) if name.endswith(_PACKED)]
             advice = f"the weights do not belong to config.json, or {AGAIN}"
@@ -107,18 +111,26 @@ class SkeletonSource(WeightSource):
             )
 
     def names(self) -> frozenset[str]:
-        return frozenset(self._names)
+        return frozenset(self._names) | self._joins.keys()
 
     def extra_names(self) -> frozenset[str]:
         return self._extra
 
     def dtype(self, name: str) -> str:
+        if name in self._joins:
+            kinds = {self._stored.dtype(part) for part in sorted(self._joins[name][0].names)}
+            return next((kind for kind in sorted(kinds) if kind not in FLOATING), min(kinds))
         return self._stored.dtype(self._stored_name(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._joins:
+            return self._joins[name][2]
         return self._stored.shape(self._stored_name(name))
 
     def tensor(self, name: str) -> Tensor:
+        if name in self._joins:
+            join, made, _ = self._joins[name]
+            return join.of(self._stored.tensor)[made]
         stored = self._stored_name(name)
         tensor = self._shared.get(stored)
         if tensor is None:
@@ -129,6 +141,8 @@ class SkeletonSource(WeightSource):
         return self._stored.unpacked_from()
 
     def alike(self, name: str, other: str) -> bool:
+        if name in self._joins or other in self._joins:
+            return super().alike(name, other)
         return self._stored_name(name) == self._stored_name(other) or super().alike(name, other)
 
     def fingerprint(self) -> str:
@@ -160,20 +174,36 @@ def require_floating_weights(source: WeightSource, wanted: Mapping[str, Tensor])
         )
 
 
-def _renamed(stored: Iterable[str], skeleton: PreTrainedModel) -> dict[str, str]:
+def _renamed(stored: Iterable[str], conversion: Conversion) -> dict[str, str]:
     """Stored names by the names that transformers gives them on loading.
 
     Models whose modules were renamed since their weights were published have a table of it there.
     A tensor that it would take apart or join with others keeps its name.
     """
-    transforms = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     names = {}
     for name in stored:
-        renamed, converter = rename_source_key(name, renamings, converters)
-        names[name if converter is not None else renamed] = name
+        renamed, pattern = conversion.renamed(name)
+        names[name if pattern is not None else renamed] = name
     return names
+
+
+def _joins(
+    conversion: Conversion, stored: WeightSource, lacking: list[str], prefix: str
+) -> dict[str, tuple[Join, str, tuple[int, ...]]]:
+    """How what is `lacking` is joined of stored tensors: its name there, and its shape."""
+    joins: dict[str, tuple[Join, str, tuple[int, ...]]] = {}
+    if not lacking:
+        return joins
+    made: dict[str, tuple[Join, tuple[int, ...]]] = {}
+    for join in conversion.joins(stored.names()).values():
+        try:
+            tensors = join.empty(stored.shape)
+        except (RuntimeError, ValueError, LookupError):
+            continue  # parts that do not fit together make nothing: what they are for is missing
+        made |= {name: (join, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, other in _match_names(made, lacking, prefix).items():
+        joins[name] = made[other][0], other, made[other][1]
+    return joins
 
 
 def _match_names(stored: Iterable[str], wanted: Iterable[str], prefix: str) -> dict[str, str]:
