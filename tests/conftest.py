@@ -36,8 +36,13 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Cohere2Config,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
+    ExaoneMoeConfig,
     FalconConfig,
     FalconH1Config,
     Gemma2Config,
@@ -45,13 +50,19 @@ from transformers import (
     Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GlmConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
+    HYV3Config,
     Lfm2Config,
     LlamaConfig,
+    MiniMaxM2Config,
     Ministral3Config,
     MistralConfig,
     MixtralConfig,
@@ -72,6 +83,7 @@ from transformers import (
     Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
     Starcoder2Config,
 )
 
@@ -103,10 +115,15 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+_KINDS = ["dense", "sparse"]  # of the MLPs, by block
+_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+_ROUTED |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _YARN_ROPE |= {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}  # where the default has others
+_LATENT = {**_SHAPE, **_ENDS, "intermediate_size": 48, "num_key_value_heads": 4}
+_LATENT |= {"kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 _PART = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _PART = {"rope_parameters": _PART}  # RoPE turns a half of each head
 _MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -301,9 +318,39 @@ TINY = {
     "qwen3_moe-unlike": Qwen3MoeConfig(
         **{**_GATED, "num_hidden_layers": 3}, **_EXPERTS, mlp_only_layers=[0], pad_token_id=1
     ),
-    "qwen2_moe": Qwen2MoeConfig(**_GATED, **_EXPERTS, shared_expert_intermediate_size=24),
+    "qwen2_moe": Qwen2MoeConfig(**_GATED, **_EXPERTS, shared_expert_intermediate_size=32),
     "olmoe": OlmoeConfig(**_GATED, **_ENDS, num_experts=4, num_experts_per_tok=2),
     "mixtral": MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2),
+    "minimax_m2": MiniMaxM2Config(
+        **_GATED, **_ENDS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4
+    ),
+    "glm4_moe": Glm4MoeConfig(**_GATED, **_ENDS, **_ROUTED, **_PART, head_dim=16),
+    "glm4_moe-norms": Glm4MoeConfig(**_GATED, **_ENDS, **_ROUTED, head_dim=16, use_qk_norm=True),
+    "dots1": Dots1Config(**_GATED, **_ENDS, **_ROUTED, head_dim=16),
+    "solar_open": SolarOpenConfig(**_GATED, **_ENDS, **_ROUTED, head_dim=16),
+    "ernie4_5_moe": Ernie4_5_MoeConfig(
+        **_GATED, **_ENDS, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
+    ),
+    "hunyuan_v1_moe": HunYuanMoEV1Config(**_GATED, **_ENDS, num_experts=4, moe_topk=2, head_dim=16),
+    "hy_v3": HYV3Config(
+        **_GATED, **_ENDS, **_EXPERTS, num_shared_experts=1, mlp_layer_types=_KINDS
+    ),
+    "exaone_moe": ExaoneMoeConfig(
+        **_GATED, **_MIXED, **_EXPERTS, n_group=1, topk_group=1, mlp_layer_types=_KINDS
+    ),
+    "granitemoe": GraniteMoeConfig(
+        **_GATED, **_ENDS, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
+    ),
+    "deepseek_v2": DeepseekV2Config(
+        **_LATENT, **_ROUTED, q_lora_rank=16, head_dim=4, topk_method="group_limited_greedy"
+    ),
+    "deepseek_v3": DeepseekV3Config(**_LATENT, **_ROUTED, q_lora_rank=16),
+    "deepseek_v3-whole": DeepseekV3Config(
+        **_LATENT, **_ROUTED, q_lora_rank=None, rope_interleave=False, attention_bias=True
+    ),
+    "glm4_moe_lite": Glm4MoeLiteConfig(
+        **_LATENT, **_ROUTED, q_lora_rank=16, mlp_layer_types=_KINDS
+    ),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "outside-unlike": Qwen3MoeConfig(
@@ -360,7 +407,9 @@ def _randomize_(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("bias"):
+        if name.endswith("correction_bias"):  # of a router, whose experts all get tokens
+            values = 0.02 * values
+        elif name.endswith("bias"):
             values = 0.3 * values
         elif parameter.dim() == 1:
             values = 1 + 0.3 * values.clamp(-2, 2)

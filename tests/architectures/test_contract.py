@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV3Config
 
 from lrquant.architectures import Architecture, architecture_of, decoder
+from lrquant.architectures.latent import latent_sites
 from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
 from lrquant.architectures.sites import (
     UNTOUCHED,
@@ -40,6 +42,8 @@ INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2",
 INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next", "olmo_hybrid", "nemotron_h")
 INSIDE += ("granitemoehybrid", "granitemoehybrid-rope", "falcon_h1", "falcon_h1-norm")
 INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
+INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
+INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
 NO_UP_DOWN = {**ALL_KINDS, "up_down": 0}
@@ -48,6 +52,7 @@ OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
 DELTA = {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 1}  # the gated norm is a third
 ONE_NORM = dict.fromkeys(KINDS, 0) | {"norm": 1}
 GATED_CONVOLUTION = {**ONE_NORM, "norm": 2, "up_down": 2}
+LATENT = {"norm": 4, "value_output": 1, "query_key": 2, "up_down": 1}
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
@@ -88,6 +93,20 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "qwen2_moe": {**ALL_KINDS, "up_down": 5},  # and one of the shared expert
     "olmoe": OF_EXPERTS,
     "mixtral": {**ALL_KINDS, "up_down": 4},
+    "minimax_m2": OF_EXPERTS,
+    "glm4_moe": (ALL_KINDS, {**ALL_KINDS, "up_down": 5}),
+    "glm4_moe-norms": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
+    "dots1": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
+    "solar_open": {**ALL_KINDS, "up_down": 5},
+    "ernie4_5_moe": (ALL_KINDS, {**ALL_KINDS, "up_down": 5}),
+    "hunyuan_v1_moe": {**NO_QUERY_KEY, "up_down": 5},
+    "hy_v3": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
+    "exaone_moe": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
+    "granitemoe": {**ALL_KINDS, "up_down": 4},
+    "deepseek_v2": (LATENT, {**LATENT, "up_down": 5}),
+    "deepseek_v3": (LATENT, {**LATENT, "up_down": 5}),
+    "deepseek_v3-whole": ({**LATENT, "norm": 3}, {**LATENT, "norm": 3, "up_down": 5}),
+    "glm4_moe_lite": (LATENT, {**LATENT, "up_down": 5}),
     "outside-fused": NO_QUERY_KEY,  # only a part of each head may be rotated
     "outside-experts": OF_EXPERTS,
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -118,6 +137,16 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "qwen2_moe": ROUTER | {"mlp.shared_expert_gate.weight"},
     "olmoe": ROUTER,
     "mixtral": ROUTER,
+    "minimax_m2": ROUTER,
+    "ernie4_5_moe": (frozenset(), ROUTER | {"mlp.gate.moe_statics.e_score_correction_bias"}),
+    "solar_open": ROUTER,
+    "hunyuan_v1_moe": frozenset({"mlp.gate.wg.weight"}),
+    "granitemoe": frozenset({"block_sparse_moe.router.weight"}),
+    **dict.fromkeys(
+        ("glm4_moe", "glm4_moe-norms", "dots1", "hy_v3", "exaone_moe", "deepseek_v2"),
+        (frozenset(), ROUTER),
+    ),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite"), (frozenset(), ROUTER)),
 }
 
 
@@ -327,6 +356,8 @@ def among_rows(up: str, down: str, rows: int, start: int, width: int) -> Site:
     return dataclasses.replace(site, folds=(Fold(up, "rows", -1, index), *site.consumers))
 
 
+_LATENT = {"num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 32, "v_head_dim": 12}
+_LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "hidden_size": 32}
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
 WRONG_SITES = {
     "unpaired under RoPE": ("llama", query_key_site(*QUERY_KEY, 8, rotary=None)),
@@ -441,6 +472,38 @@ WRONG_SITES = {
     "values that are normalised": (
         "gemma4-plain",
         value_output_site("self_attn.v_proj", "self_attn.o_proj", 4, 2, 8),
+    ),
+    "a norm that the router reads too": (
+        "mixtral",
+        norm_site(
+            "post_attention_layernorm",
+            tuple(f"mlp.experts.{expert}.{name}" for expert in range(4) for name in ("w1", "w3")),
+            32,
+        ),
+    ),
+    "gate instead of up in an expert": (
+        "olmoe",
+        up_down_site("mlp.experts.1.gate_proj", "mlp.experts.1.down_proj", 48),
+    ),
+    "one expert's up for another's down": (
+        "qwen3_moe",
+        up_down_site("mlp.experts.1.up_proj", "mlp.experts.2.down_proj", 16),
+    ),
+    "q and k of a head's first channels alone turn": (
+        "minimax_m2",
+        query_key_site(*QUERY_KEY, 8, "half", rotary_dim=4),
+    ),
+    "pairs over whole heads where RoPE turns a part, beside experts": (
+        "glm4_moe",
+        query_key_site(*QUERY_KEY, 16, "half"),
+    ),
+    "latent attention whose pairs are halves": (
+        "deepseek_v3",
+        latent_sites(DeepseekV3Config(**_LATENT, rope_interleave=False), 0)[-1],
+    ),
+    "latent attention whose pairs are neighbours": (
+        "deepseek_v3-whole",
+        latent_sites(DeepseekV3Config(**{**_LATENT, "q_lora_rank": None}), 0)[-1],
     ),
     "up to down through xIELU": ("apertus", up_down_site("mlp.up_proj", "mlp.down_proj", 48)),
 }

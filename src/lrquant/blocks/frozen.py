@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lrquant.architectures.matrix import Matrix
+from lrquant.architectures.matrix import Matrix, linear
 from lrquant.blocks.assembly import assembled, assembled_biases
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
@@ -98,6 +98,19 @@ class FrozenBlock:
             if matrix.input_factor is not None:
                 tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)
         return tensors
+
+    def apart(self, alone: Collection[str]) -> FrozenBlock:
+        """The same with matrices of several in a parameter as linears by their own names."""
+        layout = {n: linear(n) if n in alone else m for n, m in self.layout.items()}
+        floating = {n: pair for n, pair in self.unquantized.items() if n in alone}
+        others = {f"{n}.weight": weight for n, (weight, _) in floating.items()}
+        others |= {f"{n}.bias": bias for n, (_, bias) in floating.items() if bias is not None}
+        return FrozenBlock(
+            self.matrices,
+            self.others | others,
+            {n: m for n, m in layout.items() if n not in floating},
+            {n: pair for n, pair in self.unquantized.items() if n not in floating},
+        )
 
     def joined(self) -> FrozenBlock:
         """The same with the parts of a linear as one matrix, for formats that know linears alone.

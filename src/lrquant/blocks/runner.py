@@ -145,8 +145,8 @@ class BlockRunner:
     def _tell(self, name: str, values: Tensor) -> None:
         """The observer, of values (batch, tokens, in)."""
         if self.observer is not None:
-            flattened = values.dim() == 2 and len(values) == self._leading.numel()
-            self.observer(name, values.unflatten(0, self._leading) if flattened else values)
+            shaped = values.shape[:-1].numel() == self._leading.numel()
+            self.observer(name, values.reshape(*self._leading, -1) if shaped else values)
 
     def _read(self, name: str, values: Tensor) -> Tensor:
         """What products take of what is read under a name."""

@@ -215,6 +215,7 @@ class BlockView:
                 None if clip is None else clip.detach(),
             )
         shared = {self.matrices[name].parameter for name in matrices}
+        shared |= {m.parameter for m in self.matrices.values() if m.expert is not None}
         layout = {n: m for n, m in self.matrices.items() if m.parameter in shared}
         alone = {name: pair for name, pair in floating.items() if name not in layout}
         others |= assembled(self.matrices, {name: weight for name, (weight, _) in alone.items()})

@@ -33,6 +33,7 @@ from lrquant.learn.identity import describe_method
 from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 from lrquant.model.publication import publication_of
+from lrquant.model.published import Published
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import VERDICT, Results, kinds, seen_from
 
@@ -49,11 +50,16 @@ def check_format(model: Model, plan: Plan, form: Format, dtype: torch.dtype) -> 
                 reason = form.shape_refusal(shape.rows, shape.columns)
                 if reason is not None:
                     raise LRQuantError(f"--format {form.name}: {name}: {reason}")
+            alone = part.published.alone(view.plan.name)
+            schemes = {view.plan.schemes[name] for name in alone}
+            reason = form.experts(own.schemes, schemes) if schemes else None
+            if reason is not None:
+                raise LRQuantError(f"--format {form.name}: {reason}")
             needed = [each.needs(view.shapes).items() for each in own.ingredients]
             for what, why in (pair for needs in needed for pair in needs):
                 if what not in form.holds:
                     raise LRQuantError(f"--format {form.name}: {why}")
-            require_packable(view, form, dtype)
+            require_packable(view, form, dtype, alone)
 
 
 def model_dtype(model: Model) -> torch.dtype:
@@ -159,11 +165,13 @@ def _write_tensors(
         attentions: dict[str, Scheme] = {}
         for index in range(len(bench.model.blocks)):
             view = learned_view(bench, learned, index)
-            prefix = bench.model.block_name(index) + "."
-            tensors = form.tensors(view.freeze(), dtype)
-            write(f"{file}-{index:04d}.safetensors", {prefix + n: t for n, t in tensors.items()})
-            names += [prefix + name for name in sorted(tensors)]
-            linears |= linear_schemes(view.plan)
+            published, prefix = bench.model.published, bench.model.block_name(index) + "."
+            frozen = view.freeze().apart(published.alone(view.plan.name))
+            own = form.tensors(frozen, dtype) | published.wide(frozen.others)
+            tensors = published.named({prefix + name: tensor for name, tensor in own.items()})
+            write(f"{file}-{index:04d}.safetensors", tensors)
+            names += sorted(tensors)
+            linears |= linear_schemes(view.plan, published)
             attentions[view.plan.attention_module] = view.plan.attention_scheme
         blocks = bench.model.architecture.blocks
         parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions))
@@ -181,13 +189,27 @@ def _quantized(workbench: Workbench, folder: RunFolder) -> list[tuple[Workbench,
     return parts
 
 
-def linear_schemes(plan: BlockPlan) -> dict[str, Scheme]:
-    """The scheme of each linear of a block by its full name; parts of one have the same."""
-    return {
-        f"{plan.name}.{matrix.parameter.removesuffix('.weight')}": plan.schemes[name]
-        for name, matrix in plan.matrices.items()
-        if matrix.expert is None and matrix.parameter.endswith(".weight")
-    }
+def linear_schemes(plan: BlockPlan, published: Published) -> dict[str, Scheme]:
+    """The scheme of each linear of a block by its full name; parts of one have the same.
+
+    Matrices of experts that have tensors of their own are linears too.
+    """
+    alone, schemes = published.alone(plan.name), {}
+    for name, matrix in plan.matrices.items():
+        own = name if name in alone else matrix.parameter.removesuffix(".weight")
+        if name in alone or (matrix.expert is None and matrix.parameter.endswith(".weight")):
+            schemes[published.name(f"{plan.name}.{own}")] = plan.schemes[name]
+    return schemes
+
+
+def _kept(model: Model) -> list[str]:
+    """Modules inside the blocks whose weights stay in floating point, such as routers."""
+    return [
+        model.published.name(f"{model.block_name(index)}.{name.removesuffix('.weight')}")
+        for index in range(len(model.blocks))
+        for name in model.architecture.kept(model.config, index)
+        if name.endswith(".weight")
+    ]
 
 
 def _stored_blocks(workbench: Workbench) -> dict[str, Tensor]:
@@ -217,6 +239,7 @@ def write_small_files(
     modules = model.skeleton.named_modules()
     outside = [n for n, module in modules if isinstance(module, nn.Linear) and n not in held]
     extra = {name.rpartition(".")[0] for name in model.source.extra_names()}
-    quantization = form.quantization_config(parts, [*outside, *sorted(extra - {""})])
+    outside += [*sorted(extra - {""}), *_kept(model)]
+    quantization = form.quantization_config(parts, outside)
     write_model_config(model, checkpoint_dtype(model, plan, form), quantization, place)
     copy_side_files(model, place)

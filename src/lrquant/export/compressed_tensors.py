@@ -7,7 +7,7 @@ dynamic, one scale a token or a group of its channels.  Codes are packed by the 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +123,20 @@ def _nearest(scheme: Scheme) -> Scheme:
     return Scheme(weights, bits, group_size, True, True, 16, kind, across)
 
 
+def _experts(schemes: Schemes, own: Set[Scheme]) -> str | None:
+    """What transformers 5.23 joins of single experts: symmetric weights of one scheme, decoded."""
+    quantized = {scheme for scheme in schemes.every if not scheme.floating_point}
+    first = schemes.default
+    alike = quantized == {first} and len(own) == 1
+    if alike and first.symmetric and first.activation_bits == FLOAT_BITS:
+        return None
+    wanted = replace(first, symmetric=True, activation_bits=FLOAT_BITS, qkv_bits=None)
+    return (
+        "transformers joins experts of symmetric weights with 16-bit activations in one scheme "
+        f"alone; use --scheme {wanted.name}, to be asked for before learning, or --format lrquant"
+    )
+
+
 def _loading(scheme: Scheme, target: str) -> Loading:
     if target == "native":
         return Loading("made for other runtimes; use --target vllm or transformers")
@@ -159,11 +173,13 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObjec
     )
     values = _without_nothing(whole.model_dump(mode="json"))
     packed = first.activation_bits == FLOAT_BITS
-    if packed and (not first.symmetric or (alike and len(parts) > 1)):
+    joined = any(re.search(r"\.experts\.[0-9]+\.", name) for name in parts[0].linears)
+    if packed and (not first.symmetric or (alike and len(parts) > 1) or joined):
         # Unless it decodes while loading, transformers makes room for zero points that are not
         # packed (compressed-tensors 0.20 leaves them out of what it packs on the meta device) and
         # refuses ours for their shape, and initialises some towers through weights that packed
-        # linears do not have; other readers do not look at this key.
+        # linears do not have, and joins single experts only of what it decodes; other readers do
+        # not look at this key.
         values["dequantize"] = True
     return values
 
@@ -274,4 +290,5 @@ FORMAT = Format(
     decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
+    experts=_experts,
 )

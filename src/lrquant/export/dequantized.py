@@ -38,4 +38,5 @@ FORMAT = Format(
     loading=_loading,
     holds=frozenset({"input factor", "dense factor"}),
     grids=frozenset(),
+    experts=lambda schemes, own: None,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,23 @@ from lrquant.errors import LRQuantError
 from lrquant.export.format import Format
 
 
-def expected_block(view: BlockView, form: Format, dtype: torch.dtype) -> dict[str, Tensor]:
+def expected_block(
+    view: BlockView, form: Format, dtype: torch.dtype, alone: Collection[str] = ()
+) -> dict[str, Tensor]:
     """A block's tensors by name, relative to the block, on the meta device.
 
-    `view` gives the shapes; parameters are packed one at a time.  Raises LRQuantError where the
-    format refuses a shape.
+    `view` gives the shapes; parameters are packed one at a time; `alone` are matrices that have
+    tensors of their own.  Raises LRQuantError where the format refuses a shape.
     """
     by_parameter: dict[str, list[str]] = {}
     for name, matrix in view.matrices.items():
         by_parameter.setdefault(matrix.parameter, []).append(name)
     quantized = view.shapes.quantized
-    packed = {p: names for p, names in by_parameter.items() if any(n in quantized for n in names)}
+    packed = {
+        p: names
+        for p, names in by_parameter.items()
+        if any(n in quantized or n in alone for n in names)
+    }
     biases = {view.matrices[n].bias for names in packed.values() for n in names}
     others = {n: t for n, t in view.stored.items() if n not in packed and n not in biases}
     tensors = form.tensors(FrozenBlock({}, others, {}), dtype)
@@ -32,7 +40,8 @@ def expected_block(view: BlockView, form: Format, dtype: torch.dtype) -> dict[st
             {name: view.matrices[name] for name in names},
             {n: (_weight(view, n), _bias(view, n)) for n in names if n not in quantized},
         )
-        tensors |= {name: tensor.to("meta") for name, tensor in form.tensors(frozen, dtype).items()}
+        own = form.tensors(frozen.apart(alone), dtype)
+        tensors |= {name: tensor.to("meta") for name, tensor in own.items()}
     return tensors
 
 
@@ -40,6 +49,7 @@ def bits_of_weights(tensors: dict[str, Tensor], view: BlockView) -> tuple[int, i
     """Bits that all of the matrices' weights take, scales, zero points and shapes counted, and how
     many weights these are."""
     modules = {m.parameter.removesuffix(".weight") for m in view.matrices.values()}
+    modules |= view.matrices.keys()
     sizes = [
         tensor.nbytes
         for name, tensor in tensors.items()
@@ -48,10 +58,12 @@ def bits_of_weights(tensors: dict[str, Tensor], view: BlockView) -> tuple[int, i
     return 8 * sum(sizes), sum(view.weight(name).numel() for name in view.matrices)
 
 
-def require_packable(view: BlockView, form: Format, dtype: torch.dtype) -> None:
+def require_packable(
+    view: BlockView, form: Format, dtype: torch.dtype, alone: Collection[str]
+) -> None:
     """Refuse a block with several matrices in one tensor, if the format cannot hold that."""
-    if any(not matrix.whole for matrix in view.matrices.values()):
-        expected_block(view, form, dtype)
+    if any(not matrix.whole for name, matrix in view.matrices.items() if name not in alone):
+        expected_block(view, form, dtype, alone)
 
 
 def _weight(view: BlockView, matrix: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class Format:
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
     it has a place for, and `grids` the kinds of grids, all of them if empty.
+    `experts` returns why it can't hold the matrices of a block's experts, which it is given as
+    linears of their own, under their own schemes beside all others, or None.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Format:
     dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
     holds: frozenset[str] = frozenset()
     grids: frozenset[str] = frozenset({"int"})
+    experts: Callable[[Schemes, AbstractSet[Scheme]], str | None] = lambda schemes, own: (
+        "it holds no experts; use --format dequantized or lrquant"
+    )
 
     def grid_refusal(self, schemes: Schemes) -> str | None:
         """Why it cannot hold the kind of a grid, or None."""

@@ -7,7 +7,8 @@ computes with them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
 from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
 from lrquant.export.compressed_tensors import packed_matrix
 from lrquant.export.format import Format
 from lrquant.export.loading import Loading
@@ -70,9 +72,18 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObjec
     attentions = [group for part in parts for group in _other_attentions(part)]
     if attentions:
         values["attentions"] = attentions
+    experts = _experts(parts[0])
+    if experts:
+        values["experts"] = experts
     if towers:
         values["tower"] = {"blocks": parts[1].blocks, **towers[0]}
     return values
+
+
+def _experts(part: Part) -> list[str]:
+    """The names of one expert's linears, in their order, where experts are linears of their own."""
+    first = [re.search(r"\.experts\.0\.(\w+)$", name) for name in part.linears]
+    return list(dict.fromkeys(match[1] for match in first if match is not None))
 
 
 def _other_attentions(part: Part) -> list[JsonObject]:
@@ -108,6 +119,16 @@ def _modules(part: Part, suffix: str) -> list[str]:
     return next(iter(by_block.values())) if alike else full
 
 
+def _experts_refusal(schemes: Schemes, own: Set[Scheme]) -> str | None:
+    """What the runtime puts in the place of a block's experts: packed linears, or nothing."""
+    if all(scheme.quantizes_weights for scheme in own) or all(s.floating_point for s in own):
+        return None
+    return (
+        "experts of 16-bit weights beside others in one block, or with quantised activations, are "
+        "not packed; give all of a block's experts weights below 16 bits, or all W16A16"
+    )
+
+
 def _loading(scheme: Scheme, target: str) -> Loading:
     if target == "native":
         return Loading()
@@ -121,5 +142,6 @@ FORMAT = Format(
     decode=_decode,
     quantization_config=_quantization_config,
     loading=_loading,
+    experts=_experts_refusal,
     holds=frozenset({"shift", "input factor", "input clip"}),
 )

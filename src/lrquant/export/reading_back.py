@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -50,6 +49,7 @@ class DecodedSource(WeightSource):
         values = read_json(place / "config.json")
         self._quantization: JsonObject = values.get("quantization_config") or {}
         self._inside = tuple(name + "." for name in blocks)
+        self._published = model.published
         self._shapes = {
             name: tuple(tensor.shape)
             for name, tensor in model.skeleton.state_dict().items()
@@ -74,6 +74,12 @@ class DecodedSource(WeightSource):
         return self.block(prefix.removesuffix("."))[name.removeprefix(prefix)]
 
     def block(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of a block as the model has it: see `written`; experts joined."""
+        prefix = name + "."
+        loaded = self._published.loaded({prefix + n: t for n, t in self.written(name).items()})
+        return {n.removeprefix(prefix): tensor for n, tensor in loaded.items()}
+
+    def written(self, name: str) -> dict[str, Tensor]:
         """Every tensor of a block, decoded to float32, shifts and input factors as stored."""
         if self._last is None or self._last[0] != name:
             prefix = name + "."
@@ -126,9 +132,11 @@ def read_back(
     _compare_outside(model, written, tuple(name + "." for name in names), dtype, place)
     for bench, learned in quantized:
         for index in range(len(bench.model.blocks)):
-            frozen = learned_view(bench, learned, index).freeze()
-            name = bench.model.block_name(index)
-            _compare_block(name, source.block(name), frozen, dtype, place)
+            name, published = bench.model.block_name(index), bench.model.published
+            frozen = learned_view(bench, learned, index).freeze().apart(published.alone(name))
+            decoded = {f"{name}.{key}": tensor for key, tensor in source.written(name).items()}
+            expected = {f"{name}.{n}": t for n, t in (frozen.dense() | frozen.input_clips).items()}
+            _compare_block(decoded, published.named(expected), dtype, place)
     if not model.architecture.reads_pixels:
         _compare_outputs(quantized[0], written, source, dtype, place)
     _compare_heads(workbench, written, dtype, place)
@@ -155,16 +163,18 @@ def _compare_outside(
 
 
 def _compare_block(
-    name: str, decoded: dict[str, Tensor], frozen: FrozenBlock, dtype: torch.dtype, place: Path
+    written: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    dtype: torch.dtype,
+    place: Path,
 ) -> None:
-    expected, written = frozen.dense() | frozen.input_clips, dict(decoded)
     for factor in [key for key in written if key.endswith(INPUT_FACTOR_SUFFIX)]:
         weight = factor.removesuffix(INPUT_FACTOR_SUFFIX) + ".weight"
         written[weight] = written[weight] * written.pop(factor)
     if odd := sorted(written.keys() ^ expected.keys()):
-        _refuse(place, f"{name}.{odd[0]} is missing or left over")
+        _refuse(place, f"{odd[0]} is missing or left over")
     for key, tensor in expected.items():
-        _require_rounded(f"{name}.{key}", written[key], tensor, dtype, place)
+        _require_rounded(key, written[key], tensor, dtype, place)
 
 
 def _require_rounded(

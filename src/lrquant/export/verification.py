@@ -94,11 +94,13 @@ def _expected(model: Model, plan: Plan, name: str) -> tuple[dict[str, Tensor], f
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             _add_extras(view, part.block_name(index), added)
-            block = expected_block(view, form, dtype)
+            block = expected_block(view, form, dtype, part.published.alone(view.plan.name))
             if part is model:
                 block_bits, block_weights = bits_of_weights(block, view)
                 bits, weights = bits + block_bits, weights + block_weights
-            expected |= {f"{part.block_name(index)}.{key}": t for key, t in block.items()}
+            block |= part.published.wide(view.stored)
+            full = {f"{part.block_name(index)}.{key}": t for key, t in block.items()}
+            expected |= part.published.named(full)
     inside = tuple(part.architecture.blocks + "." for part, _ in parts)
     tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     for outer, tensor in model.skeleton.state_dict().items():
@@ -140,8 +142,10 @@ def _used_bits(model: Model, plan: Plan) -> dict[str, int]:
             view = shape_view(part, index, own)
             for name, shape in view.shapes.quantized.items():
                 assert shape.grid is not None
-                module = view.matrices[name].parameter.removesuffix(".weight")
+                alone = name in part.published.alone(view.plan.name)
+                module = name if alone else view.matrices[name].parameter.removesuffix(".weight")
                 full = f"{part.block_name(index)}.{module}.weight_packed"
+                full = part.published.name(full)
                 used[full] = shape.columns * shape.grid.bits % 32
     return used
 

@@ -21,6 +21,7 @@ from transformers import (
 from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
 from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
+from lrquant.model.published import Published
 from lrquant.model.reading import Processor
 from lrquant.model.sources import WeightSource
 
@@ -138,6 +139,12 @@ class Model:
         whole = architecture_of(self.skeleton.config)
         tower = find_tower(whole, self.skeleton.config)
         return (whole.blocks,) if tower is None else (whole.blocks, tower.blocks)
+
+    @cached_property
+    def published(self) -> Published:
+        """How its own files name what is in its blocks."""
+        indices = range(len(self.blocks))
+        return Published(self.skeleton, {self.block_name(i): self.matrices(i) for i in indices})
 
     @cached_property
     def tied_names(self) -> frozenset[str]:

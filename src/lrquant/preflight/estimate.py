@@ -132,16 +132,18 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             view.stored |= view.added
-            tensors = expected_block(view, form, dtype)
+            tensors = expected_block(view, form, dtype, part.published.alone(view.plan.name))
+            tensors |= part.published.wide(view.stored)
             prefix = part.block_name(index) + "."
-            total += _file_bytes((prefix + name, t) for name, t in tensors.items())
-            total += sum(len(prefix + name) + _INDEX for name in tensors) + _HASH
+            full = part.published.named({prefix + name: t for name, t in tensors.items()})
+            total += _file_bytes(full.items())
+            total += sum(len(name) + _INDEX for name in full) + _HASH
             if part is model:
                 block_bits, block_weights = bits_of_weights(tensors, view)
                 bits, weights = bits + block_bits, weights + block_weights
-            linears |= linear_schemes(view.plan)
+            linears |= linear_schemes(view.plan, part.published)
             attentions[view.plan.attention_module] = view.plan.attention_scheme
-            names += [prefix + name for name in tensors]
+            names += full
         parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions))
     return CheckpointSize(
         blocks=total,

@@ -38,7 +38,7 @@ class NativeConfig(QuantizationConfigMixin):
     `shifts`, `input_factors` and `input_clips` name the modules of a block that have such a tensor.
     `tower` has the same for a quantised vision tower, and the path of its `blocks`; `others` lists
     schemes of their own for `modules` by full name, `attentions` those of Q, K and V of such
-    attentions.
+    attentions; `experts` names the gate, up and down of an expert, each a linear of its own.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class NativeConfig(QuantizationConfigMixin):
         tower: JsonObject | None = None,
         others: list[JsonObject] | None = None,
         attentions: list[JsonObject] | None = None,
+        experts: list[str] | None = None,
         **unknown: object,
     ) -> None:
         if format_version > VERSION:
@@ -77,6 +78,8 @@ class NativeConfig(QuantizationConfigMixin):
             self.others = others
         if attentions:
             self.attentions = attentions
+        if experts:
+            self.experts = experts
 
     def part_of(self, module: str) -> _Part:
         """What a module of this name is quantised as."""
@@ -131,6 +134,8 @@ class NativeQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: object) -> None:
         config = self.quantization_config
         for name, module in list(model.named_modules()):
+            if hasattr(module, "has_gate"):
+                self._replace_experts(model, name, module)
             part = config.part_of(name)
             if isinstance(module, nn.Linear) and _ends_with(name, part.biases):
                 _make_bias(module)
@@ -164,6 +169,28 @@ class NativeQuantizer(HfQuantizer):
         if not parent._non_persistent_buffers_set:
             # All of it is in the checkpoint; some models would initialise it by linears' weights.
             setattr(parent, "_is_hf_initialized", True)  # noqa: B010
+
+    def _replace_experts(self, model: PreTrainedModel, name: str, module: nn.Module) -> None:
+        from lrquant.model.sources.conversion import Conversion
+        from lrquant.runtime.experts import IntegerExperts
+
+        config, published = self.quantization_config, Conversion(model).published
+        names = getattr(config, "experts", None)
+        if names is None or published(f"{name}.0.{names[0]}") in config.ignore:
+            return
+        gate, up, down = names
+        first, second = (module.get_parameter(p).shape for p in ("gate_up_proj", "down_proj"))
+        sizes = {gate: (first[2], first[1] // 2), up: (first[2], first[1] // 2)}
+        sizes |= {down: (second[2], second[1])}
+        owner = IntegerExperts(module, (gate, up, down))
+        model.set_submodule(name, owner)
+        for expert in range(len(module.get_parameter("down_proj"))):
+            with torch.device("meta"):
+                linears = {own: nn.Linear(*size, bias=False) for own, size in sizes.items()}
+            owner.add(expert, linears)
+            for own, linear in linears.items():
+                full = f"{name}.{expert}.{own}"
+                self._replace(model, full, linear, config.part_of(published(full)))
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **rest: object
