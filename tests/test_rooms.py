@@ -10,12 +10,12 @@ import lrquant
 ROOT = Path(lrquant.__file__).parent
 ROOMS = (  # from the ground up: a room imports nothing that stands after it
     *("config", "files", "numerics", "architectures", "model", "data", "runs", "ingredients"),
-    *("blocks", "learn", "measures", "runtime", "export", "preflight", "report"),
+    *("blocks", "learn", "measures", "runtime", "formats", "preflight", "reports"),
 )
 GROUND = ("errors", "version")  # which every room may import
 ENTRANCE = ("__init__", "__main__", "cli", "pipeline")
 WITH_CONFIG = (  # which may take a whole `Config`: entrances, and what keeps or repeats a run
-    *("config", "cli", "__init__", "pipeline", "runs.folder", "report.repeat"),
+    *("config", "cli", "__init__", "pipeline", "runs.folder", "reports.repeat"),
     *("preflight.checks", "preflight.prospect", "preflight.findings"),
     *("measures.evaluation.evaluation", "measures.evaluation.resolution"),
     *("measures.evaluation.telling", "measures.subjects"),

@@ -26,10 +26,10 @@ from lrquant.config.scheme import FLOAT_BITS
 from lrquant.data.calibration import calibration_of
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import save_checkpoint
-from lrquant.export.protected import check_target
 from lrquant.files.publishing import heal, target_lock
 from lrquant.files.whole import JsonObject
+from lrquant.formats.checkpoint import save_checkpoint
+from lrquant.formats.protected import check_target
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.identity import describe_method, describe_run, environment
 from lrquant.learn.model import learn_model
@@ -61,7 +61,7 @@ from lrquant.model.model import Model
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
 from lrquant.preflight.sizes import sizes_of
-from lrquant.report.writing import write_report
+from lrquant.reports.writing import write_report
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.claims import held, require_claimable
 from lrquant.runs.folder import RunFolder

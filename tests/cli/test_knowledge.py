@@ -18,8 +18,8 @@ from lrquant.cli.parsing import parsers
 from lrquant.config.core import PRESETS, TARGETS
 from lrquant.config.scheme import USUAL, Scheme
 from lrquant.config.schemes import Schemes
-from lrquant.export.choice import formats
-from lrquant.export.targets import loading_refusal
+from lrquant.formats.choice import formats
+from lrquant.formats.targets import loading_refusal
 from lrquant.measures.harness.comparison import PUBLISHED_TASKS
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"

@@ -161,8 +161,8 @@ def write(model, scheme: str, form: str, ids: Tensor, place: Path) -> dict[str, 
     from transformers import AutoModelForCausalLM
 
     from lrquant import quantize
-    from lrquant.export.checkpoint import save_checkpoint
-    from lrquant.export.choice import formats
+    from lrquant.formats.checkpoint import save_checkpoint
+    from lrquant.formats.choice import formats
 
     settings = {"precision": "float32", "epochs": 0, "report": False, "overwrite": True}
     settings |= ACTIVATIONS if "A16" not in scheme else {}
@@ -197,7 +197,7 @@ def in_steps(model, bits: int, ids: Tensor) -> Tensor:
 def said(scheme: str, form: str, runtime: str) -> str:
     """What `check` says, in a word."""
     from lrquant.config.config import Config
-    from lrquant.export.choice import formats
+    from lrquant.formats.choice import formats
 
     settings = ACTIVATIONS if "A16" not in scheme else {}
     config = Config(scheme=scheme, **settings).resolved()

@@ -12,10 +12,10 @@ import pytest
 import lrquant
 from lrquant.config.declarations import declarations
 from lrquant.errors import LRQuantError
-from lrquant.export.format import Format
+from lrquant.formats.format import Format
 
 CODE = """
-from lrquant.export.format import Format
+from lrquant.formats.format import Format
 FORMAT = Format("toy", lambda *a: None, lambda *a: {}, lambda *a: None)
 OTHER = "no format"
 """
@@ -38,7 +38,7 @@ def package(tmp_path, monkeypatch):
 
 
 def names() -> list[str]:
-    return [form.name for form in declarations("formats", "lrquant.export", "FORMAT", Format)]
+    return [form.name for form in declarations("formats", "lrquant.formats", "FORMAT", Format)]
 
 
 def test_a_declaration_of_another_package_stands_after_our_own(package):

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lrquant
 import lrquant.pipeline
-import lrquant.report.page  # children find imported what they need
+import lrquant.reports.page  # children find imported what they need
 
 BLOCKS = 2
 QUICK = ["--nsamples", "2", "--seqlen", "16", "--epochs", "1", "--precision", "float32"]

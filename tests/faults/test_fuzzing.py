@@ -29,8 +29,8 @@ from lrquant.data.texts import load_text
 from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.measures.subjects.checkpoint import load_checkpoint
 from lrquant.model.loading import load_model
-from lrquant.report.inspection import inspect_folder
-from lrquant.report.writing import write_report
+from lrquant.reports.inspection import inspect_folder
+from lrquant.reports.writing import write_report
 from lrquant.runs.folder import RunFolder
 
 EXAMPLES = int(os.environ.get("LRQUANT_FUZZ", "15"))

@@ -9,8 +9,8 @@ import pytest
 from lrquant.config.config import Config
 from lrquant.config.groups import Places
 from lrquant.errors import LRQuantError
-from lrquant.export.protected import check_target
 from lrquant.files.publishing import HASHES, heal, published, target_lock
+from lrquant.formats.protected import check_target
 
 
 def publish(target, content, overwrite=False):

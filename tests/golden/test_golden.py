@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from lrquant import quantize
 from lrquant.data.feeds import Feed
-from lrquant.export.checkpoint import save_checkpoint
-from lrquant.export.choice import formats
+from lrquant.formats.checkpoint import save_checkpoint
+from lrquant.formats.choice import formats
 
 PINS = Path(__file__).parent / "pins"
 LOSSES = "losses.json"

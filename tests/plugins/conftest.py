@@ -20,7 +20,7 @@ import pytest
 
 import lrquant
 from lrquant import architectures
-from lrquant.export.choice import formats
+from lrquant.formats.choice import formats
 from lrquant.numerics.grids.grid import grid_kinds
 from lrquant.numerics.losses import losses
 

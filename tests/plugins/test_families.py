@@ -18,7 +18,7 @@ from lrquant.architectures import architectures, decoder
 from lrquant.errors import LRQuantError
 from lrquant.model.loading import from_module
 from lrquant.preflight.checks import preflight
-from lrquant.report.inspection import inspect_folder
+from lrquant.reports.inspection import inspect_folder
 
 PAGE = "add-an-architecture.md"
 CONTRACT = Path(__file__).parents[1] / "architectures"

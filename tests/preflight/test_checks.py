@@ -17,7 +17,7 @@ from lrquant.pipeline import quantize
 from lrquant.preflight import checks, places
 from lrquant.preflight.checks import preflight as check
 from lrquant.preflight.estimate import Memory
-from lrquant.report.preflight import preflight_text, preflight_values
+from lrquant.reports.preflight import preflight_text, preflight_values
 
 SPACE = collections.namedtuple("Space", "total used free")
 WHATS = ["format", "model", "groups", "device", "calibration", "output_dir", "disk", "memory"]

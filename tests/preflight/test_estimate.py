@@ -15,8 +15,8 @@ from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
 from lrquant.config.groups import Learning
 from lrquant.data.samples import Samples
-from lrquant.export.checkpoint import INDEX
-from lrquant.export.choice import formats
+from lrquant.formats.checkpoint import INDEX
+from lrquant.formats.choice import formats
 from lrquant.model.loading import from_module, load_model
 from lrquant.preflight.estimate import (
     checkpoint_size,

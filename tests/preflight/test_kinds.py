@@ -17,7 +17,7 @@ from lrquant.preflight.estimate import estimate_memory, learning_seconds, measur
 from lrquant.preflight.kinds import KindCosts, block_kinds, probe_kinds
 from lrquant.preflight.load import TextLoad, language_load
 from lrquant.preflight.probe import BlockCosts
-from lrquant.report.preflight import preflight_text
+from lrquant.reports.preflight import preflight_text
 
 COSTS = BlockCosts(
     **dict.fromkeys(("read", "observed", "full", "start", "weights", "held", "freeze"), 1.0),

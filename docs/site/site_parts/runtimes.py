@@ -5,9 +5,9 @@ from __future__ import annotations
 from lrquant.config.core import TARGETS
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
-from lrquant.export.choice import formats
-from lrquant.export.format import Format
-from lrquant.export.targets import loading_of
+from lrquant.formats.choice import formats
+from lrquant.formats.format import Format
+from lrquant.formats.targets import loading_of
 from site_parts.tables import code, table
 
 SCHEMES = (  # one of each kind, from the most to the fewest bits

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from lrquant.export.choice import formats
-from lrquant.export.format import Format
-from lrquant.export.targets import loading_of
 from lrquant.files.manifest import read_manifest
+from lrquant.formats.choice import formats
+from lrquant.formats.format import Format
+from lrquant.formats.targets import loading_of
 from lrquant.measures.choice import measures
 from lrquant.measures.numbers import duration
 from lrquant.measures.rows import RunResults, labels_of

@@ -93,7 +93,7 @@ def _settings_of_a_run(options: argparse.Namespace) -> SettingValues:
 
 def _check(options: argparse.Namespace, screen: Screen) -> None:
     from lrquant.preflight.checks import preflight
-    from lrquant.report.preflight import preflight_text, preflight_values
+    from lrquant.reports.preflight import preflight_text, preflight_values
 
     logging.getLogger("lrquant").setLevel(logging.ERROR)  # what is left out is a finding
     report = preflight(_settings_of_a_run(options))
@@ -145,7 +145,7 @@ def _export(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _report(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.report.writing import write_report
+    from lrquant.reports.writing import write_report
     from lrquant.runs.claims import held
     from lrquant.runs.folder import RunFolder
 
@@ -155,13 +155,13 @@ def _report(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _compare(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.report.writing import write_comparison
+    from lrquant.reports.writing import write_comparison
 
     screen.say(f"comparison: {write_comparison(options.runs, options.output)}")
 
 
 def _inspect(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.report.inspection import inspect_folder
+    from lrquant.reports.inspection import inspect_folder
 
     screen.say(inspect_folder(options.target))
 

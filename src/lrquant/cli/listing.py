@@ -70,7 +70,7 @@ def _models(word: str | None) -> Iterator[Row]:
 
 
 def _formats(word: str | None) -> Iterator[Row]:
-    for text, call in _declared("lrquant.export", "FORMAT"):
+    for text, call in _declared("lrquant.formats", "FORMAT"):
         yield str(_keyword(call, "name") or "lrquant"), text
     yield from _of_others("formats")
 

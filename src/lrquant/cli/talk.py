@@ -48,9 +48,9 @@ def serve(options: argparse.Namespace, screen: Screen) -> None:
     """`lrquant serve`: the runtime's own command, and what is to be known of it."""
     from lrquant.config.config import quantizing_in
     from lrquant.config.core import TARGETS
-    from lrquant.export.choice import formats
-    from lrquant.export.targets import loading_of
     from lrquant.files.manifest import MANIFEST, SETTINGS, read_manifest
+    from lrquant.formats.choice import formats
+    from lrquant.formats.targets import loading_of
 
     place, target = options.folder, options.target
     _refuse_run(place)

@@ -30,7 +30,7 @@ class Declaration:
 def declarations(group: str, folder: str, attribute: str, kind: type[T]) -> list[T]:
     """Every `attribute` of that kind: of the modules in `folder`, then of other packages.
 
-    `folder` is the name of a package here ("lrquant.export").  Another package declares its own
+    `folder` is the name of a package here ("lrquant.formats").  Another package declares its own
     under the entry point group `lrquant.<group>`, as `name = "module:OBJECT"`.  Raises LRQuantError
     for an entry point that cannot be loaded, or that is something else.
     """

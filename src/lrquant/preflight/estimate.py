@@ -16,15 +16,15 @@ from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.scheme import Scheme
-from lrquant.export.checkpoint import (
+from lrquant.formats.checkpoint import (
     checkpoint_dtype,
     linear_schemes,
     model_dtype,
     write_small_files,
 )
-from lrquant.export.expected import bits_of_weights, expected_block
-from lrquant.export.format import Format
-from lrquant.export.parts import Part
+from lrquant.formats.expected import bits_of_weights, expected_block
+from lrquant.formats.format import Format
+from lrquant.formats.parts import Part
 from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model
 from lrquant.preflight.kinds import KindCosts

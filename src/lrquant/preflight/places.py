@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrquant.config.groups import Places
-from lrquant.export.protected import check_target
 from lrquant.files.whole import JsonObject, nearest_existing, require_writable
+from lrquant.formats.protected import check_target
 from lrquant.preflight.findings import Preflight
 from lrquant.runs.claims import OWN
 from lrquant.runs.folder import RunFolder

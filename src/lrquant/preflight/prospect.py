@@ -14,7 +14,7 @@ from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
 from lrquant.data.feeds import Feed
 from lrquant.data.samples import Samples
-from lrquant.export.format import Format
+from lrquant.formats.format import Format
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.measures.evaluation.evaluation import Evaluation, Reading
 from lrquant.model.model import Model

@@ -30,10 +30,10 @@ from lrquant.data.prompts import takes_pictures
 from lrquant.data.samples import written_by_the_model
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import checkpoint_dtype
-from lrquant.export.choice import AUTO, NATIVE, choose_format, why_native
-from lrquant.export.hub import require_repository
-from lrquant.export.targets import loading_of, verdicts
+from lrquant.formats.checkpoint import checkpoint_dtype
+from lrquant.formats.choice import AUTO, NATIVE, choose_format, why_native
+from lrquant.formats.hub import require_repository
+from lrquant.formats.targets import loading_of, verdicts
 from lrquant.ingredients.base.statistics import given_statistics
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.adaptation import check_adaptation

@@ -9,10 +9,10 @@ from lrquant.blocks.plan import plan_block, require_groups
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import check_format, checkpoint_dtype
-from lrquant.export.choice import AUTO, NATIVE, formats
-from lrquant.export.format import Format
-from lrquant.export.kernels import check_kernels, fused_matrices
+from lrquant.formats.checkpoint import check_format, checkpoint_dtype
+from lrquant.formats.choice import AUTO, NATIVE, formats
+from lrquant.formats.format import Format
+from lrquant.formats.kernels import check_kernels, fused_matrices
 from lrquant.learn.checks import check_grids, check_patterns
 from lrquant.model.model import Model
 from lrquant.preflight.prospect import Check, Prospect, Said

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lrquant.blocks.workbench import Workbench
 from lrquant.errors import LRQuantError
-from lrquant.export.checkpoint import check_format, checkpoint_dtype
-from lrquant.export.choice import formats
-from lrquant.export.format import Format
-from lrquant.export.targets import refusal_of
+from lrquant.formats.checkpoint import check_format, checkpoint_dtype
+from lrquant.formats.choice import formats
+from lrquant.formats.format import Format
+from lrquant.formats.targets import refusal_of
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.runs.results import Json
 

@@ -1,0 +1,65 @@
+"""A format on disk: what it holds, and how a block's tensors are named and packed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrquant.blocks.frozen import FrozenBlock
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.files.whole import JsonObject
+from lrquant.formats.loading import Loading
+from lrquant.formats.parts import Part
+
+Decode = Callable[[dict[str, Tensor], str, JsonObject], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is special to a format: what it holds, and how a block's tensors are named and packed.
+
+    `refusal` returns why a model of such schemes cannot be written so and what would do, or None.
+    `tensors` gives a block's tensors, named relative to the block, floating-point ones in the
+    checkpoint's dtype.
+    `quantization_config` is what config.json says of it, or None for dense weights; it is given the
+    quantised parts of the model, the language part first, and the names of the linears outside
+    them, which stay as they are.
+    `decode` undoes `tensors` by what config.json says alone: given a block's stored tensors, its
+    full name and the quantization_config, it returns dense ones; shifts and input factors stay.
+    `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
+    it then computes.
+    `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
+    or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
+    it has a place for, and `grids` the kinds of grids, all of them if empty.
+    `experts` returns why it can't hold the matrices of a block's experts, which it is given as
+    linears of their own, under their own schemes beside all others, or None.
+    """
+
+    name: str
+    refusal: Callable[[Schemes], str | None]
+    tensors: Callable[[FrozenBlock, torch.dtype], dict[str, Tensor]]
+    quantization_config: Callable[[Sequence[Part], list[str]], JsonObject | None]
+    loading: Callable[[Scheme, str], Loading] = lambda scheme, target: Loading(
+        "this format does not say which runtimes load it"
+    )
+    decode: Decode = lambda tensors, block, quantization: dict(tensors)
+    shape_refusal: Callable[[int, int], str | None] = lambda rows, columns: None
+    dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
+    holds: frozenset[str] = frozenset()
+    grids: frozenset[str] = frozenset({"int"})
+    experts: Callable[[Schemes, AbstractSet[Scheme]], str | None] = lambda schemes, own: (
+        "it holds no experts; use --format dequantized or lrquant"
+    )
+
+    def grid_refusal(self, schemes: Schemes) -> str | None:
+        """Why it cannot hold the kind of a grid, or None."""
+        odd = [s.weight_grid for s in schemes.every if s.quantizes_weights]
+        odd = [kind for kind in odd if self.grids and kind not in self.grids]
+        if not odd:
+            return None
+        return f"it holds no {odd[0]!r} grids; use one of {', '.join(sorted(self.grids))}"
