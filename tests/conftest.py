@@ -496,7 +496,7 @@ def saved(tmp_path, token_ids):
         quantize(
             _make_model(name),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"precision": "float32", "epochs": 0, "report": False, **settings},

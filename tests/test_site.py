@@ -82,7 +82,7 @@ def test_public_names_have_a_signature_and_a_docstring(part):
     text = part("api").markdown()
     names = [name for name in lrquant.__all__ if not name.startswith("__")]
     assert [name for name in names if f"## lrquant.{name}\n" not in text] == []
-    assert "scheme: str | None = None," in text
+    assert "scheme: str | Scheme | None = None," in text
     assert "Raises LRQuantError for anything the caller can mend." in text
     assert "activation_symmetric: bool = False," in text
 

@@ -13,27 +13,50 @@ __all__ = [
     "Run",
     "Scheme",
     "__version__",
+    "check",
     "collect_statistics",
+    "compare",
     "evaluate",
+    "export",
+    "inspect",
+    "load",
     "quantize",
+    "report",
 ]
 
 if TYPE_CHECKING:
+    from lrquant.api.functions import (
+        check,
+        compare,
+        evaluate,
+        export,
+        inspect,
+        load,
+        quantize,
+        report,
+    )
+    from lrquant.api.run import Run
     from lrquant.config.config import Config
     from lrquant.config.scheme import Scheme
     from lrquant.errors import LRQuantError
-    from lrquant.pipeline import Run, collect_statistics, evaluate, quantize
+    from lrquant.pipeline import collect_statistics
     from lrquant.runtime.cache import QuantizedCache
 else:
     _MODULES = {
         "Config": "lrquant.config.config",
         "LRQuantError": "lrquant.errors",
         "QuantizedCache": "lrquant.runtime.cache",
-        "Run": "lrquant.pipeline",
+        "Run": "lrquant.api.run",
         "Scheme": "lrquant.config.scheme",
+        "check": "lrquant.api.functions",
         "collect_statistics": "lrquant.pipeline",
-        "evaluate": "lrquant.pipeline",
-        "quantize": "lrquant.pipeline",
+        "compare": "lrquant.api.functions",
+        "evaluate": "lrquant.api.functions",
+        "export": "lrquant.api.functions",
+        "inspect": "lrquant.api.functions",
+        "load": "lrquant.api.functions",
+        "quantize": "lrquant.api.functions",
+        "report": "lrquant.api.functions",
     }
 
     def __getattr__(name: str) -> object:

@@ -8,23 +8,18 @@ from dataclasses import dataclass
 from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from lrquant.blocks.examples import write_examples
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import FULL_PRECISION, Plan
-from lrquant.blocks.variants import as_learned, full_precision
+from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import Workbench, advance_full_precision, make_workbench
 from lrquant.config.config import Config, optional_path, typed_settings
 from lrquant.config.groups import Calibrating, Computing, Learning, Places, Sources, StatisticsFiles
 from lrquant.config.scheme import FLOAT_BITS
 from lrquant.data.calibration import calibration_of
-from lrquant.data.feeds import Feed
+from lrquant.data.own import OwnData
 from lrquant.errors import LRQuantError
 from lrquant.files.publishing import heal, target_lock
 from lrquant.files.whole import JsonObject
@@ -40,7 +35,6 @@ from lrquant.measures.evaluation.resolution import (
     asked_later,
     asks_for_measures,
     default_measures,
-    no_measures,
     resolve_settings,
 )
 from lrquant.measures.evaluation.telling import (
@@ -56,7 +50,7 @@ from lrquant.measures.subjects.subject import (
     RunSubject,
     require_base,
 )
-from lrquant.model.loading import from_module, load_model
+from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
@@ -73,9 +67,9 @@ from lrquant.runs.tensorboard import with_tensorboard
 logger = logging.getLogger("lrquant")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, resolved settings, model and measures."""
+@dataclass
+class Outcome:
+    """What came of a run: its folder, resolved settings, model and measures."""
 
     folder: RunFolder
     config: Config
@@ -87,48 +81,13 @@ class Run:
         """Losses, seconds and memory of every block."""
         return self.folder.records()
 
-    def load_model(self) -> PreTrainedModel:
-        """The learned model as a transformers model in memory that computes as it was learned.
-
-        Weights are dense and activations are quantised by hooks: for evaluation, not for serving.
-        """
-        return materialize(self.workbench, as_learned(self.workbench, self.folder))
-
-
-def quantize(
-    model: str | Path | PreTrainedModel,
-    scheme: str | None = None,
-    *,
-    tokenizer: Any = None,
-    processor: Any = None,
-    samples: Tensor | Feed | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> Run:
-    """Learn a quantised model and measure it; `settings` are the fields of `Config`.
-
-    `model` is a local folder, hub name, GGUF file or an in-memory transformers model (then with its
-    `tokenizer`, or `processor` if it takes pictures, unless token ids (samples, tokens) or a `Feed`
-    are given as `samples`).  Raises LRQuantError for anything the caller can mend.
-    """
-    if isinstance(model, str | Path):
-        return run({"model": str(model), "scheme": scheme, **settings}, None, samples, progress)
-    if not isinstance(model, PreTrainedModel):
-        raise LRQuantError(
-            f"model of type {type(model).__name__}: expected a folder, a hub name, a GGUF file or "
-            "a transformers model"
-        )
-    name = model.config.name_or_path or type(model).__name__
-    loaded = from_module(model, tokenizer, processor)
-    return run({"model": name, "scheme": scheme, **settings}, loaded, samples, progress)
-
 
 def run(
     settings: JsonObject,
     model: Model | None = None,
-    samples: Tensor | Feed | None = None,
+    calibration: OwnData | None = None,
     progress: Progress | None = None,
-) -> Run:
+) -> Outcome:
     """Carry out one configuration, given as the fields of `Config`, from start to end.
 
     With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
@@ -137,7 +96,7 @@ def run(
     with kept_log(logger) as earlier, ExitStack() as locks:
         config, measure_only = resolve_settings(settings)
         _claim_places(config, measure_only, locks)
-        return _run(config, measure_only, model, samples, progress or Progress(), earlier)
+        return _run(config, measure_only, model, calibration, progress or Progress(), earlier)
 
 
 def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
@@ -168,12 +127,12 @@ def _run(
     config: Config,
     measure_only: bool,
     model: Model | None,
-    samples: Tensor | Feed | None,
+    calibration: OwnData | None,
     progress: Progress,
     earlier: MemoryHandler,
-) -> Run:
+) -> Outcome:
     progress = with_tensorboard(progress, config.log_dir)
-    prospect = Prospect(config, measure_only, Plan.of(config.quantizing), model, samples)
+    prospect = Prospect(config, measure_only, Plan.of(config.quantizing), model, calibration)
     plan, learning = prospect.plan, config.group(Learning)
     logger.info("scheme %s", plan.schemes.describe())
     if config.vision_quantization is not None:
@@ -214,7 +173,7 @@ def _run(
     learned_or_measured = not measure_only or measures_anything(config.measuring)
     if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
         logger.info("report %s", write_report(folder))
-    return Run(folder, config, workbench, results)
+    return Outcome(folder, config, workbench, results)
 
 
 def _told_of(workbench: Workbench, config: Config, folder: RunFolder) -> JsonObject:
@@ -282,18 +241,13 @@ def collect_statistics(config: Config, progress: Progress | None = None) -> Chan
     return statistics.on_host()
 
 
-def evaluate(target: str, progress: Progress | None = None, **settings: Any) -> JsonObject:
-    """Measure a run folder, a checkpoint or a model; `settings` are fields of `Config`.
+def evaluate(target: str, settings: JsonObject, progress: Progress | None = None) -> JsonObject:
+    """Measure a checkpoint or a model; where no text and no task is named, on wikitext2.
 
-    Where they name no text and no task, a run is measured on its own ones, others on wikitext2.
-    A run's results are added to its results.json, or go to `output_dir` if that is given.
+    Results go to `output_dir`, if that is given.
     """
-    if not isinstance(target, str | Path) or not str(target).strip():
-        raise LRQuantError(f"target {target!r}: give a run folder, a checkpoint or a model")
-    if (Path(target) / "run.json").is_file():
-        return run({**settings, "resume": target, "epochs": 0}, progress=progress).results
     if not asks_for_measures(settings):
-        settings |= default_measures()
+        settings = {**settings, **default_measures()}
     if settings.get("tta"):
         raise LRQuantError(f"--tta {target}: needs a run folder; this is a model or checkpoint")
     settings = typed_settings({**settings, "model": target, "epochs": 0}, "settings")
@@ -319,9 +273,3 @@ def _evaluate(
     results = add_measures(chain(own, measure_base(evaluation, progress)), {}, folder)
     progress.close()
     return results
-
-
-def export(finished: str, save_dir: str, progress: Progress | None = None, **settings: Any) -> Run:
-    """Write another checkpoint of a finished run without learning or measuring again."""
-    asked = {**settings, "resume": finished, "epochs": 0, "save_dir": save_dir}
-    return run({**asked, **no_measures()}, progress=progress)

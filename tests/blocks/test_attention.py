@@ -79,7 +79,7 @@ def test_own_code_of_a_family_refuses_quantised_states_before_anything(
     name, make_model, token_ids, tmp_path
 ):
     """Negative control: with them in full precision it runs."""
-    settings = {"samples": token_ids(1, 12), "epochs": 0, "output_dir": str(tmp_path / "run")}
+    settings = {"calibration": token_ids(1, 12), "epochs": 0, "output_dir": str(tmp_path / "run")}
     with pytest.raises(LRQuantError, match=r"self_attention: attention is .* use --qkv_bits 16"):
         quantize(make_model(name), "W4A4", **settings)
     assert not (tmp_path / "run").exists()

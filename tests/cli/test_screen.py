@@ -25,7 +25,7 @@ SOURCE = Path(lrquant.__file__).parent.parent
 def shown(monkeypatch):
     """What `inspect` shows, in place of what it would find."""
     return lambda text: monkeypatch.setattr(
-        "lrquant.reports.inspection.inspect_folder", lambda target: text
+        "lrquant.api.functions.inspect_folder", lambda target: text
     )
 
 
@@ -91,7 +91,7 @@ def test_standard_output_that_takes_nothing(place, reason, through, shown, monke
         ended.append(target)
         return "found"
 
-    monkeypatch.setattr("lrquant.reports.inspection.inspect_folder", inspect)
+    monkeypatch.setattr("lrquant.api.functions.inspect_folder", inspect)
     without(monkeypatch, "stdout", place)
     assert main(["inspect", "x"]) == 2
     sys.stdout.close()

@@ -168,7 +168,7 @@ def write(model, scheme: str, form: str, ids: Tensor, place: Path) -> dict[str, 
     settings |= ACTIVATIONS if "A16" not in scheme else {}
     with tempfile.TemporaryDirectory() as scratch:
         places = {"output_dir": f"{scratch}/run", "save_dir": str(place), "format": form}
-        run = quantize(model, scheme, samples=ids, **places, **settings)
+        run = quantize(model, scheme, calibration=ids, **places, **settings)
         expected = {LEARNED: log_probabilities(run.load_model().float(), ids)}
         if "A16" not in scheme:
             dense = Path(scratch) / "dense"

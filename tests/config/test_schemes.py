@@ -128,7 +128,7 @@ def test_a_run_with_an_unused_pattern_is_refused_before_learning(make_model, tok
             quantize(
                 make_model("llama"),
                 "W4A16",
-                samples=token_ids(1, 12),
+                calibration=token_ids(1, 12),
                 scheme_for=(f"{pattern}=W8A16",),
                 output_dir=str(tmp_path / "run"),
             )

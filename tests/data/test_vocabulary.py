@@ -40,7 +40,11 @@ def test_given_ids_beyond_the_embedding(make_model, tmp_path, token_ids, token):
     ids[1, 5] = token
     with pytest.raises(LRQuantError, match=rf"token id {token} in sample 1.*ids 0 to 263"):
         quantize(
-            make_model("llama"), "W8A16", samples=ids, output_dir=str(tmp_path / "run"), **SETTINGS
+            make_model("llama"),
+            "W8A16",
+            calibration=ids,
+            output_dir=str(tmp_path / "run"),
+            **SETTINGS,
         )
     assert not (tmp_path / "run").exists()
 
@@ -49,7 +53,7 @@ def test_the_largest_id_and_the_smallest_are_taken(make_model, tmp_path, token_i
     ids = token_ids(2, 8)
     ids[0, :2] = torch.tensor([0, 263])
     run = quantize(
-        make_model("llama"), "W8A16", samples=ids, output_dir=str(tmp_path / "run"), **SETTINGS
+        make_model("llama"), "W8A16", calibration=ids, output_dir=str(tmp_path / "run"), **SETTINGS
     )
     assert len(run.records) == 2
 
@@ -58,7 +62,11 @@ def test_no_samples_are_refused(make_model, tmp_path):
     ids = torch.zeros((0, 8), dtype=torch.int64)
     with pytest.raises(LRQuantError, match="no token"):
         quantize(
-            make_model("llama"), "W8A16", samples=ids, output_dir=str(tmp_path / "run"), **SETTINGS
+            make_model("llama"),
+            "W8A16",
+            calibration=ids,
+            output_dir=str(tmp_path / "run"),
+            **SETTINGS,
         )
 
 

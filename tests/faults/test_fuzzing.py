@@ -246,7 +246,7 @@ def run(tmp_path_factory, model, token_ids):
     done = quantize(
         str(model),
         "W4A16",
-        samples=token_ids(3, 16),
+        calibration=token_ids(3, 16),
         output_dir=str(place / "run"),
         save_dir=str(place / "checkpoint"),
         precision="float32",

@@ -24,7 +24,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             make_model(family, dtype, **sizes) if model is None else model,
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"precision": "float32", "overwrite": True, "lr_plus": True, "format": "awq"},

@@ -13,8 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrquant import LRQuantError, quantize
-from lrquant.pipeline import export
+from lrquant import LRQuantError, export, quantize
 
 SCHEMES = [
     *("W4A16", "W4A16g16", "W4A16-sym", "W4A16g16-sym", "W2A16g16", "W3A16", "W3A16-sym"),
@@ -32,7 +31,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             settings.pop("model", None) or make_model(family, dtype),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             **{"precision": "float32", "overwrite": True, "lr_plus": True, "report": False},
             **{

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrquant import LRQuantError, quantize
+from lrquant import LRQuantError, export, quantize
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.config.config import Config
 from lrquant.config.scheme import Scheme
@@ -19,7 +19,6 @@ from lrquant.formats import checkpoint
 from lrquant.formats.checkpoint import INDEX, check_format, save_checkpoint
 from lrquant.formats.choice import choose_format
 from lrquant.model.loading import from_module, load_model
-from lrquant.pipeline import export
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             settings.pop("model", None) or make_model(family),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             **{"epochs": 3, "precision": "float32", "overwrite": True, "report": False},
             **{"format": "dequantized", **settings},

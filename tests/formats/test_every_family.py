@@ -28,7 +28,7 @@ def test_learned_written_and_read_back(
     run = quantize(
         module,
         f"{scheme}-qkv16" if own_attention else scheme,
-        samples=ids,
+        calibration=ids,
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),
         **{"let_sites": KINDS, "epochs": 1, "precision": "float32", "report": False},

@@ -33,7 +33,7 @@ def learn(make_model, token_ids, tmp_path):
             make_model(family, **(SHAPE if family == "llama" else {})),
             scheme,
             scheme_for=patterns,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             **{
                 "precision": "float32",

@@ -46,7 +46,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             make_model(family, dtype),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **given,

@@ -25,7 +25,7 @@ def learned(make_model, token_ids, tmp_path):
         return quantize(
             make_model(family),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             **{"precision": "float32", "epochs": 0, "report": False, **settings},
         )

@@ -6,14 +6,13 @@ import logging
 
 import pytest
 
-from lrquant import quantize
+from lrquant import export, quantize
 from lrquant.config.config import Config
 from lrquant.config.core import TARGETS
 from lrquant.config.scheme import Scheme
 from lrquant.formats.choice import formats
 from lrquant.formats.loading import AS_LEARNED, Loading, merged
 from lrquant.formats.targets import loading_of, verdicts
-from lrquant.pipeline import export
 
 W4A8 = {"scheme": "W4A8-sym-qkv16", "activation_symmetric": True}
 
@@ -84,7 +83,7 @@ def test_the_log_and_the_card_say_it(make_model, token_ids, tmp_path, caplog):
     places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
     settings = {**places, **W4A8, "epochs": 0, "report": False}
     with caplog.at_level(logging.INFO, "lrquant"):
-        quantize(make_model("llama"), samples=token_ids(2, 16), **settings)
+        quantize(make_model("llama"), calibration=token_ids(2, 16), **settings)
     said = {r.getMessage(): r.levelno for r in caplog.records if " computes " in r.getMessage()}
     assert said.pop(f"compressed-tensors: transformers computes {AS_LEARNED}") == logging.INFO
     ((text, level),) = said.items()

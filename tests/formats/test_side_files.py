@@ -25,7 +25,7 @@ def export(tmp_path, token_ids):
         quantize(
             model,
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"precision": "float32", "epochs": 0, "report": False, "format": "dequantized"},

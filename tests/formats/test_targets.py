@@ -142,7 +142,7 @@ def test_a_run_is_refused_before_learning_even_without_save_dir(
     with pytest.raises(LRQuantError) as error:
         quantize(
             make_model("llama"),
-            samples=token_ids(2, 16),
+            calibration=token_ids(2, 16),
             output_dir=str(tmp_path / "run"),
             **{"target": "vllm", "epochs": 1, **settings},
         )
@@ -150,7 +150,7 @@ def test_a_run_is_refused_before_learning_even_without_save_dir(
     assert list(tmp_path.iterdir()) == []
     quantize(  # without a target the same run goes through
         make_model("llama"),
-        samples=token_ids(2, 16),
+        calibration=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
         **{"epochs": 1, "report": False, **settings},
     )
@@ -177,7 +177,7 @@ def test_the_target_goes_with_the_run(make_model, token_ids, tmp_path):
     run = quantize(
         make_model("llama"),
         "W4A16g16",
-        samples=token_ids(2, 16),
+        calibration=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),
         **{"target": "transformers", "epochs": 1, "report": False},

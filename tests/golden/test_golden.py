@@ -117,7 +117,7 @@ def carry_out(tmp_path, make_model, randomize_, token_ids, tiny_tokenizer):
             make_llava(randomize_) if name == "llava" else make_model(name),
             scheme,
             tokenizer=tiny_tokenizer,
-            samples=pictures(ids) if name == "llava" else ids,
+            calibration=pictures(ids) if name == "llava" else ids,
             output_dir=str(folder),
             seqlen=TOKENS,
             **{"precision": "float32", "device": "cpu", "report": False, **settings},

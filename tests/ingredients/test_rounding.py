@@ -77,7 +77,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             make_model("llama"),
             "W2A16g16",
-            samples=token_ids(4, 24),
+            calibration=token_ids(4, 24),
             output_dir=str(tmp_path / name),
             **{"epochs": 4, "precision": "float32", "lwc": True, "rounding": True, **settings},
         )

@@ -33,7 +33,7 @@ def learn(make_model, token_ids, tmp_path, monkeypatch):
         model = make_model(family)
         defaults = {"epochs": 2, "precision": "float32", "output_dir": str(tmp_path / "run")}
         ids = token_ids(samples, TOKENS)
-        return model, quantize(model, scheme, samples=ids, **(defaults | settings))
+        return model, quantize(model, scheme, calibration=ids, **(defaults | settings))
 
     return run
 

@@ -15,7 +15,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             make_model("llama"),
             "W4A16",
-            samples=token_ids(2, 12),
+            calibration=token_ids(2, 12),
             scheme_for=patterns,
             output_dir=str(tmp_path / "run"),
             **{"epochs": 1, "precision": "float32", "report": False, **settings},

@@ -139,7 +139,7 @@ def learn(make_model, tiny_tokenizer, token_ids, tmp_path):
             tokenizer=tiny_tokenizer,
             output_dir=str(tmp_path / name),
             **{
-                "samples": token_ids(9, 16),
+                "calibration": token_ids(9, 16),
                 "epochs": 1,
                 "precision": "float32",
                 "tune": True,
@@ -217,7 +217,7 @@ def test_samples_of_its_own(tiny_tokenizer, make_model, tmp_path):
 
 def test_one_sample_is_not_enough(learn, token_ids):
     with pytest.raises(LRQuantError, match="--tune: 1 calibration sample; give 2 or more"):
-        learn(samples=token_ids(1, 16))
+        learn(calibration=token_ids(1, 16))
 
 
 def test_nothing_is_tuned_where_nothing_is_quantised():

@@ -118,7 +118,7 @@ def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_pa
         return quantize(
             module,
             "W3A4",
-            samples=token_ids(3, 12),
+            calibration=token_ids(3, 12),
             output_dir=str(tmp_path / place),
             **{"epochs": 1, "window": 2, "lr_plus": True, "precision": precision},
             **settings,
@@ -136,7 +136,7 @@ def test_a_run_of_windows_is_resumed_byte_for_byte(make_model, token_ids, tmp_pa
     single = quantize(
         module,
         "W3A4",
-        samples=token_ids(3, 12),
+        calibration=token_ids(3, 12),
         output_dir=str(tmp_path / "single"),
         **{"epochs": 1, "lr_plus": True, "precision": precision},
     )

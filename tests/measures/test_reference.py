@@ -10,12 +10,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrquant import LRQuantError, evaluate, quantize
+from lrquant import LRQuantError, evaluate, export, quantize
 from lrquant.measures.rows import COLUMNS
 from lrquant.measures.subjects import subject as subjects
 from lrquant.measures.tables import results_table
 from lrquant.model.model import Model
-from lrquant.pipeline import export
 
 QUICK = {"nsamples": 2, "epochs": 1, "save_dtype": "float32", "report": False}
 WINDOWS = {"seqlen": 24, "limit": 4, "precision": "float32", "agreement": ("wikitext2",)}

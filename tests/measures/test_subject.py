@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lrquant import LRQuantError, cli, evaluate, quantize
+from lrquant import LRQuantError, cli, evaluate, export, quantize
 from lrquant.files.manifest import MANIFEST
 from lrquant.measures.rows import COLUMNS
-from lrquant.pipeline import export
 
 QUICK = {"nsamples": 2, "seqlen": 24, "limit": 4, "epochs": 1, "precision": "float32"}
 QUICK |= {"report": False}

@@ -204,7 +204,7 @@ def learned(model_folder, token_ids, tmp_path):
         return quantize(
             folder,
             "W4A4",
-            samples=token_ids(2, 16),
+            calibration=token_ids(2, 16),
             output_dir=str(tmp_path / "run"),
             **{"epochs": 2, "precision": "float32", "overwrite": True, "report": False} | settings,
         )

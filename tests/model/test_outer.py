@@ -29,7 +29,9 @@ def test_a_value_that_is_no_number_is_named_before_learning(
     damaged, token_ids, tmp_path, name, value
 ):
     with pytest.raises(LRQuantError, match=f"{name} holds values that are not finite"):
-        quantize(damaged(name, value), "W4A16", samples=token_ids(2, 8), output_dir=tmp_path / "r")
+        quantize(
+            damaged(name, value), "W4A16", calibration=token_ids(2, 8), output_dir=tmp_path / "r"
+        )
     assert not (tmp_path / "r").exists()
 
 
@@ -45,7 +47,7 @@ def test_a_value_too_large_for_the_checkpoint_is_named_before_learning(
     damaged, token_ids, tmp_path
 ):
     settings = {"save_dir": str(tmp_path / "saved"), "output_dir": str(tmp_path / "run")}
-    settings |= {"save_dtype": "float16", "samples": token_ids(2, 8)}
+    settings |= {"save_dtype": "float16", "calibration": token_ids(2, 8)}
     with pytest.raises(LRQuantError, match=r"lm_head\.weight holds values too large"):
         quantize(damaged("lm_head.weight", 1e6), "W4A16", **settings)
     assert not (tmp_path / "run").exists()

@@ -79,7 +79,7 @@ def test_a_run_is_learned_written_and_read_back(name, settings, make_family, tok
     run = quantize(
         module,
         "W4A16g16",
-        samples=ids,
+        calibration=ids,
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),
         format="dequantized",
@@ -114,7 +114,7 @@ def test_blocks_unlike_each_other_from_learning_to_inspection(
     run = quantize(
         make_family("unlike", mlp_only_layers=[dense]),
         "W4A4",
-        samples=ids,
+        calibration=ids,
         tokenizer=tiny_tokenizer,
         output_dir=str(folder),
         save_dir=str(saved),
@@ -144,7 +144,7 @@ def test_one_expert_and_one_part_have_their_own_bits(make_family, token_ids, tmp
         run = quantize(
             make_family(name),
             "W2A16",
-            samples=token_ids(2, 12),
+            calibration=token_ids(2, 12),
             output_dir=str(tmp_path / name),
             scheme_for=(f"{pattern}=W16A16",),
             **{"epochs": 0, "precision": "float32"},
@@ -167,7 +167,7 @@ def test_what_a_format_of_linears_cannot_hold_is_refused(make_family, token_ids,
             quantize(
                 make_family(name),
                 "W4A16-sym",
-                samples=token_ids(1, 12),
+                calibration=token_ids(1, 12),
                 output_dir=str(tmp_path / name),
                 save_dir=str(tmp_path / f"{name}-saved"),
                 scheme_for=scheme_for,
@@ -192,7 +192,7 @@ def test_inputs_that_nothing_tells_of_cannot_be_quantised(make_family, token_ids
         with pytest.raises(
             LRQuantError, match=r"experts\.0\.down.*: its inputs stay inside .*W4A16'"
         ):
-            quantize(module, "W4A8", samples=token_ids(1, 12), output_dir=str(tmp_path))
+            quantize(module, "W4A8", calibration=token_ids(1, 12), output_dir=str(tmp_path))
 
 
 def test_experts_declared_by_attention_alone_are_refused(make_family, toys, monkeypatch):

@@ -13,7 +13,7 @@ import lrquant
 from lrquant import quantize
 from lrquant.errors import LRQuantError
 
-CONTRACT = Path(__file__).parents[1] / "export" / "test_contract.py"
+CONTRACT = Path(__file__).parents[1] / "formats" / "test_contract.py"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_term_of_another_package_is_learned(installed, make_model, token_ids, 
     run = quantize(
         make_model("llama"),
         "W3A16",
-        samples=token_ids(3, 16),
+        calibration=token_ids(3, 16),
         output_dir=str(tmp_path),
         **{"loss": "mse+largest", "epochs": 2, "precision": "float32", "dynamic_weights": True},
     )
@@ -64,7 +64,7 @@ def test_a_term_that_nobody_declares_is_refused(make_model, token_ids, tmp_path)
         quantize(
             make_model("llama"),
             "W3A16",
-            samples=token_ids(1, 16),
+            calibration=token_ids(1, 16),
             output_dir=str(tmp_path / "run"),
             loss="mse+odd",
         )

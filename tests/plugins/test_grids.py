@@ -171,7 +171,7 @@ def test_activations_lie_on_it_too(kind, make_grid):
 
 def test_a_run_on_a_grid_of_another_package(installed, make_model, token_ids, tmp_path):
     installed(PAGE)
-    settings = {"samples": token_ids(3, 16), "epochs": 2, "precision": "float32"}
+    settings = {"calibration": token_ids(3, 16), "epochs": 2, "precision": "float32"}
     run = quantize(
         make_model("llama"),
         "W3A16g16-squares",
@@ -199,7 +199,10 @@ def test_a_run_on_a_grid_of_another_package(installed, make_model, token_ids, tm
 def test_a_grid_that_nobody_declares_is_refused(make_model, token_ids, tmp_path):
     with pytest.raises(LRQuantError, match="grid 'cubes': use one of int"):
         quantize(
-            make_model("llama"), "W4A16-cubes", samples=token_ids(1, 16), output_dir=str(tmp_path)
+            make_model("llama"),
+            "W4A16-cubes",
+            calibration=token_ids(1, 16),
+            output_dir=str(tmp_path),
         )
 
 

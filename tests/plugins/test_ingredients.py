@@ -165,7 +165,7 @@ torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=2)
 model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-run = quantize(model, "W3A16g16", samples=torch.arange(36).view(3, 12), output_dir=sys.argv[1],
+run = quantize(model, "W3A16g16", calibration=torch.arange(36).view(3, 12), output_dir=sys.argv[1],
                epochs=2, offsets=True, offsets_lr=0.05, report=True, precision="float32",
                **({"resume": sys.argv[1]} if sys.argv[2:] else {}))
 print(run.config.to_yaml())

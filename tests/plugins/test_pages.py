@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import lrquant
+from lrquant import export
 from lrquant.architectures import architectures
 from lrquant.cli.parsing import parsed
 from lrquant.errors import LRQuantError
-from lrquant.pipeline import export
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "lrquant"

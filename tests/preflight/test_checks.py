@@ -10,10 +10,9 @@ import shutil
 
 import pytest
 
-from lrquant import LRQuantError
+from lrquant import LRQuantError, quantize
 from lrquant.cli import main
 from lrquant.model.sources.skeleton import SkeletonSource
-from lrquant.pipeline import quantize
 from lrquant.preflight import checks, places
 from lrquant.preflight.checks import preflight as check
 from lrquant.preflight.estimate import Memory

@@ -135,7 +135,7 @@ def test_the_parts_of_a_checkpoint(written, tmp_path):
 def test_the_size_of_a_run_folder(make_model, token_ids, tmp_path, settings, report):
     run = quantize(
         make_model("llama", **WIDE),
-        samples=token_ids(2, 16),
+        calibration=token_ids(2, 16),
         output_dir=str(tmp_path / "run"),
         **{"epochs": 1, "report": report, **settings},
     )

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrquant import pipeline
+from lrquant import evaluate, pipeline, quantize
 from lrquant.cli import main
 from lrquant.config.config import Config, with_preset
 from lrquant.errors import LRQuantError
 from lrquant.measures.numbers import number, percent
-from lrquant.pipeline import evaluate
 from lrquant.reports.contents import QUANTILES, quantiles, run_contents
 from lrquant.reports.repeat import repeating_command
 from lrquant.reports.result_sections import result_tables
@@ -305,7 +304,7 @@ def test_no_report_where_it_is_not_asked_for(older_run):
 
 
 def test_measuring_again_writes_it_again(make_run, model_folder, report_data, tmp_path):
-    run = pipeline.quantize(
+    run = quantize(
         str(model_folder("llama")),
         "W4A16",
         output_dir=str(tmp_path / "run"),

@@ -13,8 +13,8 @@ from rich.segment import Segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrquant import LRQuantError, evaluate, quantize
-from lrquant.cli.bars import BarProgress
 from lrquant.learn import model as learning
+from lrquant.runs.bars import BarProgress
 from lrquant.runs.folder import BlockRecord, RunFolder
 from lrquant.runs.progress import Progress, Together
 from lrquant.runs.tensorboard import TensorBoardLog
@@ -35,7 +35,7 @@ def learn(make_model, token_ids, tmp_path):
         return quantize(
             make_model("llama", num_hidden_layers=3),
             "W4A16",
-            samples=token_ids(4, 16),
+            calibration=token_ids(4, 16),
             output_dir=str(tmp_path / folder),
             progress=progress,
             **(defaults | settings),

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from lrquant import evaluate, quantize
 from lrquant.measures.tables import results_table
-from lrquant.pipeline import evaluate, quantize
 from lrquant.runs.results import beside, entries, merge_results, of_base, seen_from
 
 ABOUT = {"scheme": "W4A4", "model": "m", "precision": "float32", "device": "cpu", "threads": 2}

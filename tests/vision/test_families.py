@@ -163,7 +163,7 @@ SETTINGS = {"epochs": 1, "report": False, "precision": "float32", "seqlen": 16}
 def learn(make_vision, make_feed, tmp_path):
     def make(family: str, scheme: str, **settings):
         given = {**SETTINGS, "output_dir": str(tmp_path / "run"), **settings}
-        return lrquant.quantize(make_vision(family), scheme, samples=make_feed(family), **given)
+        return lrquant.quantize(make_vision(family), scheme, calibration=make_feed(family), **given)
 
     return make
 
@@ -261,6 +261,6 @@ def test_a_pattern_of_a_tower_without_a_scheme_is_refused(make_vision, make_feed
             make_vision("llava"),
             "W8A16",
             scheme_for=("vision_tower=W4A16",),
-            samples=make_feed("llava"),
+            calibration=make_feed("llava"),
             output_dir=str(tmp_path / "run"),
         )

@@ -18,7 +18,7 @@ def test_it_is_tuned(family, tower, make_vision, make_feed, tmp_path):
     run = quantize(
         make_vision(family),
         "W2A16",
-        samples=feed,
+        calibration=feed,
         output_dir=str(tmp_path / "run"),
         vision_scheme=tower,
         **SETTINGS,

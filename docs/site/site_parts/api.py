@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import lrquant
+from lrquant.api.docstrings import TITLE
 
 LONG = 80  # characters of a signature that still stand in one line
 MANY = 20  # arguments of a class that are listed elsewhere: those of the settings
@@ -32,7 +33,8 @@ def _section(name: str, value: object) -> str:
 
 def _members(value: type) -> Iterator[str]:
     """The public methods and properties of a class of this package that have a docstring."""
-    for name, member in vars(value).items():
+    own = [each for each in value.__mro__ if each.__module__.startswith("lrquant.")]
+    for name, member in ((n, m) for each in own for n, m in vars(each).items()):
         if name.startswith("_") or not inspect.getdoc(member):
             continue
         if isinstance(member, property):
@@ -46,7 +48,8 @@ def _is_error(value: object) -> bool:
 
 
 def _docstring(value: object) -> str:
-    return inspect.getdoc(value) or ""
+    """Without the settings, which have a section of their own."""
+    return (inspect.getdoc(value) or "").partition(TITLE)[0].rstrip()
 
 
 def _code(name: str, value: Callable[..., object]) -> str:

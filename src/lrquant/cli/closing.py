@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 from lrquant.files.manifest import read_manifest
 from lrquant.formats.choice import formats
@@ -13,20 +12,20 @@ from lrquant.formats.format import Format
 from lrquant.formats.targets import loading_of
 from lrquant.measures.choice import measures
 from lrquant.measures.numbers import duration
-from lrquant.measures.rows import RunResults, labels_of
-from lrquant.pipeline import Run
+from lrquant.measures.rows import RunResults
+from lrquant.pipeline import Outcome
 from lrquant.preflight.estimate import checkpoint_size
-from lrquant.runs.block_file import BlockRecord
+from lrquant.reports.figures import quality
 
 _BFLOAT16_BYTES = 2
 _WIDTH = 11  # of the words that begin a line
 
 
-def closing_lines(run: Run, checkpoint: str | None, seconds: float) -> str:
+def closing_lines(run: Outcome, checkpoint: str | None, seconds: float) -> str:
     """What a person wants to know when a run has ended, a line each."""
     form = None if checkpoint is None else formats()[read_manifest(Path(checkpoint))["format"]]
     lines = [] if checkpoint is None or form is None else list(_sizes(run, checkpoint, form))
-    lines += _quality(run)
+    lines += (("quality", text) for text in quality(run.results, run.records))
     lines.append(("time", duration(seconds)))
     report = Path(run.config.output_dir, "report.html")
     beside = f", report: {report}" if run.config.report and report.is_file() else ""
@@ -37,7 +36,7 @@ def closing_lines(run: Run, checkpoint: str | None, seconds: float) -> str:
     return "\n".join(f"{(name + ':' if name else '').ljust(_WIDTH)} {text}" for name, text in lines)
 
 
-def _sizes(run: Run, checkpoint: str, form: Format) -> Iterator[tuple[str, str]]:
+def _sizes(run: Outcome, checkpoint: str, form: Format) -> Iterator[tuple[str, str]]:
     """Where the checkpoint is, how large, and with how many bits a weight."""
     model = run.workbench.model
     after = sum(path.stat().st_size for path in Path(checkpoint).rglob("*") if path.is_file())
@@ -51,28 +50,7 @@ def _sizes(run: Run, checkpoint: str, form: Format) -> Iterator[tuple[str, str]]
     )
 
 
-def _quality(run: Run) -> Iterator[tuple[str, str]]:
-    """Measures beside full precision and round-to-nearest; without any, what learning did."""
-    seen = RunResults(run.results, labels_of(run.results))
-    tiles = [tile for measure in measures() for tile in measure.tiles(seen)]
-    for tile in tiles:
-        yield "quality", f"{tile.label}: {tile.value}" + (f" ({tile.note})" if tile.note else "")
-    if not tiles:
-        yield "quality", "not measured" + _falls(run.records)
-
-
-def _falls(records: Sequence[BlockRecord]) -> str:
-    """How far learning brought the losses of blocks down."""
-    learned = [record for record in records if record.epoch_losses and record.initial_loss > 0]
-    if not learned:
-        return ""
-    fall = 1 - median(record.final_loss / record.initial_loss for record in learned)
-    kept = sum(record.best_epoch == 0 for record in learned)
-    note = f", {kept} of {len(learned)} kept their start" if kept else ""
-    return f"; learning took {fall:.0%} off the median block's loss{note}"
-
-
-def _next(run: Run, checkpoint: str | None, form: Format | None) -> Iterator[str]:
+def _next(run: Outcome, checkpoint: str | None, form: Format | None) -> Iterator[str]:
     """Commands that go on from here."""
     folder = shlex.quote(run.config.output_dir)
     if not any(measure.tiles(RunResults(run.results, {"quantized": ""})) for measure in measures()):

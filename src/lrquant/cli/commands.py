@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lrquant.cli.flags import settings_of
 from lrquant.cli.usual import IN_PLACE, with_usual_places, with_usual_recipe
-from lrquant.config.choices import SettingValues
+from lrquant.config.choices import SettingDict, SettingValues
 from lrquant.config.config import (
     Config,
     measured_settings,
@@ -68,7 +68,7 @@ def _quantize(options: argparse.Namespace, screen: Screen) -> int:
 
 
 def _progress(options: argparse.Namespace, screen: Screen) -> Progress:
-    from lrquant.cli.bars import BarProgress
+    from lrquant.runs.bars import BarProgress
     from lrquant.runs.progress import Progress
 
     return Progress() if options.quiet else BarProgress(screen)
@@ -128,42 +128,38 @@ def _stats(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _evaluate(options: argparse.Namespace, screen: Screen) -> int:
-    from lrquant.pipeline import evaluate
+    from lrquant.api.functions import evaluate
 
-    settings = settings_of(options, EVALUATE_SETTINGS)
+    settings: SettingDict = {**settings_of(options, EVALUATE_SETTINGS)}
     results = evaluate(options.target, progress=_progress(options, screen), **settings)
     _print_results(results, screen)
     return _exit_code(results)
 
 
 def _export(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.pipeline import export
+    from lrquant.api.functions import export
 
-    settings = settings_of(options, EXPORT_SETTINGS)
+    settings: SettingDict = {**settings_of(options, EXPORT_SETTINGS)}
     export(options.run, options.folder, progress=_progress(options, screen), **settings)
     screen.say(f"checkpoint: {options.folder}")
 
 
 def _report(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.reports.writing import write_report
-    from lrquant.runs.claims import held
-    from lrquant.runs.folder import RunFolder
+    from lrquant.api.functions import report
 
-    folder = RunFolder.open(options.run)
-    with held(options.run):
-        screen.say(f"report: {write_report(folder)}")
+    screen.say(f"report: {report(options.run)}")
 
 
 def _compare(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.reports.writing import write_comparison
+    from lrquant.api.functions import compare
 
-    screen.say(f"comparison: {write_comparison(options.runs, options.output)}")
+    screen.say(f"comparison: {compare(options.runs, options.output)}")
 
 
 def _inspect(options: argparse.Namespace, screen: Screen) -> None:
-    from lrquant.reports.inspection import inspect_folder
+    from lrquant.api.functions import inspect
 
-    screen.say(inspect_folder(options.target))
+    screen.say(inspect(options.target))
 
 
 def _print_results(results: Results, screen: Screen) -> None:

@@ -11,39 +11,12 @@ from functools import cache
 
 from lrquant.cli.usual import IN_PLACE
 from lrquant.config.choices import SettingValues
-from lrquant.config.config import ALSO_CALLED, Config, measured_settings
+from lrquant.config.config import ALSO_CALLED, Config
 from lrquant.config.settings import convert
+from lrquant.config.titles import grouped
 from lrquant.errors import LRQuantError
 
 ALL = "--help-all"
-_LEARNED, _MEASURED = "what is learned, and how", "what is measured"
-_GROUPS = {
-    "model and scheme": (
-        *("model", "scheme", "preset", "scheme_for", "wbits", "abits", "group_size", "symmetric"),
-        *("activation_symmetric", "qkv_bits", "weight_grid", "vision_scheme", "net"),
-    ),
-    "where results go": (
-        *(
-            "save_dir",
-            "format",
-            "target",
-            "save_dtype",
-            "push_to_hub",
-            "output_dir",
-            "resume",
-            "overwrite",
-        ),
-        *("report", "examples", "log_dir"),
-    ),
-    "calibration": (
-        *("calib_dataset", "data_dir", "nsamples", "seqlen", "seed", "text_column", "bos"),
-        *("calib_images", "calib_image_share", "image_token_weight", "cache_dir"),
-        *("act_scales", "act_shifts"),
-    ),
-    _MEASURED: ("ppl", "agreement", "tasks", "compare", "limit"),
-    _LEARNED: ("lr_plus", "epochs"),
-    "machine": ("device", "precision", "compile", "offload", "batch_size"),
-}
 _FIRST = (  # what the short help has
     *("model", "scheme", "preset", "save_dir", "format", "target", "resume", "overwrite"),
     *("calib_dataset", "data_dir", "nsamples", "ppl", "tasks", "compare", "device"),
@@ -92,7 +65,7 @@ def add_settings(command: Parser, names: Sequence[str], every: bool) -> None:
     """The flags of settings, in groups; with not `every`, the help has the first of them alone."""
     entries = {entry.name: entry for entry in dataclasses.fields(Config)}
     every = every or len(names) <= _FEW
-    for title, members in _grouped(names).items():
+    for title, members in grouped(names).items():
         group = command.add_argument_group(title)
         for name in members:
             shown = every or name in _FIRST
@@ -151,18 +124,6 @@ def require_flags(command: str, parser: Parser, words: Sequence[str]) -> None:
             near = difflib.get_close_matches(flag, flags, 1, _ALIKE)
             mend = f"the nearest is {near[0]}" if near else f"see lrquant {command} {ALL}"
             raise LRQuantError(f"unrecognized arguments: {flag}; {mend}")
-
-
-def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
-    """Settings by group, those that groups name first and in their order."""
-    groups = {title: [n for n in members if n in names] for title, members in _GROUPS.items()}
-    placed = {name for members in groups.values() for name in members}
-    measured = {e.name for kind in measured_settings() for e in dataclasses.fields(kind)}
-    measured |= {"tta", "tta_blocks", "tta_epochs"}
-    for name in names:
-        if name not in placed:
-            groups[_MEASURED if name in measured else _LEARNED].append(name)
-    return groups
 
 
 def _add_setting(

@@ -12,10 +12,10 @@ from lrquant.errors import LRQuantError
 if TYPE_CHECKING:
     from lrquant.cli.screen import Screen
     from lrquant.measures.subjects.checkpoint import Checkpoint
+    from lrquant.model.writing import Drawing
 
 _ENDS = ("/exit", "/quit")
 _ANEW = "/new"
-_HOTTEST = 100
 
 
 def chat(options: argparse.Namespace, screen: Screen) -> None:
@@ -74,16 +74,19 @@ def _loaded(options: argparse.Namespace) -> Checkpoint:
     """A checkpoint, verified and read as transformers reads it."""
     from lrquant.config.groups import Computing
     from lrquant.measures.subjects.checkpoint import load_checkpoint
+    from lrquant.model.writing import require_writer
 
-    if options.max_tokens < 1:
-        raise LRQuantError(f"--max-tokens {options.max_tokens}: use a whole number of at least 1")
-    if options.temperature is not None and not 0 <= options.temperature <= _HOTTEST:
-        raise LRQuantError(f"--temperature {options.temperature}: use 0 to {_HOTTEST}")
+    _drawing(options)  # which refuses what it can't be
     _refuse_run(Path(options.folder))
     loaded = load_checkpoint(options.folder, Computing(options.device, "auto", "auto"))
-    if loaded.tokenizer is None or not loaded.module.can_generate():
-        raise LRQuantError(f"{options.folder}: no model that writes text")
+    require_writer(loaded.module, loaded.tokenizer, options.folder)
     return loaded
+
+
+def _drawing(options: argparse.Namespace) -> Drawing:
+    from lrquant.model.writing import Drawing
+
+    return Drawing(options.max_tokens, options.temperature, options.seed)
 
 
 def _refuse_run(place: Path) -> None:
@@ -91,39 +94,19 @@ def _refuse_run(place: Path) -> None:
         raise LRQuantError(f"{place}: a run; write a checkpoint first: lrquant export {place} DIR")
 
 
-def _drawing(temperature: float | None) -> dict[str, bool | float]:
-    """How tokens are chosen, where that is not as the model's generation settings say."""
-    if temperature is None:
-        return {}
-    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-
-
 def _answer(
     loaded: Checkpoint, turns: list[dict[str, str]], options: argparse.Namespace, screen: Screen
 ) -> str:
     """The next turn, shown while it is written; without a chat template the text goes on."""
-    import torch
     from transformers import TextStreamer
 
-    tokenizer, module = loaded.tokenizer, loaded.module
-    assert tokenizer is not None
+    from lrquant.model.writing import answer, require_writer
+
+    tokenizer = require_writer(loaded.module, loaded.tokenizer, options.folder)
 
     class Shown(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             screen.part(text + "\n" * stream_end)
 
-    text, templated = "\n".join(turn["content"] for turn in turns), bool(tokenizer.chat_template)
-    if templated:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not templated)
-    ids = encoded["input_ids"].to(module.device)
-    torch.manual_seed(options.seed)
-    written = module.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=options.max_tokens,
-        streamer=Shown(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **_drawing(options.temperature),
-    )
-    answer = written[0, ids.shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True))
+    streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return answer(loaded.module, tokenizer, turns, _drawing(options), streamer)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lrquant.config.groups import Calibrating, Sources
 from lrquant.data.beginnings import beginning_of
-from lrquant.data.feeds import Feed
+from lrquant.data.own import OwnData, own_samples
 from lrquant.data.prompts import mixed, picture_samples
 from lrquant.data.samples import Samples, Writer, calibration_samples
 from lrquant.data.vocabulary import require_known_tokens
@@ -23,7 +19,7 @@ def calibration_of(
     asked: Calibrating,
     sources: Sources,
     model: Model,
-    samples: Tensor | Feed | None,
+    own: OwnData | None,
     writer: Writer | None = None,
 ) -> Samples:
     """The samples to learn on: one's own, or those that the settings name.
@@ -31,10 +27,10 @@ def calibration_of(
     `writer` has those that the model writes itself.  Raises LRQuantError for token ids that the
     model does not have.
     """
-    if samples is None:
+    if own is None:
         chosen = _named_samples(asked, sources, model, writer)
     else:
-        chosen = _own_samples(samples)
+        chosen = own_samples(own, asked, sources, model)
     require_known_tokens(chosen.feed, chosen.name, model)
     return chosen
 
@@ -43,16 +39,16 @@ def tuning_samples_of(
     asked: Calibrating,
     sources: Sources,
     model: Model,
-    samples: Tensor | Feed | None,
+    own: OwnData | None,
     count: int | None,
     writer: Writer | None = None,
 ) -> Samples:
     """The samples of the end-to-end stage: drawn apart, `count` of them, by default as many.
 
-    One's own samples are those of the blocks too: there is nothing to draw from.
+    Samples that were given as they are serve both: there is nothing to draw from.
     """
     apart = replace(asked, count=asked.count if count is None else count, seed=asked.seed + 1)
-    return calibration_of(apart, sources, model, samples, writer)
+    return calibration_of(apart, sources, model, own, writer)
 
 
 def _named_samples(
@@ -76,32 +72,11 @@ def _named_samples(
     return mixed(pictures, text, asked.seed)
 
 
-def _own_samples(samples: Tensor | Feed) -> Samples:
-    empty = torch.empty((0, 0), dtype=torch.int64)
-    if isinstance(samples, Feed):
-        text = f"given samples, {len(samples)} with pictures"
-        return Samples(empty, "given", "given", "given", samples.sha256(), text, samples)
-    if not isinstance(samples, Tensor):
-        raise LRQuantError(
-            f"samples of type {type(samples).__name__}: expected token ids (samples, tokens), int64"
-        )
-    if samples.dim() != 2 or samples.dtype != torch.int64:
-        raise LRQuantError(
-            f"samples of shape {tuple(samples.shape)} and {samples.dtype}: expected token ids "
-            "(samples, tokens), int64"
-        )
-    if not samples.numel():
-        raise LRQuantError(f"samples of shape {tuple(samples.shape)}: no token in them; give some")
-    digest = hashlib.sha256(samples.numpy().tobytes()).hexdigest()
-    text = f"given tokens, {len(samples)} x {samples.shape[1]} = {samples.numel()} tokens"
-    return Samples(samples, "given", "given", "given", digest, text)
-
-
 def _text_samples(
     asked: Calibrating, sources: Sources, model: Model, count: int, writer: Writer | None
 ) -> Samples:
     if model.tokenizer is None:
-        raise LRQuantError("no tokenizer: give one, or token ids as `samples`")
+        raise LRQuantError("no tokenizer: give one, or token ids as `calibration`")
     return calibration_samples(
         asked.dataset,
         model.tokenizer,

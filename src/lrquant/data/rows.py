@@ -61,32 +61,37 @@ def read_rows(path: Path, content: str | None, column: str | None) -> Documents:
     LRQuantError where a row has another layout, or where several columns could be meant.
     """
     rows = _parquet_rows(path) if content is None else _json_rows(path, content)
+    return documents_of(rows, str(path), column)
+
+
+def documents_of(rows: Iterable[tuple[str, Row]], origin: str, column: str | None) -> Documents:
+    """Documents of rows, each with where it stands in `origin`; as `read_rows` else."""
     layout: Layout | None = None
     documents: list[Document] = []
     for where, row in rows:
-        layout = layout or _layout(path, row, column)
+        layout = layout or _layout(origin, row, column)
         try:
             documents.append(_sound(layout.document(row)))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
             raise LRQuantError(
-                f"{path}, {where}: not of the layout {layout.name!r}, which the first row has "
+                f"{origin}, {where}: not of the layout {layout.name!r}, which the first row has "
                 f"({reason}); mend the row, or choose with --text-column"
             ) from error
     if layout is None:
-        raise LRQuantError(f"{path}: no rows in it")
+        raise LRQuantError(f"{origin}: no rows in it")
     return Documents(documents, layout.name)
 
 
-def _layout(path: Path, row: Row, column: str | None) -> Layout:
+def _layout(origin: str, row: Row, column: str | None) -> Layout:
     """The layout that a first row has."""
     columns = ", ".join(map(str, row)) or "none"
     if column is not None:
         if column not in row:
-            raise LRQuantError(f"{path}: no column {column!r} (columns: {columns})")
+            raise LRQuantError(f"{origin}: no column {column!r} (columns: {columns})")
         return Layout(f"column {column}", lambda row: _text_or_messages(row[column]))
     if "text" not in row:
-        _refuse_pictures(path, row)
+        _refuse_pictures(origin, row)
     layout = _layout_by_columns(row)
     if layout is not None:
         return layout
@@ -96,10 +101,10 @@ def _layout(path: Path, row: Row, column: str | None) -> Layout:
         return Layout(f"column {only}", lambda row: _text(row[only]))
     if strings:
         raise LRQuantError(
-            f"{path}: any of the columns {', '.join(strings)} could be the text; name it with "
+            f"{origin}: any of the columns {', '.join(strings)} could be the text; name it with "
             "--text-column"
         )
-    raise LRQuantError(f"{path}: no column of strings (columns: {columns}): name the text `text`")
+    raise LRQuantError(f"{origin}: no column of strings (columns: {columns}): name the text `text`")
 
 
 def _layout_by_columns(row: Row) -> Layout | None:
@@ -120,11 +125,11 @@ def _layout_by_columns(row: Row) -> Layout | None:
     return None
 
 
-def _refuse_pictures(path: Path, row: Row) -> None:
+def _refuse_pictures(origin: str, row: Row) -> None:
     shown = _first(row, ("image", "images"))
     if shown is not None:
         raise LRQuantError(
-            f"{path}: its rows show pictures (column {shown}); give it to a multimodal model as "
+            f"{origin}: its rows show pictures (column {shown}); give it to a multimodal model as "
             "--calib-images or --vqa, or choose a column of text with --text-column"
         )
 

@@ -98,16 +98,17 @@ def calibration_samples(
         origins.append(origin)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
-    ids = torch.cat(windows)
     source = labels[0] if len(sets) == 1 else f"{name}: {', '.join(labels)}"
-    return Samples(
-        ids,
-        name,
-        ",".join(dict.fromkeys(splits)),
-        ",".join(origins),
-        _sha256(ids),
-        f"{source}, {_size(ids)}, seed {seed}",
-    )
+    split = ",".join(dict.fromkeys(splits))
+    return token_samples(torch.cat(windows), name, split, ",".join(origins), source, seed)
+
+
+def token_samples(
+    ids: Tensor, name: str, split: str, origin: str, source: str, seed: int
+) -> Samples:
+    """Windows of token ids that were drawn from a `source`, in words, by a seed."""
+    text = f"{source}, {_size(ids)}, seed {seed}"
+    return Samples(ids, name, split, origin, _sha256(ids), text)
 
 
 def perplexity_windows(

@@ -15,6 +15,7 @@ from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
 from lrquant.config.groups import Adapting, Learning, Places, StatisticsFiles
+from lrquant.data.own import OwnData
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
@@ -46,7 +47,9 @@ _MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size
 _TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
 
 
-def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
+def preflight(
+    settings: JsonObject, model: Model | None = None, calibration: OwnData | None = None
+) -> Preflight:
     """Check the run that `settings`, fields of `Config`, ask for, without starting it.
 
     Reads the weights of one block of each kind, times a few steps of it and writes nothing.  Raises
@@ -54,7 +57,8 @@ def preflight(settings: JsonObject, model: Model | None = None) -> Preflight:
     """
     config, measure_only = resolve_settings(settings)
     report = Preflight(config)
-    run = Prospect(config, measure_only, Plan.of(config.quantizing), model, apart=True)
+    plan = Plan.of(config.quantizing)
+    run = Prospect(config, measure_only, plan, model, calibration, apart=True)
     for check in requirements(run):
         with report.checking(check.what, check.more):
             for said in check.of():

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor
-
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench
 from lrquant.config.config import Config
-from lrquant.data.feeds import Feed
+from lrquant.data.own import OwnData
 from lrquant.data.samples import Samples
 from lrquant.formats.format import Format
 from lrquant.ingredients.base.statistics import ChannelStatistics
@@ -56,7 +54,7 @@ class Prospect:
     measure_only: bool
     plan: Plan
     model: Model | None = None
-    samples: Tensor | Feed | None = None
+    own_data: OwnData | None = None
     apart: bool = False
     form: Format | None = None
     workbench: Workbench | None = None

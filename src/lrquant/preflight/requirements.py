@@ -172,16 +172,16 @@ def _statistics(run: Prospect) -> Iterator[Said]:
 
 def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     calibrating, sources = run.config.group(Calibrating), run.config.group(Sources)
-    if run.samples is None and written_by_the_model(calibrating.dataset):
+    if run.own_data is None and written_by_the_model(calibrating.dataset):
         if run.apart or run.workbench is None:
             yield Said(f"{calibrating.dataset}: written before learning; {NOT_ESTIMATED}")
             return
         run.writer = OwnText(run.workbench, _texts_kept(run.config.resume))
     writer = run.writer
-    calibration = calibration_of(calibrating, sources, model, run.samples, writer)
+    calibration = calibration_of(calibrating, sources, model, run.own_data, writer)
     for each in run.plan.ingredients:
         if isinstance(each, Tuning):
-            drawn = calibrating, sources, model, run.samples, each.tune_nsamples
+            drawn = calibrating, sources, model, run.own_data, each.tune_nsamples
             run.tuning = tuning_samples_of(*drawn, writer)
             check_samples(len(run.tuning.feed))
     run.calibration = calibration
