@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -81,7 +82,9 @@ def asked_data(calibration: object, settings: SettingDict) -> tuple[OwnData | No
 
 
 def shown_progress(progress: Progress | bool | None) -> Progress:
-    """Bars on standard error in a terminal and in a notebook, unless `progress` is False."""
+    """Bars on standard error in a terminal, and in a notebook that has widgets; with False none."""
     if isinstance(progress, Progress):
         return progress
-    return Progress() if progress is False else BarProgress(Console(stderr=True))
+    console = Console(stderr=True)
+    without_widgets = console.is_jupyter and find_spec("ipywidgets") is None
+    return Progress() if progress is False or without_widgets else BarProgress(console)

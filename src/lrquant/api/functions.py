@@ -53,7 +53,7 @@ def quantize(
     drawn; or token ids (samples, tokens), a `Feed`, or a `DataLoader` of batches with `input_ids`,
     which are taken as they are, of a loader the first `nsamples`; or a set's name or a file.
 
-    `progress` is shown in a terminal and in a notebook unless it is False.
+    `progress` is shown in a terminal, and in a notebook that has ipywidgets, unless it is False.
     Raises LRQuantError for anything the caller can mend.
     """
     name, loaded, asked = _asked(model, scheme, tokenizer, processor, settings)

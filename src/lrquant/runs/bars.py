@@ -18,7 +18,7 @@ _SPEED_SECONDS = 600  # time left is estimated from the steps of so long
 
 
 class BarProgress(Progress):
-    """Bars with block, epoch, loss, time left and peak memory; nothing where it is no terminal."""
+    """Bars with block, epoch, loss, time left and peak memory, in a terminal or a notebook."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
@@ -30,7 +30,7 @@ class BarProgress(Progress):
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}", table_column=Column()),  # alone folds where it must
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
             transient=True,
             speed_estimate_period=_SPEED_SECONDS,
         )
