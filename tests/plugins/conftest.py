@@ -20,6 +20,7 @@ import pytest
 
 import lrquant
 from lrquant import architectures
+from lrquant.data.declared import text_sources
 from lrquant.formats.choice import formats
 from lrquant.numerics.grids.grid import grid_kinds
 from lrquant.numerics.losses import losses
@@ -27,7 +28,7 @@ from lrquant.numerics.losses import losses
 DOCS = Path(__file__).parents[2] / "docs"
 CACHES = (
     *(architectures.architectures, architectures.language_parts, architectures.towers),
-    *(formats, grid_kinds, losses),
+    *(formats, grid_kinds, losses, text_sources),
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lrquant.config.groups import Calibrating, Sources
 from lrquant.data.beginnings import beginning_of
 from lrquant.data.feeds import Feed, Inputs, has_pictures
-from lrquant.data.rows import Documents, Row, documents_of
+from lrquant.data.rows import Documents, documents_of, rows_of
 from lrquant.data.samples import Samples, token_samples
 from lrquant.data.texts import Text
 from lrquant.data.windows import TokenText, random_windows
@@ -62,7 +62,7 @@ def own_data(value: object, most: int, column: str | None = None) -> OwnData:
         items = iter([list(items)])  # one conversation alone
     elif not hasattr(value, "__len__"):
         items = islice(items, _STREAMED)
-    return OwnData(documents=documents_of(_rows(items), "calibration", column))
+    return OwnData(documents=documents_of(rows_of(items, "calibration"), "calibration", column))
 
 
 def own_samples(own: OwnData, asked: Calibrating, sources: Sources, model: Model) -> Samples:
@@ -171,18 +171,3 @@ def _of_samples(samples: list[Inputs]) -> OwnData:
     if len(lengths) == 1 and all(sample.keys() == {"input_ids"} for sample in samples):
         return OwnData(ids=torch.cat([sample["input_ids"] for sample in samples]))
     return OwnData(feed=Feed(samples))
-
-
-def _rows(items: Iterable[object]) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set as they are; a text or a conversation as a row of it alone."""
-    for number, item in enumerate(items, 1):
-        if isinstance(item, Mapping):
-            yield f"row {number}", item
-        elif isinstance(item, str):
-            yield f"text {number}", {"text": item}
-        elif isinstance(item, list | tuple):
-            yield f"conversation {number}", {"messages": list(item)}
-        else:
-            raise LRQuantError(
-                f"calibration: {type(item).__name__} in place {number}: {_TAKEN}, all of one kind"
-            )

@@ -6,7 +6,7 @@ A layout is known by its columns; a file of another one must name the column of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,25 @@ def read_rows(path: Path, content: str | None, column: str | None) -> Documents:
     """
     rows = _parquet_rows(path) if content is None else _json_rows(path, content)
     return documents_of(rows, str(path), column)
+
+
+def rows_of(items: Iterable[object], origin: str) -> Iterator[tuple[str, Row]]:
+    """Rows as they are, a text or a conversation as a row of it alone, each with where it stands.
+
+    Raises LRQuantError for an item that is none of them.
+    """
+    for number, item in enumerate(items, 1):
+        if isinstance(item, Mapping):
+            yield f"row {number}", item
+        elif isinstance(item, str):
+            yield f"text {number}", {"text": item}
+        elif isinstance(item, list | tuple):
+            yield f"conversation {number}", {"messages": list(item)}
+        else:
+            raise LRQuantError(
+                f"{origin}: {type(item).__name__} in place {number}: expected texts, conversations "
+                "(lists of messages) or rows, all of one kind"
+            )
 
 
 def documents_of(rows: Iterable[tuple[str, Row]], origin: str, column: str | None) -> Documents:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrquant.data.rows import Document, read_rows, require_room
+from lrquant.data.declared import text_sources
+from lrquant.data.rows import Document, documents_of, read_rows, require_room, rows_of
 from lrquant.errors import LRQuantError, nearest, nearest_beside
 from lrquant.model.sources.hub import offline
 
@@ -98,7 +99,8 @@ class Text:
         if self.split in (preferred, "file"):
             return ""
         local = data_dir is not None and data_dir in Path(self.origin).parents
-        return f"no {preferred} split {f'in {data_dir}' if local else 'on the hub'}"
+        place = f" in {data_dir}" if local else " on the hub" if self.name in CONVENTIONS else ""
+        return f"no {preferred} split{place}"
 
 
 def load_text(
@@ -108,10 +110,10 @@ def load_text(
     cache_dir: Path | None,
     column: str | None = None,
 ) -> Text:
-    """Read the first of `splits` that `name` has: a file, a set in `data_dir`, or one on the hub.
+    """Read the first of `splits` that `name` has: a file, or a set of whoever has it.
 
-    A set with a folder in `data_dir` is read from there only.  `column` is that of the text in a
-    file of rows.
+    A set with a folder in `data_dir` is read from there only, others from the hub or of the package
+    that declares them.  `column` is that of the text in a file of rows.
     """
     if is_file_name(name):
         return _file_text(name, column)
@@ -123,7 +125,9 @@ def load_text(
         return _local_text(name, base, splits, present)
     if name in CONVENTIONS:
         return _hub_text(name, base, splits, data_dir, cache_dir)
-    near = nearest(name, [*CONVENTIONS, "mix", "self", *_local_sets(data_dir)])
+    if name in text_sources():
+        return _declared_text(name, splits, column)
+    near = nearest(name, [*CONVENTIONS, "mix", "self", *text_sources(), *_local_sets(data_dir)])
     raise LRQuantError(f"unknown data set {name!r}{near}: {_names_to_choose_from(data_dir)}")
 
 
@@ -133,7 +137,8 @@ def is_file_name(name: str) -> bool:
 
 
 def _names_to_choose_from(data_dir: Path | None) -> str:
-    named = f"known are {', '.join(CONVENTIONS)}, and for calibration mix, self and comma lists"
+    names = ", ".join([*CONVENTIONS, *text_sources()])
+    named = f"known are {names}, and for calibration mix, self and comma lists"
     local = "a folder of data_dir with train.txt, validation.txt or test.txt"
     if data_dir is not None:
         local += f" ({data_dir} has: {', '.join(_local_sets(data_dir)) or 'none'})"
@@ -166,6 +171,16 @@ def _local_text(name: str, base: str, splits: Sequence[str], present: dict[str, 
         f"{name}: {folder} has {', '.join(path.name for path in present.values())}, "
         f"but {wanted} is needed here: add it"
     )
+
+
+def _declared_text(name: str, splits: Sequence[str], column: str | None) -> Text:
+    origin = f"text {name}"
+    for split in splits:
+        items = list(text_sources()[name].documents(split))
+        if items:
+            rows = documents_of(rows_of(items, origin), origin, column)
+            return Text(name, split, rows.items, origin, rows.layout)
+    raise LRQuantError(f"{origin}: has no {' or '.join(splits)} split; name another set")
 
 
 def _hub_text(
