@@ -43,7 +43,7 @@ def samples(make_model, tiny_tokenizer):
 def test_texts_are_drawn_from_alike(samples, value):
     drawn = samples(value)
     assert drawn.ids.shape == (4, 16) and drawn.sha256 == samples(TEXTS).sha256
-    assert "given 6 documents" in drawn.description and "seed 2" in drawn.description
+    assert "given (6 documents)" in drawn.description and "seed 2" in drawn.description
 
 
 def test_conversations_are_written_out(samples):

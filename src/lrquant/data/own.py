@@ -87,7 +87,7 @@ def _drawn(documents: Documents, asked: Calibrating, sources: Sources, model: Mo
     text = Text(_NAME, "file", documents.items, _NAME, documents.layout)
     tokens = TokenText(text, model.tokenizer, beginning)
     windows, note = random_windows(tokens, asked.count, sources.seqlen, asked.seed)
-    said = f"given {len(documents.items)} documents"
+    said = f"{len(documents.items)} documents"
     label = text.label(said, tokens.layout, note, beginning.text)
     return token_samples(windows, _NAME, _NAME, _NAME, label, asked.seed)
 
