@@ -83,6 +83,19 @@ def test_a_run_is_opened_later_with_the_model_that_was_in_memory(
         Run.open(folder, other, tiny_tokenizer)
 
 
+def test_gradients_pass_through_the_model_of_a_run(model, token_ids, tmp_path):
+    """So that adapters train on top of it."""
+    ids = token_ids(2, 12)
+    run = lrquant.quantize(
+        model, "W4A4", calibration=ids, output_dir=str(tmp_path / "run"), **{**QUICK, "epochs": 0}
+    )
+    module = lrquant.load(run).requires_grad_(True)
+    module(input_ids=ids, labels=ids).loss.backward()
+    linears = [each for each in module.model.modules() if isinstance(each, torch.nn.Linear)]
+    assert len(linears) == 14
+    assert all(linear.weight.grad.abs().sum() > 0 for linear in linears)
+
+
 def test_reading_functions(learned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = lrquant.inspect(learned)
@@ -146,6 +159,12 @@ def test_what_a_caller_can_mend(model, tiny_tokenizer, token_ids, tmp_path):
     )
     with pytest.raises(LRQuantError, match="no tokenizer, so it writes no text"):
         run.generate("x")
+    saved = run.save(tmp_path / "saved", format="lrquant")
+    assert lrquant.load(saved)(token_ids(1, 8)).logits.isfinite().all(), (
+        "it has no tokenizer either"
+    )
+    with pytest.raises(LRQuantError, match="no tokenizer: perplexity needs one"):
+        lrquant.evaluate(saved, ppl="wikitext2")
 
 
 def test_the_docstring_lists_every_setting():

@@ -33,6 +33,7 @@ from lrquant.model.device import choose_device
 from lrquant.model.loading import load_processor
 from lrquant.model.reading import read_config, read_tokenizer, reading
 from lrquant.model.sources import resolve_model
+from lrquant.model.sources.kinds import has_tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,14 @@ def load_checkpoint(name: str, computing: Computing, cache_dir: Path | None = No
     left over or of another shape, and what transformers would leave out without a word.
     """
     folder = resolve_model(name, cache_dir).folder
-    if (folder / MANIFEST).exists():
+    if own := (folder / MANIFEST).exists():
         require_whole(folder)
     _refuse_ignored(name, folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     read = read_config(folder)
     architecture = architecture_of(read)
-    tokenizer = None if architecture.reads_pixels else read_tokenizer(folder)
+    without = architecture.reads_pixels or (own and not has_tokenizer_files(folder))
+    tokenizer = None if without else read_tokenizer(folder)
     mend = "write it again, or give the run that it is of"
     with reading("the checkpoint", folder, mend), quiet_loading():
         module, report = architecture.auto_class.from_pretrained(

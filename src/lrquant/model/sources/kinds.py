@@ -96,9 +96,14 @@ def quantized_by(config: Mapping[str, object]) -> str | None:
     return None
 
 
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a folder has something to make a tokenizer of."""
+    return any(is_listed(folder / file) for file in _TOKENIZERS)
+
+
 def require_tokenizer_files(name: str, folder: Path) -> None:
     """Refuse a folder that has nothing to make a tokenizer of."""
-    if not any(is_listed(folder / file) for file in _TOKENIZERS):
+    if not has_tokenizer_files(folder):
         also = "" if (folder / "tokenizer_config.json").is_file() else " and tokenizer_config.json"
         raise LRQuantError(
             f"model {name}: no tokenizer in its folder: tokenizer.json (or tokenizer.model){also} "
