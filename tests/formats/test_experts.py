@@ -35,7 +35,7 @@ def written(make_model, token_ids, tiny_tokenizer, tmp_path):
         return quantize(
             make_model(name, **(changes or {})),
             scheme,
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             tokenizer=tiny_tokenizer,
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),

@@ -58,7 +58,7 @@ def test_a_run_says_so_and_goes_on_so_alone(make_model, token_ids, tmp_path, mon
         return quantize(
             make_model("llama"),
             "W4A4",
-            samples=token_ids(3, 16),
+            calibration=token_ids(3, 16),
             output_dir=str(tmp_path / "run"),
             **{"epochs": 1, "report": False, "precision": "float32", **settings},
         )

@@ -28,7 +28,7 @@ def model(request, make_model):
 
 def learn(model, ids, folder: Path, **settings):
     defaults = {**SETTINGS, "precision": "float32", "report": False}
-    return quantize(model, samples=ids, output_dir=str(folder), **{**defaults, **settings})
+    return quantize(model, calibration=ids, output_dir=str(folder), **{**defaults, **settings})
 
 
 def learned(folder: Path) -> dict[str, bytes]:
