@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
-from lrquant.architectures import Architecture, architectures, towers
+from lrquant.architectures import architectures, towers
 from lrquant.config.choices import KINDS
+from lrquant.reports.families import marks
 from site_parts.tables import code, table
 
 WINDOWS = {
@@ -24,7 +21,7 @@ def markdown() -> str:
             code(kind),
             code(f"architectures/{family.name}.py"),
             code(family.blocks),
-            *_sites(family, _config(kind)),
+            *marks(family, kind),
             "pictures" if family.reads_pixels else WINDOWS[family.windows_begin],
         )
         for kind, family in sorted(architectures().items())
@@ -36,38 +33,7 @@ def markdown() -> str:
 def towers_markdown() -> str:
     """A row a model type of a tower."""
     rows = [
-        (code(kind), code(f"architectures/{tower.name}.py"), *_sites(tower, _config(kind)))
+        (code(kind), code(f"architectures/{tower.name}.py"), *marks(tower, kind))
         for kind, tower in sorted(towers().items())
     ]
     return table(("model type", "declared in", *map(code, KINDS)), rows)
-
-
-def _config(kind: str) -> PretrainedConfig | None:
-    """The default configuration of a model type; None where transformers has none."""
-    return CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
-
-
-def _sites(family: Architecture, config: PretrainedConfig | None) -> Iterable[str]:
-    """A mark for each kind of site: in every block, in some, in none, refused, or not known."""
-    if config is None:
-        return ["?"] * len(KINDS)
-    if family.refusal(config) is not None:
-        return ["refused"] * len(KINDS)
-    part = family.part(config)
-    blocks = [_kinds(family, part, index) for index in range(_count(part))]
-    return [_mark([kind in kinds for kinds in blocks]) for kind in KINDS]
-
-
-def _kinds(family: Architecture, part: PretrainedConfig, index: int) -> set[str]:
-    return {site.kind for site in family.sites(part, index)}
-
-
-def _count(part: PretrainedConfig) -> int:
-    """How many blocks there are: configurations call that by several names."""
-    values: Mapping[str, int] = {**part.to_dict(), **vars(part)}
-    names = ("num_hidden_layers", "num_layers", "depth", "n_layer")
-    return next(values[name] for name in names if values.get(name))
-
-
-def _mark(there: list[bool]) -> str:
-    return "yes" if all(there) else "some blocks" if any(there) else "–"

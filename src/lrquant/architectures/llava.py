@@ -9,7 +9,12 @@ from lrquant.architectures.multimodal import multimodal
 ARCHITECTURE = multimodal(
     name="llava",
     model_types=(
-        *("llava", "llava_next", "llava_onevision", "internvl", "paligemma", "gemma3"),
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "internvl",
+        "paligemma",
+        "gemma3",
         "mistral3",
     ),
     blocks="model.language_model.layers",

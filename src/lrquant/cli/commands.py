@@ -106,6 +106,12 @@ def _check(options: argparse.Namespace, screen: Screen) -> None:
         raise LRQuantError(f"check: {len(report.failed)} of {len(report.findings)} failed: {what}")
 
 
+def _families(options: argparse.Namespace, screen: Screen) -> None:
+    from lrquant.reports.families import families_text
+
+    screen.say(families_text())
+
+
 def _with_published_statistics(settings: SettingValues) -> SettingValues:
     """Use ./act_scales/NET.pt and ./act_shifts/NET.pt where the published tool leaves them."""
     net = _config(settings).net_name

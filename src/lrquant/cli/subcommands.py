@@ -77,6 +77,9 @@ def add_readers(subparsers: Subparsers) -> None:
     inspect.add_argument("target", type=Path, metavar="TARGET", help="run or checkpoint folder")
     inspect.set_defaults(command=commands._inspect)
 
+    families = command_parser(subparsers, "families", "show every model family with its sites", "")
+    families.set_defaults(command=commands._families)
+
     report = command_parser(
         subparsers, "report", "write a run's report.html, .md and .json anew", "RUN"
     )

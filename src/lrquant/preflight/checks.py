@@ -25,6 +25,7 @@ from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.model.device import free_memory
 from lrquant.model.model import Model
+from lrquant.preflight.contents import contents
 from lrquant.preflight.estimate import (
     Seconds,
     checkpoint_size,
@@ -68,6 +69,9 @@ def preflight(
         check_places(report, places, config.save_dir)
         report.add("all else", "not checked", "needs the model")
         return report
+    if "groups" in run.passed:
+        report.contents = contents(run.model, run.plan.schemes)
+    report.carried = sorted(run.model.source.extra_names())
     fits = _check_packing(report, run, run.model) and _check_length(report, run.model)
     finished = len(run.model.blocks) if measure_only else 0
     if not measure_only:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lrquant.config.config import Config
 from lrquant.errors import LRQuantError
+from lrquant.preflight.contents import Contents
 from lrquant.preflight.estimate import CheckpointSize, Memory, Seconds
 from lrquant.preflight.kinds import KindCosts
 
@@ -27,10 +28,16 @@ class Finding:
 
 @dataclass
 class Preflight:
-    """All findings, in the order of the checks, and the estimates that could be made."""
+    """All findings, in the order of the checks, and the estimates that could be made.
+
+    `contents` are the blocks' tensors, `carried` those that the model has no place for, which a
+    checkpoint gets unchanged.
+    """
 
     config: Config
     findings: list[Finding] = field(default_factory=list)
+    contents: list[Contents] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
     checkpoint: CheckpointSize | None = None
     run_bytes: int | None = None
     stream_bytes: int | None = None

@@ -17,6 +17,8 @@ from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import seen_from
 
+_DEEP, _SHOWN = 3, 6  # words of a module's name, and modules that are named
+
 
 def inspect_folder(path: Path) -> str:
     """Scheme, method, data, losses and sizes of a run; scheme and sizes of a checkpoint."""
@@ -117,11 +119,24 @@ def _of_manifest(facts: JsonObject, verified: Verified) -> list[str]:
         f"{verified.bits_per_weight:.3f}",
         f"tensors: {_size(verified.stored)}, {share:.1%} of {_size(verified.as_bf16)} in bfloat16: "
         f"{16 * share:.3f} bits a weight of the whole model, embedding and head included",
+        *_carried(facts.get("extra_tensors", [])),
         f"verified: hashes of {len(facts['files'])} files; names, shapes, dtypes and values of all "
         "tensors",
     ]
     text = results_table(facts["results"])
     return lines + (["", text] if text else [])
+
+
+def _carried(names: Sequence[str]) -> list[str]:
+    """Tensors of the base model that transformers makes nothing of, by the modules they are of."""
+    if not names:
+        return []
+    modules = list(dict.fromkeys(".".join(name.split(".")[:_DEEP]) for name in names))
+    more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+    return [
+        f"carried unchanged, as transformers makes nothing of them: {len(names)} tensors of "
+        f"{', '.join(modules[:_SHOWN])}{more}"
+    ]
 
 
 def _pairs(values: dict[str, object]) -> str:

@@ -7,8 +7,11 @@ import dataclasses
 from lrquant.blocks.plan import Plan
 from lrquant.config.groups import Learning
 from lrquant.learn.identity import describe_method
+from lrquant.preflight.contents import spans
 from lrquant.preflight.findings import Preflight
 from lrquant.preflight.kinds import KindCosts
+
+_SHOWN = 4
 
 
 def preflight_text(preflight: Preflight) -> str:
@@ -25,6 +28,7 @@ def preflight_text(preflight: Preflight) -> str:
             for finding in preflight.findings
         ),
     ]
+    lines += ["", *_contents(preflight)] if preflight.contents else []
     estimates = _estimates(preflight)
     if estimates:
         width = max(map(len, estimates))
@@ -48,11 +52,32 @@ def preflight_values(preflight: Preflight) -> dict[str, object]:
         "scheme": preflight.config.schemes.name,
         "target": preflight.config.target,
         "passed": not preflight.failed,
+        "contents": [dataclasses.asdict(each) for each in preflight.contents],
+        "carried": preflight.carried,
         "findings": [dataclasses.asdict(finding) for finding in preflight.findings],
         "run_bytes": preflight.run_bytes,
         "stream_bytes": preflight.stream_bytes,
         **estimates,
     }
+
+
+def _contents(preflight: Preflight) -> list[str]:
+    """What is quantised, and what is not, by kind of block; then what is carried along."""
+    total = sum(len(each.blocks) for each in preflight.contents)
+    lines = []
+    for kind in preflight.contents:
+        count = f"{len(kind.blocks)} of {total}" if len(preflight.contents) > 1 else "all"
+        word = "block" if len(kind.blocks) == 1 else "blocks"
+        lines.append(f"{word} {spans(kind.blocks)} ({count}):")
+        for scheme, tensors in sorted(kind.tensors.items(), reverse=True):
+            words = (f"{name} {'x'.join(map(str, shape))}" for name, shape in tensors)
+            lines.append(f"  {scheme or 'floating point'}: {', '.join(words)}")
+    lines.append("outside the blocks all stays in floating point")
+    if preflight.carried:
+        names = ", ".join(preflight.carried[:_SHOWN])
+        more = f" and {len(preflight.carried) - _SHOWN} more" * (len(preflight.carried) > _SHOWN)
+        lines.append(f"carried unchanged, as transformers makes nothing of them: {names}{more}")
+    return lines
 
 
 def _estimates(preflight: Preflight) -> dict[str, str]:
