@@ -221,3 +221,14 @@ def test_what_a_target_cannot_hold_is_refused_before_learning(
     with pytest.raises(LRQuantError, match=said):
         learn("W8A16g32-sym", patterns, target=target)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "gemma4"])
+def test_blocks_of_several_kinds_have_schemes_of_their_own(name, saved, make_model, token_ids):
+    """One without attention names none, whose Q, K and V would have another scheme."""
+    folder = saved(name, "W4A4", scheme_for=("layers.0=W8A8",), format="lrquant")
+    own = json.loads((folder / "config.json").read_text())["quantization_config"]
+    attentions = [each for group in own.get("attentions", []) for each in group["modules"]]
+    assert "model.layers.0.linear_attn" not in attentions
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.isfinite(read(token_ids(1, 8)).logits).all()

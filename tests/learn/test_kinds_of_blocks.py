@@ -50,12 +50,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model, token_ids, tmp_path, monk
         learn(model, ids, tmp_path / "killed")
     monkeypatch.undo()
     assert len(learned(tmp_path / "killed")) == 1
-    learn(model, ids, tmp_path / "killed", resume=str(tmp_path / "killed"))
+    run = learn(model, ids, tmp_path / "killed", resume=str(tmp_path / "killed"))
     assert learned(tmp_path / "killed") == learned(tmp_path / "whole")
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached, anew = (run.load_model().generate(ids, use_cache=c, **settings) for c in (True, False))
+    assert torch.equal(cached, anew), "what a cache holds of each kind of block is not its state"
 
 
-def test_a_window_over_blocks_of_several_kinds_learns_all(model, token_ids, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "gemma4"])
+def test_a_window_over_blocks_of_several_kinds_learns_all(name, make_model, token_ids, tmp_path):
     """In half precision, with its report, of which each block's matrices are another's."""
+    model = make_model(name)
     ids, count = token_ids(2, 12), model.config.num_hidden_layers
     run = learn(model, ids, tmp_path, window=count, epochs=2, precision="bfloat16", report=True)
     assert all(record.final_loss <= record.initial_loss for record in run.records)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lrquant.blocks.attention import attention_config
 from lrquant.blocks.plan import BlockPlan, Plan
 from lrquant.blocks.workbench import Workbench, learned_view, shape_view
 from lrquant.config.groups import Origin
@@ -172,7 +173,7 @@ def _write_tensors(
             write(f"{file}-{index:04d}.safetensors", tensors)
             names += sorted(tensors)
             linears |= linear_schemes(view.plan, published)
-            attentions[view.plan.attention_module] = view.plan.attention_scheme
+            attentions |= attention_schemes(bench.model, view.plan)
         blocks = bench.model.architecture.blocks
         parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
@@ -210,6 +211,13 @@ def _kept(model: Model) -> list[str]:
         for name in model.architecture.kept(model.config, index)
         if name.endswith(".weight")
     ]
+
+
+def attention_schemes(model: Model, plan: BlockPlan) -> dict[str, Scheme]:
+    """The scheme of Q, K and V by the full name of a block's attention; none without one."""
+    attention = model.skeleton.get_submodule(plan.attention_module)
+    there = attention_config(attention) is not None
+    return {plan.attention_module: plan.attention_scheme} if there else {}
 
 
 def _stored_blocks(workbench: Workbench) -> dict[str, Tensor]:

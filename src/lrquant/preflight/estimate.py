@@ -17,6 +17,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.scheme import Scheme
 from lrquant.formats.checkpoint import (
+    attention_schemes,
     checkpoint_dtype,
     linear_schemes,
     model_dtype,
@@ -142,7 +143,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
                 block_bits, block_weights = bits_of_weights(tensors, view)
                 bits, weights = bits + block_bits, weights + block_weights
             linears |= linear_schemes(view.plan, part.published)
-            attentions[view.plan.attention_module] = view.plan.attention_scheme
+            attentions |= attention_schemes(part, view.plan)
             names += full
         parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions))
     return CheckpointSize(
