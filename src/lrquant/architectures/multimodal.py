@@ -10,10 +10,17 @@ from lrquant.architectures.nearest import nearest
 from lrquant.architectures.sites import Site
 
 
-def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str) -> Architecture:
+def multimodal(
+    name: str,
+    model_types: tuple[str, ...],
+    blocks: str,
+    tower: str,
+    hands_on: str | None = None,
+) -> Architecture:
     """A family whose language blocks are those of the family that serves the language part.
 
-    `blocks` and `tower` are the paths of the language blocks and of the vision tower.
+    `blocks` and `tower` are the paths of the language blocks and of the vision tower; `hands_on` is
+    the language blocks' own.
     """
     return Architecture(
         name=name,
@@ -26,6 +33,7 @@ def multimodal(name: str, model_types: tuple[str, ...], blocks: str, tower: str)
         part=lambda config: config.get_text_config(),
         auto_class=AutoModelForImageTextToText,
         tower=tower,
+        hands_on=hands_on,
     )
 
 

@@ -1,0 +1,84 @@
+"""Gemma 4 with its tower in floating point: pictures, shared keys and values, inputs of blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Gemma4Config
+
+import lrquant
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.variants import full_precision
+from lrquant.data.feeds import Feed
+from lrquant.errors import LRQuantError
+from lrquant.measures.scoring.predictions import send_through
+
+IMAGE = 260
+TOWER = {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 24}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+TOWER |= {"head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
+TOKENS = {"image_token_id": IMAGE, "video_token_id": 261, "audio_token_id": 259}
+TOKENS |= {"boi_token_id": 262, "eoi_token_id": 263}
+
+
+@pytest.fixture
+def model(tiny_configs, randomize_):
+    text = tiny_configs["gemma4"].to_dict()
+    config = Gemma4Config(text_config=text, vision_config=TOWER, **TOKENS)
+    made = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    return randomize_(made).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def feed():
+    """Two texts with a picture of 4 x 4 patches, of which the tower makes four tokens."""
+
+    def sample(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randint(3, 250, (7,), generator=generator)
+        picture = torch.tensor([262, *[IMAGE] * 4, 263])
+        ids = torch.cat([words[:3], picture, words[3:]])[None]
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+        return {
+            "input_ids": ids,
+            "pixel_values": torch.rand(1, 16, 48, generator=generator),
+            "image_position_ids": places[None],
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+
+    return Feed([sample(0), sample(1)])
+
+
+def test_blocks_in_a_row_are_the_model(model, feed, make_bench):
+    bench = make_bench(model)
+    entry = BlockInputs(bench.model, feed, 1, bench.device)
+    (stream,) = bench.streams(entry, 1)
+    send_through(bench.model, full_precision(bench), stream, entry)
+    head = Head(bench.model, bench.device, torch.float32)
+    found = torch.cat([head(stream.read(batch)) for batch in entry.batches])
+    expected = torch.cat([model(**sample).logits for sample in feed.inputs])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.std()))
+    without = torch.cat([model(input_ids=each["input_ids"]).logits for each in feed.inputs])
+    assert not torch.allclose(without, expected, atol=1e-2), "the pictures say nothing"
+
+
+def test_the_language_part_is_learned_and_the_tower_saved_as_it_is(
+    model, feed, assert_alike, tmp_path
+):
+    settings = {"epochs": 1, "report": False, "precision": "float32", "format": "lrquant"}
+    places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
+    run = lrquant.quantize(model, "W4A4", samples=feed, **settings, **places)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    inputs = feed.inputs[0]
+    assert_alike(loaded.eval()(**inputs).logits, run.load_model()(**inputs).logits)
+    own = {n: p for n, p in model.named_parameters() if n.startswith("model.vision_tower")}
+    read = dict(loaded.named_parameters())
+    assert len(own) > 10 and all(torch.equal(read[name], own[name]) for name in own)
+
+
+def test_a_scheme_for_the_tower_is_refused(model, feed, tmp_path):
+    with pytest.raises(LRQuantError, match="the tower 'gemma4_vision' of this"):
+        lrquant.quantize(
+            model, "W4A4", samples=feed, vision_scheme="W8A8", output_dir=str(tmp_path / "run")
+        )
