@@ -115,7 +115,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-_KINDS = ["dense", "sparse"]  # of the MLPs, by block
+_MLPS = ["dense", "sparse"]  # of the MLPs, by block
 _ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 _ROUTED |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -332,11 +332,9 @@ TINY = {
         **_GATED, **_ENDS, moe_num_experts=4, moe_k=2, moe_intermediate_size=16
     ),
     "hunyuan_v1_moe": HunYuanMoEV1Config(**_GATED, **_ENDS, num_experts=4, moe_topk=2, head_dim=16),
-    "hy_v3": HYV3Config(
-        **_GATED, **_ENDS, **_EXPERTS, num_shared_experts=1, mlp_layer_types=_KINDS
-    ),
+    "hy_v3": HYV3Config(**_GATED, **_ENDS, **_EXPERTS, num_shared_experts=1, mlp_layer_types=_MLPS),
     "exaone_moe": ExaoneMoeConfig(
-        **_GATED, **_MIXED, **_EXPERTS, n_group=1, topk_group=1, mlp_layer_types=_KINDS
+        **_GATED, **_MIXED, **_EXPERTS, n_group=1, topk_group=1, mlp_layer_types=_MLPS
     ),
     "granitemoe": GraniteMoeConfig(
         **_GATED, **_ENDS, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
@@ -348,9 +346,7 @@ TINY = {
     "deepseek_v3-whole": DeepseekV3Config(
         **_LATENT, **_ROUTED, q_lora_rank=None, rope_interleave=False, attention_bias=True
     ),
-    "glm4_moe_lite": Glm4MoeLiteConfig(
-        **_LATENT, **_ROUTED, q_lora_rank=16, mlp_layer_types=_KINDS
-    ),
+    "glm4_moe_lite": Glm4MoeLiteConfig(**_LATENT, **_ROUTED, q_lora_rank=16, mlp_layer_types=_MLPS),
     "outside-fused": Phi3Config(**_GATED, pad_token_id=0, eos_token_id=2),
     "outside-experts": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "outside-unlike": Qwen3MoeConfig(

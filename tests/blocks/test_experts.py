@@ -149,3 +149,17 @@ def test_names_inside_are_told_from_those_of_modules(make_bench, make_model):
     modules = ExpertModules.of(make_bench(make_model("qwen2_moe")).model.blocks[0])
     readers = ("mlp.experts", DOWN.format(2), "mlp.shared_expert.down_proj", "self_attn.q_proj")
     assert modules.places(readers) == {"mlp.experts": {2: DOWN.format(2)}}
+
+
+def test_a_gradient_takes_no_more_than_the_weights_for_each_expert(make_model):
+    """One expert's slice, alone, would bring a gradient of the size of all: here they share one."""
+    module = experts_of(make_model("qwen3_moe", torch.float64))
+    setattr(module, "_lrquant_inside", Inside({}, lambda place, values: values))  # noqa: B010
+    module.requires_grad_(True)
+    output = experts_forward(module, *routed(4))
+    taken, waiting = [], [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        taken.append(type(node).__name__)
+        waiting += [each for each, _ in node.next_functions if each is not None]
+    assert "UnbindBackward0" in taken and "SelectBackward0" not in taken

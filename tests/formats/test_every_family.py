@@ -31,7 +31,13 @@ def test_learned_written_and_read_back(
         calibration=ids,
         output_dir=str(tmp_path / "run"),
         save_dir=str(tmp_path / "saved"),
-        **{"let_sites": KINDS, "epochs": 1, "precision": "float32", "report": False},
+        **{
+            "let_sites": KINDS,
+            "epochs": 1,
+            "precision": "float32",
+            "report": False,
+            "expert_tokens": 0,
+        },
         **SETTINGS[scheme],
     )
     assert all(record.final_loss <= record.initial_loss for record in run.records)

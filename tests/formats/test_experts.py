@@ -40,7 +40,14 @@ def written(make_model, token_ids, tiny_tokenizer, tmp_path):
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             format=form,
-            **{"epochs": 1, "precision": "float32", "report": False, "lwc": True, **settings},
+            **{
+                "epochs": 1,
+                "precision": "float32",
+                "report": False,
+                "lwc": True,
+                "expert_tokens": 0,
+                **settings,
+            },
         )
 
     return write

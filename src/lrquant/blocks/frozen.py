@@ -100,17 +100,19 @@ class FrozenBlock:
         return tensors
 
     def apart(self, alone: Collection[str]) -> FrozenBlock:
-        """The same with matrices of several in a parameter as linears by their own names."""
+        """The same with matrices of several in a parameter as linears by their own names.
+
+        What then has nothing quantised in it is among the others.
+        """
         layout = {n: linear(n) if n in alone else m for n, m in self.layout.items()}
-        floating = {n: pair for n, pair in self.unquantized.items() if n in alone}
-        others = {f"{n}.weight": weight for n, (weight, _) in floating.items()}
-        others |= {f"{n}.bias": bias for n, (_, bias) in floating.items() if bias is not None}
-        return FrozenBlock(
-            self.matrices,
-            self.others | others,
-            {n: m for n, m in layout.items() if n not in floating},
-            {n: pair for n, pair in self.unquantized.items() if n not in floating},
-        )
+        packed = {layout[name].parameter for name in self.matrices}
+        rest = {n: pair for n, pair in self.unquantized.items() if layout[n].parameter in packed}
+        floating = {n: pair for n, pair in self.unquantized.items() if n not in rest}
+        others = assembled(layout, {n: weight for n, (weight, _) in floating.items()})
+        biases = {n: bias for n, (_, bias) in floating.items() if bias is not None}
+        others |= assembled_biases(layout, biases)
+        own = {n: m for n, m in layout.items() if n not in floating}
+        return FrozenBlock(self.matrices, self.others | others, own, rest)
 
     def joined(self) -> FrozenBlock:
         """The same with the parts of a linear as one matrix, for formats that know linears alone.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, reduce
 
@@ -32,6 +32,7 @@ from lrquant.numerics.weights import (
 class BlockView:
     """One block's tensors under learnable parameters (a flat dict of float32 leaves).
 
+    `still` names those that learning leaves as they are.
     `stored` are the block's own tensors on the computing device, never changed.
     """
 
@@ -49,6 +50,7 @@ class BlockView:
         self.matrices = plan.matrices
         self.shapes = plan.shapes(stored, scale_dtype)
         self.parameters: Parameters = {}
+        self.still: frozenset[str] = frozenset()
         self._offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
         self._norms = [site.producer.module for site in plan.sites if site.kind == "norm"]
         held = {m.parameter for m in self.matrices.values()}
@@ -71,8 +73,11 @@ class BlockView:
             if name not in factors.rows and name not in factors.columns and shape.grid is not None
         }
 
-    def initialize(self, statistics: ChannelStatistics) -> None:
-        """Set the parameters to their start, those that need to know what is folded last."""
+    def initialize(self, statistics: ChannelStatistics, still: Collection[str] = ()) -> None:
+        """Set the parameters to their start, those that need to know what is folded last.
+
+        Those of the matrices named by `still` stay there.
+        """
         self.parameters, statistics = {}, statistics.on_host()
         for after in (False, True):
             factors = self._factors() if after else Factors()
@@ -80,6 +85,8 @@ class BlockView:
             for ingredient in self.ingredients:
                 if ingredient.after_folds == after:
                     self.parameters |= ingredient.start(self.shapes, start)
+        owners = {name: name.partition(".")[2].rpartition(".")[0] for name in self.parameters}
+        self.still = frozenset(name for name, owner in owners.items() if owner in still)
 
     def load(self, parameters: Parameters) -> None:
         """Take what was kept of learned parameters; LRQuantError if it is not this block's."""

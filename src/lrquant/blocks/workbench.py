@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
 
 WeightedObserver = Callable[[str, Tensor, Tensor | None], None]
+RoutingObserver = Callable[[Tensor | None, str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,13 @@ def advance_full_precision(
     stream: Stream,
     into: Stream,
     observer: WeightedObserver | None = None,
+    router: RoutingObserver | None = None,
 ) -> None:
     """Send `stream` through one full-precision block, to `into` (which may be `stream` itself).
 
     `observer` is told of each linear its full name, its inputs, and its tokens' weights; of each
-    expert what it would read of every token.
+    expert what it would read of every token.  `router` is told of each module of experts its name
+    in the block, each token's experts (tokens, chosen) and its tokens' weights.
     """
     view = workbench.full_precision.view(index, stored)
     tensors = view.tensors()
@@ -164,8 +168,10 @@ def advance_full_precision(
     with workbench.runner(index, view) as runner:
         runner.all_experts = observer is not None
         for number, batch in enumerate(entry.batches):
+            weights = entry.weights(number)
+            if router is not None:
+                runner.router = partial(router, weights)
             if observer is not None:
-                weights = entry.weights(number)
                 runner.observer = lambda name, values, weights=weights: observer(
                     prefix + name, values, weights
                 )

@@ -92,6 +92,12 @@ class Settings:
     keep_best: bool = setting(
         True, "keep the epoch with the lowest loss over all samples", paper=False
     )
+    expert_tokens: int = setting(
+        512,
+        "calibration tokens that must reach an expert for it to be learned: others keep what is "
+        "searched",
+        limits=(0, MANY),
+    )
     wd: float = setting(0.0, "weight decay", limits=(0, FASTEST))
     batch_size: int = setting(1, "samples a step", limits=(1, MANY), paper=1)
 

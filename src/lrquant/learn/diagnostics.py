@@ -22,6 +22,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench
 from lrquant.files.whole import JsonObject
 from lrquant.learn.fit import BlockData
+from lrquant.learn.routing import Routing
 
 SAMPLES = 4  # of the calibration set
 LINEAR_TOKENS = 256  # of a batch, evenly spaced, for what is measured at linears
@@ -42,6 +43,10 @@ class BlockDiagnostics:
     the first of these references against the second.  linears, by name: snr, of its output against
     that of the full-precision block on the block's same inputs, and own_snr, against its own
     full-precision product of what it reads, in dB: ``10 log10(|r|**2 / |y - r|**2)``.
+
+    experts, where there are some, by module: tokens of each over the calibration set, kept_start,
+    how many were not learned, and changed, the share of tokens' experts that full precision does
+    not choose.
 
     `tensors`: inputs.LINEAR.before and .after (tokens, channels), the largest magnitudes of runs of
     `cell` tokens and channels, bfloat16; weights.LINEAR, counts over +- 6 standard deviations, the
@@ -97,6 +102,11 @@ class _Variant:
         self.snr = {name: _Ratio() for name in self.seen}
         self.own = {name: _Ratio() for name in self.seen}
         self.cosine, self.terms = 0.0, torch.zeros(())
+        self.routes: dict[str, list[Tensor]] = {}
+
+    def route(self, name: str, chosen: Tensor) -> None:
+        """Take in the experts of one batch's tokens (tokens, chosen)."""
+        self.routes.setdefault(name, []).append(chosen)
 
     @contextmanager
     def watched(self, first: bool) -> Iterator[tuple[BlockRunner, _Seen]]:
@@ -158,10 +168,12 @@ def measure_block(
     data: BlockData,
     measure: Callable[[Tensor], float],
     kind: str,
+    routing: Routing | None = None,
 ) -> BlockDiagnostics:
     """Figures of a learned block whose streams stand before (quantised) and after it (the targets).
 
-    `measure` makes one number of the loss terms of `kind`.
+    `measure` makes one number of the loss terms of `kind`; `routing` is where the block's tokens go
+    under full precision.
     """
     index, stored = data.index, view.stored
     plain = _Variant(workbench, index, workbench.full_precision.view(index, stored))
@@ -185,6 +197,7 @@ def measure_block(
         tokens += math.prod(rows.shape)
         for name, variant in variants.items():
             with variant.watched(first=not batch) as (runner, seen):
+                runner.router = variant.route
                 output, terms = data.batch_terms(runner, variant.tensors, batch, kind)
             variant.compare(seen, reference)
             variant.add(output, terms, homologous, target, count)
@@ -207,6 +220,9 @@ def measure_block(
         },
         "error_carried": carried.relative,
     }
+    if routing is not None and routing.counts:
+        starved = {name.partition(".")[2].rpartition(".")[0] for name in view.still}
+        figures["experts"] = routing.figures(variants["learned"].routes, starved)
     return BlockDiagnostics(figures | _sums(variants, samples, measure), tensors)
 
 

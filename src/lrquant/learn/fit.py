@@ -303,10 +303,19 @@ def share_gradients(parameters: Sequence[Tensor], team: Team) -> None:
 
 def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimizers:
     """What steps the parameters, which become leaves: one of each ingredient that has some."""
-    for parameter in view.parameters.values():
-        parameter.requires_grad_(True)
-    pairs = [(block, each) for block in view.views for each in block.ingredients]
-    own = [(each, list(each.own(block.parameters).values())) for block, each in pairs]
+    stepped = [
+        {name: each for name, each in block.parameters.items() if name not in block.still}
+        for block in view.views
+    ]
+    for parameters in stepped:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    pairs = [
+        (parameters, each)
+        for block, parameters in zip(view.views, stepped, strict=True)
+        for each in block.ingredients
+    ]
+    own = [(each, list(each.own(parameters).values())) for parameters, each in pairs]
     return [each.optimizer(values, weight_decay, steps) for each, values in own if values]
 
 

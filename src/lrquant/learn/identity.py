@@ -18,6 +18,7 @@ from lrquant.config.groups import Learning, StatisticsFiles
 from lrquant.data.samples import Samples
 from lrquant.files.whole import JsonObject
 from lrquant.model.device import dtype_name
+from lrquant.model.model import Model
 from lrquant.version import __version__
 
 
@@ -70,13 +71,22 @@ def describe_run(
         "scheme": plan.schemes.default.to_dict(),
         "schemes": [f"{pattern}={scheme.name}" for pattern, scheme in plan.schemes.patterns],
         "method": _values(plan) | {"save_dtype": dtype},
-        "learning": dataclasses.asdict(learning),
+        "learning": _learning(model, learning),
         "data": data,
         "statistics": statistics,
         "precision": dtype_name(workbench.dtype),
         **({"compiled": True} if workbench.compiled else {}),
         "calibration": calibration.description,
     }
+
+
+def _learning(model: Model, learning: Learning) -> JsonObject:
+    """How blocks are learned; what is of experts alone is left out where a model has none."""
+    values = dataclasses.asdict(learning)
+    indices = range(len(model.blocks))
+    if not any(m.expert is not None for index in indices for m in model.matrices(index)):
+        del values["expert_tokens"]
+    return values
 
 
 def _values(plan: Plan) -> JsonObject:

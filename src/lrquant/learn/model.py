@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import BlockData, FitReport, advance_quantized, fit_block
+from lrquant.learn.routing import Routing
 from lrquant.learn.stage import carry_out, units_of
 from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.learn.tuning import tune
@@ -159,6 +161,7 @@ class BlockLearning:
     quantized: Stream
     homologous: list[Stream]
     team: Team = ALONE
+    routing: dict[int, Routing] = field(default_factory=dict)
     name = "blocks"
 
     @property
@@ -201,6 +204,7 @@ class BlockLearning:
                 self.team.first(partial(self._diagnose, view, data, before, report))
             with bench.runner(index, view) as runner:
                 final = advance_quantized(view, runner, data, self.learning.loss)
+        self.routing.clear()
         seconds = (time.monotonic() - started) / len(unit)
         final_loss = report.objective.measure(final)
         for index, view in zip(unit, views, strict=True):
@@ -228,7 +232,9 @@ class BlockLearning:
         if before is not None:
             advance_full_precision(bench, data.index, view.stored, self.entry, before, before)
             data = dataclasses.replace(data, targets=(before,))
-        seen = measure_block(bench, view, data, report.objective.measure, self.learning.loss)
+        routing = self.routing.get(data.index)
+        rest = report.objective.measure, self.learning.loss, routing
+        seen = measure_block(bench, view, data, *rest)
         self.folder.save_diagnostics(data.index, seen.figures, seen.tensors)
 
     def _started_views(self, unit: range) -> list[BlockView]:
@@ -236,8 +242,9 @@ class BlockLearning:
         bench, views = self.workbench, []
         before = self.quantized
         for index in unit:
-            statistics = ChannelStatistics()
-            stored, view = self._advance_full(index, statistics.observe if self._observed else None)
+            statistics, routing = ChannelStatistics(), Routing()
+            observe = statistics.observe if self._observed else None
+            stored, view = self._advance_full(index, observe, routing)
             names = [f"{view.plan.name}.{name}" for name in view.plan.inputs]
             statistics = statistics.merged(names, self.team.sum, self.team.maximum)
             if self.statistics is not None:
@@ -246,7 +253,10 @@ class BlockLearning:
             for stream in self.homologous:
                 advance_full_precision(bench, index, stored, self.entry, before, stream)
                 before = stream
-            view.initialize(statistics)
+            self.routing[index] = routing = routing.merged(self.team.sum)
+            starved = routing.starved(view, self.learning.expert_tokens)
+            view.initialize(statistics, starved)
+            _tell_of_starved(index, view, starved, self.learning.expert_tokens)
             views.append(view)
         return views
 
@@ -257,13 +267,25 @@ class BlockLearning:
         return plan.needs_statistics or (self.statistics is None and plan.reads_statistics)
 
     def _advance_full(
-        self, index: int, observer: WeightedObserver | None
+        self, index: int, observer: WeightedObserver | None, routing: Routing | None = None
     ) -> tuple[dict[str, Tensor], BlockView]:
         """The full-precision stream moves on; the block's own tensors, and how they are viewed."""
         bench, full = self.workbench, self.full
         stored = bench.stored(index)
-        advance_full_precision(bench, index, stored, self.entry, full, full, observer)
-        return stored, bench.view(index, stored)
+        view = bench.view(index, stored)
+        router = None if routing is None else partial(routing.see, view)
+        advance_full_precision(bench, index, stored, self.entry, full, full, observer, router)
+        return stored, view
+
+
+def _tell_of_starved(index: int, view: BlockView, starved: Collection[str], fewest: int) -> None:
+    experts = {matrix.expert for matrix in view.matrices.values()} - {None}
+    few = {view.matrices[name].expert for name in starved}
+    if few and view.still:
+        logger.info(
+            "block %d: %d of %d experts get fewer than %d tokens and keep their start",
+            *(index, len(few), len(experts), fewest),
+        )
 
 
 def _record(

@@ -7,6 +7,7 @@ from lrquant.reports.fitting import fitting_table
 from lrquant.reports.result_sections import adaptation_table, result_tables
 from lrquant.reports.sections import (
     block_table,
+    expert_table,
     facts,
     linear_table,
     tower_tables,
@@ -41,7 +42,8 @@ def run_markdown(contents: Contents) -> str:
         adaptation_table(contents),
     ]
     shown += [worst_table(contents["worst_linears"])]
-    shown += [block_table(contents["blocks"]), linear_table(contents["blocks"])]
+    blocks = contents["blocks"]
+    shown += [block_table(blocks), linear_table(blocks), expert_table(blocks)]
     shown += tower_tables(contents["tower_blocks"])
     paragraphs += [_section(each) for each in shown if each.rows]
     paragraphs += filter(None, [worst_sentence(contents["worst_blocks"], contents["blocks"])])

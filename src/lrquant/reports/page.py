@@ -16,6 +16,7 @@ from lrquant.reports.fitting import fitting_table, size_in_words
 from lrquant.reports.result_sections import adaptation_table, result_tables, result_tiles
 from lrquant.reports.sections import (
     block_table,
+    expert_table,
     facts,
     linear_table,
     tower_tables,
@@ -30,7 +31,7 @@ def run_page(contents: Contents, folder: RunFolder) -> str:
     """One run's page: no script, nothing fetched, all text escaped by the templates."""
     run, blocks = contents["run"], contents["blocks"]
     errors = [worst_table(contents["worst_linears"]), block_table(blocks), linear_table(blocks)]
-    errors += tower_tables(contents["tower_blocks"])
+    errors += [expert_table(blocks), *tower_tables(contents["tower_blocks"])]
     fits = fitting_table(contents["fits"])
     shown: dict[str, Sequence[object]] = {
         "results": [*result_tables([contents], [""]), *_filled(adaptation_table(contents))],

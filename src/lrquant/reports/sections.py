@@ -174,6 +174,28 @@ def linear_table(blocks: Sequence[Block]) -> Table:
     )
 
 
+def expert_table(blocks: Sequence[Block]) -> Table:
+    """How many tokens reach a block's experts, and how many go to others than in full precision."""
+    rows = []
+    for block, figures in figures_by_block(blocks).items():
+        for module, each in figures.get("experts", {}).items():
+            tokens = sorted(each["tokens"])
+            said = [str(block), module, str(len(tokens)), str(tokens[0])]
+            said += [f"{median(tokens):.0f}", str(tokens[-1]), str(each["kept_start"])]
+            rows.append([*said, "" if each["changed"] is None else percent(each["changed"])])
+    return Table(
+        "Experts",
+        ["block", "module", "experts", *_TOKENS, "kept the start", "choices changed"],
+        rows,
+        "Calibration tokens of each expert under full precision. Experts of fewer than "
+        "--expert_tokens keep the clipping that was searched. Choices changed: the share of "
+        "tokens' experts that the full-precision model does not choose.",
+    )
+
+
+_TOKENS = ("fewest tokens", "median", "most")
+
+
 def _improvement(linear: LinearFigures | None) -> str:
     if linear is None:
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from lrquant.files.whole import JsonObject
 
@@ -37,6 +37,16 @@ class Figures(TypedDict):
     error_made: Pair
     error_carried: float | None
     linears: dict[str, LinearFigures]
+    experts: NotRequired[dict[str, ExpertFigures]]
+
+
+class ExpertFigures(TypedDict):
+    """Of a module of experts: the tokens of each, how many were not learned, what share of tokens'
+    experts full precision does not choose."""
+
+    tokens: list[int]
+    kept_start: int
+    changed: float | None
 
 
 class Block(TypedDict):

@@ -1,0 +1,122 @@
+"""Memory of a step over a block of experts, counted on tensors without values.
+
+    python benchmarks/experts.py [--experts 128] [--width 768] [--hidden 2048] [--tokens 2048]
+
+Counts what a step allocates for the weights of one block: those that are stored, what learning
+holds of them on the way to the products and back, and optimizer states.  Activations are counted by
+hand, of one sample.  The default is the shape of Qwen3-30B-A3B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen3MoeConfig
+
+from lrquant.architectures import architecture_of
+from lrquant.blocks.plan import learned_by, plan_block
+from lrquant.blocks.view import BlockView
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.model.model import Model
+from lrquant.model.skeleton import build_skeleton
+from lrquant.model.sources import WeightSource
+
+GIB = 2**30
+LEARNED = {
+    "clipping": {"lwc": True},
+    "LRQuant+": {"lwc": True, "let": True, "rotation": True},
+    "LRQuant+ and rounding": {"lwc": True, "let": True, "rotation": True, "rounding": True},
+}
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return result
+
+    def _add(self, storage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def main() -> None:
+    """Count, and print a row for each set of what is learned."""
+    options = _options()
+    config = Qwen3MoeConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=options.experts,
+        num_experts_per_tok=8,
+        moe_intermediate_size=options.width,
+        vocab_size=256,
+    )
+    family = architecture_of(config)
+    model = Model("counted", build_skeleton(config, family), None, _none(), family)
+    block = model.blocks[0].state_dict().items()
+    stored = {name: tensor.data.to(torch.bfloat16) for name, tensor in block}
+    held = sum(tensor.nbytes for tensor in stored.values())
+    picked = options.tokens * 8
+    activations = picked * (2 * (2 * options.hidden + 5 * options.width) + 12 * options.hidden)
+    print(f"stored {held / GIB:.2f} GiB, activations of a sample about {activations / GIB:.2f} GiB")
+    for name, learned in LEARNED.items():
+        plan = plan_block(model, 0, Schemes(Scheme(4, 16, 128, False)))
+        view = BlockView(stored, plan, learned_by(**learned), torch.bfloat16)
+        shapes = view.parameter_shapes().items()
+        view.parameters = {
+            key: torch.empty(shape, device="meta", requires_grad=True) for key, shape in shapes
+        }
+        parameters = 4 * sum(tensor.numel() for tensor in view.parameters.values())
+        with Counter() as counter:
+            outputs = [each for each in view.tensors().values() if each.requires_grad]
+            torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
+        whole = held + counter.most + 3 * parameters + activations
+        print(f"{name}: a step's weights {counter.most / GIB:.2f} GiB at the most, parameters")
+        print(f"    with two moments {3 * parameters / GIB:.2f} GiB, all {whole / GIB:.2f} GiB")
+
+
+def _none() -> WeightSource:
+    class Nothing(WeightSource):
+        origin = "nothing"
+
+    return Nothing()  # type: ignore[abstract]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
