@@ -89,7 +89,7 @@ def test_an_unknown_family_is_refused_with_the_nearest_and_the_guide():
 @pytest.mark.parametrize(
     "model_type, said",
     [
-        ("cohere2_moe", "'cohere2', but this one's blocks have mlp.experts"),
+        ("cohere2_moe", "'olmoe', but this one's blocks have no post_attention_layernorm"),
         ("arcee", "'nemotron', and their blocks have the same parts"),
         ("diffllama", "but its declaration says nothing of self_attn.lambda_k1"),
         ("granite_swa", "'granite', but its declaration says nothing of self_attn.sinks"),
@@ -105,7 +105,7 @@ def test_the_nearest_family_is_named_and_what_is_not_as_it_assumes(model_type, s
 
 def test_a_depth_that_nothing_has_is_refused_before_anything_is_laid_out():
     assert "num_hidden_layers 1000000000" in refused(
-        AutoConfig.for_model("qwen3_moe", num_hidden_layers=10**9)
+        AutoConfig.for_model("jetmoe", num_hidden_layers=10**9)
     )
 
 
