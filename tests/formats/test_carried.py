@@ -39,7 +39,7 @@ def test_all_of_it_is_in_the_checkpoint(form, folder, token_ids, tmp_path):
     quantize(
         str(folder),
         FORMATS[form],
-        samples=token_ids(2, 12),
+        calibration=token_ids(2, 12),
         output_dir=str(tmp_path / "run"),
         save_dir=str(saved),
         **{"format": form, "epochs": 0, **settings},
