@@ -13,6 +13,7 @@ from lrquant.blocks.variants import full_precision
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.measures.scoring.predictions import send_through
+from lrquant.model.loading import from_module
 
 IMAGE = 260
 TOWER = {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 24}
@@ -82,3 +83,10 @@ def test_a_scheme_for_the_tower_is_refused(model, feed, tmp_path):
         lrquant.quantize(
             model, "W4A4", samples=feed, vision_scheme="W8A8", output_dir=str(tmp_path / "run")
         )
+
+
+def test_one_without_a_tower_has_none(tiny_configs, randomize_):
+    text = tiny_configs["gemma4"].to_dict()
+    model = AutoModelForImageTextToText.from_config(Gemma4Config(text_config=text, **TOKENS))
+    with pytest.raises(LRQuantError, match="'gemma4' has no tower"):
+        from_module(randomize_(model)).require_tower()

@@ -48,7 +48,8 @@ def find_tower(architecture: Architecture, config: PretrainedConfig) -> Architec
 
     None where there is none, or none that is declared.
     """
-    tower = None if architecture.tower is None else towers().get(config.vision_config.model_type)
+    vision = getattr(config, "vision_config", None) if architecture.tower is not None else None
+    tower = None if vision is None else towers().get(vision.model_type)
     if tower is None:
         return None
     return dataclasses.replace(
@@ -61,7 +62,7 @@ def find_tower(architecture: Architecture, config: PretrainedConfig) -> Architec
 
 def refuse_tower(architecture: Architecture, config: PretrainedConfig) -> NoReturn:
     """Say why a model has no vision tower that could be quantised."""
-    if architecture.tower is None:
+    if architecture.tower is None or config.vision_config is None:
         raise LRQuantError(f"--vision-scheme: model family {config.model_type!r} has no tower")
     raise LRQuantError(
         f"--vision-scheme: the tower {config.vision_config.model_type!r} of this "
