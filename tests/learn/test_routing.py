@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 
@@ -89,6 +90,10 @@ def test_few_tokens_leave_an_expert_at_its_start(lopsided, token_ids, tmp_path, 
     report = (tmp_path / str(fewest) / "report.md").read_text()
     row = next(line for line in report.splitlines() if re.match(r"\| 1 +\| mlp.experts", line))
     assert str(min(expected[1])) in row.split()[7] and "choices changed" in report
+    contents = json.loads((tmp_path / str(fewest) / "report.json").read_text())
+    owners = contents["blocks"][1]["parameters"]["clipping"]
+    assert f"{MODULE}.*.down_proj" in owners, "all experts' together"
+    assert not any(f"{MODULE}.0" in owner for owner in owners) and "self_attn.q_proj" in owners
     assert "finished" in inspect_folder(tmp_path / str(fewest))
 
 

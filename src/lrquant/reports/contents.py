@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from lrquant.version import __version__
 FORMAT = 1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _WORST = 10
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def run_contents(folder: RunFolder) -> JsonObject:
@@ -115,13 +117,15 @@ def _block(folder: RunFolder, record: BlockRecord) -> JsonObject:
 def _parameters(parameters: dict[str, Tensor]) -> dict[str, dict[str, list[float]]]:
     """Quantiles by chart and by the site or matrix that owns them, as their ingredient shows them.
 
-    Of a matrix, all parameters of one chart count as one set.
+    Of a matrix, all parameters of one chart count as one set, and so do those of the experts of a
+    module, hundreds of which no page could show.
     """
     learned = {kind.name: kind for kind in ingredient_kinds() if issubclass(kind, Ingredient)}
     values: dict[str, dict[str, list[Tensor]]] = {}
     for name, tensor in parameters.items():
         prefix, _, rest = name.partition(".")
         owner, _, parameter = rest.rpartition(".")
+        owner = _EXPERT.sub(".experts.*.", owner)
         kind, tensor = learned[prefix].shown(parameter, tensor)
         values.setdefault(kind, {}).setdefault(owner, []).append(tensor.flatten())
     return {
