@@ -112,7 +112,13 @@ def test_a_token_does_not_see_later_ones(scheme, variant, make_model, make_bench
     changed = ids.clone()
     changed[0, 7] = (changed[0, 7] + 5) % 200 + 3
     before, after = (streamed_logits(bench, tokens, scheme=scheme) for tokens in (ids, changed))
-    assert torch.equal(before[:, :7], after[:, :7])
+    early = before[:, :7], after[:, :7]
+    if any(matrix.expert is not None for matrix in bench.model.matrices(1)):
+        # how many tokens an expert multiplies at once decides how its sums are rounded
+        edge = 1e-4 if scheme is FLOATING_POINT else 0.1  # a code on a tie may move
+        torch.testing.assert_close(*early, rtol=0, atol=edge)
+    else:
+        assert torch.equal(*early)
     assert not torch.allclose(before[:, 7], after[:, 7])
     assert not torch.allclose(before[:, 8], after[:, 8])  # and later ones see it
 
