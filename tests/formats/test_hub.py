@@ -12,7 +12,8 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from lrquant import pipeline, quantize
+import lrquant
+from lrquant import quantize
 from lrquant.cli.entry import main
 from lrquant.errors import LRQuantError
 from lrquant.files.manifest import MANIFEST
@@ -162,7 +163,7 @@ def test_a_finished_run_is_pushed_later(hub, make, tmp_path):
     words = ["export", str(tmp_path / "run"), str(tmp_path / "other"), "--push-to-hub", "me/later"]
     assert main(words) == 0
     assert MANIFEST in hub.repositories["me/later"]
-    pipeline.evaluate(str(tmp_path / "run"), **{"ppl": ("wikitext2",), "limit": 1})
+    lrquant.evaluate(str(tmp_path / "run"), ppl=("wikitext2",), limit=1)
     assert len(hub.made) == 1  # what is only measured goes nowhere
 
 

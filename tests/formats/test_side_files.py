@@ -137,7 +137,7 @@ def test_a_configuration_in_new_words_says_the_old_ones_too(
         k: v for k, v in expected.items() if k not in own
     }
     rope = expected.get("rope_parameters")
-    if rope is None:
+    if rope is None or variant.startswith("gemma4"):
         assert "rope_theta" not in values
     elif "full_attention" in rope:
         assert values["rope_theta"] == rope["full_attention"]["rope_theta"]

@@ -69,7 +69,7 @@ def test_the_language_part_is_learned_and_the_tower_saved_as_it_is(
 ):
     settings = {"epochs": 1, "report": False, "precision": "float32", "format": "lrquant"}
     places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
-    run = lrquant.quantize(model, "W4A4", samples=feed, **settings, **places)
+    run = lrquant.quantize(model, "W4A4", calibration=feed, **settings, **places)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     inputs = feed.inputs[0]
     assert_alike(loaded.eval()(**inputs).logits, run.load_model()(**inputs).logits)
@@ -81,7 +81,7 @@ def test_the_language_part_is_learned_and_the_tower_saved_as_it_is(
 def test_a_scheme_for_the_tower_is_refused(model, feed, tmp_path):
     with pytest.raises(LRQuantError, match="the tower 'gemma4_vision' of this"):
         lrquant.quantize(
-            model, "W4A4", samples=feed, vision_scheme="W8A8", output_dir=str(tmp_path / "run")
+            model, "W4A4", calibration=feed, vision_scheme="W8A8", output_dir=str(tmp_path / "run")
         )
 
 

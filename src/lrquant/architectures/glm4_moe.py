@@ -32,6 +32,4 @@ def _attention(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     return rotary_attention_sites("half", part=True)(config, block)
 
 
-ARCHITECTURE = mixture_family(
-    "glm4_moe", _mixture, _attention, model_types=("glm4_moe", _NORMALISED)
-)
+ARCHITECTURE = mixture_family("glm4_moe", _mixture, _attention, model_types=("glm4_moe", "dots1"))

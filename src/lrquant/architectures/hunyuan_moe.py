@@ -24,4 +24,4 @@ def _mixture(config: PretrainedConfig, block: int) -> Mixture | None:
     return Mixture(config.num_experts, width, shared="shared_experts", shared_width=wide)
 
 
-ARCHITECTURE = mixture_family("hunyuan_moe", _mixture, model_types=(_FIRST, "hy_v3"))
+ARCHITECTURE = mixture_family("hunyuan_moe", _mixture, model_types=("hunyuan_v1_moe", "hy_v3"))

@@ -44,7 +44,7 @@ ARCHITECTURE = mixture_family(
     "qwen_moe",
     _mixture,
     _attention,
-    model_types=("qwen3_moe", _SHARED),
+    model_types=("qwen3_moe", "qwen2_moe"),
     assumes=decoder.WHOLE_ROTARY,
     windows_begin="stream",
 )

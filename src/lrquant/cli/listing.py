@@ -64,7 +64,7 @@ def listed(kind: str, word: str | None = None, columns: int | None = None) -> st
 
 def _models(word: str | None) -> Iterator[Row]:
     for text, call in _declared("lrquant.architectures", "ARCHITECTURE"):
-        types = _keyword(call, "model_types")
+        types = _keyword(call, "model_types") or _first(call)
         yield ", ".join(types if isinstance(types, tuple) else ()), text
     yield from _of_others("architectures")
 
@@ -118,6 +118,12 @@ def _declared(package: str, attribute: str) -> Iterator[tuple[str, ast.AST]]:
         for node in module.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == attribute:
                 yield (ast.get_docstring(module) or "").partition("\n")[0], node.value
+
+
+def _first(call: ast.AST) -> tuple[str, ...]:
+    """The name that a declaration begins with, which is its model type where it names no other."""
+    given = call.args[:1] if isinstance(call, ast.Call) else []
+    return tuple(str(each.value) for each in given if isinstance(each, ast.Constant))
 
 
 def _keyword(call: ast.AST, name: str) -> object:

@@ -245,7 +245,8 @@ def write_small_files(
     """Write configuration, tokenizer and what else travels along with tensors."""
     held = {name for part in parts for name in part.linears}
     modules = model.skeleton.named_modules()
-    outside = [n for n, module in modules if isinstance(module, nn.Linear) and n not in held]
+    linears = [model.published.name(n) for n, each in modules if isinstance(each, nn.Linear)]
+    outside = [name for name in linears if name not in held]
     extra = {name.rpartition(".")[0] for name in model.source.extra_names()}
     outside += [*sorted(extra - {""}), *_kept(model)]
     quantization = form.quantization_config(parts, outside)

@@ -25,9 +25,12 @@ def families_text() -> str:
     return "\n".join(lines)
 
 
+_LEFT_OPEN = {"dots1": {"n_routed_experts": 128, "n_shared_experts": 2}}  # by the default one
+
+
 def usual_config(kind: str) -> PretrainedConfig | None:
     """The default configuration of a model type; None where transformers has none."""
-    return CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+    return CONFIG_MAPPING[kind](**_LEFT_OPEN.get(kind, {})) if kind in CONFIG_MAPPING else None
 
 
 def marks(family: Architecture, kind: str) -> list[str]:
