@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -25,7 +26,9 @@ def families_text() -> str:
     return "\n".join(lines)
 
 
-_LEFT_OPEN = {"dots1": {"n_routed_experts": 128, "n_shared_experts": 2}}  # by the default one
+_LEFT_OPEN: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2}
+}  # by the default configuration
 
 
 def usual_config(kind: str) -> PretrainedConfig | None:
