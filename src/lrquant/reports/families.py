@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -26,14 +25,18 @@ def families_text() -> str:
     return "\n".join(lines)
 
 
-_LEFT_OPEN: dict[str, dict[str, Any]] = {
-    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2}
-}  # by the default configuration
-
-
 def usual_config(kind: str) -> PretrainedConfig | None:
-    """The default configuration of a model type; None where transformers has none."""
-    return CONFIG_MAPPING[kind](**_LEFT_OPEN.get(kind, {})) if kind in CONFIG_MAPPING else None
+    """The default configuration of a model type; None where transformers has none.
+
+    A number of experts that it leaves open is 2.
+    """
+    if kind not in CONFIG_MAPPING:
+        return None
+    config = CONFIG_MAPPING[kind]()
+    for name, value in config.to_dict().items():
+        if value is None and name.startswith("n_") and name.endswith("_experts"):
+            setattr(config, name, 2)
+    return config
 
 
 def marks(family: Architecture, kind: str) -> list[str]:
