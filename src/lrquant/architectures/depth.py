@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from lrquant.config.settings import shown
 from lrquant.errors import LRQuantError
 
-_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"}
+DEPTHS = ("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers")  # names of it
 _DEEPEST = 4096
 
 
@@ -15,7 +15,7 @@ def require_depth(config: PretrainedConfig) -> None:
     """Refuse a depth that no model has, which would take for ever to lay out."""
     values = config.to_dict()
     for each in (values, *(nested for nested in values.values() if isinstance(nested, dict))):
-        for name in _DEPTHS & each.keys():
+        for name in each.keys() & DEPTHS:
             depth = each[name]
             if isinstance(depth, int) and not 0 < depth <= _DEEPEST:
                 raise LRQuantError(

@@ -17,7 +17,7 @@ from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.block import MatrixShape, Start
 from lrquant.ingredients.base.folding import Factors
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.ingredients.ingredient import Ingredient, Parameters
+from lrquant.ingredients.ingredient import Ingredient, Parameters, owner_of
 from lrquant.numerics.positions import Positions
 from lrquant.numerics.recipe import Recipe
 from lrquant.numerics.weights import (
@@ -85,8 +85,7 @@ class BlockView:
             for ingredient in self.ingredients:
                 if ingredient.after_folds == after:
                     self.parameters |= ingredient.start(self.shapes, start)
-        owners = {name: name.partition(".")[2].rpartition(".")[0] for name in self.parameters}
-        self.still = frozenset(name for name, owner in owners.items() if owner in still)
+        self.still = frozenset(name for name in self.parameters if owner_of(name) in still)
 
     def load(self, parameters: Parameters) -> None:
         """Take what was kept of learned parameters; LRQuantError if it is not this block's."""

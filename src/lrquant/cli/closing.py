@@ -15,9 +15,9 @@ from lrquant.measures.numbers import duration
 from lrquant.measures.rows import RunResults
 from lrquant.pipeline import Outcome
 from lrquant.preflight.estimate import checkpoint_size
+from lrquant.preflight.sizes import BFLOAT16_BYTES
 from lrquant.reports.figures import quality
 
-_BFLOAT16_BYTES = 2
 _WIDTH = 11  # of the words that begin a line
 
 
@@ -40,7 +40,7 @@ def _sizes(run: Outcome, checkpoint: str, form: Format) -> Iterator[tuple[str, s
     """Where the checkpoint is, how large, and with how many bits a weight."""
     model = run.workbench.model
     after = sum(path.stat().st_size for path in Path(checkpoint).rglob("*") if path.is_file())
-    before = _BFLOAT16_BYTES * model.parameters
+    before = BFLOAT16_BYTES * model.parameters
     bits = checkpoint_size(model, run.workbench.plan, form, 0).bits_per_weight
     yield "checkpoint", f"{checkpoint} ({form.name}, {run.workbench.plan.schemes.name})"
     yield (
@@ -61,7 +61,7 @@ def _next(run: Outcome, checkpoint: str | None, form: Format | None) -> Iterator
     place, schemes = shlex.quote(checkpoint), run.workbench.plan.schemes
     served = loading_of(form, schemes, "vllm")
     if served.refusal is None:
-        yield (served.serve or "vllm serve FOLDER").replace("FOLDER", place)
+        yield served.command(place)
     yield f"lrquant chat {place}"
 
 

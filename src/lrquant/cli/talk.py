@@ -67,7 +67,7 @@ def serve(options: argparse.Namespace, screen: Screen) -> None:
         raise LRQuantError(f"--target {target}: it has no server; `lrquant chat {folder}` talks")
     for note in (f"{target} computes {loading.computes}", *loading.notes):
         screen.say(f"# {note}")
-    screen.say((loading.serve or "vllm serve FOLDER").replace("FOLDER", folder))
+    screen.say(loading.command(folder))
 
 
 def _loaded(options: argparse.Namespace) -> Checkpoint:

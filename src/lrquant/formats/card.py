@@ -172,7 +172,7 @@ def _loading(schemes: Schemes, form: Format, facts: JsonObject, place: str) -> I
 
 def _served(loading: Loading, facts: JsonObject, place: str) -> str:
     """The command that serves it, with the dtype that its kernels take."""
-    command = (loading.serve or "vllm serve FOLDER").replace("FOLDER", place)
+    command = loading.command(place)
     stored = facts.get("dtype", "bfloat16")
     dtype = "bfloat16" if stored == "float32" else stored
     return f"```\n{command} --dtype {dtype}\n```"

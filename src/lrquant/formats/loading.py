@@ -29,6 +29,10 @@ class Loading:
         """Whether it computes what was learned, whatever the machine."""
         return self.computes == AS_LEARNED
 
+    def command(self, place: str) -> str:
+        """The command line by which vLLM serves the checkpoint in a folder, or of a hub name."""
+        return (self.serve or "vllm serve FOLDER").replace("FOLDER", place)
+
 
 def merged(loadings: Sequence[Loading]) -> Loading:
     """Of a model of several parts: what any of them refuses, notes, asks for or changes."""

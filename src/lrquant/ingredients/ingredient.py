@@ -31,6 +31,11 @@ SMALLEST_FACTOR = 1e-2  # of scales and factors that are folded (published code:
 Parameters = dict[str, "Tensor"]
 
 
+def owner_of(parameter: str) -> str:
+    """What a parameter `NAME.OWNER.PARAMETER` is of: a matrix, or a site."""
+    return parameter.partition(".")[2].rpartition(".")[0]
+
+
 class Ingredient(LearnedSettings):
     """What is learned, from its settings to its line in a report.
 

@@ -21,6 +21,7 @@ from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, BlockRunner
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench
 from lrquant.files.whole import JsonObject
+from lrquant.ingredients.ingredient import owner_of
 from lrquant.learn.fit import BlockData
 from lrquant.learn.routing import Routing
 
@@ -221,7 +222,7 @@ def measure_block(
         "error_carried": carried.relative,
     }
     if routing is not None and routing.counts:
-        starved = {name.partition(".")[2].rpartition(".")[0] for name in view.still}
+        starved = set(map(owner_of, view.still))
         figures["experts"] = routing.figures(variants["learned"].routes, starved)
     return BlockDiagnostics(figures | _sums(variants, samples, measure), tensors)
 

@@ -11,7 +11,7 @@ from lrquant.formats.targets import refusal_of
 from lrquant.preflight.estimate import checkpoint_size
 from lrquant.runs.results import Json
 
-_BFLOAT16_BYTES = 2
+BFLOAT16_BYTES = 2
 
 
 def sizes_of(workbench: Workbench) -> dict[str, Json]:
@@ -21,7 +21,7 @@ def sizes_of(workbench: Workbench) -> dict[str, Json]:
     sizes = {name: _size(workbench, form) for name, form in formats().items()}
     return {
         "parameters": model.parameters,
-        "bfloat16_bytes": _BFLOAT16_BYTES * model.parameters,
+        "bfloat16_bytes": BFLOAT16_BYTES * model.parameters,
         "formats": {name: size for name, size in sizes.items() if size is not None},
     }
 

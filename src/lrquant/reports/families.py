@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lrquant.architectures import Architecture, architectures
+from lrquant.architectures.depth import DEPTHS
 from lrquant.config.choices import KINDS
 from lrquant.measures.rows import table
-
-_DEPTHS = ("num_hidden_layers", "num_layers", "depth", "n_layer")
 
 
 def families_text() -> str:
@@ -54,7 +53,7 @@ def marks(family: Architecture, kind: str) -> list[str]:
 def _count(part: PretrainedConfig) -> int:
     """How many blocks there are: configurations call that by several names."""
     values: Mapping[str, int] = {**part.to_dict(), **vars(part)}
-    return next(values[name] for name in _DEPTHS if values.get(name))
+    return next(values[name] for name in DEPTHS if values.get(name))
 
 
 def _mark(there: list[bool]) -> str:
