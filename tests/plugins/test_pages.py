@@ -163,7 +163,9 @@ def test_entries_of_the_tests_are_as_shown():
     assert len(own) == 4 and all(entry in text for entry in own)
 
 
-def test_the_code_of_the_readme_runs(model_folder, data_dir, tmp_path, monkeypatch):
+def test_the_code_of_the_readme_and_of_the_native_format_runs(
+    model_folder, data_dir, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     quantize, folder = lrquant.quantize, str(model_folder("llama"))
 
@@ -172,12 +174,13 @@ def test_the_code_of_the_readme_runs(model_folder, data_dir, tmp_path, monkeypat
         return quantize(folder, **{**settings, **SMALL, "data_dir": data_dir})
 
     monkeypatch.setattr(lrquant, "quantize", small)
-    learn, load = (block.text for block in python_of("README.md"))
+    (learn,) = (block.text for block in python_of("README.md"))
+    (load,) = (block.text for block in python_of("docs/formats.md") if "registers" in block.text)
     names: dict = {"inputs": {"input_ids": torch.arange(3, 9)[None]}}
     exec(compile(learn, "README.md", "exec"), names)
     assert names["run"].results["perplexity"]["wikitext2"]
     export("run", "w4a4-native", format="lrquant")
-    exec(compile(load, "README.md", "exec"), names)
+    exec(compile(load, "docs/formats.md", "exec"), names)
     assert names["model"].dtype == torch.float32
 
 
