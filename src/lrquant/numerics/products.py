@@ -21,9 +21,15 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.device.type == "cuda":
         return padded_product(left, right)
-    if left.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    if left.device.type == "cpu" and _multiplies_int8():
         return torch._int_mm(left, right.t())
     return float_product(left, right)
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_int8() -> bool:
+    """Whether the CPU has instructions for products of int8; it does not change."""
+    return torch.cpu._is_vnni_supported()
 
 
 def float_product(left: Tensor, right: Tensor) -> Tensor:
