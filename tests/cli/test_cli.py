@@ -411,7 +411,7 @@ def test_inspecting(command, succeed, refuse, tmp_path, monkeypatch):
     for record in records:
         assert f"{record.initial_loss:.6g}" in out and f"{record.final_loss:.6g}" in out
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "blocks").iterdir())
-    assert f"learned parameters: {size / 1024:.1f} KiB" in out
+    assert f"learned parameters: {size / 1000:.1f} kB" in out
     assert "perplexity, W3A4" in out and "| c4" in out
 
 

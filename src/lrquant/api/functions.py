@@ -28,7 +28,7 @@ from lrquant.reports.inspection import inspect_folder
 from lrquant.reports.preflight import preflight_text
 from lrquant.reports.writing import write_comparison, write_report
 from lrquant.runs.claims import held
-from lrquant.runs.folder import RunFolder
+from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.progress import Progress
 
 
@@ -99,7 +99,7 @@ def evaluate(
     if isinstance(target, Run) and model is None:
         return target.evaluate(progress=progress, **settings)
     place = _target(target)
-    if (place / "run.json").is_file():
+    if is_run(place):
         loaded, asked = _moved(model, tokenizer, processor, settings)
         return measure_finished(place, loaded, progress, **asked).results
     if model is not None:
@@ -143,7 +143,7 @@ def load(
     """
     if isinstance(target, Run):
         return target.load_model()
-    if (_target(target) / "run.json").is_file():
+    if is_run(_target(target)):
         return Run.open(target, model, tokenizer, processor).load_model()
     return load_checkpoint(str(target), Computing(device, "auto", "auto")).module
 

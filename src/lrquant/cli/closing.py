@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from lrquant.files.manifest import read_manifest
 from lrquant.formats.choice import formats
 from lrquant.formats.format import Format
@@ -45,7 +47,7 @@ def _sizes(run: Outcome, checkpoint: str, form: Format) -> Iterator[tuple[str, s
     yield "checkpoint", f"{checkpoint} ({form.name}, {run.workbench.plan.schemes.name})"
     yield (
         "size",
-        f"{_size(before)} in bfloat16 -> {_size(after)} ({after / before:.0%}), "
+        f"{decimal(before)} in bfloat16 -> {decimal(after)} ({after / before:.0%}), "
         f"{bits:.2f} bits a weight of the quantised linears",
     )
 
@@ -63,12 +65,3 @@ def _next(run: Outcome, checkpoint: str | None, form: Format | None) -> Iterator
     if served.refusal is None:
         yield served.command(place)
     yield f"lrquant chat {place}"
-
-
-def _size(count: float) -> str:
-    """Bytes with three digits, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"

@@ -90,7 +90,9 @@ def _drawing(options: argparse.Namespace) -> Drawing:
 
 
 def _refuse_run(place: Path) -> None:
-    if (place / "run.json").is_file():
+    from lrquant.runs.folder import is_run
+
+    if is_run(place):
         raise LRQuantError(f"{place}: a run; write a checkpoint first: lrquant export {place} DIR")
 
 

@@ -12,7 +12,7 @@ from lrquant.formats.verification import verify
 from lrquant.model.sources.resolve import resolve_model
 from lrquant.reports.contents import run_contents, without_non_finite
 from lrquant.reports.values import Contents
-from lrquant.runs.folder import RunFolder
+from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.results import VERDICT, kinds
 from lrquant.version import __version__
 
@@ -25,7 +25,7 @@ def compared_contents(target: str) -> Contents:
     Of what is no run they have results as far as there are any, sizes and facts, and no blocks.
     """
     path = Path(target)
-    if (path / "run.json").is_file():
+    if is_run(path):
         return run_contents(RunFolder.open(path))
     if (path / MANIFEST).is_file():
         return _checkpoint(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from lrquant.config.scheme import Scheme
 from lrquant.errors import UNREADABLE, LRQuantError, nearest_beside
 from lrquant.files.manifest import MANIFEST, read_manifest
@@ -14,7 +16,7 @@ from lrquant.measures.rows import table
 from lrquant.measures.tables import results_table
 from lrquant.model.sources.checks import first_line
 from lrquant.runs.block_file import BlockRecord
-from lrquant.runs.folder import RunFolder
+from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.results import seen_from
 
 _DEEP, _SHOWN = 3, 6  # words of a module's name, and modules that are named
@@ -22,7 +24,7 @@ _DEEP, _SHOWN = 3, 6  # words of a module's name, and modules that are named
 
 def inspect_folder(path: Path) -> str:
     """Scheme, method, data, losses and sizes of a run; scheme and sizes of a checkpoint."""
-    if (path / "run.json").is_file():
+    if is_run(path):
         return _inspect_run(RunFolder.open(path))
     if (path / "config.json").is_file():
         return _inspect_checkpoint(path)
@@ -44,10 +46,10 @@ def _inspect_run(folder: RunFolder) -> str:
         f"learning: {_pairs(identity['method'])}; {_pairs(identity['learning'])}",
         f"calibration: {identity['calibration']}",
         f"precision: {identity['precision']}",
-        f"learned parameters: {_size(learned)}; "
+        f"learned parameters: {decimal(learned)}; "
         f"learning time: {sum(r.seconds for r in records):.0f} s; "
         "peak memory until the last block: "
-        f"{_size(max((r.peak_memory_bytes for r in records), default=0))}",
+        f"{decimal(max((r.peak_memory_bytes for r in records), default=0))}",
         "",
         _losses(records),
     ]
@@ -88,7 +90,7 @@ def _inspect_checkpoint(path: Path) -> str:
     method = said.get("quant_method", "none (dense weights)")
     size = sum(file.stat().st_size for file in weights)
     head = [
-        f"checkpoint {path}: {config.get('model_type')}, {len(weights)} files, {_size(size)}",
+        f"checkpoint {path}: {config.get('model_type')}, {len(weights)} files, {decimal(size)}",
         f"quantization: {method}",
     ]
     if not (path / MANIFEST).is_file():
@@ -117,8 +119,8 @@ def _of_manifest(facts: JsonObject, verified: Verified) -> list[str]:
         f"calibration: {facts['calibration']['text']}",
         f"bits per weight of the linears, scales and zero points counted: "
         f"{verified.bits_per_weight:.3f}",
-        f"tensors: {_size(verified.stored)}, {share:.1%} of {_size(verified.as_bf16)} in bfloat16: "
-        f"{16 * share:.3f} bits a weight of the whole model, embedding and head included",
+        f"tensors: {decimal(verified.stored)}, {share:.1%} of {decimal(verified.as_bf16)} in "
+        f"bfloat16: {16 * share:.3f} bits a weight of the whole model, embedding and head included",
         *_carried(facts.get("extra_tensors", [])),
         f"verified: hashes of {len(facts['files'])} files; names, shapes, dtypes and values of all "
         "tensors",
@@ -144,11 +146,3 @@ def _pairs(values: dict[str, object]) -> str:
         f"{name} {'+'.join(value) if isinstance(value, list) else value}"
         for name, value in values.items()
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from rich.filesize import decimal
+
 from lrquant.blocks.plan import Plan
 from lrquant.config.groups import Learning
 from lrquant.learn.identity import describe_method
@@ -84,20 +86,20 @@ def _estimates(preflight: Preflight) -> dict[str, str]:
     rows: dict[str, str] = {}
     if preflight.memory is not None:
         memory = preflight.memory
-        others = f", the tower {_size(memory.tower)}" if memory.tower else ""
-        others += f", tuning end to end {_size(memory.tuning)}" if memory.tuning else ""
+        others = f", the tower {decimal(memory.tower)}" if memory.tower else ""
+        others += f", tuning end to end {decimal(memory.tuning)}" if memory.tuning else ""
         rows["peak memory"] = (
-            f"{_size(memory.peak)}: embedding {_size(memory.embedding)}, learning "
-            f"{_size(memory.learning)}, measuring {_size(memory.measuring)}{others}; "
-            f"hidden states {_size(preflight.stream_bytes or 0)} of them"
+            f"{decimal(memory.peak)}: embedding {decimal(memory.embedding)}, learning "
+            f"{decimal(memory.learning)}, measuring {decimal(memory.measuring)}{others}; "
+            f"hidden states {decimal(preflight.stream_bytes or 0)} of them"
         )
     if preflight.run_bytes is not None:
-        rows["run folder"] = _size(preflight.run_bytes)
+        rows["run folder"] = decimal(preflight.run_bytes)
     if preflight.checkpoint is not None:
         size = preflight.checkpoint
         rows["checkpoint"] = (
-            f"{_size(size.total)}: blocks {_size(size.blocks)} at {size.bits_per_weight:.3f} bits "
-            f"a weight with all overheads, all else {_size(size.outside)}"
+            f"{decimal(size.total)}: blocks {decimal(size.blocks)} at {size.bits_per_weight:.3f} "
+            f"bits a weight with all overheads, all else {decimal(size.outside)}"
         )
     if preflight.seconds is not None and preflight.costs is not None:
         seconds, costs = preflight.seconds, preflight.costs
@@ -122,10 +124,6 @@ def _measured(kind: KindCosts, several: bool) -> str:
         return f"{count} of other kinds counted like block {kind.measured}"
     like = "" if count == 1 else f" and {count - 1} like it"
     return f"block {kind.measured}{like}: {text}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -26,9 +26,14 @@ from lrquant.runs.part import PartFolder
 from lrquant.runs.results import merge_results
 from lrquant.runs.sameness import difference
 
-__all__ = ["BlockRecord", "RunFolder"]
+__all__ = ["BlockRecord", "RunFolder", "is_run"]
 FORMAT = 4
 WRITTEN = "calibration.safetensors"  # texts that the model wrote itself
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, whole or not."""
+    return (path / "run.json").is_file()
 
 
 class RunFolder(PartFolder):
@@ -78,7 +83,7 @@ class RunFolder(PartFolder):
     def open(cls, path: Path) -> RunFolder:
         """An existing run."""
         folder = cls(path)
-        if not (path / "run.json").is_file():
+        if not is_run(path):
             mend = f"; restore it, or {AGAIN}" if folder._all_finished_blocks() else ""
             near = "" if path.exists() else nearest_beside(path)
             raise LRQuantError(f"run folder {path}: no run here (run.json is missing){near}{mend}")
@@ -98,12 +103,12 @@ class RunFolder(PartFolder):
 
     def has_run(self) -> bool:
         """Whether there is a run to go on with: blocks, or a start that was not cut off."""
-        begun = (self.path / "run.json").is_file() and "run.json" in self.journal.listed()
+        begun = is_run(self.path) and "run.json" in self.journal.listed()
         return begun or self._all_finished_blocks() > 0
 
     def require_format(self) -> None:
         """Refuse a run of another version, if one is here."""
-        if not (self.path / "run.json").is_file():
+        if not is_run(self.path):
             return
         version = read_json(self.path / "run.json").get("format")
         if version != FORMAT:

@@ -12,6 +12,7 @@ from lrquant.errors import LRQuantError
 from lrquant.measures.choice import text_measures
 from lrquant.measures.subjects.checkpoint import is_checkpoint, settings_of
 from lrquant.model.sources import resolve_model
+from lrquant.runs.folder import is_run
 
 
 def reference_name(target: str, config: Config) -> str | None:
@@ -74,4 +75,4 @@ def require_same_tokens(windows: Samples, others: Samples, asked_by: str) -> Non
 
 
 def _is_quantized(name: str, cache: Path | None) -> bool:
-    return (Path(name) / "run.json").is_file() or is_checkpoint(name, cache)
+    return is_run(Path(name)) or is_checkpoint(name, cache)

@@ -32,7 +32,7 @@ from lrquant.measures.subjects.reference import reference_name
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.model.sources import resolve_model
-from lrquant.runs.folder import RunFolder
+from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Entry
 
@@ -196,7 +196,7 @@ def open_subject(name: str, config: Config, own: str | None = None) -> Subject:
 
     `own` is what its column is called, where that is not what it is.
     """
-    if (Path(name) / "run.json").is_file():
+    if is_run(Path(name)):
         return _run(own or QUANTIZED, name, config)
     cache = optional_path(config.cache_dir)
     if is_checkpoint(name, cache):
@@ -209,7 +209,7 @@ def require_base(config: Config) -> None:
     """Refuse early to compare with what is neither a finished run nor a model."""
     if not isinstance(config.compare, str):
         return
-    if (Path(config.compare) / "run.json").is_file():
+    if is_run(Path(config.compare)):
         RunFolder.open(Path(config.compare)).require_finished()
     else:
         resolve_model(config.compare, optional_path(config.cache_dir))
