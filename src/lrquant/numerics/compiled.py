@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 R = TypeVar("R")
+# The names under which torch's versions take the rounding of divisions.
+_DIVISIONS = ("eager_numerics.division_rounding", "emulate_divison_rounding")
 _VARIANTS = 256  # of a function, by shapes, grids and what is learned; torch's own limit is 8
 _COMPILERS = ("g++", "clang++", "c++")
 
@@ -21,7 +23,9 @@ _COMPILERS = ("g++", "clang++", "c++")
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here, or None."""
     if device.type == "cuda":
-        return None if find_spec("triton") else "the package triton is not installed"
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        return None if _division() else f"torch {torch.__version__} compiles divisions inexactly"
     if any(shutil.which(name) for name in _COMPILERS):
         return None
     return f"no C++ compiler ({', '.join(_COMPILERS)}) is on the PATH"
@@ -42,6 +46,12 @@ def _compiled(function: Callable[..., R], by_size: bool) -> Callable[..., R]:
     """Without these options a scale would not be rounded to the dtype that it is stored in, and on
     CUDA a division not as IEEE has it: weights near a border would take another code."""
     options: dict[str, Any] = {"emulate_precision_casts": True}
-    if torch.cuda.is_available():
-        options["eager_numerics.division_rounding"] = True
+    division = _division() if torch.cuda.is_available() else None
+    if division is not None:
+        options[division] = True
     return torch.compile(function, dynamic=False if by_size else None, options=options)
+
+
+def _division() -> str | None:
+    """What this version of torch calls the option by which divisions are rounded as IEEE has it."""
+    return next((name for name in _DIVISIONS if name in torch._inductor.list_options()), None)

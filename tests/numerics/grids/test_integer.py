@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrquant.numerics.grids.grid import SMALLEST_SCALE, Grid
+from lrquant.numerics.grids.grid import SMALLEST_SCALE, Grid, quotient, rounded_quotient
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.recipe import Recipe
 from lrquant.numerics.weights import Quantized, dequantize_weight, quantize_weight
@@ -38,6 +38,17 @@ def test_a_grid_by_hand():
     assert (scales.scale.item(), scales.zero_point.item()) == (1.0, 1.0)
     scales = IntegerGrid(4, symmetric=True).scales(low, high)
     assert scales.scale.item() == pytest.approx(4 / 15) and scales.zero_point.item() == 0
+
+
+@BITS
+@pytest.mark.parametrize("half", [1, 2])
+def test_scales_are_rounded_alike_on_every_device(bits, half):
+    """By the reciprocal in float32, as CUDA divides by a number, some would be another value."""
+    values, divisor = normal(1 << 16).abs(), (2**bits - 1) / half
+    expected = (values.double() / divisor).float()
+    assert torch.equal(quotient(values, divisor), expected)
+    assert torch.equal(rounded_quotient(values, divisor), expected)
+    assert (values * (1 / torch.tensor(divisor)) != expected).any()
 
 
 @SYMMETRY

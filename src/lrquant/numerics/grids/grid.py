@@ -88,6 +88,23 @@ class Grid(ABC):
         return matrix.view(matrix.shape[0], -1, self.size(matrix.shape[1]))
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """``values / divisor``, float32, rounded as IEEE 754 has it on every device.
+
+    CUDA multiplies by the reciprocal of a Python number, as it is and compiled, which can be off by
+    a bit: there the quotient is rounded from float64, whose error is too small to be seen.
+    """
+    return values / divisor if values.device.type == "cpu" else rounded_quotient(values, divisor)
+
+
+def rounded_quotient(values: Tensor, divisor: float) -> Tensor:
+    """The same through float64, of a divisor that is an integer or half of one, up to 255.
+
+    Such a quotient lies 2^-33 of itself or more from where its rounding to float32 turns.
+    """
+    return (values.double() * (1 / divisor)).float()
+
+
 @cache
 def grid_kinds() -> dict[str, type[Grid]]:
     """Every kind of grid: those in this folder, and those that other packages declare."""

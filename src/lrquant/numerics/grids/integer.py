@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrquant.numerics.grids.grid import SMALLEST_SCALE, Grid, Scales
+from lrquant.numerics.grids.grid import SMALLEST_SCALE, Grid, Scales, quotient
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class IntegerGrid(Grid):
         """
         if self.symmetric:
             # their order of operations: the largest value lies exactly between two codes
-            scale = (torch.maximum(-low, high) / (self.steps / 2)).clamp_(min=SMALLEST_SCALE)
+            scale = quotient(torch.maximum(-low, high), self.steps / 2).clamp_(min=SMALLEST_SCALE)
             return Scales(scale, torch.zeros_like(scale))
-        scale = ((high - low) / self.steps).clamp_(min=SMALLEST_SCALE)
+        scale = quotient(high - low, self.steps).clamp_(min=SMALLEST_SCALE)
         zero_point = torch.round(-low.detach() / scale.detach()).clamp_(*self.code_range)
         return Scales(scale, zero_point)
 
