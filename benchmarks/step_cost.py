@@ -110,7 +110,8 @@ def _learning_step(
     view.initialize(observed)
     learning = Learning(1, 0.0, "mse+nlc", dynamic_weights=plus)
     optimizers = make_optimizers(view, learning.weight_decay, steps=1)
-    objective = Objective(torch.ones(2), learning.dynamic_weights, learning.ema_init)
+    ones = torch.ones(2, device=bench.device)
+    objective = Objective(ones, learning.dynamic_weights, learning.ema_init)
     runner = bench.runner(0, view)
 
     def step() -> None:

@@ -26,7 +26,7 @@ from lrquant.files.whole import JsonObject
 from lrquant.formats.checkpoint import save_checkpoint
 from lrquant.formats.protected import check_target
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.identity import describe_method, describe_run, environment
+from lrquant.learn.identity import describe_method, describe_run, environment, gone_on_elsewhere
 from lrquant.learn.model import learn_model
 from lrquant.learn.tuning import outcome_of_tuning
 from lrquant.measures.choice import check_measures, measures_anything
@@ -50,6 +50,7 @@ from lrquant.measures.subjects.subject import (
     RunSubject,
     require_base,
 )
+from lrquant.model.arithmetic import full_precision_sums
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.preflight.prospect import Prospect
@@ -93,7 +94,7 @@ def run(
     With `epochs` 0 and `resume`, the finished run that `resume` names is measured as it is: model,
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
-    with kept_log(logger) as earlier, ExitStack() as locks:
+    with kept_log(logger) as earlier, ExitStack() as locks, full_precision_sums():
         config, measure_only = resolve_settings(settings)
         _claim_places(config, measure_only, locks)
         return _run(config, measure_only, model, calibration, progress or Progress(), earlier)
@@ -210,15 +211,20 @@ def _learn(
     resumed = optional_path(config.resume)
     folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
     with folder.logging(logger, earlier):
+        elsewhere = gone_on_elsewhere(folder.identity.get("begun_on"), identity["begun_on"])
+        if elsewhere is not None:
+            logger.warning("the run %s", elsewhere)
         if prospect.writer is not None:
             folder.keep_texts(prospect.writer.kept)
         feed, statistics = calibration.feed, prospect.statistics
         tuning = None if prospect.tuning is None else prospect.tuning.feed
         rest = folder, progress, config.report
-        learn_model(workbench, learning, feed, statistics, *rest, tuning=tuning)
+        with workbench.learning():
+            learn_model(workbench, learning, feed, statistics, *rest, tuning=tuning)
     return folder
 
 
+@full_precision_sums()
 def collect_statistics(config: Config, progress: Progress | None = None) -> ChannelStatistics:
     """Channel statistics of every block's linears on the calibration text, in full precision."""
     progress = progress or Progress()
@@ -258,7 +264,7 @@ def evaluate(target: str, settings: JsonObject, progress: Progress | None = None
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
     reference_name(target, config)
     folder = RunFolder(Path(config.output_dir)) if "output_dir" in settings else None
-    with held(folder.path) if folder is not None else nullcontext():
+    with held(folder.path) if folder is not None else nullcontext(), full_precision_sums():
         return _evaluate(target, config, folder, progress or Progress())
 
 

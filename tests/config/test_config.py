@@ -36,7 +36,7 @@ OTHER = {
     },
     **{"preset": "paper", "rotation_sharing": "linear", "ema_init": "one", "keep_best": False},
     **{"agreement": ("c4",), "target": "vllm", "save_dtype": "float16", "task_batch_size": "4"},
-    **{"report": False, "examples": False, "bos": "never"},
+    **{"report": False, "examples": False, "deterministic": False, "bos": "never"},
 }
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from lrquant import LRQuantError, quantize
+from lrquant.learn.identity import gone_on_elsewhere
+from lrquant.runs.sameness import difference, digest
 
 
 @pytest.fixture
@@ -45,3 +48,27 @@ def test_how_it_was_learned_is_told_by_these_names_in_this_order(learn, tmp_path
         *(("two_branch", False), ("dynamic_weights", False), ("ema_init", "first")),
         *(("keep_best", True), ("batch_size", 2)),
     ]
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(learn, tmp_path, caplog):
+    learn()
+    path = tmp_path / "run" / "run.json"
+    begun = json.loads(path.read_text())["begun_on"]
+    assert begun == {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    (tmp_path / "run" / "blocks" / "0001.safetensors").unlink()
+    learn(resume=str(tmp_path / "run"))
+    assert "last digits" not in caplog.text
+    assert gone_on_elsewhere(begun, begun) is None and gone_on_elsewhere(None, begun) is None
+    said = gone_on_elsewhere({**begun, "threads": 99}, begun)
+    assert said is not None and f"threads {begun['threads']} in place of 99: " in said
+
+
+def test_another_number_of_threads_is_no_other_run():
+    run = {"model": {"weights": "x"}, "begun_on": {"device": "cpu", "threads": 1}}
+    other = {**run, "begun_on": {"device": "cpu", "threads": 2}}
+    assert difference(run, other) is None and digest(run) == digest(other)
+    assert difference(run, {**run, "model": {"weights": "y"}}) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from lrquant.blocks.runner import BlockRunner, Observer
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Computing
+from lrquant.model.arithmetic import prepare_repeatable, repeatable
 from lrquant.model.device import choose_device, choose_precision
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
@@ -32,7 +34,7 @@ class Workbench:
     """A part of a model on a device: how its blocks are viewed, run and streamed.
 
     `plan` says on which grids its matrices lie and what is learned of them, `compiled` whether
-    quantizers are.
+    quantizers are, `deterministic` whether learning on CUDA gives the same bytes each time.
     """
 
     model: Model
@@ -42,6 +44,7 @@ class Workbench:
     scratch: Path | None = None
     plan: Plan = FULL_PRECISION
     compiled: bool = False
+    deterministic: bool = False
 
     @property
     def tower(self) -> Workbench | None:
@@ -58,6 +61,10 @@ class Workbench:
     def nearest(self) -> Workbench:
         """The same with nothing learned: weights are rounded to nearest."""
         return replace(self, plan=self.plan.unlearned)
+
+    def learning(self) -> AbstractContextManager[None]:
+        """How torch computes while something is learned."""
+        return repeatable(self.device) if self.deterministic else nullcontext()
 
     def stored(self, index: int) -> dict[str, Tensor]:
         """Block `index`'s own tensors, read now, on the device."""
@@ -104,7 +111,11 @@ def make_workbench(
     """A model where it is to compute; hidden states on disk live in the folder `scratch`."""
     device = choose_device(computing.device)
     dtype = choose_precision(computing.precision, device)
-    return Workbench(model, device, dtype, computing.offload, scratch, plan)
+    deterministic = computing.deterministic
+    if deterministic:
+        prepare_repeatable(device)
+    rest = computing.offload, scratch, plan
+    return Workbench(model, device, dtype, *rest, deterministic=deterministic)
 
 
 def shape_view(model: Model, index: int, plan: Plan) -> BlockView:

@@ -39,7 +39,7 @@ EVALUATE_SETTINGS = (
     *(entry.name for kind in measured_settings() for entry in dataclasses.fields(kind)),
     *("compare", "tta", "tta_blocks", "tta_epochs", *settings_afterwards(), "limit", "seqlen"),
     *("data_dir", "cache_dir", "device", "precision", "offload", "output_dir", "report", "log_dir"),
-    *("text_column", "bos"),
+    *("text_column", "bos", "deterministic"),
 )
 EXPORT_SETTINGS = ("format", "target", "save_dtype", "push_to_hub", "model", "device", "overwrite")
 

@@ -197,6 +197,9 @@ class Settings:
         "compile the quantizers, which then take a third of their time: auto where that pays",
         ("auto", "on", "off"),
     )
+    deterministic: bool = setting(
+        True, "learn with CUDA kernels that give the same bytes at every run, a little slower"
+    )
     offload: str = setting(
         "auto", "where hidden states live between blocks", ("auto", "device", "host", "disk")
     )

@@ -16,12 +16,13 @@ MeasureSettings: TypeAlias = Mapping[type, object]  # those of every measure, by
 
 @dataclass(frozen=True)
 class Computing:
-    """Where and in what a model computes: each "auto", or as the settings of these names say."""
+    """Where, in what and how a model computes, as the settings of these names say."""
 
     device: str
     precision: str
     offload: str
     compile: str = "off"
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)

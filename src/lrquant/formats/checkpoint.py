@@ -129,8 +129,8 @@ def _facts(workbench: Workbench, origin: Origin, folder: RunFolder, form: Format
 
 def _said(results: Results) -> set[str]:
     """What of the run's results a checkpoint repeats."""
-    about = {"method_name", "scheme", "versions", "unpacked_from", "threads", "cpu", "examples"}
-    return {*about, *kinds(results), "others", VERDICT}
+    about = {"method_name", "scheme", "versions", "unpacked_from", "threads", "cpu", "gpu"}
+    return {*about, "examples", *kinds(results), "others", VERDICT}
 
 
 def _write_tensors(

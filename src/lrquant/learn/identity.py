@@ -77,7 +77,37 @@ def describe_run(
         "precision": dtype_name(workbench.dtype),
         **({"compiled": True} if workbench.compiled else {}),
         "calibration": calibration.description,
+        "begun_on": begun_on(workbench),
     }
+
+
+def begun_on(workbench: Workbench) -> JsonObject:
+    """What decides the last digits of sums beside all that a run's identity says."""
+    device = workbench.device
+    own = {"deterministic": workbench.deterministic} if device.type == "cuda" else {}
+    return {"device": device.type, **machine(device), **own}
+
+
+def machine(device: torch.device) -> JsonObject:
+    """How sums are split: by a CPU's threads and instructions, or by the kind of GPU."""
+    if device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device)}
+    return {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def gone_on_elsewhere(begun: object, now: JsonObject) -> str | None:
+    """What to say of a run that was begun on another machine, or otherwise; None if it was not."""
+    if not isinstance(begun, dict) or begun == now:
+        return None
+    other = [name for name in {**begun, **now} if begun.get(name) != now.get(name)]
+    said = (
+        f"{name} {now[name]} in place of {begun.get(name)}" if name in now else f"no {name}"
+        for name in other
+    )
+    return (
+        f"goes on with {', '.join(said)}: what is still to be learned will differ in its last "
+        "digits from what it would have been"
+    )
 
 
 def _learning(model: Model, learning: Learning) -> JsonObject:
@@ -112,11 +142,7 @@ class Computation(Protocol):
 def environment(
     model: str, plan: Plan, learning: Learning, seed: int, computation: Computation
 ) -> JsonObject:
-    """What a reader needs to repeat the numbers of `model`, a name.
-
-    On a CPU also the threads and instructions that torch uses: sums are split by them.
-    """
-    on_cpu = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    """What a reader needs to repeat the numbers of `model`, a name."""
     return {
         "model": model,
         "scheme": plan.schemes.name,
@@ -125,7 +151,7 @@ def environment(
         "seed": seed,
         "device": str(computation.device),
         "precision": dtype_name(computation.dtype),
-        **(on_cpu if computation.device.type == "cpu" else {}),
+        **machine(computation.device),
         "versions": {
             "lrquant": __version__,
             "torch": torch.__version__,

@@ -120,7 +120,7 @@ def _condition(name: str, value: Json) -> str:
     """What a measure was made with, in words."""
     if name == "threads":
         return f"{value} thread{'' if value == 1 else 's'}"
-    words = {"precision": "in", "device": "on", "cpu": "with", "model": "of"}
+    words = {"precision": "in", "device": "on", "cpu": "with", "gpu": "with", "model": "of"}
     return str(value) if name in ("scheme", "method") else f"{words.get(name, name)} {value}"
 
 

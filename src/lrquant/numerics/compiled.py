@@ -16,6 +16,7 @@ import torch
 R = TypeVar("R")
 # The names under which torch's versions take the rounding of divisions.
 _DIVISIONS = ("eager_numerics.division_rounding", "emulate_divison_rounding")
+_REPEATABLE = "deterministic"
 _VARIANTS = 256  # of a function, by shapes, grids and what is learned; torch's own limit is 8
 _COMPILERS = ("g++", "clang++", "c++")
 
@@ -38,17 +39,21 @@ def call_compiled(function: Callable[..., R], *arguments: Any, by_size: bool = T
     more for all of them.
     """
     with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-        return _compiled(function, by_size)(*arguments)
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        return _compiled(function, by_size, repeatable)(*arguments)
 
 
 @cache
-def _compiled(function: Callable[..., R], by_size: bool) -> Callable[..., R]:
+def _compiled(function: Callable[..., R], by_size: bool, repeatable: bool) -> Callable[..., R]:
     """Without these options a scale would not be rounded to the dtype that it is stored in, and on
-    CUDA a division not as IEEE has it: weights near a border would take another code."""
+    CUDA a division not as IEEE has it: weights near a border would take another code.  Where sums
+    are to be `repeatable`, no clock decides how they are split."""
     options: dict[str, Any] = {"emulate_precision_casts": True}
-    division = _division() if torch.cuda.is_available() else None
-    if division is not None:
-        options[division] = True
+    if torch.cuda.is_available():
+        named = {str(_division()): True, _REPEATABLE: repeatable}
+        options |= {
+            name: on for name, on in named.items() if name in torch._inductor.list_options()
+        }
     return torch.compile(function, dynamic=False if by_size else None, options=options)
 
 

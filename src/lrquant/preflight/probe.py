@@ -106,7 +106,8 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
         stream.write(entry.batches[0], hidden)
     begin_peak(bench.device)
     try:
-        return _measure(_Clock(bench.device), bench, learning, index, entry, streams)
+        with bench.learning():
+            return _measure(_Clock(bench.device), bench, learning, index, entry, streams)
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
             f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "

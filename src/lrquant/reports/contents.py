@@ -90,6 +90,7 @@ def _run(folder: RunFolder, records: list[BlockRecord], results: JsonObject) -> 
         "device": results.get("device"),
         "threads": results.get("threads"),
         "cpu": results.get("cpu"),
+        "gpu": results.get("gpu"),
         "unpacked_from": results.get("unpacked_from", ""),
         "versions": results.get("versions", {}),
         "seconds": sum(record.seconds for record in records),

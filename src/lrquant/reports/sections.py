@@ -49,7 +49,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _machine(run: Run) -> str:
-    """cpu (AVX2, 2 threads), as far as it is known."""
+    """cpu (AVX2, 2 threads) or cuda (NVIDIA H100), as far as it is known."""
+    if run.get("gpu"):
+        return f"{run['device']} ({run['gpu']})"
     threads = run.get("threads")
     if threads is None:
         return run["device"] or "a device"

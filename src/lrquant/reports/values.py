@@ -101,6 +101,7 @@ class Run(TypedDict):
     device: str | None
     threads: int | None
     cpu: str | None
+    gpu: str | None
     unpacked_from: str
     versions: Mapping[str, str]
     seconds: float

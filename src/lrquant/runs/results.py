@@ -17,7 +17,7 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 Entry: TypeAlias = Mapping[str, Json]
 Results: TypeAlias = Mapping[str, Json]
 
-CONDITIONS = ("model", "scheme", "method", "seed", "precision", "device", "threads", "cpu")
+CONDITIONS = ("model", "scheme", "method", "seed", "precision", "device", "threads", "cpu", "gpu")
 _PACKAGES = ("lrquant", "torch", "transformers")
 _OF_WHAT = ("text", "sha256", "data", "items", "num_fewshot", "tasks")
 _ONCE_SAID = ("base_model", "adapted", "reference_precision")  # of what one of the columns is

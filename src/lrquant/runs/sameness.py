@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-_WORDS = ("calibration", "format")  # for people, and what holds for the files
+# For people, what holds for the files, and where a run was begun, which may go on elsewhere.
+_WORDS = ("calibration", "format", "begun_on")
 
 
 def digest(identity: Mapping[str, object]) -> str:
@@ -42,6 +43,6 @@ def _flat(identity: Mapping[str, object]) -> dict[str, object]:
     """{"data": {"set": x}} -> {"data set": x}."""
     flat: dict[str, object] = {}
     for key, value in identity.items():
-        pairs = value.items() if isinstance(value, dict) else ()
+        pairs = value.items() if isinstance(value, dict) and key not in _WORDS else ()
         flat.update({f"{key} {name}": inner for name, inner in pairs} or {key: value})
     return flat

@@ -153,7 +153,8 @@ class RunSubject(BlockSubject):
         if not self.config.tta:
             return None
         learning, adapting = self.config.group(Learning), self.config.group(Adapting)
-        outcome = adapt(self.workbench, learning, adapting, self.folder, text, progress)
+        with self.workbench.learning():
+            outcome = adapt(self.workbench, learning, adapting, self.folder, text, progress)
         return describe_adaptation(adapting, self.workbench.plan.ingredients), outcome
 
 
