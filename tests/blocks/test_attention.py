@@ -11,6 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from lrquant import LRQuantError, quantize
 from lrquant.blocks.attention import attention_name
+from lrquant.numerics import tokens
 from lrquant.numerics.grids.integer import IntegerGrid
 
 TOKENS, SCALING = 6, 0.7
@@ -72,6 +73,22 @@ def test_one_token_sees_all_before_it(states):
 def test_they_read_quantised_states(states):
     coarse = own(states, None, IntegerGrid(2), softcap=1.5)
     assert (coarse - own(states, None, softcap=1.5)).abs().max() > 1e-2
+
+
+def test_their_quantizers_may_be_compiled(states, monkeypatch):
+    """What is compiled is called through one function: here it calls what it was to compile."""
+    calls = []
+
+    def called(function, *arguments, by_size=True):
+        calls.append(function.__name__)
+        return function(*arguments)
+
+    monkeypatch.setattr(tokens, "call_compiled", called)
+    plain = own(states, None, IntegerGrid(2))
+    assert not calls
+    attention = AttentionInterface()[attention_name(IntegerGrid(2), compiled=True)]
+    assert torch.equal(attention(Attending(), *states, None, scaling=SCALING)[0], plain)
+    assert calls == ["_round_trip"] * 3
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon"])

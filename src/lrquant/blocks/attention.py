@@ -45,15 +45,17 @@ def with_own_config(module: nn.Module) -> PretrainedConfig:
     return own
 
 
-def attention_name(grid: Grid | None, dtype: torch.dtype | None = None) -> str:
+def attention_name(
+    grid: Grid | None, dtype: torch.dtype | None = None, compiled: bool = False
+) -> str:
     """Register (once) and name the attention that puts Q, K and V on a grid, or none.
 
-    Its products run in `dtype`, or in that of the queries.
+    Its products run in `dtype`, or in that of the queries; its quantizers may be `compiled`.
     """
     kind = "own" if dtype is None else dtype_name(dtype)
     on = "float" if grid is None else f"{grid.kind}{grid.bits}{'s' if grid.symmetric else 'a'}"
-    name = f"lrquant_{on}_{kind}"
-    AttentionInterface.register(name, partial(_attention, grid, dtype))
+    name = f"lrquant_{on}_{kind}{'_compiled' if compiled else ''}"
+    AttentionInterface.register(name, partial(_attention, grid, dtype, compiled))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
 
@@ -61,6 +63,7 @@ def attention_name(grid: Grid | None, dtype: torch.dtype | None = None) -> str:
 def _attention(
     grid: Grid | None,
     dtype: torch.dtype | None,
+    compiled: bool,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -76,7 +79,7 @@ def _attention(
         query, key, value = (
             states.to(dtype)
             if getattr(states, _QUANTIZED, False)
-            else fake_quantize_tokens(states, grid, dtype)
+            else fake_quantize_tokens(states, grid, dtype, compiled=compiled)
             for states in (query, key, value)
         )
     if arguments.get("softcap") is None and arguments.get("s_aux") is None:

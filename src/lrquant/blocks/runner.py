@@ -77,7 +77,7 @@ class BlockRunner:
         self.own_attention, self.compiled = own_attention, compiled
         self.config = None if own_attention else attention_config(block)
         self._attention_before = getattr(self.config, "_attn_implementation", None)
-        self._attention_name = attention_name(attention, dtype)
+        self._attention_name = attention_name(attention, dtype, compiled)
         self.dtype, self.observer = dtype, observer
         self.all_experts = False
         self.router: Observer | None = None

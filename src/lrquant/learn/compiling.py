@@ -42,9 +42,11 @@ def compiling(
 
 def _seconds(device: torch.device, model: Model, plan: Plan, steps: int) -> tuple[float, float]:
     """What compiling saves over all blocks, and what it takes once for each kind of matrix."""
-    kinds, weights = set(), 0
+    kinds: set[object] = set()
+    weights = 0
     for index in range(len(model.blocks)):
         block, stored = plan_block(model, index, plan.schemes), model.blocks[index].state_dict()
+        kinds |= {block.attention} - {None}
         for name, matrix in block.matrices.items():
             rows, columns = matrix.of(stored[matrix.parameter]).shape
             if block.schemes[name].quantizes_weights:

@@ -1,0 +1,1 @@
+"""Parts of `gpu_check.py`, and the shapes and steps that `roofline.py` counts."""
