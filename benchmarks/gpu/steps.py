@@ -58,6 +58,7 @@ class Prepared:
     runner: BlockRunner
     data: BlockData
     streams: list[Stream]
+    statistics: ChannelStatistics
     optimizers: Optimizers
     objective: Objective
 
@@ -81,10 +82,15 @@ class Prepared:
 
 
 def bench_of(
-    shape: Shape, method: Method, device: torch.device, dtype: torch.dtype, tokens: int
+    shape: Shape,
+    method: Method,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    drawn_on: torch.device | None = None,
 ) -> Workbench:
-    """A workbench on one block of a shape."""
-    model = model_of(shape, device, tokens)
+    """A workbench on one block of a shape, whose weights are drawn where it computes, or there."""
+    model = model_of(shape, drawn_on or device, tokens)
     return Workbench(model, device, dtype, "device", plan=method.plan, deterministic=True)
 
 
@@ -117,7 +123,7 @@ def prepare(
     ones = torch.ones(2, device=bench.device)
     objective = Objective(ones, learning.dynamic_weights, learning.ema_init)
     runner = bench.runner(0, view)
-    return Prepared(bench, entry, view, runner, data, streams, optimizers, objective)
+    return Prepared(bench, entry, view, runner, data, streams, statistics, optimizers, objective)
 
 
 def compiled(bench: Workbench) -> Workbench:
