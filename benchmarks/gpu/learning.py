@@ -36,6 +36,7 @@ def steps(check: Check) -> None:
 def repeats(check: Check) -> None:
     """The same steps several times: how many different results there are."""
     shape, tokens = (SMALL, 64) if check.small else (MIDDLE, 2048)
+    steps_taken = 2 if check.small else STEPS
     ways = [("all kernels", False, False), ("deterministic kernels", True, False)]
     if why_not(check.device) is None and not check.small:
         ways.append(("deterministic kernels, compiled", True, True))
@@ -48,11 +49,11 @@ def repeats(check: Check) -> None:
             bench = replace(bench, deterministic=deterministic)
             with bench.learning():
                 own = prepare(compiled(bench) if fused else bench, W4A4, 1, tokens)
-            for _ in range(2 if check.small else STEPS):
+            for _ in range(steps_taken):
                 own.step()
             results.add(_hash(own))
         right = len(results) == 1 if deterministic else None
-        check.say(f"{name}, {RUNS} runs of {STEPS} steps", f"{len(results)} different", right)
+        check.say(f"{name}, {RUNS} runs of {steps_taken} steps", f"{len(results)} different", right)
 
 
 def _prepared(

@@ -27,7 +27,7 @@ def _readers(config: PretrainedConfig, block: int) -> tuple[str, ...]:
 
 
 def _reuses(config: PretrainedConfig, block: int) -> bool:
-    return bool(config.kv_sharing_modes[block] == "reuse")
+    return bool(block >= config.num_hidden_layers - config.num_kv_shared_layers)
 
 
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:

@@ -15,7 +15,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -97,8 +96,8 @@ class Conversion:
 
     def published(self, name: str) -> str:
         """The name under which the model's own files hold a tensor that is no part of another."""
-        renamed: str = apply_renamings(name, self._back)
-        return renamed
+        renamed: tuple[str, str | None] = rename_source_key(name, self._back, [])
+        return renamed[0]
 
     @cached_property
     def _back(self) -> list[WeightRenaming]:
