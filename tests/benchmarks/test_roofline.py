@@ -60,3 +60,16 @@ def test_waits_are_seen(script):
         torch.ones(3).to(META)
         torch.tensor([1, 2], device=META)
     assert counter.waits == 3
+
+
+def test_passes_and_freezing_do_not_wait_either(script):
+    """All of it on one device, too: torch refuses tensors of the meta device beside a CPU's."""
+    shapes, steps = script("gpu.shapes"), script("gpu.steps")
+    bench = steps.bench_of(shapes.SMALL, steps.W4A4, META, torch.bfloat16, TOKENS)
+    prepared = steps.prepare(bench, steps.W4A4, 1, TOKENS)
+    with script("gpu.counting").counting(META) as counter:
+        prepared.advance(prepared.statistics)
+        prepared.view.freeze().tensors(torch.bfloat16)
+    assert counter.waits == 0 and counter.total.launches > 100
+    with pytest.raises(RuntimeError, match="device"):
+        torch.empty(3, device=META) + torch.ones(3)
