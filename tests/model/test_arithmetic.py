@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def test_kernels_are_repeatable_on_cuda_alone():
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_learning_is_so_where_it_is_asked_for(deterministic, make_bench, make_model):
+    bench = replace(make_bench(make_model("llama")), device=CUDA, deterministic=deterministic)
+    with bench.learning():
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
 
 
 @pytest.mark.parametrize(
