@@ -4,7 +4,7 @@
 
 FOLDER is a transformers folder in float32, FILE one of text that is neither calibrated nor measured
 on.  Every weight then lies between the values of the 4-bit file that it came from, as those of a
-model that was never quantised do.  Prints how far linears have moved, in units of their groups' steps.
+model that was never quantised do.  Prints how far linears have moved, in steps of that grid.
 """
 
 from __future__ import annotations
