@@ -3,7 +3,7 @@
 ``tiny_configs``    name -> configuration; every family in architectures/ needs at least one here
 ``variant``         each of those names in turn whose family is declared, here or by an installed
                     package ("outside-"): a test that asks for it runs once a name
-``first_variant``   the first of these of each model type
+``first_variant``   the first of these of each model type, without experts and with
 ``make_model``      make_model(name, dtype, **changes) -> a random model, equal at every call
 ``make_bench``      make_bench(model, dtype, plan) -> a Workbench on the CPU that reads that model
 ``token_ids``       token_ids(samples, tokens) -> random ids, equal at every call
@@ -61,6 +61,7 @@ from transformers import (
     HunYuanMoEV1Config,
     HYV3Config,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniMaxM2Config,
     Ministral3Config,
@@ -77,6 +78,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -104,7 +106,8 @@ def pytest_addoption(parser):
 VOCABULARY = 264
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 64}
 _SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4}
-_GATED = {**_SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
+_KV = {"num_key_value_heads": 2}
+_GATED = {**_SHAPE, **_KV, "intermediate_size": 48}
 _OPT = {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.0}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -114,7 +117,10 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+_FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_TOP = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+_SHARED_WIDTH = {"shared_expert_intermediate_size": 32}
+_EXPERTS = {**_FEW, "head_dim": 8}
 _MLPS = ["dense", "sparse"]  # of the MLPs, by block
 _ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 _ROUTED |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
@@ -130,6 +136,10 @@ _MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attent
 _DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
 _DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 16}
 _DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_SCAN = {"head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8}
+_SCAN |= {"n_groups": 2, "chunk_size": 8}
+_SQUARED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SQUARED |= {"moe_shared_expert_intermediate_size": 32}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _KINDS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 _SHARED = {"num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 4}
@@ -242,7 +252,11 @@ TINY = {
         attention_bias=True,
         tie_word_embeddings=True,
     ),
+    "qwen3_5_moe": Qwen3_5MoeTextConfig(**_SHAPE, **_KV, **_DELTA, **_FEW, **_SHARED_WIDTH),
     "qwen3_next": Qwen3NextConfig(**_GATED, **_DELTA, num_experts=0),
+    "qwen3_next-experts": Qwen3NextConfig(
+        **_GATED, **_DELTA, **_FEW, **_SHARED_WIDTH, mlp_only_layers=[0]
+    ),
     "granitemoehybrid": GraniteMoeHybridConfig(
         **{**_GATED, **_MAMBA, **_KINDS},
         num_local_experts=0,
@@ -256,6 +270,12 @@ TINY = {
         mamba_n_groups=2,
         mamba_proj_bias=True,
         position_embedding_type="rope",
+    ),
+    "granitemoehybrid-experts": GraniteMoeHybridConfig(
+        **{**_GATED, **_MAMBA, **_KINDS, "intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
     ),
     "falcon_h1": FalconH1Config(
         **_GATED,
@@ -280,15 +300,17 @@ TINY = {
     "lfm2-biases": Lfm2Config(
         **_GATED, layer_types=["conv", "full_attention"], conv_bias=True, block_multiple_of=16
     ),
+    "lfm2_moe": Lfm2MoeConfig(
+        **_GATED, **_FEW, layer_types=["full_attention", "conv"], num_dense_layers=1
+    ),
     "nemotron_h": NemotronHConfig(
-        **{**_GATED, "num_hidden_layers": 3},
-        layer_types=["linear_attention", "full_attention", "mlp"],
-        head_dim=8,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        ssm_state_size=8,
-        n_groups=2,
-        chunk_size=8,
+        **_GATED, **_SCAN, layer_types=["linear_attention", "full_attention", "mlp"]
+    ),
+    "nemotron_h-experts": NemotronHConfig(
+        **_GATED, **_SCAN, **_SQUARED, layer_types=["full_attention", "moe"]
+    ),
+    "nemotron_h-latent": NemotronHConfig(
+        **_GATED, **_SCAN, **_SQUARED, layer_types=["full_attention", "moe"], moe_latent_size=16
     ),
     "olmo_hybrid": OlmoHybridConfig(
         **_GATED,
@@ -307,6 +329,7 @@ TINY = {
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
         final_logit_softcapping=5.0,
+        **_TOP,
     ),
     "gemma4-plain": Gemma4TextConfig(
         **{**_GATED, **_ENDS, **_SHARED},
@@ -314,11 +337,17 @@ TINY = {
         attention_k_eq_v=True,
         num_global_key_value_heads=1,
     ),
+    "gemma4-experts": Gemma4TextConfig(
+        **{**_GATED, **_ENDS, **_SHARED, **_MIXED, "num_hidden_layers": 2},
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        **_TOP,
+    ),
     "qwen3_moe": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "qwen3_moe-unlike": Qwen3MoeConfig(
         **{**_GATED, "num_hidden_layers": 3}, **_EXPERTS, mlp_only_layers=[0], pad_token_id=1
     ),
-    "qwen2_moe": Qwen2MoeConfig(**_GATED, **_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen2_moe": Qwen2MoeConfig(**_GATED, **_EXPERTS, **_SHARED_WIDTH),
     "olmoe": OlmoeConfig(**_GATED, **_ENDS, num_experts=4, num_experts_per_tok=2),
     "mixtral": MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2),
     "minimax_m2": MiniMaxM2Config(
@@ -378,6 +407,9 @@ def tiny_configs():
     return TINY
 
 
+_WITH_EXPERTS = ("-experts", "-latent")  # of a model type that has none in another variant
+
+
 def _is_declared(name: str) -> bool:
     """Whether a family declares a name's model type: "outside-" ones by an installed package."""
     family = architectures().get(TINY[name].model_type)
@@ -390,9 +422,12 @@ def variant(request):
     return request.param
 
 
-@pytest.fixture(
-    params=sorted({TINY[n].model_type: n for n in reversed(TINY) if _is_declared(n)}.values())
-)
+def _first(name: str) -> str:
+    """What a name is the first of: its model type, or the same with experts beside it."""
+    return TINY[name].model_type + ("-experts" if name.endswith(_WITH_EXPERTS) else "")
+
+
+@pytest.fixture(params=sorted({_first(n): n for n in reversed(TINY) if _is_declared(n)}.values()))
 def first_variant(request):
     return request.param
 

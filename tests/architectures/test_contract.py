@@ -42,6 +42,8 @@ INSIDE = ("gemma", "gemma2", "gemma3", "ernie4_5", "ernie4_5-biases", "cohere2",
 INSIDE += ("qwen3_5", "qwen3_5-biases", "qwen3_next", "olmo_hybrid", "nemotron_h")
 INSIDE += ("granitemoehybrid", "granitemoehybrid-rope", "falcon_h1", "falcon_h1-norm")
 INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
+INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
+INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
@@ -51,6 +53,7 @@ AFTER = {**NO_QUERY_KEY, "norm": 0}
 OF_EXPERTS = {**NO_QUERY_KEY, "up_down": 4}  # one of each expert
 DELTA = {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 1}  # the gated norm is a third
 ONE_NORM = dict.fromkeys(KINDS, 0) | {"norm": 1}
+ATTENDING = {**ONE_NORM, "value_output": 1, "query_key": 1}
 GATED_CONVOLUTION = {**ONE_NORM, "norm": 2, "up_down": 2}
 LATENT = {"norm": 4, "value_output": 1, "query_key": 2, "up_down": 1}
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
@@ -75,19 +78,26 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "qwen3_5": (DELTA, NO_QUERY_KEY),
     "qwen3_5-biases": (DELTA, NO_QUERY_KEY),
     "qwen3_next": (DELTA, NO_QUERY_KEY),
+    "qwen3_5_moe": ({**DELTA, "up_down": 5}, {**NO_QUERY_KEY, "up_down": 5}),
+    "qwen3_next-experts": (DELTA, {**NO_QUERY_KEY, "up_down": 5}),
     "granitemoehybrid": (DELTA, ALL_KINDS),
+    "granitemoehybrid-experts": ({**DELTA, "up_down": 5}, {**ALL_KINDS, "up_down": 5}),
     "granitemoehybrid-rope": (DELTA, ALL_KINDS),
     "falcon_h1-norm": {**ALL_KINDS, "norm": 3},
     "lfm2": (GATED_CONVOLUTION, NO_QUERY_KEY),
     "lfm2-biases": (GATED_CONVOLUTION, NO_QUERY_KEY),
     "nemotron_h": (
         {**ONE_NORM, "norm": 2},
-        {**ONE_NORM, "value_output": 1, "query_key": 1},
+        ATTENDING,
         {**ONE_NORM, "up_down": 1},
     ),
+    "nemotron_h-experts": (ATTENDING, {**ONE_NORM, "up_down": 5}),
+    "nemotron_h-latent": (ATTENDING, {**ONE_NORM, "up_down": 6}),  # and of what experts read
+    "lfm2_moe": (NO_QUERY_KEY, {**GATED_CONVOLUTION, "up_down": 5}),
     "olmo_hybrid": (DELTA, AFTER),
     "gemma4": {**NO_QUERY_KEY, "value_output": 0},  # q, k and v are normalised
     "gemma4-plain": {**NO_QUERY_KEY, "value_output": 0},
+    "gemma4-experts": {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 5},
     "qwen3_moe": OF_EXPERTS,
     "qwen3_moe-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
     "qwen2_moe": {**ALL_KINDS, "up_down": 5},  # and one of the shared expert
@@ -112,6 +122,8 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "outside-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
 }
 ROUTER = frozenset({"mlp.gate.weight"})
+BESIDE = ROUTER | {"mlp.shared_expert_gate.weight"}
+GRANITE_ROUTER = frozenset({"block_sparse_moe.router.weight"})
 DELTA_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_a", "in_proj_b"))
 NEXT_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_ba"))
 OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "b_proj"))
@@ -121,27 +133,34 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "qwen3_5": (DELTA_SMALL, frozenset()),
     "qwen3_5-biases": (DELTA_SMALL, frozenset()),
     "qwen3_next": (NEXT_SMALL, frozenset()),
+    "qwen3_5_moe": (DELTA_SMALL | BESIDE, BESIDE),
+    "qwen3_next-experts": (NEXT_SMALL, BESIDE),
     "granitemoehybrid": (MAMBA, frozenset()),
+    "granitemoehybrid-experts": (MAMBA | GRANITE_ROUTER, GRANITE_ROUTER),
     "granitemoehybrid-rope": (MAMBA, frozenset()),
     "falcon_h1": MAMBA,
     "falcon_h1-norm": MAMBA,
     "lfm2": (frozenset({"conv.conv.weight"}), frozenset()),
     "lfm2-biases": (frozenset({"conv.conv.weight"}), frozenset()),
     "nemotron_h": (frozenset({"mixer.conv1d.weight"}), frozenset(), frozenset()),
+    "nemotron_h-experts": (frozenset(), frozenset({"mixer.gate.weight"})),
+    "nemotron_h-latent": (frozenset(), frozenset({"mixer.gate.weight"})),
+    "lfm2_moe": (frozenset(), frozenset({"conv.conv.weight", "feed_forward.gate.weight"})),
+    "gemma4-experts": frozenset({"router.proj.weight"}),
     "olmo_hybrid": (OLMO_SMALL, frozenset()),
     "gemma4": frozenset({"per_layer_input_gate.weight", "per_layer_projection.weight"}),
     "outside-experts": ROUTER,
     "outside-unlike": UNLIKE,
     "qwen3_moe": ROUTER,
     "qwen3_moe-unlike": UNLIKE,
-    "qwen2_moe": ROUTER | {"mlp.shared_expert_gate.weight"},
+    "qwen2_moe": BESIDE,
     "olmoe": ROUTER,
     "mixtral": ROUTER,
     "minimax_m2": ROUTER,
     "ernie4_5_moe": (frozenset(), ROUTER | {"mlp.gate.moe_statics.e_score_correction_bias"}),
     "solar_open": ROUTER,
     "hunyuan_v1_moe": frozenset({"mlp.gate.wg.weight"}),
-    "granitemoe": frozenset({"block_sparse_moe.router.weight"}),
+    "granitemoe": GRANITE_ROUTER,
     **dict.fromkeys(
         ("glm4_moe", "glm4_moe-norms", "dots1", "hy_v3", "exaone_moe", "deepseek_v2"),
         (frozenset(), ROUTER),
@@ -356,6 +375,11 @@ def among_rows(up: str, down: str, rows: int, start: int, width: int) -> Site:
     return dataclasses.replace(site, folds=(Fold(up, "rows", -1, index), *site.consumers))
 
 
+def mixture_inputs(experts: str, *names: str) -> tuple[str, ...]:
+    """What multiplies the input of each of four experts."""
+    return tuple(f"{experts}.{expert}.{name}" for expert in range(4) for name in names)
+
+
 _LATENT = {"num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 32, "v_head_dim": 12}
 _LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "hidden_size": 32}
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
@@ -477,9 +501,29 @@ WRONG_SITES = {
         "mixtral",
         norm_site(
             "post_attention_layernorm",
-            tuple(f"mlp.experts.{expert}.{name}" for expert in range(4) for name in ("w1", "w3")),
+            mixture_inputs("mlp.experts", "w1", "w3"),
             32,
         ),
+    ),
+    "a norm of experts that their router does not read": (
+        "gemma4-experts",
+        norm_site(
+            "pre_feedforward_layernorm_2",
+            (*mixture_inputs("experts", "gate_proj", "up_proj"), "router.proj"),
+            32,
+        ),
+    ),
+    "a norm of which the experts beside the MLP are not named": (
+        "granitemoehybrid-experts",
+        norm_site("post_attention_layernorm", ("shared_mlp.input_linear",), 32),
+    ),
+    "a norm that experts read through a linear of lower rank": (
+        "nemotron_h-latent",
+        norm_site("norm", ("mixer.fc1_latent_proj", "mixer.shared_experts.up_proj"), 32),
+    ),
+    "an expert's squared ReLU as if it were ReLU": (
+        "nemotron_h-experts",
+        up_down_site("mixer.experts.1.up_proj", "mixer.experts.1.down_proj", 16),
     ),
     "gate instead of up in an expert": (
         "olmoe",

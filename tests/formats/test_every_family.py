@@ -14,15 +14,12 @@ SETTINGS = {
     "W4A16g16": {"lr_plus": True, "let": True, "lwc": True, "format": "dequantized"},
     "W4A4": {"lwc": True, "let": True, "format": "lrquant"},
 }
-TOGETHER = ("granitemoe",)  # published, too, with all experts in one tensor
 
 
 @pytest.mark.parametrize("scheme", SETTINGS)
 def test_learned_written_and_read_back(
     scheme, first_variant, make_model, token_ids, assert_alike, tmp_path
 ):
-    if first_variant in TOGETHER and scheme == "W4A4":
-        pytest.skip("no packed format: test_experts.py holds what is said")
     module, ids = make_model(first_variant), token_ids(2, 12)
     own_attention = architecture_of(module.config).own_attention
     run = quantize(

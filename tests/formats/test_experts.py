@@ -122,6 +122,24 @@ def test_what_would_be_read_wrongly_is_refused(form, scheme, said, written, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_experts_that_are_published_in_one_tensor_are_packed_each_for_the_runtime(
+    written, token_ids, assert_alike, tmp_path
+):
+    """But for those of a block that stay in floating point, which stay in one."""
+    run = written("granitemoe", "lrquant", "W4A4", scheme_for=("layers.1.*.experts=W16A16",))
+    stored, ids, place = tensors_of(tmp_path / "saved"), token_ids(2, 12), tmp_path / "saved"
+    experts = {name for name in stored if ".experts." in name}
+    own = {name.partition(".experts.")[2].split(".")[0] for name in experts if "layers.0." in name}
+    assert own == {"0", "1", "2", "3"}
+    start = "model.layers.1.block_sparse_moe.experts"
+    assert {name for name in experts if name.startswith(start)} == {
+        f"{start}.{name}" for name in ("gate_up_proj", "down_proj")
+    }
+    read = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    assert_alike(read(ids).logits, run.load_model()(ids).logits)
+    assert not verify(place).problems
+
+
 def test_experts_that_are_published_in_one_tensor_are_not_packed(written):
     with pytest.raises(LRQuantError, match=r"experts.gate_up_proj: holds several matrices in one"):
         written("granitemoe", "compressed-tensors", "W4A16g16-sym")

@@ -33,7 +33,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SmolVLMConfig,
     ViTConfig,
 )
@@ -49,6 +51,10 @@ TOWER |= {"num_attention_heads": 2, "patch_size": 4}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
 QWEN |= {"temporal_patch_size": 2, "in_channels": 3}
+QWEN3 = {**QWEN, "hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 32}
+QWEN3 |= {"num_position_embeddings": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS |= {"shared_expert_intermediate_size": 32}
 DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
 DELTA |= {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
 DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -189,25 +195,22 @@ def _configs() -> dict[str, PreTrainedConfig]:
         ),
         "qwen3_vl": Qwen3VLConfig(
             text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE},
-            vision_config={
-                **QWEN,
-                "hidden_size": 32,
-                "intermediate_size": 40,
-                "out_hidden_size": 32,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
-            },
+            vision_config={**QWEN3, "deepstack_visual_indexes": [0]},
+            **SPECIAL,
+        ),
+        "qwen3_vl_moe": Qwen3VLMoeConfig(
+            text_config={**TEXT, **EXPERTS, "head_dim": 8, "rope_parameters": ROPE},
+            vision_config={**QWEN3, "deepstack_visual_indexes": [0]},
             **SPECIAL,
         ),
         "qwen3_5": Qwen3_5Config(
             text_config={**TEXT, **DELTA, "model_type": "qwen3_5_text"},
-            vision_config={
-                **QWEN,
-                "hidden_size": 32,
-                "intermediate_size": 40,
-                "out_hidden_size": 32,
-                "num_position_embeddings": 16,
-            },
+            vision_config=QWEN3,
+            **SPECIAL,
+        ),
+        "qwen3_5_moe": Qwen3_5MoeConfig(
+            text_config={**TEXT, **DELTA, **EXPERTS, "model_type": "qwen3_5_moe_text"},
+            vision_config=QWEN3,
             **SPECIAL,
         ),
         "vit": ViTConfig(**TOWER, num_labels=3, architectures=["ViTForImageClassification"]),
@@ -240,6 +243,8 @@ def make_vision(randomize_):
         config = copy.deepcopy(CONFIGS[name])
         classifier = name in CLASSIFIERS
         auto = AutoModelForImageClassification if classifier else AutoModelForImageTextToText
+        if dtype == torch.float64:  # which grouped products of experts do not take
+            config.get_text_config()._experts_implementation = "eager"
         attention = "eager" if name == "paligemma-2" else "sdpa"  # soft caps
         model = auto.from_config(config, attn_implementation=attention)
         model = randomize_(model).to(dtype).eval().requires_grad_(False)

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
@@ -27,6 +29,7 @@ from lrquant.errors import LRQuantError
 from lrquant.measures.scoring.predictions import send_through
 from lrquant.model.loading import from_module
 from lrquant.model.model import Model
+from lrquant.model.sources import SafetensorsSource, SkeletonSource
 from lrquant.preflight.load import language_load, tower_load
 from lrquant.preflight.probe import probe_block
 
@@ -34,6 +37,7 @@ CPU = torch.device("cpu")
 EQUAL, CLEAR = 1e-9, 1e-6  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where the model itself computes norms or rotations in float32
 INSIDE = ("gemma3", "paligemma", "paligemma-2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+INSIDE += ("qwen3_vl_moe", "qwen3_5_moe")
 GELU = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 0}
 TOWER_SITES = {
     "internvl-qk-norm": {**GELU, "query_key": 0},
@@ -179,6 +183,7 @@ def test_both_parts_are_learned(family, plus, learn):
     assert all(record.final_loss < 1.05 * record.initial_loss for record in run.records)
 
 
+EXPERTS = ("qwen3_vl_moe", "qwen3_5_moe")
 TWO_SCHEMES = {"vision_scheme": "W8A8-sym-qkv16", "activation_symmetric": True}
 
 
@@ -195,6 +200,8 @@ def test_saved_and_loaded_again(
     language_family, form, scheme, settings, learn, make_feed, tmp_path
 ):
     """Through transformers' own class: the logits are those of the learned model."""
+    if language_family in EXPERTS and form == "compressed-tensors":
+        pytest.skip("experts of one scheme alone: see below")
     place = tmp_path / "saved"
     run = learn(language_family, scheme, save_dir=str(place), format=form, **settings)
     loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
@@ -208,6 +215,35 @@ def test_saved_and_loaded_again(
     assert difference < (1e-4 if settings["vision_scheme"].startswith(("W4A16", "W8A16")) else 0.15)
 
 
+def test_experts_are_saved_each_by_its_published_name(learn, make_feed, tmp_path):
+    place = tmp_path / "saved"
+    form = {"format": "compressed-tensors", "save_dir": str(place)}
+    run = learn("qwen3_5_moe", "W4A16g8-sym", **form)
+    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+    stored = safe_open(place / "model-0000.safetensors", "pt").keys()
+    start = "model.language_model.layers.0.mlp.experts.3"
+    assert {f"{start}.{name}_proj.weight_packed" for name in ("gate", "up", "down")} <= set(stored)
+    inputs = make_feed("qwen3_5_moe").collate(slice(0, 2))
+    found, expected = loaded(**inputs).logits, run.load_model()(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_experts_are_read_in_the_layout_in_which_they_are_published(make_vision, tmp_path):
+    """Inputs first, under the names that they have in the model."""
+    model, place = make_vision("qwen3_vl_moe"), tmp_path / "model"
+    model.save_pretrained(place)
+    path = place / "model.safetensors"
+    tensors = load_file(path)
+    turned = [name for name in tensors if ".experts." in name]
+    tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in turned}
+    save_file(tensors, path, metadata={"format": "pt"})
+    own = model.state_dict()
+    source = SkeletonSource(SafetensorsSource(place), from_module(model).skeleton)
+    assert len(turned) == 4 and not source.extra_names()
+    assert all(torch.equal(source.tensor(name), own[name]) for name in turned)
+
+
 def test_two_schemes_that_transformers_cannot_load_are_refused(learn, tmp_path):
     with pytest.raises(LRQuantError, match="transformers loads two schemes only where"):
         learn("llava", "W4A16", vision_scheme="W8A8", save_dir=str(tmp_path / "saved"))
@@ -215,7 +251,8 @@ def test_two_schemes_that_transformers_cannot_load_are_refused(learn, tmp_path):
 
 def test_a_tower_in_floating_point_is_saved_as_it_is(language_family, learn, tmp_path, make_vision):
     place = tmp_path / "saved"
-    learn(language_family, "W4A16", save_dir=str(place))
+    form = {"format": "lrquant"} if language_family in EXPERTS else {}
+    learn(language_family, "W4A16", save_dir=str(place), **form)
     loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
     own = dict(make_vision(language_family).named_parameters())
     model = from_module(make_vision(language_family))

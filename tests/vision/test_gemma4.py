@@ -23,9 +23,9 @@ TOKENS = {"image_token_id": IMAGE, "video_token_id": 261, "audio_token_id": 259}
 TOKENS |= {"boi_token_id": 262, "eoi_token_id": 263}
 
 
-@pytest.fixture
-def model(tiny_configs, randomize_):
-    text = tiny_configs["gemma4"].to_dict()
+@pytest.fixture(params=["gemma4", "gemma4-experts"])
+def model(request, tiny_configs, randomize_):
+    text = tiny_configs[request.param].to_dict()
     config = Gemma4Config(text_config=text, vision_config=TOWER, **TOKENS)
     made = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     return randomize_(made).eval().requires_grad_(False)

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import decoder
 from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.mixture import Mixture, mlp_matrices, mlp_sites
 from lrquant.architectures.sites import Site, gated_norm_site, norm_site, value_output_site
 
 MIXER = "linear_attn"
-MLP = (*decoder.MLP_INPUTS, "mlp.down_proj")
-ATTENTION = tuple(name for name in decoder.LINEARS if name not in MLP)
+ATTENTION = (*decoder.ATTENTION_INPUTS, "self_attn.o_proj")
 
 
 def is_linear(config: PretrainedConfig, block: int) -> bool:
@@ -25,25 +25,34 @@ def is_linear(config: PretrainedConfig, block: int) -> bool:
     return bool(config.layer_types[block] == "linear_attention")
 
 
-def matrices(config: PretrainedConfig, block: int, inputs: Sequence[str]) -> tuple[Matrix, ...]:
-    """Linears of a block whose DeltaNet reads its norm through `inputs`."""
+def matrices(
+    config: PretrainedConfig, block: int, inputs: Sequence[str], own: Mixture | None = None
+) -> tuple[Matrix, ...]:
+    """Those of a block whose DeltaNet reads its norm through `inputs`, with experts if it has."""
     names = (*of_mixer(*inputs), f"{MIXER}.out_proj") if is_linear(config, block) else ATTENTION
-    return linears(*names, *MLP)
+    return *linears(*names), *mlp_matrices(config, own)
 
 
-def kept(config: PretrainedConfig, block: int, small: Sequence[str]) -> tuple[str, ...]:
-    """The convolution and the `small` projections of a block's DeltaNet."""
+def kept(
+    config: PretrainedConfig, block: int, small: Sequence[str], own: Mixture | None = None
+) -> tuple[str, ...]:
+    """The convolution and the `small` projections of a block's DeltaNet, and its router."""
     names = of_mixer("conv1d", *small) if is_linear(config, block) else ()
-    return tuple(f"{name}.weight" for name in names)
+    router = () if own is None else own.kept_weights
+    return (*(f"{name}.weight" for name in names), *router)
 
 
 def sites(
-    config: PretrainedConfig, block: int, inputs: Sequence[str], small: Sequence[str]
+    config: PretrainedConfig,
+    block: int,
+    inputs: Sequence[str],
+    small: Sequence[str],
+    own: Mixture | None = None,
 ) -> tuple[Site, ...]:
     """The sites of a block whose norms multiply with their weight and 1, all but the gated one."""
     return (
         *mixer_sites(config, block, inputs, small),
-        *decoder.mlp_sites(config, "post_attention_layernorm", norm_offset=1.0),
+        *mlp_sites(config, own, "post_attention_layernorm", norm_offset=1.0),
     )
 
 

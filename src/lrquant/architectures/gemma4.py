@@ -1,9 +1,10 @@
-"""Gemma 4, text, without experts: keys and values that blocks share, and inputs of each block.
+"""Gemma 4, text: keys and values that blocks share, and inputs of each block.
 
 Norms stand before and after each sublayer, those after it feed the residual; q, k and v are
 normalised.  Some blocks attend to the keys and values of an earlier one and have none themselves;
 full attention may have values that are its keys.  What a block gets beside the hidden states goes
-through two small linears, which stay in floating point.
+through two small linears, which stay in floating point.  Experts stand beside the MLP and have a
+norm of their own, which their router does not read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture, decoder
 from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.mixture import Mixture
 from lrquant.architectures.sites import Site, norm_site, up_down_site
 
 _PER_LAYER = ("per_layer_input_gate.weight", "per_layer_projection.weight")
@@ -31,27 +33,33 @@ def _reuses(config: PretrainedConfig, block: int) -> bool:
 
 
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
-    mlp = *decoder.MLP_INPUTS, "mlp.down_proj"
-    return linears(*_readers(config, block), "self_attn.o_proj", *mlp)
+    own, mlp = _mixture(config), (*decoder.MLP_INPUTS, "mlp.down_proj")
+    beside = own.matrices(config.hidden_size) if own else ()
+    return *linears(*_readers(config, block), "self_attn.o_proj", *mlp), *beside
+
+
+def _mixture(config: PretrainedConfig) -> Mixture | None:
+    if not config.enable_moe_block:
+        return None
+    width, kept = config.moe_intermediate_size, ("router.proj.weight",)
+    return Mixture(config.num_experts, width, path="", router=None, kept=kept)
 
 
 def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
+    own, size = _mixture(config), config.hidden_size
     double = config.use_double_wide_mlp and _reuses(config, block)
     return (
-        norm_site("input_layernorm", _readers(config, block), config.hidden_size),
-        norm_site("pre_feedforward_layernorm", decoder.MLP_INPUTS, config.hidden_size),
+        norm_site("input_layernorm", _readers(config, block), size),
+        norm_site("pre_feedforward_layernorm", decoder.MLP_INPUTS, size),
         up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size * (1 + double)),
+        *((own.norm_site("pre_feedforward_layernorm_2", size), *own.inner_sites) if own else ()),
     )
 
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
-    return _PER_LAYER if config.hidden_size_per_layer_input else ()
-
-
-def _refusal(config: PretrainedConfig) -> str | None:
-    if config.enable_moe_block:
-        return "its blocks have experts, which this family's declaration does not cover yet"
-    return None
+    own = _mixture(config)
+    inputs = _PER_LAYER if config.hidden_size_per_layer_input else ()
+    return *inputs, *(own.kept_weights if own else ())
 
 
 ARCHITECTURE = Architecture(
@@ -62,7 +70,6 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     assumes={"use_bidirectional_attention": (None, "vision")},
-    refusal=_refusal,
     hands_on="shared_kv_states",
     windows_begin="bos",
 )

@@ -1,4 +1,7 @@
-"""Granite 4 without experts: Mamba 2 mixers with attention in some blocks, gate and up fused."""
+"""Granite 4: Mamba 2 mixers with attention in some blocks, gate and up fused.
+
+Where there are experts the MLP, which every token goes through, stands beside them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture, decoder, mamba
 from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
+from lrquant.architectures.mixture import Mixture
 from lrquant.architectures.sites import (
     Site,
     norm_site,
@@ -26,19 +30,31 @@ def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     attention = *decoder.ATTENTION_INPUTS, _OUTPUT
     mixer = mamba.names(_MIXER) if _is_mamba(config, block) else attention
     width = config.shared_intermediate_size
-    return *linears(*mixer), *fused_linear(_GATE_UP, gate=width, up=width), linear(_DOWN)
+    mlp = *fused_linear(_GATE_UP, gate=width, up=width), linear(_DOWN)
+    own = _mixture(config)
+    return (*linears(*mixer), *mlp, *(own.matrices(config.hidden_size) if own else ()))
+
+
+def _mixture(config: PretrainedConfig) -> Mixture | None:
+    count, width = config.num_local_experts, config.intermediate_size
+    return Mixture(count, width, path="block_sparse_moe", router="router") if count else None
 
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
-    return mamba.kept(_MIXER) if _is_mamba(config, block) else ()
+    own = _mixture(config)
+    mixer = mamba.kept(_MIXER) if _is_mamba(config, block) else ()
+    return *mixer, *(own.kept_weights if own else ())
 
 
 def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     gate, up = f"{_GATE_UP}.gate", f"{_GATE_UP}.up"
+    own = _mixture(config)
+    readers = (gate, up, *(own.readers if own else ()))
     return (
         *_mixer_sites(config, block),
-        norm_site("post_attention_layernorm", (gate, up), config.hidden_size, measured=_GATE_UP),
+        norm_site("post_attention_layernorm", readers, config.hidden_size, measured=_GATE_UP),
         up_down_site(up, _DOWN, config.shared_intermediate_size),
+        *(own.inner_sites if own else ()),
     )
 
 
@@ -57,12 +73,6 @@ def _mixer_sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     )
 
 
-def _refusal(config: PretrainedConfig) -> str | None:
-    if config.num_local_experts:
-        return "its blocks have experts, which this family's declaration does not cover yet"
-    return None
-
-
 ARCHITECTURE = Architecture(
     name="granitemoehybrid",
     model_types=("granitemoehybrid",),
@@ -71,5 +81,4 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     assumes=decoder.WHOLE_ROTARY,
-    refusal=_refusal,
 )

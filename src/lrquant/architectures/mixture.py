@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -12,6 +12,7 @@ from lrquant.architectures import decoder
 from lrquant.architectures.architecture import Architecture
 from lrquant.architectures.matrix import Matrix, linears, parts_of_experts
 from lrquant.architectures.sites import (
+    Fold,
     Site,
     norm_site,
     query_key_site,
@@ -26,69 +27,125 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 class Mixture:
     """One block's experts: how many of what width, and the names of what stands beside them.
 
-    `path` is that of the module, in which `router` and `shared` are named: the module that has the
-    router's weight, and an MLP of `shared_width` that every token goes through; `shared_gate` is a
-    linear that weighs its output, `kept` are further parameters that stay in floating point.
-    `names` are those of an expert's gate, up and down where one is published on its own.
+    `path` is that of the module, empty for the block itself, in which `router` and `shared` are
+    named: the module that has the router's weight, None where it reads another tensor than the
+    experts, and an MLP of `shared_width` that every token goes through; `shared_gate` is a linear
+    that weighs its output, `kept` are further parameters that stay in floating point.  `names` are
+    those of an expert's gate, up and down, or of up and down, where one is published on its own.
+    Down reads what up gives to a `power`.  Experts read and give `latent` channels where there are
+    two linears for it: `entrance` gives them of what the router reads, `exit` takes their sum.
     """
 
     count: int
     width: int
     path: str = "mlp"
-    router: str = "gate"
-    names: tuple[str, str, str] = NAMES
+    router: str | None = "gate"
+    names: tuple[str, ...] = NAMES
     shared: str | None = None
     shared_width: int = 0
     shared_gate: str | None = None
     kept: tuple[str, ...] = ()
+    power: Literal[1, 2] = 1
+    latent: int | None = None
+    entrance: str = ""
+    exit: str = ""
+
+    def _at(self, *names: str) -> tuple[str, ...]:
+        return tuple(f"{self.path}.{name}" if self.path else name for name in names)
 
     @property
     def _experts(self) -> str:
-        return f"{self.path}.experts"
+        return self._at("experts")[0]
+
+    def _inputs(self, index: int) -> list[str]:
+        """What an expert's input is multiplied with."""
+        return [f"{self._experts}.{index}.{name}" for name in self.names[:-1]]
 
     @property
-    def _shared(self) -> list[str]:
-        return [] if self.shared is None else [f"{self.path}.{self.shared}.{n}" for n in NAMES]
+    def _shared(self) -> tuple[str, ...]:
+        """Linears of the shared one, by the names that they have nearly everywhere."""
+        if self.shared is None:
+            return ()
+        return self._at(*(f"{self.shared}.{name}" for name in NAMES[-len(self.names) :]))
+
+    @property
+    def _around(self) -> tuple[str, ...]:
+        """The linears into the experts' channels and out of them."""
+        return () if self.latent is None else self._at(self.entrance, self.exit)
 
     def matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Gate, up and down of every expert, and of the shared one."""
-        gate, up, down = self.names
-        first, second = {gate: self.width, up: self.width}, {down: hidden_size}
+        """Gate, up and down of every expert, of the shared one, and what is around them."""
+        *inputs, down = self.names
+        first, second = dict.fromkeys(inputs, self.width), {down: self.latent or hidden_size}
         module, count = self._experts, self.count
+        stored = "gate_up_proj" if len(inputs) > 1 else "up_proj"
         return (
-            *parts_of_experts(module, "gate_up_proj", count, first, reads_input=True),
+            *parts_of_experts(module, stored, count, first, reads_input=True),
             *parts_of_experts(module, "down_proj", count, second, reads_input=False),
-            *linears(*self._shared),
+            *linears(*self._shared, *self._around),
         )
 
     @property
     def kept_weights(self) -> tuple[str, ...]:
         """Weights that stay in floating point, the router's first."""
-        gate = () if self.shared_gate is None else (f"{self.path}.{self.shared_gate}.weight",)
-        own = tuple(f"{self.path}.{name}" for name in self.kept)
-        return (f"{self.path}.{self.router}.weight", *gate, *own)
-
-    def norm_site(self, norm: str, hidden_size: int) -> Site:
-        """The norm before it, which the router reads as the experts do."""
-        readers = [
-            f"{self._experts}.{index}.{name}"
-            for index in range(self.count)
-            for name in self.names[:2]
-        ]
-        readers += [*self._shared[:2], f"{self.path}.{self.router}"]
-        readers += [] if self.shared_gate is None else [f"{self.path}.{self.shared_gate}"]
-        return norm_site(norm, tuple(readers), hidden_size, measured=self._experts)
+        modules = [name for name in (self.router, self.shared_gate) if name is not None]
+        return self._at(*(f"{name}.weight" for name in modules), *self.kept)
 
     @property
-    def up_down_sites(self) -> tuple[Site, ...]:
-        """One within each expert, and within the shared one."""
+    def readers(self) -> tuple[str, ...]:
+        """All that reads what the experts read, or what `entrance` does: the router among it."""
+        entrance = self._around[:1]
+        own = [name for index in range(self.count) for name in self._inputs(index)]
+        others = [name for name in (self.router, self.shared_gate) if name is not None]
+        return (*(entrance or own), *self._shared[:-1], *self._at(*others))
+
+    def norm_site(self, norm: str, hidden_size: int, offset: float = 0.0) -> Site:
+        """The norm before it, which the router reads as the experts do."""
+        measured = None if self.latent is not None else self._experts
+        return norm_site(norm, self.readers, hidden_size, offset, measured)
+
+    @property
+    def inner_sites(self) -> tuple[Site, ...]:
+        """One within each expert, within the shared one, and from `entrance` to the experts."""
         starts = [f"{self._experts}.{index}" for index in range(self.count)]
-        _, up, down = self.names
-        own = [up_down_site(f"{start}.{up}", f"{start}.{down}", self.width) for start in starts]
-        if self.shared is None:
-            return tuple(own)
-        _, up, down = self._shared
-        return (*own, up_down_site(up, down, self.shared_width))
+        *_, up, down = self.names
+        own = [
+            up_down_site(f"{start}.{up}", f"{start}.{down}", self.width, self.power)
+            for start in starts
+        ]
+        if self.shared is not None:
+            *_, up, down = self._shared
+            own.append(up_down_site(up, down, self.shared_width, self.power))
+        return (*own, *self._entrance_site)
+
+    @property
+    def _entrance_site(self) -> tuple[Site, ...]:
+        if self.latent is None:
+            return ()
+        entrance, identity = self._around[0], tuple(range(self.latent))
+        readers = [name for index in range(self.count) for name in self._inputs(index)]
+        folds = [Fold(entrance, "rows", -1, identity)]
+        folds += [Fold(name, "columns", 1, identity) for name in readers]
+        return (
+            Site(entrance, "up_down", self.latent, tuple(folds), self._experts, shiftable=False),
+        )
+
+
+def every_few(config: PretrainedConfig, block: int) -> bool:
+    """Whether a block of Qwen's has experts: every few do, but for those that are named dense."""
+    sparse = config.num_experts > 0 and (block + 1) % config.decoder_sparse_step == 0
+    return sparse and block not in config.mlp_only_layers
+
+
+def beside_a_gated_one(config: PretrainedConfig) -> Mixture:
+    """Qwen's experts, and one more that every token goes through, whose output a gate weighs."""
+    return Mixture(
+        config.num_experts,
+        config.moe_intermediate_size,
+        shared="shared_expert",
+        shared_width=config.shared_expert_intermediate_size,
+        shared_gate="shared_expert_gate",
+    )
 
 
 Choice = Callable[[PretrainedConfig, int], Mixture | None]
@@ -124,6 +181,24 @@ def rotary_attention_sites(rotary: str | None, part: bool = False) -> Sites:
     return sites
 
 
+def mlp_matrices(config: PretrainedConfig, own: Mixture | None) -> tuple[Matrix, ...]:
+    """Those of a block's experts, or of its dense MLP where it has none."""
+    dense = linears(*decoder.MLP_INPUTS, "mlp.down_proj")
+    return dense if own is None else own.matrices(config.hidden_size)
+
+
+def mlp_sites(
+    config: PretrainedConfig, own: Mixture | None, norm: str | None, norm_offset: float = 0.0
+) -> tuple[Site, ...]:
+    """Those of its experts or dense MLP, and of the norm before it where there is one."""
+    size = config.hidden_size
+    if own is not None:
+        before = () if norm is None else (own.norm_site(norm, size, norm_offset),)
+        return *before, *own.inner_sites
+    before = () if norm is None else (norm_site(norm, decoder.MLP_INPUTS, size, norm_offset),)
+    return *before, up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size)
+
+
 def mixture_family(
     name: str,
     mixture: Choice,
@@ -141,19 +216,10 @@ def mixture_family(
     """
 
     def all_matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
-        own = mixture(config, block)
-        dense = linears(*decoder.MLP_INPUTS, "mlp.down_proj")
-        return (*matrices(config, block), *(own.matrices(config.hidden_size) if own else dense))
+        return *matrices(config, block), *mlp_matrices(config, mixture(config, block))
 
     def all_sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
-        own, size = mixture(config, block), config.hidden_size
-        attention = sites(config, block)
-        if own is not None:
-            before = () if norm is None else (own.norm_site(norm, size),)
-            return (*attention, *before, *own.up_down_sites)
-        before = () if norm is None else (norm_site(norm, decoder.MLP_INPUTS, size),)
-        dense = up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size)
-        return (*attention, *before, dense)
+        return *sites(config, block), *mlp_sites(config, mixture(config, block), norm)
 
     def kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
         own = mixture(config, block)

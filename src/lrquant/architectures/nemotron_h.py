@@ -1,6 +1,7 @@
-"""Nemotron-H without experts: each block is one norm and one mixer.
+"""Nemotron-H and Nemotron 3: each block is one norm and one mixer.
 
-A Mamba 2 mixer, attention without RoPE, or an MLP without a gate, of squared ReLU.
+A Mamba 2 mixer, attention without RoPE, or an MLP without a gate, of squared ReLU, or experts of
+that kind with one more for all, which may read and give channels of a lower rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from transformers import PretrainedConfig
 
 from lrquant.architectures import Architecture, decoder, mamba
 from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.mixture import Mixture
 from lrquant.architectures.sites import (
     Site,
     norm_site,
@@ -17,7 +19,7 @@ from lrquant.architectures.sites import (
     value_output_site,
 )
 
-_MIXER, _NORM = "mixer", "norm"
+_MIXER, _NORM, _SPARSE = "mixer", "norm", "moe"
 _QUERY, _KEY, _VALUE, _OUTPUT = (f"{_MIXER}.{name}_proj" for name in "qkvo")
 _UP, _DOWN = f"{_MIXER}.up_proj", f"{_MIXER}.down_proj"
 _LINEARS = {
@@ -27,17 +29,40 @@ _LINEARS = {
 }
 
 
+def _mixture(config: PretrainedConfig) -> Mixture:
+    return Mixture(
+        config.n_routed_experts,
+        config.moe_intermediate_size,
+        path=_MIXER,
+        names=("up_proj", "down_proj"),
+        shared="shared_experts",
+        shared_width=config.moe_shared_expert_intermediate_size,
+        power=2,
+        latent=config.moe_latent_size,
+        entrance="fc1_latent_proj",
+        exit="fc2_latent_proj",
+    )
+
+
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
-    return linears(*_LINEARS[config.layers_block_type[block]])
+    kind = config.layers_block_type[block]
+    if kind == _SPARSE:
+        return _mixture(config).matrices(config.hidden_size)
+    return linears(*_LINEARS[kind])
 
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
-    is_mamba = config.layers_block_type[block] == "linear_attention"
-    return mamba.kept(_MIXER) if is_mamba else ()
+    kind = config.layers_block_type[block]
+    if kind == _SPARSE:
+        return _mixture(config).kept_weights
+    return mamba.kept(_MIXER) if kind == "linear_attention" else ()
 
 
 def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     kind = config.layers_block_type[block]
+    if kind == _SPARSE:
+        own = _mixture(config)
+        return own.norm_site(_NORM, config.hidden_size), *own.inner_sites
     *readers, _ = _LINEARS[kind]
     norm = norm_site(_NORM, tuple(readers), config.hidden_size)
     if kind == "linear_attention":
@@ -53,14 +78,6 @@ def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     )
 
 
-def _refusal(config: PretrainedConfig) -> str | None:
-    kinds = list(config.layers_block_type)
-    if "moe" in kinds:
-        block = kinds.index("moe")
-        return f"block {block} has experts, which this family's declaration does not cover yet"
-    return None
-
-
 ARCHITECTURE = Architecture(
     name="nemotron_h",
     model_types=("nemotron_h",),
@@ -69,5 +86,4 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     assumes={"mlp_hidden_act": ("relu2",)},
-    refusal=_refusal,
 )

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 from lrquant.architectures import Architecture, decoder, delta_net
 from lrquant.architectures.delta_net import MIXER, is_linear, of_mixer
 from lrquant.architectures.matrix import Matrix, linears
+from lrquant.architectures.mixture import mlp_matrices
 from lrquant.architectures.sites import Site, gated_norm_site, norm_site
 
 _INPUTS, _SMALL = ("q_proj", "k_proj", "v_proj", "g_proj"), ("a_proj", "b_proj")
@@ -15,7 +16,7 @@ _INPUTS, _SMALL = ("q_proj", "k_proj", "v_proj", "g_proj"), ("a_proj", "b_proj")
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     if not is_linear(config, block):
         return decoder.matrices(config, block)
-    return linears(*of_mixer(*_INPUTS, "o_proj"), *delta_net.MLP)
+    return *linears(*of_mixer(*_INPUTS, "o_proj")), *mlp_matrices(config, None)
 
 
 def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:

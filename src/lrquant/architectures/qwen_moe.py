@@ -11,6 +11,8 @@ from lrquant.architectures import decoder
 from lrquant.architectures.mixture import (
     Mixture,
     attention_sites,
+    beside_a_gated_one,
+    every_few,
     mixture_family,
     rotary_attention_sites,
 )
@@ -20,19 +22,11 @@ _SHARED = "qwen2_moe"
 
 
 def _mixture(config: PretrainedConfig, block: int) -> Mixture | None:
-    sparse = config.num_experts > 0 and (block + 1) % config.decoder_sparse_step == 0
-    if block in config.mlp_only_layers or not sparse:
+    if not every_few(config, block):
         return None
-    count, width = config.num_experts, config.moe_intermediate_size
-    if config.model_type != _SHARED:
-        return Mixture(count, width)
-    return Mixture(
-        count,
-        width,
-        shared="shared_expert",
-        shared_width=config.shared_expert_intermediate_size,
-        shared_gate="shared_expert_gate",
-    )
+    if config.model_type == _SHARED:
+        return beside_a_gated_one(config)
+    return Mixture(config.num_experts, config.moe_intermediate_size)
 
 
 def _attention(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
@@ -45,6 +39,7 @@ ARCHITECTURE = mixture_family(
     _mixture,
     _attention,
     model_types=("qwen3_moe", "qwen2_moe"),
+    language_types=("qwen3_vl_moe_text",),
     assumes=decoder.WHOLE_ROTARY,
     windows_begin="stream",
 )

@@ -12,11 +12,12 @@ from lrquant.architectures.encoder import Names
 from lrquant.architectures.sites import Site, up_down_site
 
 _GATED = "qwen2_5_vl_vision"
+_PLAIN = ("mlp.linear_fc1",), "mlp.linear_fc2"
 _MLP = {
     "qwen2_vl_vision": (("mlp.fc1",), "mlp.fc2"),
     _GATED: (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    "qwen3_vl_vision": (("mlp.linear_fc1",), "mlp.linear_fc2"),
-    "qwen3_5_vision": (("mlp.linear_fc1",), "mlp.linear_fc2"),
+    **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision"), _PLAIN),
+    **dict.fromkeys(("qwen3_5_vision", "qwen3_5_moe_vision"), _PLAIN),
 }
 
 

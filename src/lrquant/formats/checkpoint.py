@@ -51,7 +51,7 @@ def check_format(model: Model, plan: Plan, form: Format, dtype: torch.dtype) -> 
                 reason = form.shape_refusal(shape.rows, shape.columns)
                 if reason is not None:
                     raise LRQuantError(f"--format {form.name}: {name}: {reason}")
-            alone = part.published.alone(view.plan.name)
+            alone = form.alone(view.plan, part.published)
             schemes = {view.plan.schemes[name] for name in alone}
             reason = form.experts(own.schemes, schemes) if schemes else None
             if reason is not None:
@@ -167,12 +167,12 @@ def _write_tensors(
         for index in range(len(bench.model.blocks)):
             view = learned_view(bench, learned, index)
             published, prefix = bench.model.published, bench.model.block_name(index) + "."
-            frozen = view.freeze().apart(published.alone(view.plan.name))
+            frozen = view.freeze().apart(form.alone(view.plan, published))
             own = form.tensors(frozen, dtype) | published.wide(frozen.others)
             tensors = published.named({prefix + name: tensor for name, tensor in own.items()})
             write(f"{file}-{index:04d}.safetensors", tensors)
             names += sorted(tensors)
-            linears |= linear_schemes(view.plan, published)
+            linears |= linear_schemes(view.plan, published, form)
             attentions |= attention_schemes(bench.model, view.plan)
         blocks = bench.model.architecture.blocks
         parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions))
@@ -190,15 +190,16 @@ def _quantized(workbench: Workbench, folder: RunFolder) -> list[tuple[Workbench,
     return parts
 
 
-def linear_schemes(plan: BlockPlan, published: Published) -> dict[str, Scheme]:
+def linear_schemes(plan: BlockPlan, published: Published, form: Format) -> dict[str, Scheme]:
     """The scheme of each linear of a block by its full name; parts of one have the same.
 
-    Matrices of experts that have tensors of their own are linears too.
+    Matrices of experts that have tensors of their own, or would if they were quantised, are too.
     """
     alone, schemes = published.alone(plan.name), {}
     for name, matrix in plan.matrices.items():
-        own = name if name in alone else matrix.parameter.removesuffix(".weight")
-        if name in alone or (matrix.expert is None and matrix.parameter.endswith(".weight")):
+        single = name in alone or (form.experts_apart and matrix.expert is not None)
+        own = name if single else matrix.parameter.removesuffix(".weight")
+        if single or (matrix.expert is None and matrix.parameter.endswith(".weight")):
             schemes[published.name(f"{plan.name}.{own}")] = plan.schemes[name]
     return schemes
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.frozen import FrozenBlock
+from lrquant.blocks.plan import BlockPlan
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.files.whole import JsonObject
 from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
+from lrquant.model.published import Published
 
 Decode = Callable[[dict[str, Tensor], str, JsonObject], dict[str, Tensor]]
 
@@ -36,6 +38,8 @@ class Format:
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
     it has a place for, and `grids` the kinds of grids, all of them if empty.
+    `experts_apart` says that each expert's quantised matrices are linears of their own in it even
+    where the model's own files hold them all in one tensor.
     `experts` returns why it can't hold the matrices of a block's experts, which it is given as
     linears of their own, under their own schemes beside all others, or None.
     """
@@ -52,9 +56,17 @@ class Format:
     dtype: Callable[[torch.dtype], torch.dtype] = lambda model: model
     holds: frozenset[str] = frozenset()
     grids: frozenset[str] = frozenset({"int"})
+    experts_apart: bool = False
     experts: Callable[[Schemes, AbstractSet[Scheme]], str | None] = lambda schemes, own: (
         "it holds no experts; use --format dequantized or lrquant"
     )
+
+    def alone(self, plan: BlockPlan, published: Published) -> frozenset[str]:
+        """The matrices of a block that have tensors of their own in it."""
+        own = published.alone(plan.name)
+        experts = frozenset(n for n, matrix in plan.matrices.items() if matrix.expert is not None)
+        packed = any(plan.schemes[name].quantizes_weights for name in experts)
+        return own | experts if self.experts_apart and packed else own
 
     def grid_refusal(self, schemes: Schemes) -> str | None:
         """Why it cannot hold the kind of a grid, or None."""

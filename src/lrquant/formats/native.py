@@ -143,5 +143,6 @@ FORMAT = Format(
     quantization_config=_quantization_config,
     loading=_loading,
     experts=_experts_refusal,
+    experts_apart=True,
     holds=frozenset({"shift", "input factor", "input clip"}),
 )

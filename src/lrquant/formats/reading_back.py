@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
+from lrquant.blocks.assembly import assembled
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -49,7 +50,7 @@ class DecodedSource(WeightSource):
         values = read_json(place / "config.json")
         self._quantization: JsonObject = values.get("quantization_config") or {}
         self._inside = tuple(name + "." for name in blocks)
-        self._published = model.published
+        self._model = model
         self._shapes = {
             name: tuple(tensor.shape)
             for name, tensor in model.skeleton.state_dict().items()
@@ -75,9 +76,19 @@ class DecodedSource(WeightSource):
 
     def block(self, name: str) -> dict[str, Tensor]:
         """Every tensor of a block as the model has it: see `written`; experts joined."""
-        prefix = name + "."
-        loaded = self._published.loaded({prefix + n: t for n, t in self.written(name).items()})
-        return {n.removeprefix(prefix): tensor for n, tensor in loaded.items()}
+        prefix, published = name + ".", self._model.published
+        loaded = published.loaded({prefix + n: t for n, t in self.written(name).items()})
+        return self._joined(name, {n.removeprefix(prefix): t for n, t in loaded.items()})
+
+    def _joined(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with experts put together that are apart in this format alone."""
+        path, _, index = name.rpartition(".")
+        if path != self._model.architecture.blocks:
+            return tensors
+        matrices = {m.name: m for m in self._model.matrices(int(index)) if m.expert is not None}
+        weights = {n: tensors[f"{n}.weight"] for n in matrices if f"{n}.weight" in tensors}
+        left = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in weights}
+        return left | assembled(matrices, weights)
 
     def written(self, name: str) -> dict[str, Tensor]:
         """Every tensor of a block, decoded to float32, shifts and input factors as stored."""
@@ -133,7 +144,8 @@ def read_back(
     for bench, learned in quantized:
         for index in range(len(bench.model.blocks)):
             name, published = bench.model.block_name(index), bench.model.published
-            frozen = learned_view(bench, learned, index).freeze().apart(published.alone(name))
+            view = learned_view(bench, learned, index)
+            frozen = view.freeze().apart(form.alone(view.plan, published))
             decoded = {f"{name}.{key}": tensor for key, tensor in source.written(name).items()}
             expected = {f"{name}.{n}": t for n, t in (frozen.dense() | frozen.input_clips).items()}
             _compare_block(decoded, published.named(expected), dtype, place)

@@ -19,6 +19,7 @@ from lrquant.files.manifest import SETTINGS, changed_files, read_manifest
 from lrquant.files.whole import JsonObject
 from lrquant.formats.choice import formats
 from lrquant.formats.expected import bits_of_weights, expected_block
+from lrquant.formats.format import Format
 from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model, count_parameters
 from lrquant.model.reading import read_config
@@ -61,7 +62,7 @@ def verify(place: Path) -> Verified:
     problems += [
         f"{name}: not part of the model" for name in sorted(names - expected.keys() - extra)
     ]
-    used = _used_bits(model, plan)
+    used = _used_bits(model, plan, formats()[manifest["format"]])
     tied = model.skeleton.get_expanded_tied_weights_keys(all_submodels=True)
     stored, elements = 0, count_parameters(model.skeleton, tied)
     for name in sorted(names):
@@ -94,7 +95,7 @@ def _expected(model: Model, plan: Plan, name: str) -> tuple[dict[str, Tensor], f
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             _add_extras(view, part.block_name(index), added)
-            block = expected_block(view, form, dtype, part.published.alone(view.plan.name))
+            block = expected_block(view, form, dtype, form.alone(view.plan, part.published))
             if part is model:
                 block_bits, block_weights = bits_of_weights(block, view)
                 bits, weights = bits + block_bits, weights + block_weights
@@ -134,16 +135,17 @@ def _added(part: Model) -> JsonObject:
     return tower if tower.get("blocks") == part.architecture.blocks else values
 
 
-def _used_bits(model: Model, plan: Plan) -> dict[str, int]:
+def _used_bits(model: Model, plan: Plan, form: Format) -> dict[str, int]:
     """How many bits of a row's last word hold codes, by name; 0 if all do."""
     used = {}
     for part, own in parts_of(model, plan):
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
+            alone = form.alone(view.plan, part.published)
             for name, shape in view.shapes.quantized.items():
                 assert shape.grid is not None
-                alone = name in part.published.alone(view.plan.name)
-                module = name if alone else view.matrices[name].parameter.removesuffix(".weight")
+                whole = view.matrices[name].parameter.removesuffix(".weight")
+                module = name if name in alone else whole
                 full = f"{part.block_name(index)}.{module}.weight_packed"
                 full = part.published.name(full)
                 used[full] = shape.columns * shape.grid.bits % 32

@@ -133,7 +133,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             view.stored |= view.added
-            tensors = expected_block(view, form, dtype, part.published.alone(view.plan.name))
+            tensors = expected_block(view, form, dtype, form.alone(view.plan, part.published))
             tensors |= part.published.wide(view.stored)
             prefix = part.block_name(index) + "."
             full = part.published.named({prefix + name: t for name, t in tensors.items()})
@@ -142,7 +142,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
             if part is model:
                 block_bits, block_weights = bits_of_weights(tensors, view)
                 bits, weights = bits + block_bits, weights + block_weights
-            linears |= linear_schemes(view.plan, part.published)
+            linears |= linear_schemes(view.plan, part.published, form)
             attentions |= attention_schemes(part, view.plan)
             names += full
         parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions))

@@ -38,7 +38,8 @@ class NativeConfig(QuantizationConfigMixin):
     `shifts`, `input_factors` and `input_clips` name the modules of a block that have such a tensor.
     `tower` has the same for a quantised vision tower, and the path of its `blocks`; `others` lists
     schemes of their own for `modules` by full name, `attentions` those of Q, K and V of such
-    attentions; `experts` names the gate, up and down of an expert, each a linear of its own.
+    attentions; `experts` names the gate, up and down of an expert, or its up and down, each a
+    linear of its own.
     """
 
     def __init__(
@@ -178,11 +179,12 @@ class NativeQuantizer(HfQuantizer):
         names = getattr(config, "experts", None)
         if names is None or published(f"{name}.0.{names[0]}") in config.ignore:
             return
-        gate, up, down = names
-        first, second = (module.get_parameter(p).shape for p in ("gate_up_proj", "down_proj"))
-        sizes = {gate: (first[2], first[1] // 2), up: (first[2], first[1] // 2)}
+        *inputs, down = names
+        stored = "gate_up_proj" if module.has_gate else "up_proj"
+        first, second = (module.get_parameter(p).shape for p in (stored, "down_proj"))
+        sizes = dict.fromkeys(inputs, (first[2], first[1] // len(inputs)))
         sizes |= {down: (second[2], second[1])}
-        owner = IntegerExperts(module, (gate, up, down))
+        owner = IntegerExperts(module, tuple(names))
         model.set_submodule(name, owner)
         for expert in range(len(module.get_parameter("down_proj"))):
             with torch.device("meta"):

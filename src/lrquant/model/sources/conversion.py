@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -95,9 +96,15 @@ class Conversion:
         return pattern is not None and renamed == parameter
 
     def published(self, name: str) -> str:
-        """The name under which the model's own files hold a tensor that is no part of another."""
-        renamed: tuple[str, str | None] = rename_source_key(name, self._back, [])
-        return renamed[0]
+        """The name under which the model's own files hold a tensor that is no part of another.
+
+        But for that of the base model, at its beginning: files have it in either form.
+        """
+        renamed: str = apply_renamings(name, self._back)
+        base = f"{self._skeleton.base_model_prefix}."
+        if not name.startswith(base):
+            return renamed
+        return base + renamed.removeprefix(apply_renamings(base, self._back))
 
     @cached_property
     def _back(self) -> list[WeightRenaming]:

@@ -178,12 +178,14 @@ def _renamed(stored: Iterable[str], conversion: Conversion) -> dict[str, str]:
     """Stored names by the names that transformers gives them on loading.
 
     Models whose modules were renamed since their weights were published have a table of it there.
-    A tensor that it would take apart or join with others keeps its name.
+    A tensor that it would take apart or join with others keeps its name; one that it lays out
+    another way under the same name has none here.
     """
     names = {}
     for name in stored:
         renamed, pattern = conversion.renamed(name)
-        names[name if pattern is not None else renamed] = name
+        if pattern is None or renamed != name:
+            names[name if pattern is not None else renamed] = name
     return names
 
 
