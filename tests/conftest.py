@@ -36,6 +36,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Cohere2Config,
+    Cohere2MoeConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
@@ -45,6 +46,7 @@ from transformers import (
     ExaoneMoeConfig,
     FalconConfig,
     FalconH1Config,
+    FlexOlmoConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
@@ -57,9 +59,11 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     HunYuanDenseV1Config,
     HunYuanMoEV1Config,
     HYV3Config,
+    KimiLinearConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
@@ -367,6 +371,27 @@ TINY = {
     ),
     "granitemoe": GraniteMoeConfig(
         **_GATED, **_ENDS, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
+    ),
+    "granitemoeshared": GraniteMoeSharedConfig(
+        **{**_GATED, **_ENDS, "intermediate_size": 16},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+    "flex_olmo": FlexOlmoConfig(**_GATED, **_ENDS, num_experts=4, num_experts_per_tok=2),
+    "cohere2_moe": Cohere2MoeConfig(
+        **{**_GATED, **_MIXED, **_ENDS, "intermediate_size": 16},
+        head_dim=8,
+        num_experts=4,
+        num_shared_experts=1,
+        mlp_layer_types=["sparse", "dense"],
+        prefix_dense_intermediate_size=48,
+    ),
+    "kimi_linear": KimiLinearConfig(
+        **{**_LATENT, **_FEW, **_KINDS},
+        mlp_layer_types=["sparse", "dense"],
+        linear_head_dim=16,
+        linear_num_heads=2,
     ),
     "deepseek_v2": DeepseekV2Config(
         **_LATENT, **_ROUTED, q_lora_rank=16, head_dim=4, topk_method="group_limited_greedy"

@@ -45,6 +45,7 @@ INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
 INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
+INSIDE += ("cohere2_moe", "kimi_linear", "flex_olmo", "granitemoeshared")
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
 NO_QUERY_KEY = {**ALL_KINDS, "query_key": 0}
@@ -113,6 +114,10 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "hy_v3": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
     "exaone_moe": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
     "granitemoe": {**ALL_KINDS, "up_down": 4},
+    "granitemoeshared": {**ALL_KINDS, "up_down": 5},
+    "flex_olmo": {**AFTER, "up_down": 4},
+    "cohere2_moe": ({**ALL_KINDS, "norm": 1, "up_down": 5}, {**ALL_KINDS, "norm": 1}),
+    "kimi_linear": ({**DELTA, "up_down": 6}, {**LATENT, "norm": 3}),
     "deepseek_v2": (LATENT, {**LATENT, "up_down": 5}),
     "deepseek_v3": (LATENT, {**LATENT, "up_down": 5}),
     "deepseek_v3-whole": ({**LATENT, "norm": 3}, {**LATENT, "norm": 3, "up_down": 5}),
@@ -127,6 +132,9 @@ GRANITE_ROUTER = frozenset({"block_sparse_moe.router.weight"})
 DELTA_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_a", "in_proj_b"))
 NEXT_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "in_proj_ba"))
 OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "b_proj"))
+KIMI_DECAY = ("A_log", "f_a_proj.weight", "f_b_proj.weight")
+KIMI_SMALL = frozenset({"self_attn.conv1d.weight", "self_attn.b_proj.weight"})
+KIMI_SMALL |= {f"self_attn.forget_gate.{name}" for name in KIMI_DECAY}
 MAMBA = frozenset({"mamba.conv1d.weight"})
 UNLIKE = (frozenset(), ROUTER, ROUTER)
 KEPT = {  # of each block, or a tuple by block; the rest nothing
@@ -160,7 +168,10 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "ernie4_5_moe": (frozenset(), ROUTER | {"mlp.gate.moe_statics.e_score_correction_bias"}),
     "solar_open": ROUTER,
     "hunyuan_v1_moe": frozenset({"mlp.gate.wg.weight"}),
-    "granitemoe": GRANITE_ROUTER,
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), GRANITE_ROUTER),
+    "flex_olmo": ROUTER,
+    "cohere2_moe": (ROUTER, frozenset()),
+    "kimi_linear": (ROUTER | KIMI_SMALL, frozenset()),
     **dict.fromkeys(
         ("glm4_moe", "glm4_moe-norms", "dots1", "hy_v3", "exaone_moe", "deepseek_v2"),
         (frozenset(), ROUTER),

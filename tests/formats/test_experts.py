@@ -80,6 +80,17 @@ def test_names_are_published_ones_and_logits_those_learned(
     assert not checked.problems and checked.bits_per_weight < (33 if form == "dequantized" else 9)
 
 
+def test_each_expert_has_its_published_name(variant, make_model):
+    """As transformers itself writes it; but for the base model's name, which files have or not."""
+    module = make_model(variant)
+    model = from_module(module)
+    written = revert_weight_conversion(module, module.state_dict())
+    expected = {re.sub(r"^\w+\.", "", match[1]) for match in map(EXPERT.match, written) if match}
+    names = (model.block_name(index) for index in range(len(model.blocks)))
+    own = {f"{name}.{each}" for name in names for each in model.published.alone(name)}
+    assert {re.sub(r"^\w+\.", "", model.published.name(name)) for name in own} == expected
+
+
 def test_a_native_checkpoint_is_packed_again_when_transformers_saves_it(
     written, token_ids, tmp_path
 ):

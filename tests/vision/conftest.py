@@ -23,6 +23,7 @@ from transformers import (
     Gemma3Config,
     Idefics3Config,
     InternVLConfig,
+    Kimi_K25Config,
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
@@ -68,6 +69,13 @@ SIGLIP = {**TOWER, "model_type": "siglip_vision_model"}
 
 MISTRAL = {**TEXT, "model_type": "mistral", "head_dim": 8}
 MINISTRAL = {**TEXT, "model_type": "ministral3", "head_dim": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1}
+DEEPSEEK = {**TEXT, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+DEEPSEEK |= {"moe_intermediate_size": 24, "n_group": 2, "topk_group": 1, "v_head_dim": 12}
+DEEPSEEK |= {"q_lora_rank": 16, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+DEEPSEEK |= {"first_k_dense_replace": 1}
+MISTRAL4 = {**DEEPSEEK, "model_type": "mistral4", "rope_parameters": YARN}
 PIXTRAL = {**TOWER, "model_type": "pixtral", "head_dim": 12}
 
 
@@ -162,7 +170,7 @@ def _configs() -> dict[str, PreTrainedConfig]:
         ),
         **{
             f"mistral3{end}": _mistral3(text)
-            for end, text in (("", MINISTRAL), ("-small", MISTRAL))
+            for end, text in (("", MINISTRAL), ("-small", MISTRAL), ("-experts", MISTRAL4))
         },
         "smolvlm": SmolVLMConfig(
             text_config=LLAMA,
@@ -212,6 +220,22 @@ def _configs() -> dict[str, PreTrainedConfig]:
             text_config={**TEXT, **DELTA, **EXPERTS, "model_type": "qwen3_5_moe_text"},
             vision_config=QWEN3,
             **SPECIAL,
+        ),
+        "kimi_k25": Kimi_K25Config(
+            text_config={**DEEPSEEK, "model_type": "deepseek_v3"},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "patch_size": 4,
+                "pos_emb_height": 4,
+                "pos_emb_width": 4,
+            },
+            projection_hidden_size=32,
+            image_token_id=IMAGE,
+            video_token_id=261,
+            tie_word_embeddings=False,
         ),
         "vit": ViTConfig(**TOWER, num_labels=3, architectures=["ViTForImageClassification"]),
         "deit": DeiTConfig(**TOWER, num_labels=3, architectures=["DeiTForImageClassification"]),
@@ -285,6 +309,10 @@ def _sample(name: str, index: int) -> dict[str, torch.Tensor]:
     else:
         count = 4 if base in ("gemma3", "internvl", "mistral3") else 16
         extra["pixel_values"] = _pixels(1, 3, 16, 16, seed=index)
+    if base == "kimi_k25":
+        count = 4
+        extra["pixel_values"] = _pixels(16, 3, 4, 4, seed=index)
+        extra["image_grid_thw"] = torch.tensor([[1, 4, 4]])
     if base == "mistral3":
         extra["image_sizes"] = torch.tensor([[16, 16]])
     picture = [*before, *[IMAGE] * count, *after]

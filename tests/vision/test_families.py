@@ -37,13 +37,14 @@ CPU = torch.device("cpu")
 EQUAL, CLEAR = 1e-9, 1e-6  # relative changes of the logits in float64
 FLOAT32 = 1e-5  # where the model itself computes norms or rotations in float32
 INSIDE = ("gemma3", "paligemma", "paligemma-2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
-INSIDE += ("qwen3_vl_moe", "qwen3_5_moe")
+INSIDE += ("qwen3_vl_moe", "qwen3_5_moe", "mistral3-experts", "kimi_k25")
 GELU = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 0}
 TOWER_SITES = {
     "internvl-qk-norm": {**GELU, "query_key": 0},
     "qwen2_5_vl": {**GELU, "up_down": 1},  # a gated MLP
     "mistral3": {**GELU, "up_down": 1},
     "mistral3-small": {**GELU, "up_down": 1},
+    "mistral3-experts": {**GELU, "up_down": 1},
 }
 
 
@@ -183,7 +184,7 @@ def test_both_parts_are_learned(family, plus, learn):
     assert all(record.final_loss < 1.05 * record.initial_loss for record in run.records)
 
 
-EXPERTS = ("qwen3_vl_moe", "qwen3_5_moe")
+EXPERTS = ("qwen3_vl_moe", "qwen3_5_moe", "mistral3-experts", "kimi_k25")
 TWO_SCHEMES = {"vision_scheme": "W8A8-sym-qkv16", "activation_symmetric": True}
 
 

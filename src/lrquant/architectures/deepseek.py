@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V3 and GLM-4.7-Flash: latent attention, first blocks dense, a shared expert."""
+"""DeepSeek-V2, V3, GLM-4.7-Flash and Mistral 4: latent attention, first blocks dense or none."""
 
 from __future__ import annotations
 
@@ -24,4 +24,5 @@ ARCHITECTURE = mixture_family(
     latent_sites,
     latent_matrices,
     model_types=("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    language_types=("mistral4",),
 )

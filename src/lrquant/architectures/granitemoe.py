@@ -1,18 +1,31 @@
-"""Granite 3 with experts: published, as they are computed, in one tensor a block."""
+"""Granite 3 with experts, and with an MLP beside them: published in one tensor a block."""
 
 from __future__ import annotations
 
-from lrquant.architectures import decoder
-from lrquant.architectures.mixture import Mixture, mixture_family, rotary_attention_sites
+from transformers import PretrainedConfig
 
-ARCHITECTURE = mixture_family(
-    "granitemoe",
-    lambda config, block: Mixture(
-        config.num_local_experts,
-        config.intermediate_size,
-        path="block_sparse_moe",
-        router="router",
-    ),
-    rotary_attention_sites("half"),
+from lrquant.architectures import Architecture, decoder, shared_mlp
+from lrquant.architectures.matrix import Matrix
+from lrquant.architectures.mixture import attention_matrices, rotary_attention_sites
+from lrquant.architectures.sites import Site
+
+_attention_sites = rotary_attention_sites("half")
+
+
+def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
+    return *attention_matrices(config, block), *shared_mlp.matrices(config)
+
+
+def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
+    return *_attention_sites(config, block), *shared_mlp.sites(config)
+
+
+ARCHITECTURE = Architecture(
+    name="granitemoe",
+    model_types=("granitemoe", "granitemoeshared"),
+    blocks="model.layers",
+    matrices=_matrices,
+    sites=_sites,
+    kept=lambda config, block: shared_mlp.kept(config),
     assumes=decoder.WHOLE_ROTARY,
 )

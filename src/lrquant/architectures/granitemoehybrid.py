@@ -1,25 +1,19 @@
-"""Granite 4: Mamba 2 mixers with attention in some blocks, gate and up fused.
-
-Where there are experts the MLP, which every token goes through, stands beside them.
-"""
+"""Granite 4: Mamba 2 mixers with attention in some blocks, and experts beside the MLP or none."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from lrquant.architectures import Architecture, decoder, mamba
-from lrquant.architectures.matrix import Matrix, fused_linear, linear, linears
-from lrquant.architectures.mixture import Mixture
+from lrquant.architectures import Architecture, decoder, mamba, shared_mlp
+from lrquant.architectures.matrix import Matrix, linears
 from lrquant.architectures.sites import (
     Site,
     norm_site,
     query_key_site,
-    up_down_site,
     value_output_site,
 )
 
 _MIXER, _OUTPUT = "mamba", "self_attn.o_proj"
-_GATE_UP, _DOWN = "shared_mlp.input_linear", "shared_mlp.output_linear"
 
 
 def _is_mamba(config: PretrainedConfig, block: int) -> bool:
@@ -29,33 +23,16 @@ def _is_mamba(config: PretrainedConfig, block: int) -> bool:
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     attention = *decoder.ATTENTION_INPUTS, _OUTPUT
     mixer = mamba.names(_MIXER) if _is_mamba(config, block) else attention
-    width = config.shared_intermediate_size
-    mlp = *fused_linear(_GATE_UP, gate=width, up=width), linear(_DOWN)
-    own = _mixture(config)
-    return (*linears(*mixer), *mlp, *(own.matrices(config.hidden_size) if own else ()))
-
-
-def _mixture(config: PretrainedConfig) -> Mixture | None:
-    count, width = config.num_local_experts, config.intermediate_size
-    return Mixture(count, width, path="block_sparse_moe", router="router") if count else None
+    return *linears(*mixer), *shared_mlp.matrices(config)
 
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
-    own = _mixture(config)
     mixer = mamba.kept(_MIXER) if _is_mamba(config, block) else ()
-    return *mixer, *(own.kept_weights if own else ())
+    return *mixer, *shared_mlp.kept(config)
 
 
 def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
-    gate, up = f"{_GATE_UP}.gate", f"{_GATE_UP}.up"
-    own = _mixture(config)
-    readers = (gate, up, *(own.readers if own else ()))
-    return (
-        *_mixer_sites(config, block),
-        norm_site("post_attention_layernorm", readers, config.hidden_size, measured=_GATE_UP),
-        up_down_site(up, _DOWN, config.shared_intermediate_size),
-        *(own.inner_sites if own else ()),
-    )
+    return *_mixer_sites(config, block), *shared_mlp.sites(config)
 
 
 def _mixer_sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:

@@ -12,8 +12,8 @@ from lrquant.architectures import decoder
 from lrquant.architectures.architecture import Architecture
 from lrquant.architectures.matrix import Matrix, linears, parts_of_experts
 from lrquant.architectures.sites import (
-    Fold,
     Site,
+    chain_site,
     norm_site,
     query_key_site,
     up_down_site,
@@ -122,13 +122,8 @@ class Mixture:
     def _entrance_site(self) -> tuple[Site, ...]:
         if self.latent is None:
             return ()
-        entrance, identity = self._around[0], tuple(range(self.latent))
         readers = [name for index in range(self.count) for name in self._inputs(index)]
-        folds = [Fold(entrance, "rows", -1, identity)]
-        folds += [Fold(name, "columns", 1, identity) for name in readers]
-        return (
-            Site(entrance, "up_down", self.latent, tuple(folds), self._experts, shiftable=False),
-        )
+        return (chain_site(self._around[0], readers, self.latent, self._experts),)
 
 
 def every_few(config: PretrainedConfig, block: int) -> bool:
@@ -207,12 +202,14 @@ def mixture_family(
     *,
     model_types: tuple[str, ...] | None = None,
     norm: str | None = "post_attention_layernorm",
+    mixer_kept: Callable[[PretrainedConfig, int], tuple[str, ...]] = lambda config, block: (),
     **rest: Any,
 ) -> Architecture:
     """A family whose block has the experts that `mixture` says, or a dense MLP where that is None.
 
-    `matrices` and `sites` are those of attention; `norm` is the one before the MLP, None where it
-    comes after it; what else a declaration says is handed on.
+    `matrices` and `sites` are those of attention, `mixer_kept` what of it stays in floating point;
+    `norm` is the one before the MLP, None where it comes after it; what else a declaration says is
+    handed on.
     """
 
     def all_matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
@@ -223,7 +220,7 @@ def mixture_family(
 
     def kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
         own = mixture(config, block)
-        return () if own is None else own.kept_weights
+        return *mixer_kept(config, block), *(own.kept_weights if own else ())
 
     return Architecture(
         name=name,

@@ -174,6 +174,17 @@ def query_key_site(
     return Site(f"{query}:{key}", "query_key", kv_heads * width, folds, None, shiftable=False)
 
 
+def chain_site(first: str, readers: Sequence[str], width: int, measured: str | None = None) -> Site:
+    """A linear -> those that alone read it, with nothing between: of a lower rank, say.
+
+    `measured` is the module of which the first reader is a part.
+    """
+    identity = tuple(range(width))
+    folds = [Fold(first, "rows", -1, identity)]
+    folds += [Fold(reader, "columns", 1, identity) for reader in readers]
+    return Site(first, "up_down", width, tuple(folds), measured or readers[0], shiftable=False)
+
+
 def up_down_site(up: str, down: str, width: int, power: Literal[1, 2] = 1) -> Site:
     """up_proj -> down_proj of a gated MLP, or fc1 -> fc2 with ReLU, to a `power`, between them."""
     identity = tuple(range(width))

@@ -22,6 +22,7 @@ class Published:
         self._conversion = Conversion(skeleton)
         self._alone = {block: self._parts(block, matrices) for block, matrices in blocks.items()}
         self.apart = any(self._alone.values())
+        self._inside = tuple(f"{block}." for block in self._alone)
         self._float32 = sorted(skeleton._keep_in_fp32_modules_strict or ())
 
     def _parts(self, block: str, matrices: Iterable[Matrix]) -> frozenset[str]:
@@ -43,7 +44,8 @@ class Published:
 
     def name(self, name: str) -> str:
         """The name in files of a tensor or module: of experts' parts, not of what they are in."""
-        return self._conversion.published(name) if self.apart else name
+        inside = self.apart and name.startswith(self._inside)
+        return self._conversion.published(name) if inside else name
 
     def wide(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those that transformers keeps in float32 whatever the model's dtype, in it.

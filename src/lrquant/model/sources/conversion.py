@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 Read = Callable[[str], Tensor]
+_BLOCK = re.compile(r".+?\.[0-9]+\.")
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ class Conversion:
     def published(self, name: str) -> str:
         """The name under which the model's own files hold a tensor that is no part of another.
 
-        But for that of the base model, at its beginning: files have it in either form.
+        What is renamed is within a block: its path, and what is outside, is as the model has it.
         """
-        renamed: str = apply_renamings(name, self._back)
-        base = f"{self._skeleton.base_model_prefix}."
-        if not name.startswith(base):
-            return renamed
-        return base + renamed.removeprefix(apply_renamings(base, self._back))
+        match = _BLOCK.match(name)
+        if match is None:
+            return name
+        renamed, path = (str(apply_renamings(each, self._back)) for each in (name, match[0]))
+        return match[0] + renamed.removeprefix(path) if renamed.startswith(path) else name
 
     @cached_property
     def _back(self) -> list[WeightRenaming]:
