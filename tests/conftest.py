@@ -56,6 +56,7 @@ from transformers import (
     Glm4MoeLiteConfig,
     GlmConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -371,6 +372,13 @@ TINY = {
     ),
     "granitemoe": GraniteMoeConfig(
         **_GATED, **_ENDS, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
+    ),
+    "gpt_oss": GptOssConfig(
+        **{**_GATED, **_MIXED, "intermediate_size": 16},
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "granitemoeshared": GraniteMoeSharedConfig(
         **{**_GATED, **_ENDS, "intermediate_size": 16},

@@ -114,6 +114,7 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "hy_v3": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
     "exaone_moe": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
     "granitemoe": {**ALL_KINDS, "up_down": 4},
+    "gpt_oss": NO_UP_DOWN,  # up and 1, cut off, is multiplied with the gate
     "granitemoeshared": {**ALL_KINDS, "up_down": 5},
     "flex_olmo": {**AFTER, "up_down": 4},
     "cohere2_moe": ({**ALL_KINDS, "norm": 1, "up_down": 5}, {**ALL_KINDS, "norm": 1}),
@@ -169,6 +170,7 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "solar_open": ROUTER,
     "hunyuan_v1_moe": frozenset({"mlp.gate.wg.weight"}),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), GRANITE_ROUTER),
+    "gpt_oss": frozenset({"mlp.router.weight"}),
     "flex_olmo": ROUTER,
     "cohere2_moe": (ROUTER, frozenset()),
     "kimi_linear": (ROUTER | KIMI_SMALL, frozenset()),
@@ -209,7 +211,12 @@ def times_declared(
     parameters: dict[str, Tensor], matrices: Sequence[Matrix], kept: Sequence[str]
 ) -> dict[str, Tensor]:
     """How often each value of each parameter of two or more axes is declared."""
-    times = {name: torch.zeros(p.shape) for name, p in parameters.items() if p.dim() > 1}
+    biases = {matrix.bias for matrix in matrices}
+    times = {
+        name: torch.zeros(p.shape)
+        for name, p in parameters.items()
+        if p.dim() > 1 and name not in biases
+    }
     for name in kept:
         times[name] += 1
     for matrix in matrices:
@@ -386,6 +393,13 @@ def among_rows(up: str, down: str, rows: int, start: int, width: int) -> Site:
     return dataclasses.replace(site, folds=(Fold(up, "rows", -1, index), *site.consumers))
 
 
+def in_turn(up: str, down: str, width: int) -> Site:
+    """From every second row of a matrix to the columns of another."""
+    site = up_down_site(up, down, width)
+    index = tuple(row for channel in range(width) for row in (UNTOUCHED, channel))
+    return dataclasses.replace(site, folds=(Fold(up, "rows", -1, index), *site.consumers))
+
+
 def mixture_inputs(experts: str, *names: str) -> tuple[str, ...]:
     """What multiplies the input of each of four experts."""
     return tuple(f"{experts}.{expert}.{name}" for expert in range(4) for name in names)
@@ -535,6 +549,18 @@ WRONG_SITES = {
     "an expert's squared ReLU as if it were ReLU": (
         "nemotron_h-experts",
         up_down_site("mixer.experts.1.up_proj", "mixer.experts.1.down_proj", 16),
+    ),
+    "an expert's up, in turn with its gate and cut off": (
+        "gpt_oss",
+        in_turn("mlp.experts.1.gate_up_proj", "mlp.experts.1.down_proj", 16),
+    ),
+    "a shift of values beside sinks": (
+        "gpt_oss",
+        value_output_site("self_attn.v_proj", "self_attn.o_proj", 4, 2, 8),
+    ),
+    "values to output of delta attention, through a convolution and SiLU": (
+        "kimi_linear",
+        up_down_site("self_attn.v_proj", "self_attn.o_proj", 32),
     ),
     "gate instead of up in an expert": (
         "olmoe",

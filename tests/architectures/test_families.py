@@ -81,7 +81,7 @@ def test_an_unknown_family_is_refused_with_the_nearest_and_the_guide():
 @pytest.mark.parametrize(
     "model_type, said",
     [
-        ("cohere2_moe", "'olmoe', but this one's blocks have no post_attention_layernorm"),
+        ("axk2", "'deepseek', but this one's blocks have input_layernorm.mlp.fc1"),
         ("arcee", "'nemotron', and their blocks have the same parts"),
         ("diffllama", "but its declaration says nothing of self_attn.lambda_k1"),
         ("granite_swa", "'granite', but its declaration says nothing of self_attn.sinks"),

@@ -95,8 +95,9 @@ def parts_of_experts(
     rows: Mapping[str, int],
     reads_input: bool,
     transposed: bool = False,
+    bias: str | None = None,
 ) -> tuple[Matrix, ...]:
-    """The same, of `rows` by names that are known when it runs."""
+    """The same, of `rows` by names that are known when it runs; `bias` (experts, out) is theirs."""
     matrices = []
     for expert in range(count):
         start = 0
@@ -105,5 +106,8 @@ def parts_of_experts(
             start += size
             own = f"{module}.{expert}.{name}"
             reads = module if reads_input else own
-            matrices.append(Matrix(own, f"{module}.{parameter}", span, expert, transposed, reads))
+            stored = None if bias is None else f"{module}.{bias}"
+            matrices.append(
+                Matrix(own, f"{module}.{parameter}", span, expert, transposed, reads, stored)
+            )
     return tuple(matrices)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
-from lrquant.blocks.assembly import assembled
+from lrquant.blocks.assembly import assembled, assembled_biases
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -87,8 +87,9 @@ class DecodedSource(WeightSource):
             return tensors
         matrices = {m.name: m for m in self._model.matrices(int(index)) if m.expert is not None}
         weights = {n: tensors[f"{n}.weight"] for n in matrices if f"{n}.weight" in tensors}
-        left = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in weights}
-        return left | assembled(matrices, weights)
+        biases = {n: tensors[f"{n}.bias"] for n in weights if f"{n}.bias" in tensors}
+        left = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in weights}
+        return left | assembled(matrices, weights) | assembled_biases(matrices, biases)
 
     def written(self, name: str) -> dict[str, Tensor]:
         """Every tensor of a block, decoded to float32, shifts and input factors as stored."""

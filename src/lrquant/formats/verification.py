@@ -94,7 +94,7 @@ def _expected(model: Model, plan: Plan, name: str) -> tuple[dict[str, Tensor], f
         added = _added(part)
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
-            _add_extras(view, part.block_name(index), added)
+            _add_extras(view, part, added)
             block = expected_block(view, form, dtype, form.alone(view.plan, part.published))
             if part is model:
                 block_bits, block_weights = bits_of_weights(block, view)
@@ -111,12 +111,17 @@ def _expected(model: Model, plan: Plan, name: str) -> tuple[dict[str, Tensor], f
     return expected, bits / weights
 
 
-def _add_extras(view: BlockView, block: str, added: JsonObject) -> None:
-    """Give a block's shapes the biases and shifts that the native format added to it."""
-    for module in _of_block(added.get("biases", []), block):
+def _add_extras(view: BlockView, part: Model, added: JsonObject) -> None:
+    """Give a block's shapes the biases and shifts that the native format added to it.
+
+    Biases of experts that are linears of their own in it are not added: the block has them in one.
+    """
+    block, modules = view.plan.name, {name.rpartition(".")[0] for name in view.stored}
+    own = {part.published.name(f"{block}.{m}").removeprefix(f"{block}."): m for m in modules}
+    for module in [own[name] for name in _of_block(added.get("biases", []), block) if name in own]:
         rows = view.stored[f"{module}.weight"].shape[:1]
         view.stored.setdefault(f"{module}.bias", torch.empty(rows, device="meta"))
-    for norm in _of_block(added.get("shifts", []), block):
+    for norm in [own[name] for name in _of_block(added.get("shifts", []), block) if name in own]:
         view.stored[f"{norm}.shift"] = torch.empty_like(view.stored[f"{norm}.weight"])
 
 

@@ -56,6 +56,7 @@ def _require_covered(
     kept: Sequence[str],
 ) -> None:
     declared: dict[str, list[Matrix]] = {}
+    biases = {matrix.bias for matrix in matrices}
     for matrix in matrices:
         declared.setdefault(matrix.parameter, []).append(matrix)
     start = f"model family {part.name!r}: "
@@ -65,7 +66,7 @@ def _require_covered(
     for name in sorted(declared.keys() - parameters.keys()):
         raise LRQuantError(f"{start}block {index} has no {name}; the declaration does not fit it")
     for name, parameter in parameters.items():
-        if parameter.dim() < 2 or name in kept:
+        if parameter.dim() < 2 or name in kept or name in biases:
             continue
         if not _cover(declared.get(name, ()), parameter):
             said = (

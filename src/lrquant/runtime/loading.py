@@ -133,17 +133,21 @@ class NativeQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **rest: object) -> None:
+        from lrquant.runtime.names import names_in_files
+
         config = self.quantization_config
+        self._published = names_in_files(model, getattr(config, "experts", []))
         for name, module in list(model.named_modules()):
             if hasattr(module, "has_gate"):
                 self._replace_experts(model, name, module)
-            part = config.part_of(name)
-            if isinstance(module, nn.Linear) and _ends_with(name, part.biases):
+            own = self._published(name)
+            part = config.part_of(own)
+            if isinstance(module, nn.Linear) and _ends_with(own, part.biases):
                 _make_bias(module)
-            if isinstance(module, nn.Linear) and name not in config.ignore:
+            if isinstance(module, nn.Linear) and own not in config.ignore:
                 _set_attention(model, name, part.usual)
                 self._replace(model, name, module, part)
-            elif _ends_with(name, part.shifts):
+            elif _ends_with(own, part.shifts):
                 empty = torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
                 module.register_parameter("shift", nn.Parameter(empty, requires_grad=False))
                 module.register_forward_hook(_shifted)
@@ -156,14 +160,15 @@ class NativeQuantizer(HfQuantizer):
             return
         from lrquant.runtime.linear import IntegerLinear
 
+        own = self._published(name)
         with torch.device("meta"):
             replacement = IntegerLinear(
                 module.in_features,
                 module.out_features,
                 part.scheme,
-                bias=_ends_with(name, part.biases),
-                input_factor=_ends_with(name, part.input_factors),
-                input_clip=_ends_with(name, part.input_clips),
+                bias=_ends_with(own, part.biases),
+                input_factor=_ends_with(own, part.input_factors),
+                input_clip=_ends_with(own, part.input_clips),
             )
         model.set_submodule(name, replacement)
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -172,18 +177,13 @@ class NativeQuantizer(HfQuantizer):
             setattr(parent, "_is_hf_initialized", True)  # noqa: B010
 
     def _replace_experts(self, model: PreTrainedModel, name: str, module: nn.Module) -> None:
-        from lrquant.model.sources.conversion import Conversion
         from lrquant.runtime.experts import IntegerExperts
 
-        config, published = self.quantization_config, Conversion(model).published
+        config, published = self.quantization_config, self._published
         names = getattr(config, "experts", None)
         if names is None or published(f"{name}.0.{names[0]}") in config.ignore:
             return
-        *inputs, down = names
-        stored = "gate_up_proj" if module.has_gate else "up_proj"
-        first, second = (module.get_parameter(p).shape for p in (stored, "down_proj"))
-        sizes = dict.fromkeys(inputs, (first[2], first[1] // len(inputs)))
-        sizes |= {down: (second[2], second[1])}
+        sizes = _sizes_of_experts(module, names)
         owner = IntegerExperts(module, tuple(names))
         model.set_submodule(name, owner)
         for expert in range(len(module.get_parameter("down_proj"))):
@@ -210,6 +210,16 @@ class NativeQuantizer(HfQuantizer):
         for name, module in _integer_linears(model).items():
             state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
         return state, {}
+
+
+def _sizes_of_experts(module: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Columns and rows of each of an expert's linears."""
+    *inputs, down = names
+    stored = "gate_up_proj" if module.has_gate else "up_proj"
+    shapes = [module.get_parameter(name).shape[1:] for name in (stored, "down_proj")]
+    shapes = shapes if module.is_transposed else [each[::-1] for each in shapes]
+    (columns, rows), second = shapes
+    return dict.fromkeys(inputs, (columns, rows // len(inputs))) | {down: (second[0], second[1])}
 
 
 def _integer_linears(model: nn.Module) -> dict[str, IntegerLinear]:
