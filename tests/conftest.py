@@ -80,6 +80,7 @@ from transformers import (
     OlmoHybridConfig,
     OPTConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -355,6 +356,9 @@ TINY = {
     "qwen2_moe": Qwen2MoeConfig(**_GATED, **_EXPERTS, **_SHARED_WIDTH),
     "olmoe": OlmoeConfig(**_GATED, **_ENDS, num_experts=4, num_experts_per_tok=2),
     "mixtral": MixtralConfig(**_GATED, num_local_experts=4, num_experts_per_tok=2),
+    "phimoe": PhimoeConfig(
+        **_GATED, **_ENDS, num_local_experts=4, num_experts_per_tok=2, attention_bias=True
+    ),
     "minimax_m2": MiniMaxM2Config(
         **_GATED, **_ENDS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4
     ),

@@ -104,6 +104,7 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "qwen2_moe": {**ALL_KINDS, "up_down": 5},  # and one of the shared expert
     "olmoe": OF_EXPERTS,
     "mixtral": {**ALL_KINDS, "up_down": 4},
+    "phimoe": {**ALL_KINDS, "up_down": 4},
     "minimax_m2": OF_EXPERTS,
     "glm4_moe": (ALL_KINDS, {**ALL_KINDS, "up_down": 5}),
     "glm4_moe-norms": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}),
@@ -170,7 +171,7 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "solar_open": ROUTER,
     "hunyuan_v1_moe": frozenset({"mlp.gate.wg.weight"}),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), GRANITE_ROUTER),
-    "gpt_oss": frozenset({"mlp.router.weight"}),
+    **dict.fromkeys(("gpt_oss", "phimoe"), frozenset({"mlp.router.weight"})),
     "flex_olmo": ROUTER,
     "cohere2_moe": (ROUTER, frozenset()),
     "kimi_linear": (ROUTER | KIMI_SMALL, frozenset()),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lrquant.architectures import Architecture, architectures
@@ -27,7 +25,7 @@ def families_text() -> str:
 def usual_config(kind: str) -> PretrainedConfig | None:
     """The default configuration of a model type; None where transformers has none.
 
-    A number of experts that it leaves open is 2.
+    A number of experts that it leaves open is 2, and blocks of kinds that it leaves open attend.
     """
     if kind not in CONFIG_MAPPING:
         return None
@@ -35,6 +33,8 @@ def usual_config(kind: str) -> PretrainedConfig | None:
     for name, value in config.to_dict().items():
         if value is None and name.startswith("n_") and name.endswith("_experts"):
             setattr(config, name, 2)
+        if value is None and name == "layer_types":
+            setattr(config, name, ["full_attention"] * getattr(config, "num_hidden_layers", 0))
     return config
 
 
@@ -52,8 +52,8 @@ def marks(family: Architecture, kind: str) -> list[str]:
 
 def _count(part: PretrainedConfig) -> int:
     """How many blocks there are: configurations call that by several names."""
-    values: Mapping[str, int] = {**part.to_dict(), **vars(part)}
-    return next(values[name] for name in DEPTHS if values.get(name))
+    depths = (getattr(part, name, None) for name in DEPTHS)
+    return next(depth for depth in depths if isinstance(depth, int) and depth)
 
 
 def _mark(there: list[bool]) -> str:
