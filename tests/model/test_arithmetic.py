@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from lrquant.architectures import language_parts
+from lrquant.blocks.plan import FULL_PRECISION
+from lrquant.blocks.workbench import make_workbench
+from lrquant.config.groups import Computing
 from lrquant.errors import LRQuantError
 from lrquant.model.arithmetic import full_precision_sums, prepare_repeatable, repeatable
+from lrquant.model.loading import from_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PRODUCTS, CONVOLUTIONS = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -96,3 +105,26 @@ def test_the_environment_is_prepared_for_cuda_unless_it_says_how(monkeypatch):
     prepare_repeatable(CUDA)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def adds_up_along_tokens(kind: str) -> bool:
+    """Whether transformers' code of a model type has a running sum of anything but integers."""
+    name = model_type_to_module_name(kind)
+    spec = find_spec(f"transformers.models.{name}.modeling_{name}")
+    lines = Path(spec.origin).read_text(encoding="utf-8").splitlines() if spec else []
+    sums = [line for line in lines if "cumsum(" in line and not line.lstrip().startswith("#")]
+    return any(not re.search("mask|image|vision|int", line) for line in sums)
+
+
+def test_families_that_add_up_along_tokens_are_declared_so():
+    text = {kind: family for kind, family in language_parts().items() if family.tower is None}
+    declared = {kind: family.cumulative for kind, family in text.items()}
+    assert declared == {kind: adds_up_along_tokens(kind) for kind in declared}
+    assert declared["qwen3_5_text"] and not declared["llama"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_what_cannot_repeat_on_cuda_is_not_held_to_it(family, make_model):
+    model = from_module(make_model(family))
+    bench = make_workbench(model, FULL_PRECISION, Computing("cpu", "float32", "auto"))
+    assert model.repeatable is bench.deterministic is (family == "llama")

@@ -29,10 +29,11 @@ class Architecture:
     serves as well; `tower` is the path of the vision tower in a multimodal model; `reads_pixels`
     says that pictures enter the blocks, not tokens.  `own_attention` says that attention is
     computed in the blocks' own code, where Q, K and V can't be put on a grid; `in_tuples` that the
-    model takes the first of what a block returns; `hands_on` is the argument, a mapping, in which
-    blocks leave keys and values for later ones.  `windows_begin` says how windows of text begin:
-    "stream", cut out of one stream as the family's published numbers are; "bos", each with BOS; or
-    each as the family's "tokenizer" begins a text.
+    model takes the first of what a block returns; `cumulative` that a block adds up along tokens
+    (`cumsum`), for which CUDA has no repeatable kernel; `hands_on` is the argument, a mapping, in
+    which blocks leave keys and values for later ones.  `windows_begin` says how windows of text
+    begin: "stream", cut out of one stream as the family's published numbers are; "bos", each with
+    BOS; or each as the family's "tokenizer" begins a text.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Architecture:
     reads_pixels: bool = False
     own_attention: bool = False
     in_tuples: bool = False
+    cumulative: bool = False
     hands_on: str | None = None
     windows_begin: str = "tokenizer"
 

@@ -51,4 +51,5 @@ ARCHITECTURE = Architecture(
     kept=lambda config, block: mamba.kept(_MIXER),
     assumes=decoder.WHOLE_ROTARY,
     in_tuples=True,
+    cumulative=True,
 )

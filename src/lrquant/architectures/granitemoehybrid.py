@@ -58,4 +58,5 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     assumes=decoder.WHOLE_ROTARY,
+    cumulative=True,
 )

@@ -63,4 +63,5 @@ ARCHITECTURE = mixture_family(
     _sites,
     _matrices,
     mixer_kept=lambda config, block: _KEPT if _is_delta(config, block) else (),
+    cumulative=True,
 )

@@ -86,4 +86,5 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     assumes={"mlp_hidden_act": ("relu2",)},
+    cumulative=True,
 )

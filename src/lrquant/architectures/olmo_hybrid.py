@@ -41,4 +41,5 @@ ARCHITECTURE = Architecture(
     matrices=_matrices,
     sites=_sites,
     kept=_kept,
+    cumulative=True,
 )

@@ -40,4 +40,5 @@ ARCHITECTURE = Architecture(
     sites=_sites,
     kept=_kept,
     windows_begin="stream",
+    cumulative=True,
 )

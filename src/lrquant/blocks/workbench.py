@@ -111,7 +111,7 @@ def make_workbench(
     """A model where it is to compute; hidden states on disk live in the folder `scratch`."""
     device = choose_device(computing.device)
     dtype = choose_precision(computing.precision, device)
-    deterministic = computing.deterministic
+    deterministic = computing.deterministic and model.repeatable
     if deterministic:
         prepare_repeatable(device)
     rest = computing.offload, scratch, plan

@@ -18,7 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lrquant.architectures import Architecture, architecture_of, find_tower, refuse_tower
+from lrquant.architectures import (
+    Architecture,
+    architecture_of,
+    find_tower,
+    language_parts,
+    refuse_tower,
+)
 from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.sites import Site
 from lrquant.model.published import Published
@@ -51,6 +57,12 @@ class Model:
     def config(self) -> PretrainedConfig:
         """The configuration of the part that the blocks are of."""
         return self.architecture.part(self.skeleton.config)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether CUDA has repeatable kernels for what its blocks compute."""
+        language = language_parts().get(self.config.model_type, self.architecture)
+        return not (self.architecture.cumulative or language.cumulative)
 
     @property
     def hidden_size(self) -> int:

@@ -154,6 +154,9 @@ def _device(run: Prospect, model: Model) -> Iterator[Said]:
     bench = make_workbench(model, run.plan, computing, scratch)
     text = f"matrix products in {dtype_name(bench.dtype)} on {bench.device}"
     yield Said(text, logged=text)
+    if bench.device.type == "cuda" and computing.deterministic and not bench.deterministic:
+        text = "two runs differ in their last digits: CUDA adds up along tokens otherwise each time"
+        yield Said(text, "warning", text)
     learning, samples = run.config.group(Learning), run.config.nsamples
     epochs = 0 if run.measure_only else learning.epochs
     if epochs and run.plan.of_blocks.ingredients:

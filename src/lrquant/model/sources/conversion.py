@@ -16,7 +16,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -105,7 +104,9 @@ class Conversion:
         match = _BLOCK.match(name)
         if match is None:
             return name
-        renamed, path = (str(apply_renamings(each, self._back)) for each in (name, match[0]))
+        renamed, path = (
+            str(rename_source_key(each, self._back, [])[0]) for each in (name, match[0])
+        )
         return match[0] + renamed.removeprefix(path) if renamed.startswith(path) else name
 
     @cached_property
