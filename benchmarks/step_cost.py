@@ -28,7 +28,8 @@ from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, learning_step, make_optimizers
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import learning_step, make_optimizers
 from lrquant.learn.objective import Objective
 from lrquant.measures.rows import table
 from lrquant.model.device import choose_device, choose_precision

@@ -9,7 +9,17 @@ import lrquant
 
 ROOT = Path(lrquant.__file__).parent
 ROOMS = (  # from the ground up: a room imports nothing that stands after it
-    *("config", "files", "numerics", "architectures", "model", "data", "runs", "ingredients"),
+    *(
+        "config",
+        "files",
+        "team",
+        "numerics",
+        "architectures",
+        "model",
+        "data",
+        "runs",
+        "ingredients",
+    ),
     *("blocks", "learn", "measures", "runtime", "formats", "preflight", "reports"),
 )
 GROUND = ("errors", "version")  # which every room may import

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -26,8 +27,16 @@ from lrquant.files.whole import JsonObject
 from lrquant.formats.checkpoint import save_checkpoint
 from lrquant.formats.protected import check_target
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.identity import describe_method, describe_run, environment, gone_on_elsewhere
+from lrquant.learn.checks import require_alike
+from lrquant.learn.identity import (
+    begun_on,
+    describe_method,
+    describe_run,
+    environment,
+    gone_on_elsewhere,
+)
 from lrquant.learn.model import learn_model
+from lrquant.learn.share import require_steps
 from lrquant.learn.tuning import outcome_of_tuning
 from lrquant.measures.choice import check_measures, measures_anything
 from lrquant.measures.evaluation.evaluation import Evaluation
@@ -53,7 +62,7 @@ from lrquant.measures.subjects.subject import (
 from lrquant.model.arithmetic import full_precision_sums
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
-from lrquant.preflight.prospect import Prospect
+from lrquant.preflight.prospect import Material, Prospect
 from lrquant.preflight.requirements import requirements
 from lrquant.preflight.sizes import sizes_of
 from lrquant.reports.writing import write_report
@@ -64,6 +73,8 @@ from lrquant.runs.log import kept_log
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import ASKED, conditions
 from lrquant.runs.tensorboard import with_tensorboard
+from lrquant.team.processes import joined
+from lrquant.team.team import Team
 
 logger = logging.getLogger("lrquant")
 
@@ -95,9 +106,18 @@ def run(
     scheme and method are its own, and only what says how to measure is taken from `settings`.
     """
     with kept_log(logger) as earlier, ExitStack() as locks, full_precision_sums():
-        config, measure_only = resolve_settings(settings)
-        _claim_places(config, measure_only, locks)
-        return _run(config, measure_only, model, calibration, progress or Progress(), earlier)
+        with joined() as team:
+            config, measure_only = team.first(partial(resolve_settings, settings))
+            team.first(partial(_claim_places, config, measure_only, locks))
+            progress = (progress or Progress()) if team.rank == 0 else Progress()
+            progress = with_tensorboard(progress, config.log_dir if team.rank == 0 else None)
+            plan = Plan.of(config.quantizing)
+            prospect = Prospect(config, measure_only, plan, model, calibration)
+            outcome = _run(prospect, progress, earlier, team)
+        if team.rank == 0:
+            _write(outcome, prospect)
+        progress.close()
+        return outcome
 
 
 def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
@@ -124,34 +144,29 @@ def _claim_places(config: Config, measure_only: bool, locks: ExitStack) -> None:
         check_target(config.group(Places), Path(config.save_dir))
 
 
-def _run(
-    config: Config,
-    measure_only: bool,
-    model: Model | None,
-    calibration: OwnData | None,
-    progress: Progress,
-    earlier: MemoryHandler,
-) -> Outcome:
-    progress = with_tensorboard(progress, config.log_dir)
-    prospect = Prospect(config, measure_only, Plan.of(config.quantizing), model, calibration)
-    plan, learning = prospect.plan, config.group(Learning)
+def _run(prospect: Prospect, progress: Progress, earlier: MemoryHandler, team: Team) -> Outcome:
+    """Learn, or take what is learned, and measure it."""
+    config, measure_only, plan = prospect.config, prospect.measure_only, prospect.plan
+    learning = config.group(Learning)
     logger.info("scheme %s", plan.schemes.describe())
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(plan, learning))
-    _require_all(prospect)
-    workbench = prospect.workbench
-    assert workbench is not None
+    if not measure_only:
+        require_steps(learning.batch_size, learning.micro_batch_size, team)
+    _require_all(prospect, team)
+    workbench, evaluation, reading = prospect.workbench, prospect.evaluation, prospect.reading
+    assert workbench is not None and evaluation is not None and reading is not None
+    require_alike(team, workbench)
+    folder = _learn(prospect, workbench, progress, earlier, team)
+    evaluation.team = team
+    subject = RunSubject(QUANTIZED, workbench, config, folder, team)
+    own = measure_run(subject, evaluation, reading, progress)
+    measured = chain(own, measure_base(evaluation, progress))
+    if team.rank:
+        return Outcome(folder, config, workbench, add_measures(measured, {}, None))
 
-    output = Path(config.output_dir)
-    if measure_only:
-        folder = RunFolder.open(Path(config.resume or ""))
-        folder.require_same({"model": workbench.model.fingerprint()})
-        if output.resolve() != folder.path.resolve():
-            RunFolder(output).begin_results()
-    else:
-        folder = _learn(workbench, prospect, progress, earlier)
-    results_folder = RunFolder(output)
+    results_folder = evaluation.folder = RunFolder(Path(config.output_dir))
     with results_folder.logging(logger, earlier):
         about = environment(config.model, plan, learning, config.seed, workbench)
         about |= source_of(workbench.model) | outcome_of_tuning(folder)
@@ -159,22 +174,21 @@ def _run(
             about |= {"learned_with": conditions(about)} | _told_of(workbench, config, folder)
             results_folder.add_results(about)
         about |= _asked(config, folder)
-        evaluation, reading = prospect.evaluation, prospect.reading
-        assert evaluation is not None and reading is not None
-        evaluation.folder = results_folder
         folder.require_finished()
-        subject = RunSubject(QUANTIZED, workbench, config, folder)
-        own = measure_run(subject, evaluation, reading, progress)
-        results = add_measures(
-            chain(own, measure_base(evaluation, progress)), about, results_folder
-        )
-    if config.save_dir is not None and prospect.form is not None:
-        save_checkpoint(workbench, config.origin, folder, Path(config.save_dir), prospect.form)
-    progress.close()
-    learned_or_measured = not measure_only or measures_anything(config.measuring)
-    if config.report and learned_or_measured and output.resolve() == folder.path.resolve():
-        logger.info("report %s", write_report(folder))
+        results = add_measures(measured, about, results_folder)
     return Outcome(folder, config, workbench, results)
+
+
+def _write(outcome: Outcome, prospect: Prospect) -> None:
+    """The checkpoint and the report, where they are asked for."""
+    config, folder = outcome.config, outcome.folder
+    if config.save_dir is not None and prospect.form is not None:
+        target = Path(config.save_dir)
+        save_checkpoint(outcome.workbench, config.origin, folder, target, prospect.form)
+    learned_or_measured = not prospect.measure_only or measures_anything(config.measuring)
+    in_place = Path(config.output_dir).resolve() == folder.path.resolve()
+    if config.report and learned_or_measured and in_place:
+        logger.info("report %s", write_report(folder))
 
 
 def _told_of(workbench: Workbench, config: Config, folder: RunFolder) -> JsonObject:
@@ -191,37 +205,76 @@ def _asked(config: Config, folder: RunFolder) -> JsonObject:
     return {ASKED: [asked]} if asked else {}
 
 
-def _require_all(prospect: Prospect) -> None:
-    """Make every check of a run; the first that refuses it ends the command."""
-    for check in requirements(prospect):
-        for said in check.of():
-            if said.logged:
-                level = logging.INFO if said.state == "ok" else logging.WARNING
-                logger.log(level, "%s", said.logged)
+def _require_all(prospect: Prospect, team: Team) -> None:
+    """Make every check of a run; the first that refuses it ends the command.
+
+    Of a team the first member makes them, and the others are given what it has read.
+    """
+
+    def checked() -> Material:
+        for check in requirements(prospect):
+            for said in check.of():
+                if said.logged:
+                    level = logging.INFO if said.state == "ok" else logging.WARNING
+                    logger.log(level, "%s", said.logged)
+        return prospect.material
+
+    material = team.first(checked)
+    if team.rank:
+        prospect.take_over(material, team)
 
 
 def _learn(
-    workbench: Workbench, prospect: Prospect, progress: Progress, earlier: MemoryHandler
+    prospect: Prospect,
+    workbench: Workbench,
+    progress: Progress,
+    earlier: MemoryHandler,
+    team: Team,
 ) -> RunFolder:
-    """A run folder of which every block is learned."""
+    """A run folder of which every block is learned, or the finished one that is measured.
+
+    Of a team the first member alone opens it, and writes.
+    """
     config, calibration = prospect.config, prospect.calibration
-    assert calibration is not None
-    learning, files = config.group(Learning), config.group(StatisticsFiles)
-    identity = describe_run(workbench, learning, calibration, files, prospect.tuning)
-    resumed = optional_path(config.resume)
-    folder = RunFolder.start(Path(config.output_dir), config, identity, resumed)
-    with folder.logging(logger, earlier):
-        elsewhere = gone_on_elsewhere(folder.identity.get("begun_on"), identity["begun_on"])
-        if elsewhere is not None:
-            logger.warning("the run %s", elsewhere)
+    place = config.resume or "" if prospect.measure_only else config.output_dir
+    folder = RunFolder(Path(place))
+    if team.rank == 0:
+        folder = _opened(prospect, workbench)
+    if calibration is None:
+        return folder
+    with folder.logging(logger, earlier) if team.rank == 0 else nullcontext():
+        if team.rank == 0:
+            _say_if_elsewhere(folder, workbench)
         if prospect.writer is not None:
             folder.keep_texts(prospect.writer.kept)
-        feed, statistics = calibration.feed, prospect.statistics
+        learning, statistics = config.group(Learning), prospect.statistics
         tuning = None if prospect.tuning is None else prospect.tuning.feed
         rest = folder, progress, config.report
+        own = workbench, learning, calibration.feed, statistics
         with workbench.learning():
-            learn_model(workbench, learning, feed, statistics, *rest, tuning=tuning)
+            learn_model(*own, *rest, tuning=tuning, team=team)
     return folder
+
+
+def _say_if_elsewhere(folder: RunFolder, workbench: Workbench) -> None:
+    elsewhere = gone_on_elsewhere(folder.identity.get("begun_on"), begun_on(workbench))
+    if elsewhere is not None:
+        logger.warning("the run %s", elsewhere)
+
+
+def _opened(prospect: Prospect, workbench: Workbench) -> RunFolder:
+    """The run folder, begun, gone on with or only read."""
+    config, output = prospect.config, Path(prospect.config.output_dir)
+    if prospect.calibration is None:
+        folder = RunFolder.open(Path(config.resume or ""))
+        folder.require_same({"model": workbench.model.fingerprint()})
+        if output.resolve() != folder.path.resolve():
+            RunFolder(output).begin_results()
+        return folder
+    learning, files = config.group(Learning), config.group(StatisticsFiles)
+    about = prospect.calibration, files, prospect.tuning
+    identity = describe_run(workbench, learning, *about)
+    return RunFolder.start(output, config, identity, optional_path(config.resume))
 
 
 @full_precision_sums()
@@ -263,19 +316,16 @@ def evaluate(target: str, settings: JsonObject, progress: Progress | None = None
     if config.compare is True:
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
     reference_name(target, config)
-    folder = RunFolder(Path(config.output_dir)) if "output_dir" in settings else None
-    with held(folder.path) if folder is not None else nullcontext(), full_precision_sums():
-        return _evaluate(target, config, folder, progress or Progress())
-
-
-def _evaluate(
-    target: str, config: Config, folder: RunFolder | None, progress: Progress
-) -> JsonObject:
-    if folder is not None:
-        folder.begin_results()
-    evaluation = Evaluation(config, folder)
-    progress = with_tensorboard(progress, config.log_dir)
-    own = measure_target(target, evaluation, progress)
-    results = add_measures(chain(own, measure_base(evaluation, progress)), {}, folder)
-    progress.close()
-    return results
+    with joined() as team, ExitStack() as stack, full_precision_sums():
+        folder = None
+        if "output_dir" in settings and team.rank == 0:
+            folder = RunFolder(Path(config.output_dir))
+            stack.enter_context(held(folder.path))
+            folder.begin_results()
+        progress = (progress or Progress()) if team.rank == 0 else Progress()
+        progress = with_tensorboard(progress, config.log_dir if team.rank == 0 else None)
+        evaluation = Evaluation(config, folder, team)
+        own = measure_target(target, evaluation, progress)
+        results = add_measures(chain(own, measure_base(evaluation, progress)), {}, folder)
+        progress.close()
+        return results

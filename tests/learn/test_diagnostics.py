@@ -132,7 +132,7 @@ def test_losses_equal_those_of_learning(learn):
 
 
 def test_few_samples_are_enough(learn):
-    _, run = learn(samples=9, batch_size=3, epochs=1)
+    _, run = learn(samples=9, batch_size=3, micro_batch_size=3, epochs=1)
     assert figures(run)["samples"] == 6 and figures(run)["tokens"] == 6 * TOKENS
 
 

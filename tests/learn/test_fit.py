@@ -17,8 +17,9 @@ from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import SMALLEST_FACTOR
-from lrquant.learn import fit
-from lrquant.learn.fit import BlockData, fit_block
+from lrquant.learn import block_data, fit
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import fit_block
 from lrquant.learn.objective import Objective
 
 BATCHES = 4
@@ -219,7 +220,7 @@ def test_larger_batches_have_the_same_loss_and_fewer_steps(block):
 def failing_from(monkeypatch, call):
     """Make the loss NaN from the given call on, as long as gradients are recorded."""
     calls = []
-    original = fit.loss_terms
+    original = block_data.loss_terms
 
     def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
@@ -228,7 +229,7 @@ def failing_from(monkeypatch, call):
         calls.append(value)
         return value * math.nan if len(calls) >= call else value
 
-    monkeypatch.setattr(fit, "loss_terms", loss)
+    monkeypatch.setattr(block_data, "loss_terms", loss)
 
 
 @pytest.mark.parametrize("steps", [2, 100])
@@ -292,14 +293,14 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
     """Also where it is the last of an epoch, or of all."""
     view, *_ = prepared = block(batch_size=batch_size, lwc=True, let=True, let_lr=1.0, lwc_lr=1.0)
     start = copies(view)
-    original = fit.loss_terms
+    original = block_data.loss_terms
 
     def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
         far = any((view.parameters[n].detach() - start[n]).abs().max() > 0.5 for n in start)
         return value * math.nan if far else value
 
-    monkeypatch.setattr(fit, "loss_terms", loss)
+    monkeypatch.setattr(block_data, "loss_terms", loss)
     report, before, after = learn(prepared, epochs=epochs)
     assert len(report.non_finite) == 1 and "back to the best" in report.non_finite[0]
     assert equal(start, view.parameters) and after == before
@@ -317,13 +318,13 @@ def test_steps_into_infinity_end_at_finite_parameters(block, epochs, batch_size)
 def test_gradients_that_are_not_finite(block, monkeypatch):
     view, *_ = prepared = block()
     before = copies(view)
-    original = fit.loss_terms
+    original = block_data.loss_terms
 
     def loss(output, targets, kind, weights=None):
         value = original(output, targets, kind)
         return value + 0 * (output - output.detach()).sum().sqrt()  # finite, its gradient is not
 
-    monkeypatch.setattr(fit, "loss_terms", loss)
+    monkeypatch.setattr(block_data, "loss_terms", loss)
     report, _, after = learn(prepared)
     assert report.non_finite and equal(before, view.parameters) and math.isfinite(after)
 

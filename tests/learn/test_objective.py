@@ -34,6 +34,7 @@ def test_terms_of_two_branches_are_summed_apart(outputs):
 def test_without_dynamic_weights_the_loss_is_the_sum():
     objective = Objective(torch.tensor([5.0, 7.0]), False, "one")
     for terms in ([1.0, 2.0], [3.0, 0.5]):
+        objective.see(torch.tensor(terms))
         assert float(objective.loss(torch.tensor(terms))) == sum(terms)
         assert objective.measure(torch.tensor(terms)) == sum(terms)
 
@@ -47,20 +48,25 @@ def test_dynamic_weights_are_running_means(ema_init):
     for terms in sequence:
         means = [0.95 * e + 0.05 * loss for e, loss in zip(means, terms, strict=True)]
         expected = sum(loss / (e + 1e-6) for e, loss in zip(means, terms, strict=True))
+        objective.see(torch.tensor(terms))
         assert float(objective.loss(torch.tensor(terms))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_published_start_mutes_small_losses():
     """Why the start at the first loss is the default: a small term weighs 1/e, not 1/L."""
     terms = torch.tensor([1e-3])
-    first = float(Objective(terms, True, "first").loss(terms))
-    one = float(Objective(terms, True, "one").loss(terms))
+    objectives = [Objective(terms, True, start) for start in ("first", "one")]
+    for objective in objectives:
+        objective.see(terms)
+    first, one = (float(objective.loss(terms)) for objective in objectives)
     assert first == pytest.approx(1, rel=2e-3) and one < 2e-3
 
 
 def test_no_gradient_passes_through_the_running_means():
     terms = torch.tensor([4.0, 0.5], requires_grad=True)
-    Objective(terms.detach(), True, "first").loss(terms).backward()
+    objective = Objective(terms.detach(), True, "first")
+    objective.see(terms.detach())
+    objective.loss(terms).backward()
     assert torch.allclose(terms.grad, 1 / (terms.detach() + 1e-6))
 
 
@@ -70,5 +76,5 @@ def test_the_measure_has_the_weights_of_the_start_at_every_step():
     assert objective.measure(start) == pytest.approx(2, rel=1e-3)
     before = objective.measure(torch.tensor([50.0, 5e-3]))
     for _ in range(5):
-        objective.loss(torch.tensor([1.0, 1e-4]))
+        objective.see(torch.tensor([1.0, 1e-4]))
     assert objective.measure(torch.tensor([50.0, 5e-3])) == before == pytest.approx(1, rel=1e-3)

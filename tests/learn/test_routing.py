@@ -111,5 +111,5 @@ def test_choices_that_differ_are_counted(make_bench, make_model):
     others = {MODULE: [torch.tensor([[1, 0], [1, 3]]), torch.tensor([[2, 1], [0, 1]])]}
     figures = routing.figures(others, few)[MODULE]
     assert figures == {"tokens": [2, 3, 1, 0], "kept_start": 2, "changed": 3 / 8}
-    doubled = routing.merged(lambda values: 2 * values)
+    doubled = routing.merged(lambda counts: [counts, counts])
     assert doubled.counts[MODULE].tolist() == [4, 6, 2, 0]

@@ -1,4 +1,4 @@
-"""A team: members with a share of the samples each learn what one with all of them learns."""
+"""A team: members with a share of the samples each learn, to the byte, what one with all does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision
 from lrquant.config.config import Config
@@ -21,53 +20,55 @@ from lrquant.config.schemes import Schemes
 from lrquant.data.feeds import Feed
 from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics, ShareOfStatistics
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn import fit
+from lrquant.learn import block_data, fit
 from lrquant.learn.adaptation import adapt
-from lrquant.learn.fit import BlockData, fit_block
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import fit_block, require_same
 from lrquant.learn.model import learn_model
 from lrquant.learn.objective import Objective
-from lrquant.learn.team import ALONE, holds_for_all, require_even
+from lrquant.learn.share import Share, require_steps, share_of, shared_inputs
+from lrquant.measures.agreement import MEASURE as AGREEMENT
+from lrquant.measures.evaluation.evaluation import score_text
+from lrquant.measures.perplexity import MEASURE as PERPLEXITY
+from lrquant.measures.subjects import subject
+from lrquant.measures.subjects.subject import RunSubject
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
+from lrquant.team.team import ALONE, Team, holds_for_all, sum_in_order
 
-SIZE = 2
-ORDER = [0, 2, 1, 3]  # of one member's batches of 2, each with a sample of either share
-SHARES = [0, 1], [2, 3]
 IDENTITY = {"model": "m", "scheme": "s", "learning": {}, "data": {}, "precision": "float32"}
 
 
-class Threads:
+class Threads(Team):
     """Members of one process that wait for each other."""
 
-    size = SIZE
-
     def __init__(self, rank: int, shared: list, barrier: threading.Barrier) -> None:
-        self.rank, self._shared, self._barrier = rank, shared, barrier
+        self.rank, self.size = rank, len(shared)
+        self._shared, self._barrier = shared, barrier
 
-    def _everyone(self, value):
-        self._shared[self.rank] = value
+    def each(self, value):
+        self._shared[self.rank] = copy.deepcopy(value)
         self._barrier.wait()
         values = list(self._shared)
         self._barrier.wait()
         return values
 
-    def sum(self, values):
-        return torch.stack(self._everyone(values.detach().clone())).sum(0)
-
-    def maximum(self, values):
-        return torch.stack(self._everyone(values.detach().clone())).amax(0)
-
     def first(self, make):
         value = make() if self.rank == 0 else None
-        theirs = self._everyone(copy.deepcopy(value))[0]  # nobody else's, of two
+        theirs = copy.deepcopy(self.each(value)[0])
         return value if self.rank == 0 else theirs
 
+    def ordered_sum(self, rows, counts):
+        members = self.each(rows)
+        assert [len(each) for each in members] == list(counts)
+        return sum_in_order(torch.cat(members))
 
-def together(work):
+
+def together(work, size=2):
     """What `work(team)` gives for each member, or refuses; no member waits for one that failed."""
-    shared, barrier = [None] * SIZE, threading.Barrier(SIZE, timeout=60)
+    shared, barrier = [None] * size, threading.Barrier(size, timeout=60)
 
     def member(rank: int):
         try:
@@ -78,8 +79,8 @@ def together(work):
             barrier.abort()
             raise
 
-    with ThreadPoolExecutor(SIZE) as pool:
-        members = [pool.submit(member, rank) for rank in range(SIZE)]
+    with ThreadPoolExecutor(size) as pool:
+        members = [pool.submit(member, rank) for rank in range(size)]
     errors = [each.exception() for each in members]
     broken = threading.BrokenBarrierError
     for error in sorted(filter(None, errors), key=lambda error: isinstance(error, broken)):
@@ -105,12 +106,12 @@ def feed(token_ids):
 
 @pytest.fixture
 def learned(make_model, make_bench):
-    """learned(feed, batch_size, team) -> the report and parameters of block 0."""
+    """learned(feed, batch_size, team, together) -> the report and parameters of block 0."""
 
-    def learn(feed, batch_size, team, **settings):
+    def learn(feed, batch_size, team, together=1, **settings):
         plan = Plan(Schemes(Scheme(3, 16, 16)), learned_by(lwc=True, let=True, lwc_init=4.0))
         bench = dataclasses.replace(make_bench(make_model("llama")), plan=plan)
-        entry = BlockInputs(bench.model, feed, batch_size, bench.device)
+        entry, share = shared_inputs(bench, feed, batch_size, together, team)
         inputs, target = bench.streams(entry, 2)
         entry.embed(inputs)
         statistics, stored = ChannelStatistics(), bench.stored(0)
@@ -119,7 +120,7 @@ def learned(make_model, make_bench):
         widths = {f"{view.plan.name}.{name}": s.columns for name, s in view.shapes.matrices.items()}
         statistics.maxima = {name: torch.ones(width) for name, width in widths.items()}
         view.initialize(statistics)
-        data = BlockData(0, entry, inputs, (target,), team=team)
+        data = BlockData(0, entry, inputs, (target,), share=share)
         with bench.runner(0, view) as runner:
             report = fit_block(view, runner, data, Learning(3, **settings))
         return report, view.parameters
@@ -127,45 +128,49 @@ def learned(make_model, make_bench):
     return learn
 
 
-def assert_close(parameters, expected, tolerance):
+def same(parameters, expected):
     assert parameters.keys() == expected.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(parameters[name], values, rtol=tolerance, atol=tolerance)
+    return all(torch.equal(parameters[name], values) for name, values in expected.items())
+
+
+REPORTED = "initial_loss", "epoch_losses", "held_losses", "best_epoch", "non_finite"
+
+
+def reported(report):
+    return [getattr(report, name) for name in REPORTED]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize(("size", "batch_size", "at_once"), [(2, 4, 1), (3, 3, 1), (2, 4, 2)])
 @pytest.mark.parametrize(
-    ("loss", "dynamic", "ema_init"),
-    [("mse", False, "first"), ("mse", True, "first"), ("mse+nlc", True, "one")],
+    ("loss", "dynamic", "ema_init", "keep_best"),
+    [("mse", False, "first", True), ("mse+nlc", True, "one", False)],
 )
-def test_two_members_learn_what_one_does_with_twice_the_batch(
-    learned, feed, loss, dynamic, ema_init, keep_best, weighted
+def test_members_learn_the_bytes_that_one_does(
+    learned, feed, loss, dynamic, ema_init, keep_best, weighted, size, batch_size, at_once
 ):
-    """The logarithm of a cosine is no mean of tokens: of its parts there is a mean, as of batches'.
-
-    So losses differ there by what they differ between batch sizes.
-    """
+    """Also where the last step has fewer samples than there are members."""
     settings = {"loss": loss, "dynamic_weights": dynamic, "ema_init": ema_init}
-    settings |= {"keep_best": keep_best}
-    samples = feed(weighted)
-    report, expected = learned(samples.only(ORDER), 2, ALONE, **settings)
-    (first, one), (second, other) = together(
-        lambda team: learned(samples.only(SHARES[team.rank]), 1, team, **settings)
-    )
-    same = "initial_loss", "epoch_losses", "held_losses", "best_epoch", "non_finite"
-    assert [getattr(first, name) for name in same] == [getattr(second, name) for name in same]
-    assert_close(one, other, 0)
-    near = 1e-3 if loss == "mse" else 5e-2
-    assert first.initial_loss == pytest.approx(report.initial_loss, rel=near)
-    assert first.epoch_losses == pytest.approx(report.epoch_losses, rel=near)
-    assert first.held_losses == pytest.approx(report.held_losses, rel=near)
-    assert first.best_epoch == report.best_epoch
-    assert_close(one, expected, 1e-2)
+    settings |= {"keep_best": keep_best, "together": at_once}
+    report, expected = learned(feed(weighted), batch_size, ALONE, **settings)
+    outcomes = together(lambda team: learned(feed(weighted), batch_size, team, **settings), size)
+    for other, parameters in outcomes:
+        assert reported(other) == reported(report)
+        assert same(parameters, expected)
+
+
+def test_a_larger_batch_learns_something_else(learned, feed):
+    """The negative control of the test above, and of samples that go through a block at once."""
+    _, one = learned(feed(), 1, ALONE)
+    _, two = learned(feed(), 2, ALONE)
+    _, at_once = learned(feed(), 2, ALONE, together=2)
+    assert not same(one, two) and not same(two, at_once)
+    for name, values in two.items():
+        torch.testing.assert_close(at_once[name], values, rtol=1e-2, atol=1e-2)
 
 
 def test_a_member_whose_loss_is_not_finite_takes_all_back(learned, feed, monkeypatch):
-    original, here = fit.loss_terms, threading.local()
+    original, here = block_data.loss_terms, threading.local()
 
     def loss(output, targets, kind, weights=None):
         terms = original(output, targets, kind, weights)
@@ -173,36 +178,47 @@ def test_a_member_whose_loss_is_not_finite_takes_all_back(learned, feed, monkeyp
 
     def work(team):
         here.fails = team.rank == 1
-        return learned(feed().only(SHARES[team.rank]), 1, team)
+        return learned(feed(), 2, team)
 
-    monkeypatch.setattr(fit, "loss_terms", loss)
+    monkeypatch.setattr(block_data, "loss_terms", loss)
     (first, one), (second, other) = together(work)
     assert first.non_finite == second.non_finite == ["epoch 1: back to the best parameters so far"]
-    assert_close(one, other, 0)
+    assert same(one, other)
 
 
 def test_a_parameter_that_one_member_s_samples_reach_is_the_same_for_all(make_model, make_bench):
-    """As an expert's: nobody waits for a gradient that another does not have."""
+    """As an expert's: nobody waits for a gradient that another does not have; "c" has none."""
     bench = make_bench(make_model("llama"))
-    ids = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(5))
 
     def work(team):
-        entry = BlockInputs(bench.model, ids, 1, bench.device)
+        entry, share = shared_inputs(bench, Feed.of_tokens(ids), 2, 1, team)
         inputs, target = bench.streams(entry, 2)
         inputs.states.fill_(1.0)
         target.states.zero_()
-        entry._arguments = [[{}]]
-        ones = {name: torch.ones((), requires_grad=True) for name in ("a", "b")}
+        entry._arguments = [[{}]] * 2
+        ones = {name: torch.ones((), requires_grad=True) for name in ("a", "b", "c")}
         view = SimpleNamespace(parameters=ones, tensors=lambda: ones, constrain_=lambda: None)
-        data = BlockData(0, entry, inputs, (target,), team=team)
-        name = "ab"[team.rank]
-        optimizer = torch.optim.SGD(ones.values(), 0.25)
+        data = BlockData(0, entry, inputs, (target,), share=share)
+        names = iter("ab" if team.size == 1 else "ab"[team.rank])
+        optimizer = torch.optim.AdamW(ones.values(), 0.25, weight_decay=0.5)
         objective = Objective(torch.ones(1), False, "first")
-        run = lambda tensors, states, arguments: states * tensors[name]  # noqa: E731
+        run = lambda tensors, states, arguments: states * tensors[next(names)]  # noqa: E731
         fit.learning_step(view, run, data, 0, [optimizer], objective, "mse")
         return {name: float(values.detach()) for name, values in ones.items()}
 
-    assert together(work) == [{"a": 0.75, "b": 0.75}] * SIZE, "half of the gradient 2 each"
+    alone = work(ALONE)
+    assert together(work) == [alone, alone]
+    assert alone["a"] == alone["b"] < alone["c"] == 1, "without a gradient nothing decays either"
+
+
+def test_members_that_have_learned_different_parameters_stop(feed):
+    def work(team):
+        require_same(team, {"a": torch.ones(2, dtype=torch.bfloat16)}, 0)
+        require_same(team, {"a": torch.full((2,), float(team.rank))}, 7)
+
+    errors = together(work)
+    assert all(str(each).startswith("block 7: the processes learned different") for each in errors)
 
 
 @pytest.fixture
@@ -240,99 +256,151 @@ class Seen(Progress):
 
 
 def test_a_whole_model_is_learned_together_and_kept_by_the_first(model, feed, tmp_path):
+    """Also one that is gone on with by another number of processes."""
     samples = feed()
 
     def share(team):
-        name = "run" if team.rank == 0 else "absent"
-        return model(samples.only(SHARES[team.rank]), 1, team, name)
+        return model(samples, 4, team, "run" if team.rank == 0 else "absent")
 
-    expected, adapted = model(samples.only(ORDER), 2, ALONE, "alone")
+    expected, adapted = model(samples, 4, ALONE, "alone")
     (records, own), (others, other) = together(share)
-    assert records == others and own == other
+    assert records == others and own == other == adapted
     assert not (tmp_path / "absent").exists()
     folders = [RunFolder.open(tmp_path / name) for name in ("run", "alone")]
     for index, (record, alone) in enumerate(zip(records, expected, strict=True)):
-        assert record.initial_loss == pytest.approx(alone.initial_loss, rel=1e-2)
-        assert record.final_loss == pytest.approx(alone.final_loss, rel=1e-2)
-        assert_close(*(folder.load_block(index) for folder in folders), 2e-2)
+        assert figures_of(record) == figures_of(alone)
+        assert same(*(folder.load_block(index) for folder in folders))
         assert folders[0].load_diagnostics(index) is not None
-    (block,), (alone,) = own["blocks"], adapted["blocks"]
-    assert block["final_loss"] == pytest.approx(alone["final_loss"], rel=1e-2)
 
-    kept = folders[0].load_block(1)
     folders[0].block_path(1).unlink()
-    (again, _), _ = together(share)
-    assert again[0] is None and again[1].final_loss == pytest.approx(records[1].final_loss)
-    assert_close(folders[0].load_block(1), kept, 1e-5)
+    (again, _), *_ = together(share, size=4)
+    assert again[0] is None and figures_of(again[1]) == figures_of(expected[1])
+    assert same(*(folder.load_block(1) for folder in folders))
     assert [each[1] for each in together(share)] == [own, own], "what was adapted is kept"
 
 
+def figures_of(record):
+    """What does not depend on the machine."""
+    return dataclasses.replace(record, seconds=0, peak_memory_bytes=0)
+
+
 @pytest.mark.parametrize("rounding", [False, True])
-def test_a_team_tunes_end_to_end(make_model, make_bench, feed, tmp_path, rounding):
-    samples = feed()
+def test_a_team_tunes_end_to_end(make_model, make_bench, token_ids, tmp_path, rounding):
+    samples = Feed.of_tokens(token_ids(10, 12))
     tuning = Tuning(tune=True, tune_lr=0.02, tune_epochs=2, tune_rounding=rounding)
 
-    def work(team):
+    def tuned(team, name):
         plan = Plan(Schemes(Scheme(2, 16, 16)), (tuning,))
         bench = dataclasses.replace(make_bench(make_model("llama")), plan=plan)
-        path = tmp_path / ("run" if team.rank == 0 else "absent")
+        path = tmp_path / (name if team.rank == 0 else "absent")
         folder = RunFolder(path)
         if team.rank == 0:
             folder = RunFolder.open(path) if path.exists() else create(path)
-        share = samples.only(SHARES[team.rank])
-        learn_model(bench, Learning(0), share, None, folder, Progress(), False, team=team)
+        learning = Learning(0, batch_size=3)
+        learn_model(bench, learning, samples, None, folder, Progress(), False, team=team)
 
-    together(work)
+    def kept(name):
+        record = RunFolder.open(tmp_path / name).stage("tuned").about(0)["record"]
+        files = sorted((tmp_path / name / "tuned" / "model").iterdir())
+        return record, [path.read_bytes() for path in files]
+
+    tuned(ALONE, "alone")
+    together(lambda team: tuned(team, "run"))
     assert not (tmp_path / "absent").exists()
-    files = sorted((tmp_path / "run" / "tuned" / "model").iterdir())
-    before = [path.read_bytes() for path in files]
-    record = RunFolder.open(tmp_path / "run").stage("tuned").about(0)["record"]
-    assert len(before) == 2 and record["best_epoch"] > 0
-    together(work)
-    assert [path.read_bytes() for path in files] == before, "kept"
+    before = kept("run")
+    assert before == kept("alone") and before[0]["best_epoch"] > 0 and len(before[1]) == 2
+    together(lambda team: tuned(team, "run"))
+    assert kept("run") == before
 
 
-def test_uneven_shares_are_refused_by_all_before_anything_is_learned(model, feed):
-    samples = feed()
-    shares = [0], [1, 2, 3]
-    outcomes = together(lambda team: model(samples.only(shares[team.rank]), 1, team, "run"))
-    assert all(isinstance(each, LRQuantError) for each in outcomes)
-    assert {str(each).partition(";")[0] for each in outcomes} == {
-        "the samples of one process are 3 batches, those of another 1"
-    }
+def test_too_few_samples_are_refused_by_all_before_anything_is_learned(model, feed):
+    for batch_size, size in ((1, 2), (4, 5)):
+        outcomes = together(lambda team, b=batch_size: model(feed(), b, team, "run"), size)
+        assert {str(each) for each in outcomes} == {
+            f"4 samples in steps of {batch_size}, 1 at once, are too few for {size} processes; "
+            "start fewer, or use a larger --batch_size and more samples"
+        }
+
+
+@pytest.mark.parametrize(("at_once", "words"), [(1, ""), (2, " and --micro_batch_size 2")])
+def test_steps_of_fewer_samples_than_processes_are_refused(at_once, words):
+    together(lambda team: require_steps(3 * at_once, at_once, team), 3)
+    (error, *_) = together(lambda team: require_steps(2 * at_once, at_once, team), 3)
+    assert str(error) == (
+        f"--batch_size {2 * at_once}{words}: too few samples a step for 3 processes; use "
+        f"--batch_size {3 * at_once} or a multiple of it"
+    )
+
+
+@pytest.mark.parametrize("windows", [1, 2, 7])
+def test_windows_are_measured_in_shares(make_model, make_bench, token_ids, monkeypatch, windows):
+    """Two at once go through a block; a member for which there are none says nothing of them."""
+    monkeypatch.setattr(subject, "EVALUATION_TOKENS", 24)
+    text = Samples(token_ids(windows, 12), "text", "", "", "", "")
+
+    def scores(team):
+        bench = make_bench(make_model("llama"), plan=Plan(Schemes(Scheme(3, 8, 16)), ()))
+        own = RunSubject("quantized", bench, team=team)
+        columns = [("full_precision", own), ("round_to_nearest", own)]
+        measures = [PERPLEXITY, AGREEMENT]
+        scored = score_text(measures, columns, text, Progress(), held=True, team=team)
+        return [dict(each.scores) for each in scored]
+
+    expected = scores(ALONE)
+    assert expected[0]["full_precision"] != expected[0]["round_to_nearest"]
+    for size in (2, 3):
+        assert together(scores, size) == [expected] * size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("batch_size", "at_once"), [(4, 1), (8, 1), (8, 2), (7, 1)])
+def test_shares_are_all_samples_in_order(token_ids, size, batch_size, at_once):
+    feed = Feed.of_tokens(token_ids(11, 4))
+
+    def work(team):
+        own, share = share_of(feed, batch_size, at_once, team)
+        assert [each["input_ids"].tolist() for each in own.inputs] == [
+            feed.inputs[index]["input_ids"].tolist() for index in share.samples
+        ]
+        slices = own.slices(at_once)
+        batches = [share.samples[each] for each in slices]
+        assert sum(map(len, share.steps)) == len(batches)
+        return share.in_order(batches), [[slices[b].stop for b in step] for step in share.steps]
+
+    for ordered, _ in together(work, size):
+        assert [index for batch in ordered for index in batch] == list(range(11))
 
 
 def test_members_statistics_are_those_of_all_samples():
     values = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
-    whole, parts = ChannelStatistics(), [ChannelStatistics(), ChannelStatistics()]
-    for name in "xy":
-        whole.observe(name, values if name == "x" else values[3:])
-        parts[1].observe(name, values[3:])
-    parts[0].observe("x", values[:3])
-    names = ["x", "y", "of nobody"]
-    for merged in together(lambda team: parts[team.rank].merged(names, team.sum, team.maximum)):
+    whole = ChannelStatistics()
+    for batch in values:
+        whole.observe("x", batch[None])
+        whole.observe("y", 2 * batch)
+
+    def work(team):
+        share = Share(team, [[1, 1], [1, 1]], [], [])
+        seen = ShareOfStatistics()
+        for batch in values[team.rank :: 2]:
+            seen.observe("x", batch[None])
+            seen.observe("y", 2 * batch)
+        return seen.whole(share.in_order)
+
+    for merged in [*together(work), whole.whole(lambda batches: batches)]:
         assert merged.samples == whole.samples
-        for name in "xy":
-            assert torch.equal(merged.maxima[name], whole.maxima[name])
-            torch.testing.assert_close(merged.means[name], whole.means[name])
-            torch.testing.assert_close(merged.squares[name], whole.squares[name])
-        average = (3 * parts[0].midpoints["x"] + parts[1].midpoints["x"]) / 4
-        torch.testing.assert_close(merged.midpoints["x"], average)
-        assert torch.equal(merged.midpoints["y"], parts[1].midpoints["y"])
-    alone = whole.merged(names, ALONE.sum, ALONE.maximum)
-    for table in ("maxima", "midpoints", "means", "squares"):
-        own, same = getattr(alone, table), getattr(whole, table)
-        assert own.keys() == same.keys() and all(torch.equal(own[n], same[n]) for n in own)
+        for table in ("maxima", "midpoints", "means", "squares"):
+            own, expected = getattr(merged, table), getattr(whole, table)
+            assert same(own, expected)
 
 
 def test_what_holds_for_all():
-    assert together(lambda team: holds_for_all(team, True)) == [True] * SIZE
-    assert together(lambda team: holds_for_all(team, team.rank == 0)) == [False] * SIZE
+    assert together(lambda team: holds_for_all(team, True)) == [True] * 2
+    assert together(lambda team: holds_for_all(team, team.rank == 0)) == [False] * 2
 
 
 def test_alone_everything_is_as_it_is():
-    values = torch.arange(3.0)
-    assert ALONE.sum(values) is values and ALONE.maximum(values) is values
-    assert ALONE.first(lambda: "x") == "x" and (ALONE.size, ALONE.rank) == (1, 0)
+    assert ALONE.each(3) == [3] and ALONE.first(lambda: "x") == "x"
+    assert (ALONE.size, ALONE.rank) == (1, 0)
     assert holds_for_all(ALONE, True) and not holds_for_all(ALONE, False)
-    require_even(ALONE, 3)
+    rows = torch.tensor([[1e8], [1.0], [-1e8]])
+    assert ALONE.ordered_sum(rows, [3]).tolist() == [0], "in order, in float32"

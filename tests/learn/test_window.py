@@ -15,7 +15,8 @@ from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, fit_block
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import fit_block
 from lrquant.learn.stage import units_of
 from lrquant.learn.window import Step, Window
 

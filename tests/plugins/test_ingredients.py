@@ -24,7 +24,8 @@ from lrquant.ingredients.clipping import Clipping
 from lrquant.ingredients.equivalent import Equivalent
 from lrquant.ingredients.factors import ScaleFactors
 from lrquant.ingredients.rounding import Rounding
-from lrquant.learn.fit import BlockData, fit_block
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import fit_block
 
 PAGE = "add-an-ingredient.md"
 OWN = {

@@ -76,7 +76,7 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     def spy(view, runner, data, batch, optimizer, objective, kind):
         seen.append(
             (
-                data.entry.batches[0].shape,
+                [batch.shape for batch in data.entry.batches],
                 set(view.plan.schemes.values()),
                 len(data.targets),
                 kind,
@@ -90,7 +90,7 @@ def test_it_runs_the_settings_of_the_run(watched, monkeypatch):
     costs = probe_block(load_of(bench, config))
     assert len(seen) == 1 + REPEATS
     shape, scheme, targets, kind, parameters = seen[0]
-    assert (shape, targets, kind) == ((3, 16), 2, "nlc")
+    assert (shape, targets, kind) == ([(1, 16)] * 3, 2, "nlc")
     assert scheme == {config.quantization}
     assert {name.split(".")[0] for name in parameters} == {"let", "lwc", "rotation"}
     assert costs.streams == 3 * 3 * 16 * 32 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -178,6 +179,12 @@ class BlockInputs:
             return None
         weights = self.feed.batch_weights(self.batches[batch].samples)
         return None if weights is None else weights.to(self._device)
+
+    def count(self, batch: int) -> float:
+        """Tokens of a batch, each as often as its weight says."""
+        weights = self.weights(batch)
+        tokens = math.prod(self.batches[batch].shape)
+        return float(tokens if weights is None else weights.double().sum())
 
 
 def _check_length(model: Model, tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, loaded_view
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.stages import StageFolder
+from lrquant.team.team import ALONE, Team
 
 Parameters = dict[str, Tensor]
 
@@ -28,21 +30,30 @@ def full_precision(workbench: Workbench) -> Variant:
 
 
 def as_learned(
-    workbench: Workbench, folder: RunFolder, later: StageFolder | None = None, last: int = 0
+    workbench: Workbench,
+    folder: RunFolder,
+    later: StageFolder | None = None,
+    last: int = 0,
+    team: Team = ALONE,
 ) -> Variant:
     """Every block as a run learned it, the `last` ones as a `later` stage did.
 
-    A vision tower that the plan does not quantise stays in floating point.
+    A vision tower that the plan does not quantise stays in floating point.  Of a `team` the first
+    member alone reads the folder.
     """
     first = len(workbench.model.blocks) - last
 
     def load(index: int) -> Parameters:
-        return folder.learned(index) if later is None or index < first else later.load(index)
+        kept = folder.learned if later is None or index < first else later.load
+        return team.first(partial(kept, index))
+
+    def load_tower(index: int) -> Parameters:
+        return team.first(partial(folder.tower.load_block, index))
 
     blocks, tower = with_parameters(workbench, load), workbench.tower
     if tower is None or workbench.plan.schemes.tower is None:
         return Variant(blocks, unlearned(workbench).tower)
-    return Variant(blocks, with_parameters(tower, folder.tower.load_block))
+    return Variant(blocks, with_parameters(tower, load_tower))
 
 
 def with_parameters(workbench: Workbench, load: Callable[[int], Parameters]) -> Prepare:

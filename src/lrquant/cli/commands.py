@@ -22,6 +22,7 @@ from lrquant.config.config import (
 )
 from lrquant.config.settings import read_yaml
 from lrquant.errors import LRQuantError
+from lrquant.team.launch import Launch
 
 if TYPE_CHECKING:
     from lrquant.cli.screen import Screen
@@ -60,6 +61,8 @@ def _quantize(options: argparse.Namespace, screen: Screen) -> int:
         finished = run(settings, progress=_progress(options, screen))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished blocks are kept, go on with --resume") from None
+    if Launch.of_environment().rank:
+        return 0
     _print_results(finished.results, screen)
     saved = settings.get("save_dir")
     checkpoint = None if saved is None else str(saved)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from lrquant.cli.flags import ALL, Parser, require_flags, require_words, with_dashes
@@ -16,12 +18,20 @@ from lrquant.cli.subcommands import (
     add_talk,
 )
 from lrquant.errors import LRQuantError, nearest
+from lrquant.team.launch import Launch
 from lrquant.version import __version__
 
 
 def carry_out(words: Sequence[str]) -> int:
-    """Run the command that these words are, and say its exit code."""
+    """Run the command that these words are, and say its exit code.
+
+    Of several processes the first alone speaks, and alone does what they do not do together.
+    """
     options = parsed(words)
+    if Launch.of_environment().rank:
+        if not options.together:
+            return 0
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     from lrquant.cli.screen import Screen, log_to  # not for --version and --help, which end above
 
     screen = Screen()
@@ -51,6 +61,7 @@ def parsers(every: bool) -> tuple[Parser, dict[str, Parser]]:
         prog="lrquant", description="Quantise language models with LRQuant.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"lrquant {__version__}")
+    top.set_defaults(together=False)
     subparsers = top.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     add_runs(subparsers, every)

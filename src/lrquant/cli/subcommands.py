@@ -28,7 +28,7 @@ def add_runs(subparsers: Subparsers, every: bool) -> None:
     )
     quantize.add_argument("--published-statistics", action="store_true", help=argparse.SUPPRESS)
     _add_run(quantize, every)
-    quantize.set_defaults(command=commands._quantize)
+    quantize.set_defaults(command=commands._quantize, together=True)
 
     check = command_parser(
         subparsers,
@@ -56,7 +56,7 @@ def add_evaluate(subparsers: Subparsers, every: bool) -> None:
     )
     evaluate.add_argument("target", metavar="TARGET", help="run folder, or a model as for --model")
     add_settings(evaluate, commands.EVALUATE_SETTINGS, every)
-    evaluate.set_defaults(command=commands._evaluate)
+    evaluate.set_defaults(command=commands._evaluate, together=True)
 
 
 def add_export(subparsers: Subparsers, every: bool) -> None:
@@ -66,7 +66,7 @@ def add_export(subparsers: Subparsers, every: bool) -> None:
     export.add_argument("run", metavar="RUN", help="run folder")
     export.add_argument("folder", metavar="DIR", help="folder to make")
     add_settings(export, commands.EXPORT_SETTINGS, every)
-    export.set_defaults(command=commands._export)
+    export.set_defaults(command=commands._export, together=True)
 
 
 def add_readers(subparsers: Subparsers) -> None:

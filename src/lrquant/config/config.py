@@ -88,6 +88,11 @@ class _Config(Settings):
     def resolved(self) -> Config:
         """The same run with nothing left to default: scheme and bits agree, methods are chosen."""
         config = self.with_bits()
+        if self.batch_size % self.micro_batch_size:
+            raise LRQuantError(
+                f"--micro_batch_size {self.micro_batch_size}: does not divide a --batch_size of "
+                f"{self.batch_size}; use 1, or that"
+            )
         schemes = config.schemes.of_language
         kinds = ingredient_kinds()
         for kind in kinds:

@@ -99,7 +99,14 @@ class Settings:
         limits=(0, MANY),
     )
     wd: float = setting(0.0, "weight decay", limits=(0, FASTEST))
-    batch_size: int = setting(1, "samples a step", limits=(1, MANY), paper=1)
+    batch_size: int = setting(
+        1, "samples a step, of all processes together", limits=(1, MANY), paper=1
+    )
+    micro_batch_size: int = setting(
+        1,
+        "samples that go through a block at once; a step's gradient is the sum of theirs in order",
+        limits=(1, MANY),
+    )
 
     calib_dataset: str = setting(
         "wikitext2",

@@ -52,6 +52,7 @@ class Learning:
     ema_init: str = "first"
     keep_best: bool = False
     batch_size: int = 1
+    micro_batch_size: int = 1
     expert_tokens: int = 0
 
 

@@ -24,7 +24,10 @@ _GROUPS = {
     ),
     _MEASURED: ("ppl", "agreement", "tasks", "compare", "limit"),
     _LEARNED: ("lr_plus", "epochs"),
-    "machine": ("device", "precision", "compile", "deterministic", "offload", "batch_size"),
+    "machine": (
+        *("device", "precision", "compile", "deterministic", "offload"),
+        *("batch_size", "micro_batch_size"),
+    ),
 }
 
 

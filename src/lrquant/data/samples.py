@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,12 @@ class Samples:
     description: str
     prompts: Feed | None = None
     whole: int | None = None
+
+    def only(self, indices: range) -> Samples:
+        """Some of them."""
+        if self.prompts is not None:
+            return replace(self, prompts=self.prompts.only(indices))
+        return replace(self, ids=self.ids[indices.start : indices.stop])
 
     @property
     def tokens(self) -> int:

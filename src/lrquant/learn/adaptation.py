@@ -27,13 +27,15 @@ from lrquant.data.samples import Samples
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
-from lrquant.learn.fit import BlockData, advance_quantized, fit_block
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import advance_quantized, fit_block
+from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out, units_of
-from lrquant.learn.team import ALONE, Team, require_even
 from lrquant.model.device import dtype_name
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.stages import StageFolder
+from lrquant.team.team import ALONE, Team
 
 logger = logging.getLogger("lrquant")
 
@@ -78,13 +80,13 @@ def adapt(
     Each is compared with the full-precision block on that block's true inputs in the
     full-precision model, both streams having gone through all blocks before it; the loss is the
     run's `loss` on that one branch, unweighted.  Returns how it was done and what came of it.
-    Of a `team` each member has its share of the text; the first alone reads and writes the folder.
+    Of a `team` each member takes its share of the text; the first alone uses the folder.
     """
     again = dataclasses.replace(
         learning, epochs=adapting.epochs, window=1, two_branch=False, dynamic_weights=False
     )
-    entry = BlockInputs(workbench.model, text.feed, learning.batch_size, workbench.device)
-    require_even(team, len(entry.batches))
+    steps = learning.batch_size, learning.micro_batch_size
+    entry, share = shared_inputs(workbench, text.feed, *steps, team)
     full, quantized = workbench.streams(entry, 2)
     entry.embed(full)
     quantized.copy(full)
@@ -92,7 +94,7 @@ def adapt(
     with progress.measuring(f"adapting to {text.name}", blocks) as told, torch.enable_grad():
         stage = Adaptation(
             *(workbench, again, folder, text, blocks - adapting.blocks),
-            *(entry, full, quantized, told, team),
+            *(entry, full, quantized, told, share),
         )
         carry_out(stage)
     return {"epochs": adapting.epochs, "learned": stage.learned, "blocks": stage.records}
@@ -115,9 +117,14 @@ class Adaptation:
     full: Stream
     quantized: Stream
     told: Callable[[int], None]
-    team: Team = ALONE
+    share: Share
     records: list[JsonObject] = field(default_factory=list)
     name = "adapted"
+
+    @property
+    def team(self) -> Team:
+        """The processes that adapt."""
+        return self.share.team
 
     @property
     def own(self) -> StageFolder:
@@ -143,7 +150,7 @@ class Adaptation:
     def _about(self) -> JsonObject:
         """What must be the same for an adapted block to be kept."""
         how = json.loads(json.dumps(dataclasses.asdict(self.learning)))
-        del how["batch_size"]  # that of the run, which has no other
+        del how["batch_size"], how["micro_batch_size"]  # those of the run, which has no others
         bench = self.workbench
         where = {"precision": dtype_name(bench.dtype), "device": bench.device.type}
         of = {"text": self.text.sha256, "run": self.folder.hash_of(len(bench.model.blocks))}
@@ -213,7 +220,7 @@ class Adaptation:
         """The full-precision stream moves on; the text as the block sees it."""
         bench, full = self.workbench, self.full
         advance_full_precision(bench, index, view.stored, self.entry, full, full)
-        return BlockData(index, self.entry, self.quantized, (full,), team=self.team)
+        return BlockData(index, self.entry, self.quantized, (full,), share=self.share)
 
 
 def adapted_to(text: str, folder: RunFolder) -> StageFolder:

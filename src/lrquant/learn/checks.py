@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+import transformers
+
 from lrquant.blocks.plan import Plan
-from lrquant.blocks.workbench import shape_view
+from lrquant.blocks.workbench import Workbench, shape_view
 from lrquant.config.schemes import matches
 from lrquant.errors import LRQuantError
+from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
+from lrquant.team.team import Team
 
 
 def parts_of(model: Model, plan: Plan) -> list[tuple[Model, Plan]]:
@@ -44,6 +49,21 @@ def check_ingredients(model: Model, plan: Plan) -> None:
         shapes = shape_view(model, index, plan).shapes.quantized
         for ingredient in plan.ingredients:
             ingredient.check(shapes)
+
+
+def require_alike(team: Team, workbench: Workbench) -> None:
+    """Refuse processes of which some would round otherwise: of other devices, software, threads."""
+    device = workbench.device
+    on_cpu = (torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads")
+    own = on_cpu if device.type == "cpu" else (torch.cuda.get_device_name(device),)
+    versions = f"torch {torch.__version__}", f"transformers {transformers.__version__}"
+    said = team.each(", ".join([dtype_name(workbench.dtype), *own, *versions]))
+    for rank, other in enumerate(said):
+        if other != said[0]:
+            raise LRQuantError(
+                f"rank {rank} computes in {other}; rank 0 in {said[0]}: they would learn different "
+                "parameters; start all of them alike"
+            )
 
 
 def check_samples(samples: int) -> None:

@@ -22,7 +22,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import owner_of
-from lrquant.learn.fit import BlockData
+from lrquant.learn.block_data import BlockData
 from lrquant.learn.routing import Routing
 
 SAMPLES = 4  # of the calibration set

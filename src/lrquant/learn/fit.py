@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lrquant.blocks.handed import HandedOn
-from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.runner import BlockRunner
-from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
-from lrquant.learn.objective import Objective, loss_terms
-from lrquant.learn.team import ALONE, Team, holds_for_all
-from lrquant.learn.window import Step, Window
+from lrquant.learn.block_data import BlockData, Runner
+from lrquant.learn.gradients import Gradients
+from lrquant.learn.objective import Objective
+from lrquant.learn.window import Window
+from lrquant.team.team import Team, holds_for_all
 
 Progress = Callable[[int, float], None]
 Learnable = BlockView | Window
-Runner = BlockRunner | Window
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -41,100 +39,6 @@ class FitReport:
     held_losses: list[float] = field(default_factory=list)
     best_epoch: int | None = None
     non_finite: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class BlockData:
-    """The samples as a block, or a window of `blocks` from `index` on, sees them.
-
-    These are its quantised inputs, each branch's targets and the arguments.  Of a team each member
-    has its share of the samples, in as many batches as every other.
-    """
-
-    index: int
-    entry: BlockInputs
-    inputs: Stream
-    targets: tuple[Stream, ...]
-    blocks: int = 1
-    team: Team = ALONE
-    _shares: list[float] = field(default_factory=list, init=False, repr=False)
-
-    def batch_terms(
-        self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """Output of one batch and its loss terms."""
-        return self._terms(self.output(runner, tensors, batch), batch, kind)
-
-    def _terms(self, output: Tensor, batch: int, kind: str) -> tuple[Tensor, Tensor]:
-        rows = self.entry.batches[batch]
-        targets = [stream.read(rows) for stream in self.targets]
-        return output, loss_terms(output, targets, kind, self.entry.weights(batch))
-
-    def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
-        """Output of one batch (batch, tokens, hidden)."""
-        return self._output(runner, tensors, batch, self._handed(batch))
-
-    def _handed(self, batch: int) -> HandedOn:
-        return self.inputs.handed_on(self.entry.batches[batch])
-
-    def _output(
-        self, runner: Runner, tensors: dict[str, Tensor], batch: int, handed: HandedOn
-    ) -> Tensor:
-        states = self.inputs.read(self.entry.batches[batch], self.index)
-        if isinstance(runner, Window):
-            return runner(tensors, states, self._steps(batch, handed))
-        return runner(tensors, states, self.entry.arguments(batch, self.index, handed))
-
-    def _steps(self, batch: int, handed: HandedOn) -> list[Step]:
-        rows = self.entry.batches[batch]
-        indices = range(self.index, self.index + self.blocks)
-        added = [None, *(self.inputs.added_before(rows, index) for index in indices[1:])]
-        return [
-            Step(self.entry.arguments(batch, index, handed), extra)
-            for index, extra in zip(indices, added, strict=True)
-        ]
-
-    @torch.no_grad()
-    def terms(
-        self, runner: Runner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
-    ) -> Tensor:
-        """Mean loss terms over the whole set with tensors held still, (terms,) float32.
-
-        With `advance` the outputs take the inputs' place: the stream moves on.
-        """
-        sums, counts = [], []
-        for number, batch in enumerate(self.entry.batches):
-            handed = self._handed(number)
-            output, terms = self._terms(self._output(runner, tensors, number, handed), number, kind)
-            counts.append(self.count(number))
-            sums.append(terms.double() * counts[-1])
-            if advance:
-                self.inputs.hand_on(batch, handed, self.inputs)
-                self.inputs.write(batch, output)
-        total = torch.tensor(sum(counts), dtype=torch.float64, device=sums[0].device)
-        return (self.team.sum(torch.stack(sums).sum(0)) / self.team.sum(total)).float()
-
-    def whole(self, terms: Tensor, batch: int) -> Tensor:
-        """The loss terms of a step, of which this member's batch has `terms`: all tokens count.
-
-        They are means over the members' terms, as those of the whole set are over its batches.
-        """
-        return self.team.sum(terms.detach() * self.shares[batch])
-
-    @property
-    def shares(self) -> list[float]:
-        """How much of each step is this member's batch: of all tokens, as they count."""
-        if not self._shares:
-            batches = range(len(self.entry.batches))
-            counts = torch.tensor([self.count(batch) for batch in batches], dtype=torch.float64)
-            self._shares.extend((counts / self.team.sum(counts)).tolist())
-        return self._shares
-
-    def count(self, batch: int) -> float:
-        """Tokens of a batch, each as often as its weight says."""
-        weights = self.entry.weights(batch)
-        tokens = math.prod(self.entry.batches[batch].shape)
-        return float(tokens if weights is None else weights.double().sum())
 
 
 def fit_block(
@@ -188,7 +92,7 @@ class _Fit:
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
         report, learning = self.report, self.learning
-        steps = learning.epochs * len(self.data.entry.batches)
+        steps = learning.epochs * len(self.data.shared.counts)
         optimizers = make_optimizers(self.view, learning.weight_decay, steps)
         best_loss, best_epoch = report.initial_loss, 0
         for epoch in range(1, learning.epochs + 1):
@@ -217,26 +121,26 @@ class _Fit:
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
-        steps, total = len(self.data.entry.batches), 0.0
+        steps, total = len(self.data.shared.counts), 0.0
         unseen: list[Tensor] = []
-        for batch in range(steps):
-            loss = self._step(optimizers, batch)
+        for step in range(steps):
+            loss = self._step(optimizers, step)
             unseen.append(loss)
-            if len(unseen) == unseen_steps(loss.device) or batch + 1 == steps:
+            if len(unseen) == unseen_steps(loss.device) or step + 1 == steps:
                 values = torch.stack(unseen).tolist()
                 unseen.clear()
                 if not all(map(math.isfinite, values)):
                     return None
                 total = sum(values, total)
-                first = (epoch - 1) * steps + batch + 2 - len(values)
-                for step, value in enumerate(values, first):
-                    self.progress(step, value)
+                first = (epoch - 1) * steps + step + 2 - len(values)
+                for number, value in enumerate(values, first):
+                    self.progress(number, value)
         parameters = self.view.parameters.values()
         finite = torch.stack([torch.isfinite(each).all() for each in parameters]).all()
-        return total / steps if holds_for_all(self.data.team, bool(finite)) else None
+        return total / steps if holds_for_all(self.data.shared.team, bool(finite)) else None
 
-    def _step(self, optimizers: Optimizers, batch: int) -> Tensor:
-        rest = batch, optimizers, self.report.objective, self.learning.loss
+    def _step(self, optimizers: Optimizers, step: int) -> Tensor:
+        rest = step, optimizers, self.report.objective, self.learning.loss
         return learning_step(self.view, self.runner, self.data, *rest)
 
     @torch.no_grad()
@@ -247,9 +151,10 @@ class _Fit:
     @torch.no_grad()
     def _first_loss(self) -> float:
         """Loss of the first step: what the last one, which no other step follows, has led to."""
-        tensors = self.view.tensors()
-        _, terms = self.data.batch_terms(self.runner, tensors, 0, self.learning.loss)
-        return self.report.objective.measure(self.data.whole(terms, 0))
+        data, objective, tensors = self.data, self.report.objective, self.view.tensors()
+        rest = self.learning.loss
+        own = [data.batch_terms(self.runner, tensors, b, rest)[1] for b in data.shared.steps[0]]
+        return objective.measure(data.whole(own, 0, objective.weights))
 
     def _go_back(self, event: str) -> None:
         """Take the best parameters, or the start if they, a step after their loss, are worse."""
@@ -268,37 +173,32 @@ def learning_step(
     view: Learnable,
     runner: Runner,
     data: BlockData,
-    batch: int,
+    step: int,
     optimizers: Optimizers,
     objective: Objective,
     kind: str,
 ) -> Tensor:
-    """One step on one batch of every member; the objective's measure before it, on the device.
+    """One step of all members; the objective's measure before it, on the device.
 
-    Nothing in it waits for the device.
+    Its gradient is the sum of its batches', each by itself, in the order of samples.  Nothing in it
+    waits for the device.
     """
-    _, terms = data.batch_terms(runner, view.tensors(), batch, kind)
+    batches, tensors = data.shared.steps[step], view.tensors()
+    terms = [data.batch_terms(runner, tensors, batch, kind)[1] for batch in batches]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    whole = data.whole(terms, batch)
-    (objective.loss(terms, whole) * data.shares[batch]).backward()
-    share_gradients(list(view.parameters.values()), data.team)
+    whole = data.whole(terms, step, objective.weights)
+    objective.see(whole)
+    gradients = Gradients(list(view.parameters.values()))
+    for batch in batches:  # of which each lets go of what it computed
+        loss = objective.loss(terms.pop(0)) * data.shared.weights[batch]
+        loss.backward(retain_graph=bool(terms))
+        gradients.take_in()
+    gradients.put_back(data.shared, step)
     for optimizer in optimizers:
         optimizer.step()
     view.constrain_()
     return objective.measured(whole)
-
-
-def share_gradients(parameters: Sequence[Tensor], team: Team) -> None:
-    """Every member steps by the sum of all members' gradients, each of its share of the step.
-
-    A parameter may be reached by the samples of some members alone, as an expert's is.
-    """
-    reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    for parameter, anywhere in zip(parameters, team.maximum(reached).tolist(), strict=True):
-        if anywhere:
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = team.sum(own)
 
 
 def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimizers:
@@ -317,6 +217,20 @@ def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimiz
     ]
     own = [(each, list(each.own(parameters).values())) for parameters, each in pairs]
     return [each.optimizer(values, weight_decay, steps) for each, values in own if values]
+
+
+def require_same(team: Team, parameters: dict[str, Tensor], block: int) -> None:
+    """Refuse to go on where the members of a team have learned different parameters."""
+    if team.size == 1:
+        return
+    digest = hashlib.sha256()
+    for parameter in parameters.values():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    if len(set(team.each(digest.hexdigest()))) > 1:
+        raise LRQuantError(
+            f"block {block}: the processes learned different parameters of the same gradients; "
+            "start them on machines with the same devices, software and OMP_NUM_THREADS"
+        )
 
 
 def copied(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

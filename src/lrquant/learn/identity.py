@@ -111,11 +111,13 @@ def gone_on_elsewhere(begun: object, now: JsonObject) -> str | None:
 
 
 def _learning(model: Model, learning: Learning) -> JsonObject:
-    """How blocks are learned; what is of experts alone is left out where a model has none."""
+    """How blocks are learned; what does not concern the model, or is as usual, is left out."""
     values = dataclasses.asdict(learning)
     indices = range(len(model.blocks))
     if not any(m.expert is not None for index in indices for m in model.matrices(index)):
         del values["expert_tokens"]
+    if learning.micro_batch_size == 1:
+        del values["micro_batch_size"]
     return values
 
 

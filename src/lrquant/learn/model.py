@@ -26,19 +26,21 @@ from lrquant.blocks.workbench import (
 from lrquant.config.groups import Learning
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.base.statistics import ChannelStatistics, ShareOfStatistics
 from lrquant.ingredients.tuning import Tuning
+from lrquant.learn.block_data import BlockData
 from lrquant.learn.diagnostics import measure_block
-from lrquant.learn.fit import BlockData, FitReport, advance_quantized, fit_block
+from lrquant.learn.fit import FitReport, advance_quantized, fit_block, require_same
 from lrquant.learn.routing import Routing
+from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out, units_of
-from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.learn.tuning import tune
 from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.part import PartFolder
 from lrquant.runs.progress import Progress
+from lrquant.team.team import ALONE, Team
 
 logger = logging.getLogger("lrquant")
 
@@ -59,8 +61,8 @@ def learn_model(
 
     The language part learns on what the quantised tower gives it.  `diagnosed` says whether what a
     block looks like is kept for a report.  `tuning` are the samples of an end-to-end stage, without
-    them those of the blocks.  Of a `team` each member is given its share of the samples; the first
-    alone reads and writes the folder.
+    them those of the blocks.  Of a `team` each member is given all samples and takes its share; the
+    first alone reads and writes the folder.
     """
     ingredients, plan = workbench.plan.ingredients, workbench.plan.of_blocks
     workbench = replace(workbench, plan=plan)
@@ -68,7 +70,7 @@ def learn_model(
     plain = learned = full_precision(workbench).tower
     scheme = workbench.plan.schemes.tower
     if scheme is not None and tower is not None:
-        pictures = require_pictures(feed, scheme.name, team)
+        pictures = require_pictures(feed, scheme.name)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
         learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed, team=team)
         load = folder.tower.load_block
@@ -79,14 +81,14 @@ def learn_model(
     learn_blocks(workbench, learning, feed, statistics, *rest, team=team)
     for each in ingredients:
         if isinstance(each, Tuning):
-            own = learning.batch_size, tuning or feed, folder, progress, towers
+            own = learning, tuning or feed, folder, progress, towers
             tune(workbench, each, *own, team=team)
 
 
-def require_pictures(feed: Feed, scheme: str, team: Team = ALONE) -> Feed:
+def require_pictures(feed: Feed, scheme: str) -> Feed:
     """The samples with pictures, on which a tower learns `scheme`; refuses if there are none."""
     pictures = feed.with_pictures()
-    if not holds_for_all(team, len(pictures) > 0):
+    if len(pictures) == 0:
         raise LRQuantError(
             f"--vision-scheme {scheme}: no calibration sample has a picture; give "
             "some with --calib-images"
@@ -116,18 +118,18 @@ def learn_blocks(
     if finished == blocks:
         return
     team.first(partial(_tell_what_is_kept, folder, finished, blocks))
-    entry = BlockInputs(workbench.model, feed, learning.batch_size, workbench.device)
-    require_even(team, len(entry.batches))
+    steps = learning.batch_size, learning.micro_batch_size
+    entry, share = shared_inputs(workbench, feed, *steps, team)
     full, quantized, *homologous = workbench.streams(entry, 3 if learning.two_branch else 2)
     entry.embed_both(full, quantized, towers)
     for stream in homologous:
         stream.added = quantized.added
     stage = BlockLearning(
         *(workbench, learning, statistics, folder, progress, diagnosed),
-        *(entry, full, quantized, homologous, team),
+        *(entry, full, quantized, homologous, share),
     )
     memory = partial(peak_memory, workbench.device)
-    with progress.blocks(blocks, learning.epochs, len(entry.batches), memory):
+    with progress.blocks(blocks, learning.epochs, len(share.counts), memory):
         carry_out(stage)
 
 
@@ -160,9 +162,14 @@ class BlockLearning:
     full: Stream
     quantized: Stream
     homologous: list[Stream]
-    team: Team = ALONE
+    share: Share
     routing: dict[int, Routing] = field(default_factory=dict)
     name = "blocks"
+
+    @property
+    def team(self) -> Team:
+        """The processes that learn."""
+        return self.share.team
 
     @property
     def units(self) -> list[range]:
@@ -179,7 +186,7 @@ class BlockLearning:
         for index in unit:
             _, view = self._advance_full(index, None)
             view.load(self.team.first(partial(self.folder.load_block, index)))
-            data = BlockData(index, self.entry, self.quantized, (self.full,), team=self.team)
+            data = BlockData(index, self.entry, self.quantized, (self.full,), share=self.share)
             with self.workbench.runner(index, view) as runner:
                 advance_quantized(view, runner, data, self.learning.loss)
             self.progress.finished(index, None)
@@ -191,15 +198,16 @@ class BlockLearning:
         bench, before = self.workbench, self._copied_full(unit)
         views = self._started_views(unit)
         targets = (self.full, *self.homologous)
-        data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit), self.team)
+        data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit), self.share)
         stepper = self.progress.stepper(unit.start, len(unit))
         runners = [bench.runner(index, view) for index, view in zip(unit, views, strict=True)]
         single = len(unit) == 1
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
             report = fit_block(view, runner, data, self.learning, stepper)
+        require_same(self.team, view.parameters, unit.start)
         for index, view in zip(unit, views, strict=True):
-            data = BlockData(index, self.entry, self.quantized, targets, team=self.team)
+            data = BlockData(index, self.entry, self.quantized, targets, share=self.share)
             if self.diagnosed:
                 self.team.first(partial(self._diagnose, view, data, before, report))
             with bench.runner(index, view) as runner:
@@ -242,18 +250,18 @@ class BlockLearning:
         bench, views = self.workbench, []
         before = self.quantized
         for index in unit:
-            statistics, routing = ChannelStatistics(), Routing()
-            observe = statistics.observe if self._observed else None
+            seen = ChannelStatistics() if self.team.size == 1 else ShareOfStatistics()
+            routing = Routing()
+            observe = seen.observe if self._observed else None
             stored, view = self._advance_full(index, observe, routing)
-            names = [f"{view.plan.name}.{name}" for name in view.plan.inputs]
-            statistics = statistics.merged(names, self.team.sum, self.team.maximum)
+            statistics = seen.whole(self.share.in_order)
             if self.statistics is not None:
                 of_files = self.statistics
                 statistics.maxima, statistics.midpoints = of_files.maxima, of_files.midpoints
             for stream in self.homologous:
                 advance_full_precision(bench, index, stored, self.entry, before, stream)
                 before = stream
-            self.routing[index] = routing = routing.merged(self.team.sum)
+            self.routing[index] = routing = routing.merged(self.team.each)
             starved = routing.starved(view, self.learning.expert_tokens)
             view.initialize(statistics, starved)
             _tell_of_starved(index, view, starved, self.learning.expert_tokens)

@@ -35,8 +35,9 @@ def loss_terms(
 class Objective:
     """How the terms (terms,) of one block become one number; made anew for every block.
 
-    `loss` is what a step descends.  `measure` has fixed weights, so that its values at different
-    steps compare: 1 without dynamic weights, else the inverse of the terms before learning.
+    `loss` is what a step descends, once `see` was told of it.  `measure` has fixed weights, so that
+    its values at different steps compare: 1 without dynamic weights, else the inverse of the terms
+    before learning.
     `ema_init` starts the running means at the first loss ("first") or at 1 as published ("one").
     """
 
@@ -46,16 +47,21 @@ class Objective:
         ones = torch.ones_like(initial)
         self._fixed = 1 / (initial + SMALLEST_MEAN) if dynamic else ones
 
-    def loss(self, terms: Tensor, whole: Tensor | None = None) -> Tensor:
-        """Weighted sum of one step's terms, a float32 scalar; moves the running means.
+    @property
+    def weights(self) -> Tensor:
+        """The fixed weights (terms,)."""
+        return self._fixed
 
-        They are of the `whole` step's terms, where `terms` are those of one member of a team.
-        """
-        if not self._dynamic:
+    def see(self, terms: Tensor) -> None:
+        """Move the running means by a step's terms, before what these weigh is descended."""
+        if self._dynamic:
+            before = terms if self._means is None else self._means
+            self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * terms
+
+    def loss(self, terms: Tensor) -> Tensor:
+        """Weighted sum of the terms of a step, or of a part of it, a float32 scalar."""
+        if self._means is None or not self._dynamic:
             return terms.sum()
-        seen = terms.detach() if whole is None else whole
-        before = seen if self._means is None else self._means
-        self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * seen
         return (terms / (self._means + SMALLEST_MEAN)).sum()
 
     def measured(self, terms: Tensor) -> Tensor:

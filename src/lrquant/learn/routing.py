@@ -11,7 +11,8 @@ from torch import Tensor
 from lrquant.blocks.view import BlockView
 from lrquant.files.whole import JsonObject
 
-Reduction = Callable[[Tensor], Tensor]
+Counts = dict[str, Tensor]
+Everyone = Callable[[Counts], list[Counts]]
 _WATCHED = 4  # batches of which each token's experts are kept
 
 
@@ -36,9 +37,10 @@ class Routing:
         if len(first) < _WATCHED:
             first.append(chosen)
 
-    def merged(self, total: Reduction) -> Routing:
-        """The counts of a team's whole set; the first batches stay a member's own."""
-        counts = {name: total(counts) for name, counts in sorted(self.counts.items())}
+    def merged(self, each: Everyone) -> Routing:
+        """The counts of a team's whole set, of `each` member's; first batches stay its own."""
+        members = each(self.counts)
+        counts = {name: torch.stack([own[name] for own in members]).sum(0) for name in self.counts}
         return Routing(counts, self.chosen)
 
     def starved(self, view: BlockView, fewest: int) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """The end-to-end stage: scales, norms and codes of all blocks tuned by the model's own logits.
 
-A step sends one batch through all blocks, keeps what enters each, and goes back block by block:
+A step sends its batches through all blocks, keeps what enters each, and goes back block by block:
 each is computed once more and stepped at once.  So of activations and gradients there are those of
 one block at a time, of weights the codes, and where they lie between codes if that is tuned.
 """
@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,18 +25,22 @@ from lrquant.blocks.runner import Prepare
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.tuned import TunedBlock
 from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.config.groups import Learning
 from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.fit import copied, share_gradients
+from lrquant.learn.fit import copied
+from lrquant.learn.gradients import Gradients
+from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out
-from lrquant.learn.team import ALONE, Team, holds_for_all, require_even
 from lrquant.model.device import dtype_name
 from lrquant.numerics.losses import kl_divergence
+from lrquant.numerics.positions import Positions
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.stages import StageFolder
+from lrquant.team.team import ALONE, Team, holds_for_all
 
 logger = logging.getLogger("lrquant")
 HELD_SHARE = 8  # one sample in so many says when to stop
@@ -44,7 +49,7 @@ HELD_SHARE = 8  # one sample in so many says when to stop
 def tune(
     workbench: Workbench,
     tuning: Tuning,
-    batch_size: int,
+    learning: Learning,
     feed: Feed,
     folder: RunFolder,
     progress: Progress,
@@ -55,10 +60,11 @@ def tune(
     """Tune scales and norms of a run of which all blocks are learned, unless it is done already.
 
     The plan of the `workbench` is that of the blocks.
-    `towers` stand before the first block of the full-precision and of the quantised model.  Of a
-    `team` each member has its share of the samples; the first alone reads and writes the folder.
+    Steps are as large as those of the blocks' `learning`.  `towers` stand before the first block of
+    the full-precision and of the quantised model.  Of a `team` each member takes its share of the
+    samples; the first alone reads and writes the folder.
     """
-    stage = EndToEnd(workbench, tuning, batch_size, feed, folder, progress, towers, team)
+    stage = EndToEnd(workbench, tuning, learning, feed, folder, progress, towers, team)
     carry_out(stage)
 
 
@@ -72,7 +78,7 @@ class EndToEnd:
 
     workbench: Workbench
     tuning: Tuning
-    batch_size: int
+    learning: Learning
     feed: Feed
     folder: RunFolder
     progress: Progress
@@ -110,24 +116,24 @@ class EndToEnd:
     def learn(self, unit: range) -> None:
         """Tune all blocks, and keep what came of it."""
         every = range(len(self.feed))
-        held = self._samples(self.feed.only(every[::HELD_SHARE]))
-        learned = self._samples(self.feed.only([i for i in every if i % HELD_SHARE]))
-        require_even(self.team, len(learned.entry.batches))
+        held = self._samples(self.feed.only(every[::HELD_SHARE]), len(every))
+        rest = self.feed.only([i for i in every if i % HELD_SHARE])
+        learned = self._samples(rest, self.learning.batch_size)
         head = Head(self.workbench.model, self.workbench.device, self.workbench.dtype)
         blocks = [self._block(index, (learned, held)) for index in unit]
-        steps = self.tuning.tune_epochs * len(learned.entry.batches)
+        steps = self.tuning.tune_epochs * len(learned.share.counts)
         with self.progress.measuring("tuning end to end", steps, "steps") as told:
             classifies = self.workbench.model.architecture.reads_pixels
-            fit = _Fit(blocks, head, self.tuning, learned, held, self.team, told, classifies)
+            fit = _Fit(blocks, head, self.tuning, learned, held, told, classifies)
             record = fit.run()
         self.team.first(lambda: self._keep(fit.best, record))
 
-    def _samples(self, feed: Feed) -> _Samples:
-        bench = self.workbench
-        entry = BlockInputs(bench.model, feed, self.batch_size, bench.device)
+    def _samples(self, feed: Feed, batch_size: int) -> _Samples:
+        bench, together = self.workbench, self.learning.micro_batch_size
+        entry, share = shared_inputs(bench, feed, batch_size, together, self.team)
         first, target = bench.streams(entry, 2)
         entry.embed_both(target, first, self.towers)
-        return _Samples(entry, first, target)
+        return _Samples(entry, share, first, target)
 
     def _block(self, index: int, samples: Sequence[_Samples]) -> TunedBlock:
         """A block as the run learned it; the full-precision states move on through it."""
@@ -155,8 +161,24 @@ class _Samples:
     """Samples, their first hidden states in the quantised model, and the last in full precision."""
 
     entry: BlockInputs
+    share: Share
     first: Stream
     target: Stream
+
+
+@dataclass
+class _Passed:
+    """A batch that went through all blocks: what entered each, and what those before left it.
+
+    `gradient` is that of the loss to what left the block that is stepped next, `owed` those to what
+    blocks left for later ones.
+    """
+
+    batch: int
+    inputs: list[Tensor]
+    handed: list[HandedOn]
+    gradient: Tensor
+    owed: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,15 +190,13 @@ class _Fit:
     tuning: Tuning
     learned: _Samples
     held: _Samples
-    team: Team
     told: Callable[[int], None]
     classifies: bool = False
     best: list[dict[str, Tensor]] = field(default_factory=list)
 
     def run(self) -> JsonObject:
         """Tune; the record of what came of it.  `best` then is what is to be kept of each block."""
-        batches = len(self.learned.entry.batches)
-        steps = self.tuning.tune_epochs * batches
+        steps = self.tuning.tune_epochs * len(self.learned.share.counts)
         for block in self.blocks:
             block.begin(steps)
         losses, held = [], [self._divergence(self.held)]
@@ -192,7 +212,7 @@ class _Fit:
             if held[-1] < min(held[:-1]):
                 self._keep()
                 best_epoch = epoch
-            if not holds_for_all(self.team, math.isfinite(held[-1])):
+            if not holds_for_all(self.learned.share.team, math.isfinite(held[-1])):
                 break
         finite = [each for each in held if math.isfinite(each)]
         return {"losses": losses, "held": finite, "best_epoch": best_epoch}
@@ -202,42 +222,54 @@ class _Fit:
         self.best = [copied(parameters) for parameters in kept]
 
     def _epoch(self, epoch: int) -> float:
-        """One pass over the batches, shuffled; the mean divergence of its steps."""
-        total, samples = 0.0, self.learned
-        steps = len(samples.entry.batches)
+        """One pass over the steps, shuffled; the mean divergence of them."""
+        share = self.learned.share
+        steps = len(share.counts)
         generator = torch.Generator().manual_seed(epoch)
         order = torch.randperm(steps, generator=generator).tolist()
-        for step, batch in enumerate(order):
-            total += self._pass(samples, batch, self._stepped)
-            self.told((epoch - 1) * steps + step)
-        return total / steps
+        own: dict[int, float] = {}
+        for number, step in enumerate(order):
+            own |= self._step(step)
+            self.told((epoch - 1) * steps + number)
+        every = iter(share.in_order([own[batch] for batch in range(len(own))]))
+        losses = [sum(islice(every, sum(counts))) for counts in share.counts]
+        return sum(losses[step] for step in order) / steps
 
-    def _stepped(self, block: TunedBlock) -> None:
-        """Step a block by the gradient of all members; some may not reach each of its matrices."""
-        share_gradients(list(block.factors.values()), self.team)
-        for positions in block.positions.values():
-            own = positions.gradient
-            own = torch.zeros_like(positions.offsets) if own is None else own
-            positions.gradient = self.team.sum(own.float())
-        block.step()
-
-    def _pass(self, samples: _Samples, batch: int, stepped: Callable[[TunedBlock], None]) -> float:
-        """One batch's divergence; each block is `stepped` once its gradient is there."""
-        inputs, handed = self._through(samples, batch)
-        loss, gradient = self._of_logits(inputs.pop(), samples, batch)
-        owed: dict[str, list[Tensor]] = {}
+    def _step(self, step: int) -> dict[int, float]:
+        """Step every block, the last one first; what each own batch adds to the divergence."""
+        samples, losses, passed = self.learned, {}, []
+        for batch in samples.share.steps[step]:
+            inputs, handed = self._through(samples, batch)
+            loss, gradient = self._of_logits(inputs.pop(), samples, batch)
+            losses[batch] = loss * samples.share.weights[batch]
+            passed.append(_Passed(batch, inputs, handed, gradient * samples.share.weights[batch]))
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
-            states, read = inputs.pop().requires_grad_(True), leaves(handed.pop())
-            with torch.enable_grad():
-                output = block(states, samples.entry.arguments(batch, index, read))
-            left = [(each, owed.pop(name)) for name, each in read.new.items() if name in owed]
-            outputs = [output, *(tensor for tensors, _ in left for tensor in tensors)]
-            torch.autograd.backward(outputs, [gradient, *(g for _, each in left for g in each)])
-            gradient = _gradient_of(states)
-            owe_(owed, read)
-            stepped(block)
-        return loss
+            factors = Gradients(list(block.factors.values()))
+            positions: dict[str, list[Tensor]] = {name: [] for name in block.positions}
+            for each in passed:
+                self._back(index, each)
+                factors.take_in()
+                for name, own in block.positions.items():
+                    positions[name].append(_taken(own))
+            factors.put_back(samples.share, step)
+            for name, own in block.positions.items():
+                own.gradient = _sum_of(positions[name], own.offsets, samples.share, step)
+            block.step()
+        return losses
+
+    def _back(self, index: int, passed: _Passed) -> None:
+        """Compute a block once more, and take the gradient through it."""
+        states, read = passed.inputs.pop().requires_grad_(True), leaves(passed.handed.pop())
+        arguments = self.learned.entry.arguments(passed.batch, index, read)
+        with torch.enable_grad():
+            output = self.blocks[index](states, arguments)
+        owed = passed.owed
+        left = [(each, owed.pop(name)) for name, each in read.new.items() if name in owed]
+        outputs = [output, *(tensor for tensors, _ in left for tensor in tensors)]
+        torch.autograd.backward(outputs, [passed.gradient, *(g for _, each in left for g in each)])
+        passed.gradient = _gradient_of(states)
+        owe_(owed, read)
 
     @torch.no_grad()
     def _through(self, samples: _Samples, batch: int) -> tuple[list[Tensor], list[HandedOn]]:
@@ -277,13 +309,28 @@ class _Fit:
     @torch.no_grad()
     def _divergence(self, samples: _Samples) -> float:
         """Mean divergence over all samples, as they are."""
-        batches = range(len(samples.entry.batches))
         losses = [
             self._of_logits(self._through(samples, batch)[0][-1], samples, batch)[0]
-            for batch in batches
+            for batch in range(len(samples.entry.batches))
         ]
-        total = self.team.sum(torch.tensor([sum(losses), len(losses)], dtype=torch.float64))
-        return float(total[0] / total[1])
+        every = samples.share.in_order(losses)
+        return sum(every) / len(every)
+
+
+def _taken(positions: Positions) -> Tensor:
+    """The gradient to where a matrix's weights lie, which some samples may not reach; it goes."""
+    own, positions.gradient = positions.gradient, None
+    return (torch.zeros_like(positions.offsets) if own is None else own).float()
+
+
+def _sum_of(gradients: list[Tensor], like: Tensor, share: Share, step: int) -> Tensor:
+    """The sum of a step's gradients (out, in), one a batch, in the order of samples."""
+    if share.counts[step] == [1]:
+        return gradients[0]
+    rows = torch.empty((len(gradients), like.numel()), device=like.device)
+    for row, gradient in zip(rows, gradients, strict=True):
+        row.copy_(gradient.flatten())
+    return share.step_sum(rows, step).view_as(like)
 
 
 def _gradient_of(states: Tensor) -> Tensor:

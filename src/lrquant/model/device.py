@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from lrquant.errors import LRQuantError
+from lrquant.team.launch import Launch
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -26,7 +27,20 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise LRQuantError(f"device {name!r}: torch sees {count} CUDA devices; use --device cpu")
+    launch = Launch.of_environment()
+    if device.type == "cuda" and launch.size > 1:
+        _require_own_device(name, device, launch.local_rank)
     return device
+
+
+def _require_own_device(name: str, device: torch.device, local_rank: int) -> None:
+    """Refuse a CUDA device that several processes of this machine would share."""
+    count = torch.cuda.device_count()
+    if device.index is not None or local_rank >= count:
+        raise LRQuantError(
+            f"device {name!r}: each process takes a device of its own, of which torch sees {count} "
+            "on this machine; start as many processes at most, with --device cuda"
+        )
 
 
 def free_memory(device: torch.device) -> int:

@@ -25,8 +25,10 @@ from lrquant.blocks.workbench import (
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, Learnable, Runner, learning_step, make_optimizers
+from lrquant.learn.block_data import BlockData, Runner
+from lrquant.learn.fit import Learnable, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
+from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import units_of
 from lrquant.learn.window import Window
 from lrquant.model.sources import WeightSource
@@ -96,21 +98,26 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     model = workbench.model
     source = _OneBlock(model.source, model.block_name(index) + ".")
     bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
-    entry = BlockInputs(bench.model, load.batch, learning.batch_size, bench.device)
+    steps = learning.batch_size, learning.micro_batch_size
+    entry, share = shared_inputs(bench, load.batch, *steps)
     streams = bench.streams(entry, 3 if learning.two_branch else 2)
     entry.embed(streams[0])
     _hand_on(bench, entry, streams, index)
-    shape = *entry.batches[0].shape, model.hidden_size
-    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
-    for stream in streams:
-        stream.write(entry.batches[0], hidden)
+    generator = torch.Generator().manual_seed(_SEED)
+    for batch in entry.batches:
+        hidden = torch.randn((*batch.shape, model.hidden_size), generator=generator)
+        for stream in streams:
+            stream.write(batch, hidden)
+    first, *rest = entry.batches[0].shape
+    shape = first * len(entry.batches), *rest
     begin_peak(bench.device)
     try:
+        clock = _Clock(bench.device)
         with bench.learning():
-            return _measure(_Clock(bench.device), bench, learning, index, entry, streams)
+            return _measure(clock, bench, learning, index, entry, share, streams)
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
-            f"a step on {' x '.join(map(str, shape[:-1]))} tokens of one block does not fit into "
+            f"a step on {' x '.join(map(str, shape))} tokens of one block does not fit into "
             f"the memory of {bench.device}; use a smaller --batch_size or --seqlen"
         ) from error
 
@@ -160,6 +167,7 @@ def _measure(
     learning: Learning,
     index: int,
     entry: BlockInputs,
+    share: Share,
     streams: list[Stream],
 ) -> BlockCosts:
     full, quantized, *_ = streams
@@ -173,7 +181,7 @@ def _measure(
     observed = clock.repeated(lambda: advance(statistics.observe))
     view = bench.view(index, stored)
     start, _ = clock.once(lambda: view.initialize(statistics))
-    data = BlockData(index, entry, quantized, (full, *streams[2:]))
+    data = BlockData(index, entry, quantized, (full, *streams[2:]), share=share)
     with torch.no_grad():
         weights, tensors = clock.once(view.tensors)
     with bench.runner(index, view) as runner:

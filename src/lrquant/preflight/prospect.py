@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.plan import Plan
-from lrquant.blocks.workbench import Workbench
-from lrquant.config.config import Config
+from lrquant.blocks.workbench import Workbench, make_workbench
+from lrquant.config.config import Config, optional_path
+from lrquant.config.groups import Computing
 from lrquant.data.own import OwnData
 from lrquant.data.samples import Samples
 from lrquant.formats.format import Format
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.measures.evaluation.evaluation import Evaluation, Reading
+from lrquant.model.loading import load_model
 from lrquant.model.model import Model
+from lrquant.team.team import Team
 
 State = Literal["ok", "warning"]
 
@@ -42,6 +46,17 @@ class Check:
     more: str = ""
 
 
+@dataclass(frozen=True)
+class Material:
+    """What the first of several processes has read, for the others."""
+
+    calibration: Samples | None
+    tuning: Samples | None
+    statistics: ChannelStatistics | None
+    texts: Mapping[str, Samples]
+    compiled: bool
+
+
 @dataclass
 class Prospect:
     """A run before it starts: its settings, and what the checks have opened and read for it.
@@ -66,3 +81,22 @@ class Prospect:
     writer: OwnText | None = None
     texts: dict[str, Samples] = field(default_factory=dict)
     passed: set[str] = field(default_factory=set)
+
+    @property
+    def material(self) -> Material:
+        """What the checks of a run have read."""
+        assert self.workbench is not None and self.reading is not None
+        texts, compiled = self.reading.texts, self.workbench.compiled
+        return Material(self.calibration, self.tuning, self.statistics, texts, compiled)
+
+    def take_over(self, material: Material, team: Team) -> None:
+        """Open the model, and take from another process what it has read."""
+        config = self.config
+        model = self.model or load_model(config.model, optional_path(config.cache_dir))
+        computing, scratch = config.group(Computing), Path(config.output_dir)
+        bench = make_workbench(model, self.plan, computing, scratch)
+        self.model, self.workbench = model, replace(bench, compiled=material.compiled)
+        self.calibration, self.tuning = material.calibration, material.tuning
+        self.statistics = material.statistics
+        self.evaluation = Evaluation(config, team=team)
+        self.reading = Reading(material.texts, [])

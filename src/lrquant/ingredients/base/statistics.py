@@ -16,7 +16,9 @@ from lrquant.config.groups import StatisticsFiles
 from lrquant.errors import UNREADABLE, LRQuantError
 from lrquant.files.whole import read_plain, write_whole
 
-Reduction = Callable[[Tensor], Tensor]
+Figures = tuple[Tensor, Tensor, Tensor, Tensor]  # of a sample: largest, midpoint, means of x, x²
+Observed = dict[str, list[Figures]]
+InOrder = Callable[[Sequence[Observed]], Sequence[Observed]]  # of every member's batches
 SHIFT_DECAY = 0.99  # of the running midpoint, per sample (published code)
 
 
@@ -41,22 +43,23 @@ class ChannelStatistics:
 
         Means count tokens as their `weights` (samples, tokens) say; one of weight 0 is not seen.
         """
-        values = values.detach()
-        samples = values if values.dim() == 3 else values[None]
-        shares = [None] * len(samples) if weights is None else weights
-        for sample, share in zip(samples.float(), shares, strict=True):
-            if share is not None:
-                sample, share = sample[share > 0], share[share > 0]
-            low, high = sample.amin(0), sample.amax(0)
-            maximum, midpoint = torch.maximum(high, -low), (low + high) / 2
-            if name in self.maxima:
-                maximum = torch.maximum(self.maxima[name], maximum)
-                midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
-            self.maxima[name], self.midpoints[name] = maximum, midpoint
-            for sums, values in ((self.means, sample), (self.squares, sample.square())):
-                mean = values.mean(0) if share is None else share @ values / share.sum()
-                sums[name] = sums.get(name, torch.zeros_like(mean)) + mean
-            self.samples[name] = self.samples.get(name, 0) + 1
+        for figures in figures_of(values, weights):
+            self.take_in(name, figures)
+
+    def take_in(self, name: str, figures: Figures) -> None:
+        """Take in one sample's figures, which come in the order of samples."""
+        maximum, midpoint, mean, square = figures
+        if name in self.maxima:
+            maximum = torch.maximum(self.maxima[name], maximum)
+            midpoint = SHIFT_DECAY * self.midpoints[name] + (1 - SHIFT_DECAY) * midpoint
+        self.maxima[name], self.midpoints[name] = maximum, midpoint
+        for sums, own in ((self.means, mean), (self.squares, square)):
+            sums[name] = sums.get(name, torch.zeros_like(own)) + own
+        self.samples[name] = self.samples.get(name, 0) + 1
+
+    def whole(self, in_order: InOrder) -> ChannelStatistics:
+        """The same on the CPU: one process has seen all samples."""
+        return self.on_host()
 
     def on_host(self) -> ChannelStatistics:
         """The same on the CPU."""
@@ -79,36 +82,6 @@ class ChannelStatistics:
             square = (square - 2 * shift * mean + shift.square()).clamp(min=0)
         return square / square.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
-    def merged(
-        self, names: Sequence[str], total: Reduction, maximum: Reduction
-    ) -> ChannelStatistics:
-        """Those of a team's whole set, of which each member has seen its share of the samples.
-
-        `total` and `maximum` are over the members, who all give the same `names` of linears: one
-        may have seen none of a linear's inputs, as an expert's.  Largest magnitudes are the
-        largest of all and sums are summed.  A running midpoint depends on the order of samples,
-        which members do not share: each member's counts by how many samples it has, so that a
-        lone member's stays as it is.  On the CPU.
-        """
-        own = self.on_host()
-        widths = maximum(torch.tensor([own._width(name) for name in names])).tolist()
-        counts = [own.samples.get(name, 0) for name in names]
-        totals = total(torch.tensor(counts)).tolist()
-        whole = ChannelStatistics()
-        for name, width, count, every in zip(names, widths, counts, totals, strict=True):
-            if every:
-                none = torch.zeros(width)
-                share = own.midpoints.get(name, none) * (count / every)
-                whole.samples[name] = every
-                whole.maxima[name] = maximum(own.maxima.get(name, none))
-                whole.midpoints[name] = total(share)
-                whole.means[name] = total(own.means.get(name, none))
-                whole.squares[name] = total(own.squares.get(name, none))
-        return whole
-
-    def _width(self, name: str) -> int:
-        return self.maxima[name].numel() if name in self.maxima else 0
-
     def save(self, scales: Path, shifts: Path) -> None:
         """Write the two files that the published tool reads: name -> tensor."""
         for path, values in ((scales, self.maxima), (shifts, self.midpoints)):
@@ -123,6 +96,53 @@ class ChannelStatistics:
                     f"statistics {path}: cannot be written ({reason}); free some space or use "
                     "another folder"
                 ) from error
+
+
+@dataclass
+class ShareOfStatistics:
+    """What one member of a team has seen of each linear, batch by batch, until all is told.
+
+    A running midpoint depends on the order of samples, as rounded sums do.
+    """
+
+    batches: dict[str, list[list[Figures]]] = field(default_factory=dict)
+
+    def observe(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """As `ChannelStatistics.observe`, of a batch in which each linear is seen once."""
+        self.batches.setdefault(name, []).append(figures_of(values, weights))
+
+    def whole(self, in_order: InOrder) -> ChannelStatistics:
+        """Those of all samples; `in_order` makes of a member's batches all members'."""
+        columns = zip(*self.batches.values(), strict=True)
+        own = [dict(zip(self.batches, map(_on_host, each), strict=True)) for each in columns]
+        statistics = ChannelStatistics()
+        for batch in in_order(own):
+            for name, samples in batch.items():
+                for figures in samples:
+                    statistics.take_in(name, figures)
+        return statistics
+
+
+def figures_of(values: Tensor, weights: Tensor | None = None) -> list[Figures]:
+    """Figures (in,) float32 of each sample of a linear's input: see `ChannelStatistics.observe`."""
+    values = values.detach()
+    samples = values if values.dim() == 3 else values[None]
+    shares = [None] * len(samples) if weights is None else weights
+    figures = []
+    for sample, share in zip(samples.float(), shares, strict=True):
+        if share is not None:
+            sample, share = sample[share > 0], share[share > 0]
+        low, high = sample.amin(0), sample.amax(0)
+        means = [
+            each.mean(0) if share is None else share @ each / share.sum()
+            for each in (sample, sample.square())
+        ]
+        figures.append((torch.maximum(high, -low), (low + high) / 2, means[0], means[1]))
+    return figures
+
+
+def _on_host(samples: list[Figures]) -> list[Figures]:
+    return [(a.cpu(), b.cpu(), c.cpu(), d.cpu()) for a, b, c, d in samples]
 
 
 def require_replaceable(paths: Sequence[Path], overwrite: bool) -> None:

@@ -17,10 +17,17 @@ from lrquant.measures.evaluation.texts import read_texts, texts_of
 from lrquant.measures.measure import Scored, WholeModel, items_of_text
 from lrquant.measures.scoring.predictions import score
 from lrquant.measures.subjects.reference import require_same_tokens
-from lrquant.measures.subjects.subject import ADAPTED, FULL_PRECISION, ROUND_TO_NEAREST, Subject
+from lrquant.measures.subjects.subject import (
+    ADAPTED,
+    FULL_PRECISION,
+    ROUND_TO_NEAREST,
+    Subject,
+    own_windows,
+)
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Results, entries, kinds, named_entries
+from lrquant.team.team import ALONE, Team
 
 logger = logging.getLogger("lrquant")
 
@@ -60,24 +67,28 @@ class Evaluation:
     one is set.
     """
 
-    def __init__(self, config: Config, folder: RunFolder | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: RunFolder | None = None, team: Team = ALONE) -> None:
+        self.config, self.folder, self.team = config, folder, team
         self.measuring, self.sources = config.measuring, config.group(Sources)
         self._alone = [
             Board(measure, settings, measure.read_alone(settings, self.sources))
-            for measure, settings in _asked(self.measuring)
+            for measure, settings in self._of_modules()
         ]
 
     def read(self, reader: Reader) -> Reading:
         """What is measured of a model.  Raises LRQuantError before any hour is spent."""
         boards = [
             Board(measure, settings, measure.read(settings, self.sources, reader))
-            for measure, settings in _asked(self.measuring)
+            for measure, settings in self._of_modules()
         ]
         return Reading(self._texts(reader), boards)
 
     def _texts(self, reader: Reader) -> dict[str, Samples]:
-        return read_texts(texts_of(self.measuring), self.sources, reader)
+        return self.team.first(lambda: read_texts(texts_of(self.measuring), self.sources, reader))
+
+    def _of_modules(self) -> list[tuple[AnyModule, object]]:
+        """The measures of whole models, each with its settings: the first member's of a team."""
+        return _asked(self.measuring) if self.team.rank == 0 else []
 
     def measure(
         self,
@@ -123,7 +134,7 @@ class Evaluation:
         columns = self._columns(subject, compared, reference)
         columns += [(ADAPTED, subject)] if adapted is not None else []
         logger.info("measuring on %s", text.description)
-        scored = score_text(measures, columns, text, progress, held=compared)
+        scored = score_text(measures, columns, text, progress, held=compared, team=self.team)
         about: dict[str, str] = {}
         if reference is not None and reference.dtype != subject.dtype:
             about["reference_precision"] = dtype_name(reference.dtype)
@@ -150,6 +161,9 @@ class Evaluation:
     ) -> Iterator[Results]:
         boards = [board for board in (*self._alone, *reading.boards) if board.sets]
         boards.sort(key=lambda board: board.measure.order)
+        if boards and self.team.size > 1:
+            names = ", ".join(dict.fromkeys(board.measure.name for board in boards))
+            logger.info("%s: measured by the first of %d processes", names, self.team.size)
         for variant in (subject.own, *subject.beside):
             wanted = [board for board in boards if self._wants(board.measure, subject, variant)]
             if not wanted:
@@ -198,24 +212,27 @@ def score_text(
     progress: Progress,
     *,
     held: bool = False,
+    team: Team = ALONE,
 ) -> list[Scored[Samples, object]]:
     """Scores of several measures on one text, of each column.
 
     With `held`, the others are held against the first one, whose final hidden states alone are
-    kept; the columns of one subject share its head.
+    kept; the columns of one subject share its head.  Of a `team` each member computes some windows.
     """
+    own, counts = own_windows(text, team)
+    feed = own.feed if counts else own.feed.only([])
     tables: list[dict[str, object]] = [{} for _ in measures]
     scored = [Scored(text.name, text, items_of_text(text), table) for table in tables]
     heads = {id(subject): subject.head() for _, subject in columns}
     first, kept = columns[0][1], None
     for index, (column, subject) in enumerate(columns):
-        states = subject.final_states(column, text, progress)
+        states = subject.final_states(column, own, progress)
         head, other = heads[id(subject)], heads[id(first)]
-        scores = score(measures, head, states, text.feed, kept, other)
+        scores = score(measures, head, states, feed, kept, other, team)
         kept = states if held and not index else kept
         del states  # before those of the next column are made
-        for measure, told, table, own in zip(measures, scored, tables, scores, strict=True):
-            table[column] = own
+        for measure, told, table, each in zip(measures, scored, tables, scores, strict=True):
+            table[column] = each
             for line in measure.log_lines(told, column):
                 logger.info("%s", line)
     return scored

@@ -62,7 +62,7 @@ def measure_target(target: str, evaluation: Evaluation, progress: Progress) -> I
     """Measures of a checkpoint or model, which is let go of when they are done."""
     config = evaluation.config
     reference = open_reference(target, config)
-    subject = open_subject(target, config)
+    subject = open_subject(target, config, team=evaluation.team)
     source = source_of((reference or subject).reader)
 
     def about() -> Results:
@@ -80,7 +80,7 @@ def measure_base(evaluation: Evaluation, progress: Progress) -> Iterator[Results
     """Measures of what `compare` names, if it names anything."""
     name = evaluation.config.compare
     if isinstance(name, str):
-        subject = open_subject(name, evaluation.config, BASE)
+        subject = open_subject(name, evaluation.config, BASE, evaluation.team)
         reading = evaluation.read(subject.reader)
         for measured in _told(evaluation.measure(subject, reading, progress), progress, dict):
             yield of_base(measured, _in_words(name, subject))

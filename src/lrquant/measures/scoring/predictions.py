@@ -17,6 +17,7 @@ from lrquant.blocks.streams import Batch, Stream, batches_of
 from lrquant.data.feeds import Feed
 from lrquant.model.model import Model
 from lrquant.numerics.losses import kl_divergence
+from lrquant.team.team import ALONE, Team
 
 R = TypeVar("R", covariant=True)
 LogitsOf = Callable[[Tensor], Tensor]
@@ -103,11 +104,13 @@ def score(
     feed: Feed,
     reference: Stream | None = None,
     reference_head: LogitsOf | None = None,
+    team: Team = ALONE,
 ) -> list[R]:
     """Scores of each measure over the `scored` tokens of each sample, its first one apart.
 
     `stream` has the final hidden states, `reference` those of what they are held against; it has
-    the same head unless another one is given.
+    the same head unless another one is given.  Of a `team` each member has some of the samples, the
+    first member the first ones.
     """
     values: list[list[list[Tensor]]] = [[] for _ in measures]
     lengths: list[int] = []
@@ -125,10 +128,17 @@ def score(
             predictions = Predictions(logits, targets[tokens], expected)
             for measure, collected in zip(measures, values, strict=True):
                 collected.append([each.double().cpu() for each in measure.positions(predictions)])
-    whole = len(set(lengths)) == 1 and not any(scored is not None for scored in feed.scored)
+    members = team.each((values, lengths, any(scored is not None for scored in feed.scored)))
+    lengths = [length for _, own, _ in members for length in own]
+    whole = len(set(lengths)) == 1 and not any(partly for *_, partly in members)
     return [
-        measure.summary(_joined(collected, len(lengths) if whole else None))
-        for measure, collected in zip(measures, values, strict=True)
+        measure.summary(
+            _joined(
+                [pieces for own, *_ in members for pieces in own[place]],
+                len(lengths) if whole else None,
+            )
+        )
+        for place, measure in enumerate(measures)
     ]
 
 

@@ -35,6 +35,7 @@ from lrquant.model.sources import resolve_model
 from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Entry
+from lrquant.team.team import ALONE, Team
 
 EVALUATION_TOKENS = 2048  # tokens of one forward, in windows
 FULL_PRECISION, ROUND_TO_NEAREST = "full_precision", "round_to_nearest"
@@ -93,12 +94,16 @@ class Subject(ABC):
 
 @dataclass(frozen=True)
 class BlockSubject(Subject):
-    """A model of which one block is in memory at a time, as learned where there is a run."""
+    """A model of which one block is in memory at a time, as learned where there is a run.
+
+    Of a `team` the first member alone reads what was learned.
+    """
 
     own: str
     workbench: Workbench
     config: Config | None = None
     folder: RunFolder | None = None
+    team: Team = ALONE
 
     @property
     def reader(self) -> Model:
@@ -137,9 +142,10 @@ class BlockSubject(Subject):
         if self.folder is None or variant == FULL_PRECISION:
             return full_precision(self.workbench)
         if variant != ADAPTED:
-            return as_learned(self.workbench, self.folder)
+            return as_learned(self.workbench, self.folder, team=self.team)
         last = 0 if self.config is None else self.config.tta_blocks
-        return as_learned(self.workbench, self.folder, adapted_to(text, self.folder), last)
+        adapted = adapted_to(text, self.folder)
+        return as_learned(self.workbench, self.folder, adapted, last, self.team)
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,9 @@ class RunSubject(BlockSubject):
         if not self.config.tta:
             return None
         learning, adapting = self.config.group(Learning), self.config.group(Adapting)
+        own = self.folder, text, progress
         with self.workbench.learning():
-            outcome = adapt(self.workbench, learning, adapting, self.folder, text, progress)
+            outcome = adapt(self.workbench, learning, adapting, *own, team=self.team)
         return describe_adaptation(adapting, self.workbench.plan.ingredients), outcome
 
 
@@ -192,13 +199,13 @@ class CheckpointSubject(Subject):
         return self.checkpoint.module
 
 
-def open_subject(name: str, config: Config, own: str | None = None) -> Subject:
+def open_subject(name: str, config: Config, own: str | None = None, team: Team = ALONE) -> Subject:
     """The run folder, checkpoint or model that `name` is; `config` says where it computes.
 
     `own` is what its column is called, where that is not what it is.
     """
     if is_run(Path(name)):
-        return _run(own or QUANTIZED, name, config)
+        return _run(own or QUANTIZED, name, config, team)
     cache = optional_path(config.cache_dir)
     if is_checkpoint(name, cache):
         loaded = load_checkpoint(name, config.group(Computing), cache)
@@ -224,13 +231,13 @@ def open_reference(target: str, config: Config) -> Subject | None:
     return _model(BASE if name == config.compare else FULL_PRECISION, name, config)
 
 
-def _run(own: str, name: str, config: Config) -> Subject:
+def _run(own: str, name: str, config: Config, team: Team) -> Subject:
     folder = RunFolder.open(Path(name))
     folder.require_finished()
     model = load_model(folder.config.model, optional_path(config.cache_dir))
     workbench = _workbench(model, Plan.of(folder.config.quantizing), config)
     folder.require_same({"model": model.fingerprint()})
-    return BlockSubject(own, workbench, folder.config, folder)
+    return BlockSubject(own, workbench, folder.config, folder, team)
 
 
 def _model(own: str, name: str, config: Config) -> Subject:
@@ -244,7 +251,23 @@ def _workbench(model: Model, plan: Plan, config: Config) -> Workbench:
 
 def entry_of(workbench: Workbench, text: Samples) -> BlockInputs:
     """What goes into the first block: text in batches of `EVALUATION_TOKENS`, pictures singly."""
-    size = 1
-    if text.prompts is None:
-        size = max(1, EVALUATION_TOKENS // text.ids.shape[1])
-    return BlockInputs(workbench.model, text.feed, size, workbench.device)
+    return BlockInputs(workbench.model, text.feed, _at_once(text), workbench.device)
+
+
+def own_windows(text: Samples, team: Team) -> tuple[Samples, bool]:
+    """A member's windows of a text, the first member's first; whether they count.
+
+    They are whole batches of those that all would form.  A member for which there are none computes
+    what another does, which does not count.
+    """
+    size, windows = _at_once(text), len(text.feed)
+    batches = -(-windows // size)
+    first, end = (batches * rank // team.size for rank in (team.rank, team.rank + 1))
+    counts = end > first
+    first, end = (first, end) if counts else (0, 1)
+    return text.only(range(first * size, min(end * size, windows))), counts
+
+
+def _at_once(text: Samples) -> int:
+    """How many windows go through a block together."""
+    return 1 if text.prompts is not None else max(1, EVALUATION_TOKENS // text.ids.shape[1])
