@@ -26,7 +26,7 @@ from lrquant.model.loading import load_model
 from lrquant.pipeline import run
 
 PROTOCOL: dict[str, Any] = {"nsamples": 32, "seqlen": 64, "epochs": 5, "seed": 2, "batch_size": 4}
-PROTOCOL |= {"report": False}
+PROTOCOL |= {"report": False, "micro_batch_size": 4}
 SCHEMES = ("W8A8", "W6A6", "W4A16", "W4A4")
 METHODS: dict[str, dict[str, Any]] = {"LRQuant": {}, "LRQuant+": {"lr_plus": True}}
 DATA: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.factors import ScaleFactors
 from lrquant.ingredients.rounding import Rounding
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn import tuning as stage
 from lrquant.learn.share import Share
 from lrquant.learn.tuning import tuned
+from lrquant.learn.whole_model import TunedSamples, WholeFit
 from lrquant.numerics.losses import kl_divergence
 from lrquant.runs.folder import RunFolder
 
@@ -55,7 +55,7 @@ def whole(make_model, make_bench, token_ids):
                     view.parameters[name] = values + moved
             view.harden_()
             blocks.append((view, TunedBlock(tuning, view, bench.runner(index, view))))
-        return bench, blocks, stage._Samples(entry, Share.alone(2), first, target)
+        return bench, blocks, TunedSamples(entry, Share.alone(2), first, target)
 
     return make
 
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_divergence(whole, family, monkeypatch):
     bench, pairs, samples = whole(family, Scheme(3, 16, 16))
     blocks = [block for _, block in pairs]
     head = Head(bench.model, bench.device, torch.float32)
-    fit = stage._Fit(blocks, head, TUNING, samples, samples, lambda step: None)
+    fit = WholeFit(blocks, head, TUNING, samples, samples, lambda step: None)
     for factor in (factor for block in blocks for factor in block.factors.values()):
         factor.requires_grad_(True)
     for block in blocks:
@@ -105,7 +105,7 @@ def test_the_rounding_is_tuned_too(whole):
     bench, pairs, samples = whole("llama", Scheme(2, 8, 16), tuning=ROUNDING)
     blocks = [block for _, block in pairs]
     head = Head(bench.model, bench.device, torch.float32)
-    fit = stage._Fit(blocks, head, ROUNDING, samples, samples, lambda step: None)
+    fit = WholeFit(blocks, head, ROUNDING, samples, samples, lambda step: None)
     record = fit.run()
     assert record["best_epoch"] > 0 and min(record["held"]) < record["held"][0]
     moved = 0
