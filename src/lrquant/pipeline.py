@@ -152,6 +152,8 @@ def _run(prospect: Prospect, progress: Progress, earlier: MemoryHandler, team: T
     if config.vision_quantization is not None:
         logger.info("vision tower %s", config.vision_quantization.describe())
     logger.info("method %s", describe_method(plan, learning))
+    if team.size > 1:
+        logger.info("%d processes, each with its share of the samples", team.size)
     if not measure_only:
         require_steps(learning.batch_size, learning.micro_batch_size, team)
     _require_all(prospect, team)

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lrquant.errors import LRQuantError
+from lrquant.learn.checks import require_alike
+from lrquant.model.device import choose_device
 from lrquant.team.launch import Launch
 from lrquant.team.processes import Ended, joined
-from lrquant.team.team import ALONE
+from lrquant.team.team import ALONE, Alone
 
 MEMBER = Path(__file__).with_name("member.py")
 
@@ -56,6 +59,32 @@ def test_a_launch_is_read_of_the_environment(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(LRQuantError, match="no numbers; start with torchrun"):
         Launch.of_environment()
+
+
+@pytest.mark.parametrize(("name", "local_rank"), [("cuda", 2), ("auto", 3), ("cuda:1", 1)])
+def test_a_device_that_processes_would_share_is_refused(monkeypatch, name, local_rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(name).type == "cuda"
+    for variable, value in {"RANK": local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(variable, str(value))
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(LRQuantError, match="a device of its own, of which torch sees 2"):
+        choose_device(name)
+
+
+class Differing(Alone):
+    """A team of which the second says something else."""
+
+    def each(self, value):
+        return [value, value.replace("float32", "bfloat16")]
+
+
+def test_processes_that_would_round_otherwise_are_refused(make_model, make_bench):
+    bench = make_bench(make_model("llama"))
+    require_alike(ALONE, bench)
+    with pytest.raises(LRQuantError, match=r"rank 1 computes in bfloat16, .*; rank 0 in float32"):
+        require_alike(Differing(), bench)
 
 
 def test_a_process_that_is_alone_joins_nothing(monkeypatch):

@@ -10,7 +10,7 @@ from lrquant.errors import LRQuantError
 from lrquant.model.model import Model
 from lrquant.numerics.compiled import why_not
 
-# Of a weight in a step, forward and backward, and of a shape of a matrix.  On a CPU as measured by
+# Of a weight in a pass, forward and backward, and of a shape of a matrix.  On a CPU as measured by
 # benchmarks/step_cost.py; on CUDA as counted from the bytes that are moved, not measured.
 SAVED_SECONDS = {"cpu": 2.5e-9, "cuda": 1e-10}
 COMPILING_SECONDS = 10.0
@@ -31,16 +31,15 @@ def compiling(
         if asked == "on":
             raise LRQuantError(f"--compile on: {reason}; install it, or use --compile off")
         return False, f"quantizers are not compiled: {reason}"
-    saved, spent = _seconds(
-        device, model, plan, learning.epochs * -(-samples // learning.batch_size)
-    )
+    passes = learning.epochs * -(-samples // learning.micro_batch_size)
+    saved, spent = _seconds(device, model, plan, passes)
     words = f"about {spent:.0f} s to compile, {saved:.0f} s saved"
     if asked == "on" or saved > spent:
         return True, f"quantizers are compiled ({words})"
     return False, f"quantizers are not compiled ({words})"
 
 
-def _seconds(device: torch.device, model: Model, plan: Plan, steps: int) -> tuple[float, float]:
+def _seconds(device: torch.device, model: Model, plan: Plan, passes: int) -> tuple[float, float]:
     """What compiling saves over all blocks, and what it takes once for each kind of matrix."""
     kinds: set[object] = set()
     weights = 0
@@ -52,5 +51,5 @@ def _seconds(device: torch.device, model: Model, plan: Plan, steps: int) -> tupl
             if block.schemes[name].quantizes_weights:
                 kinds.add((rows, columns, block.schemes[name]))
                 weights += rows * columns
-    saved = SAVED_SECONDS.get(device.type, 0.0) * weights * steps
+    saved = SAVED_SECONDS.get(device.type, 0.0) * weights * passes
     return saved, COMPILING_SECONDS * len(kinds)

@@ -23,19 +23,18 @@ class Share:
     """What a member of a `team` has of every step.
 
     A step's batches lie in the order of samples, first those of the first member, then the
-    second's.  `counts` (steps, members) says how many each has, `samples` which are this member's,
-    `weights` how much each of its batches is of its step: of all tokens, as they count.
+    second's.  `counts` (steps, members) says how many each has, `weights` how much each of this
+    member's batches is of its step: of all tokens, as they count.
     """
 
     team: Team
     counts: Sequence[Sequence[int]]
-    samples: Sequence[int]
     weights: Sequence[float]
 
     @classmethod
     def alone(cls, batches: int) -> Share:
         """Each batch a step of its own, all of one process."""
-        return cls(ALONE, [[1]] * batches, range(batches), [1.0] * batches)
+        return cls(ALONE, [[1]] * batches, [1.0] * batches)
 
     @property
     def steps(self) -> list[range]:
@@ -90,7 +89,7 @@ def share_of(feed: Feed, batch_size: int, together: int, team: Team = ALONE) -> 
             f"{team.size} processes; start fewer, or use a larger --batch_size and more samples"
         )
     samples = [index for each in own for index in range(each.start, each.stop)]
-    return feed.only(samples), Share(team, counts, samples, [])
+    return feed.only(samples), Share(team, counts, [])
 
 
 def require_steps(batch_size: int, together: int, team: Team) -> None:

@@ -17,7 +17,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def choose_device(name: str) -> torch.device:
     """The device that "auto", "cpu", "cuda" or "cuda:N" means on this machine."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
