@@ -47,13 +47,22 @@ def as_learned(
         kept = folder.learned if later is None or index < first else later.load
         return team.first(partial(kept, index))
 
-    def load_tower(index: int) -> Parameters:
-        return team.first(partial(folder.tower.load_block, index))
-
     blocks, tower = with_parameters(workbench, load), workbench.tower
     if tower is None or workbench.plan.schemes.tower is None:
         return Variant(blocks, unlearned(workbench).tower)
-    return Variant(blocks, with_parameters(tower, load_tower))
+    return Variant(blocks, tower_of(tower, folder, team))
+
+
+def tower_of(tower: Workbench, folder: RunFolder, team: Team = ALONE) -> Prepare:
+    """The blocks of a vision tower as a run learned them.
+
+    Of a team each member has all that was learned at once: one without pictures asks for none.
+    """
+    load = folder.tower.load_block
+    if team.size == 1:
+        return with_parameters(tower, load)
+    blocks = [team.first(partial(load, index)) for index in range(len(tower.model.blocks))]
+    return with_parameters(tower, lambda index: blocks[index])
 
 
 def with_parameters(workbench: Workbench, load: Callable[[int], Parameters]) -> Prepare:

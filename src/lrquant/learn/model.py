@@ -14,7 +14,7 @@ from torch import Tensor
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import BlockRunner, Prepare
 from lrquant.blocks.streams import Stream
-from lrquant.blocks.variants import full_precision, with_parameters
+from lrquant.blocks.variants import full_precision, tower_of
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import (
     WeightedObserver,
@@ -73,8 +73,7 @@ def learn_model(
         pictures = require_pictures(feed, scheme.name)
         logger.info("vision tower: %d blocks", len(tower.model.blocks))
         learn_blocks(tower, learning, pictures, None, folder.tower, progress, diagnosed, team=team)
-        load = folder.tower.load_block
-        learned = with_parameters(tower, lambda index: team.first(partial(load, index)))
+        learned = tower_of(tower, folder, team)
         logger.info("language part: %d blocks", len(workbench.model.blocks))
     towers = plain, learned
     rest = folder, progress, diagnosed, towers
