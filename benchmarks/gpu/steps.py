@@ -18,7 +18,8 @@ from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
-from lrquant.learn.fit import BlockData, Optimizers, learning_step, make_optimizers
+from lrquant.learn.block_data import BlockData
+from lrquant.learn.fit import Optimizers, learning_step, make_optimizers
 from lrquant.learn.objective import Objective
 
 LOSS = "mse+nlc"
