@@ -73,7 +73,9 @@ class BlockView:
             if name not in factors.rows and name not in factors.columns and shape.grid is not None
         }
 
-    def initialize(self, statistics: ChannelStatistics, still: Collection[str] = ()) -> None:
+    def initialize(
+        self, statistics: ChannelStatistics, still: Collection[str] = (), strength: float = 1.0
+    ) -> None:
         """Set the parameters to their start, those that need to know what is folded last.
 
         Those of the matrices named by `still` stay there.
@@ -81,7 +83,7 @@ class BlockView:
         self.parameters, statistics = {}, statistics.on_host()
         for after in (False, True):
             factors = self._factors() if after else Factors()
-            start = Start(self.plan.name, statistics, self.weight, factors)
+            start = Start(self.plan.name, statistics, self.weight, factors, strength)
             for ingredient in self.ingredients:
                 if ingredient.after_folds == after:
                     self.parameters |= ingredient.start(self.shapes, start)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lrquant.ingredients.ingredient import Parameters
 
 SMALLEST_ACTIVATION = 1e-5
+STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Equivalent(Ingredient):
         "learn shifts: where every module has a bias (auto), wherever one fits, or nowhere",
         ("auto", "always", "never"),
         paper="always",
+    )
+    let_init: float | None = setting(
+        None,
+        "power of the published scales that scales start at, 0: none (papers: 1); default: "
+        f"of {', '.join(f'{each:g}' for each in STRENGTHS)} the one at which a block errs least",
+        limits=(0, 1),
+        paper=1.0,
     )
     let_lr: float = setting(
         5e-3,
@@ -93,6 +101,10 @@ class Equivalent(Ingredient):
     def reads_statistics(self) -> bool:
         return True
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return STRENGTHS if self.let_init is None else ()
+
     def sites(self, block: BlockShapes) -> tuple[Site, ...]:
         """The sites of a block that are learned: not those of matrices that stay as they are."""
         return tuple(
@@ -117,16 +129,18 @@ class Equivalent(Ingredient):
         }
 
     def start(self, block: BlockShapes, start: Start) -> Parameters:
-        """Scales of the channels' maxima, and shifts to their midpoints (published start)."""
+        """Scales of the channels' maxima to a power, and shifts to their midpoints."""
         import torch
 
         statistics = start.statistics
+        power = start.strength if self.let_init is None else self.let_init
         parameters = {}
         for site in self.sites(block):
             scale = torch.ones(site.size)
             if site.measured is not None:
                 maxima = _statistic(statistics.maxima, site, start.block_name)
                 scale = logarithmic_scale(_reduced(site, maxima, "amax"))
+                scale = scale if power == 1 else scale**power
                 if site.consumers[0].power == 2:  # of which the consumers get the square
                     scale = scale.sqrt()
             parameters[f"let.{site.name}.scale"] = scale.to(block.device)

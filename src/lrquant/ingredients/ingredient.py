@@ -69,6 +69,11 @@ class Ingredient(LearnedSettings):
         """Whether its start makes use of maxima and midpoints, which files may give."""
         return False
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Those of its start of which a block takes the one that errs least; none: there is one."""
+        return ()
+
     def shapes(self, block: BlockShapes) -> dict[str, tuple[int, ...]]:
         """The shapes of its parameters of a block, by name."""
         raise NotImplementedError

@@ -76,14 +76,21 @@ class BlockData:
 
     @torch.no_grad()
     def terms(
-        self, runner: Runner, tensors: dict[str, Tensor], kind: str, *, advance: bool = False
+        self,
+        runner: Runner,
+        tensors: dict[str, Tensor],
+        kind: str,
+        *,
+        advance: bool = False,
+        steps: int | None = None,
     ) -> Tensor:
-        """Mean loss terms over the whole set with tensors held still, (terms,) float32.
+        """Mean loss terms with tensors held still, (terms,) float32.
 
-        With `advance` the outputs take the inputs' place: the stream moves on.
+        They are over the whole set, or the samples of its first `steps`.  With `advance` the
+        outputs take the inputs' place: the stream moves on.
         """
         sums, counts = [], []
-        for number, batch in enumerate(self.entry.batches):
+        for number, batch in enumerate(self.entry.batches[: self._batches(steps)]):
             handed = self._handed(number)
             output, terms = self._terms(self._output(runner, tensors, number, handed), number, kind)
             counts.append(self.count(number))
@@ -97,6 +104,10 @@ class BlockData:
         total = torch.tensor(sum(counts), dtype=torch.float64)
         whole = torch.stack(sums).sum(0)
         return (whole / total.to(whole.device)).float().to(self.inputs.device)
+
+    def _batches(self, steps: int | None) -> int | None:
+        own = self.shared.steps
+        return None if steps is None or steps >= len(own) else own[steps].start
 
     def whole(self, terms: Sequence[Tensor], step: int, like: Tensor) -> Tensor:
         """The loss terms (terms,) of a step, of which this member's own batches have `terms`.

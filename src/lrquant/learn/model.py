@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,12 +28,19 @@ from lrquant.data.feeds import Feed
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics, ShareOfStatistics
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.block_data import BlockData
+from lrquant.learn.block_data import BlockData, Runner
 from lrquant.learn.diagnostics import measure_block
-from lrquant.learn.fit import FitReport, advance_quantized, fit_block, require_same
+from lrquant.learn.fit import (
+    FitReport,
+    Learnable,
+    advance_quantized,
+    fit_block,
+    require_same,
+)
 from lrquant.learn.routing import Routing
 from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out, units_of
+from lrquant.learn.starting import begin_at_best, strengths_of
 from lrquant.learn.tuning import tune
 from lrquant.learn.window import Window
 from lrquant.runs.block_file import BlockRecord
@@ -145,6 +152,15 @@ def _tell_what_is_kept(folder: PartFolder, finished: int, blocks: int) -> None:
 
 
 @dataclass(frozen=True)
+class _Start:
+    """What a block's parameters are made from; those of `starved` matrices stay there."""
+
+    view: BlockView
+    statistics: ChannelStatistics
+    starved: Collection[str]
+
+
+@dataclass(frozen=True)
 class BlockLearning:
     """The stage in which blocks are learned: samples on their way through both models.
 
@@ -195,7 +211,8 @@ class BlockLearning:
         started = time.monotonic()
         begin_peak(self.workbench.device)
         bench, before = self.workbench, self._copied_full(unit)
-        views = self._started_views(unit)
+        starts = [self._start(index, unit) for index in unit]
+        views = [start.view for start in starts]
         targets = (self.full, *self.homologous)
         data = BlockData(unit.start, self.entry, self.quantized, targets, len(unit), self.share)
         stepper = self.progress.stepper(unit.start, len(unit))
@@ -203,6 +220,7 @@ class BlockLearning:
         single = len(unit) == 1
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
+            strength = self._begin(view, runner, data, starts)
             report = fit_block(view, runner, data, self.learning, stepper)
         require_same(self.team, view.parameters, unit.start)
         for index, view in zip(unit, views, strict=True):
@@ -216,7 +234,9 @@ class BlockLearning:
         final_loss = report.objective.measure(final)
         for index, view in zip(unit, views, strict=True):
             record = self.team.first(
-                partial(_record, self.folder, view, index, report, final_loss, seconds, bench)
+                partial(
+                    _record, self.folder, view, index, report, final_loss, seconds, bench, strength
+                )
             )
             self.progress.finished(index, record)
 
@@ -244,28 +264,41 @@ class BlockLearning:
         seen = measure_block(bench, view, data, *rest)
         self.folder.save_diagnostics(data.index, seen.figures, seen.tensors)
 
-    def _started_views(self, unit: range) -> list[BlockView]:
-        """Views of a window's blocks at their start; the full-precision streams have moved on."""
-        bench, views = self.workbench, []
-        before = self.quantized
-        for index in unit:
-            seen = ChannelStatistics() if self.team.size == 1 else ShareOfStatistics()
-            routing = Routing()
-            observe = seen.observe if self._observed else None
-            stored, view = self._advance_full(index, observe, routing)
-            statistics = seen.whole(self.share.in_order)
-            if self.statistics is not None:
-                of_files = self.statistics
-                statistics.maxima, statistics.midpoints = of_files.maxima, of_files.midpoints
-            for stream in self.homologous:
-                advance_full_precision(bench, index, stored, self.entry, before, stream)
-                before = stream
-            self.routing[index] = routing = routing.merged(self.team.each)
-            starved = routing.starved(view, self.learning.expert_tokens)
-            view.initialize(statistics, starved)
-            _tell_of_starved(index, view, starved, self.learning.expert_tokens)
-            views.append(view)
-        return views
+    def _start(self, index: int, unit: range) -> _Start:
+        """What a block of a window starts from; the full-precision streams move on through it."""
+        bench, routing = self.workbench, Routing()
+        seen = ChannelStatistics() if self.team.size == 1 else ShareOfStatistics()
+        observe = seen.observe if self._observed else None
+        stored, view = self._advance_full(index, observe, routing)
+        statistics = seen.whole(self.share.in_order)
+        if self.statistics is not None:
+            of_files = self.statistics
+            statistics.maxima, statistics.midpoints = of_files.maxima, of_files.midpoints
+        for stream in self.homologous:
+            before = self.quantized if index == unit.start else stream
+            advance_full_precision(bench, index, stored, self.entry, before, stream)
+        self.routing[index] = routing = routing.merged(self.team.each)
+        starved = routing.starved(view, self.learning.expert_tokens)
+        return _Start(view, statistics, starved)
+
+    def _begin(
+        self, view: Learnable, runner: Runner, data: BlockData, starts: Sequence[_Start]
+    ) -> float | None:
+        """Set the parameters of a window's blocks to their start; the strength, if it was tried."""
+
+        def begin(strength: float) -> None:
+            for start in starts:
+                start.view.initialize(start.statistics, start.starved, strength)
+
+        strengths = strengths_of(starts[0].view.ingredients)
+        best = None
+        if strengths:
+            best = begin_at_best(view, runner, data, self.learning.loss, strengths, begin)
+        else:
+            begin(1.0)
+        for index, start in enumerate(starts, data.index):
+            _tell_of_starved(index, start.view, start.starved, self.learning.expert_tokens)
+        return best
 
     @property
     def _observed(self) -> bool:
@@ -303,6 +336,7 @@ def _record(
     final_loss: float,
     seconds: float,
     workbench: Workbench,
+    strength: float | None,
 ) -> BlockRecord:
     record = BlockRecord(
         block=index,
@@ -314,6 +348,7 @@ def _record(
         non_finite=report.non_finite,
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory(workbench.device),
+        start_strength=strength,
     )
     folder.save_block(view.kept, record)
     logger.info(

@@ -27,6 +27,7 @@ from lrquant.formats.expected import bits_of_weights, expected_block
 from lrquant.formats.format import Format
 from lrquant.formats.parts import Part
 from lrquant.learn.checks import parts_of
+from lrquant.learn.starting import TRIED_STEPS, strengths_of
 from lrquant.model.model import Model
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load, TextLoad
@@ -244,7 +245,8 @@ def learning_seconds(
     """Time to learn the blocks that are not `finished`, and to pass through those that are.
 
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
-    block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch.
+    block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch,
+    and as many starts, with a few held passes each, as are tried.
     `with_statistics` says that files give statistics.
     """
     plan, total = load.workbench.plan, 0.0
@@ -260,7 +262,9 @@ def learning_seconds(
 def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
     """Time to learn one block, with statistics `observed` or not."""
     learning, batches = load.learning, load.rows / costs.rows
-    block = costs.read + costs.start + costs.weights + costs.freeze
+    tries = max(1, len(strengths_of(load.workbench.plan.ingredients)))
+    block = costs.read + tries * (costs.start + costs.weights) + costs.freeze
+    block += costs.held * (min(TRIED_STEPS, batches) * tries if tries > 1 else 0)
     block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
     block += batches * costs.full * learning.two_branch
     if costs.step:

@@ -22,7 +22,10 @@ _OF_THE_MACHINE = ("seconds", "peak_memory_bytes")
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """Numbers of one finished block, as in blocks.jsonl."""
+    """Numbers of one finished block, as in blocks.jsonl.
+
+    `start_strength` is how strong a start was taken, where several were tried.
+    """
 
     block: int
     initial_loss: float
@@ -33,6 +36,7 @@ class BlockRecord:
     non_finite: list[str]
     held_losses: list[float] = field(default_factory=list)
     best_epoch: int | None = None
+    start_strength: float | None = None
 
     @property
     def outcome(self) -> str:

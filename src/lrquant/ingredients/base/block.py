@@ -73,12 +73,16 @@ class BlockShapes:
 
 @dataclass(frozen=True)
 class Start:
-    """Where parameters start from: full-precision statistics, weights, and the folds so far."""
+    """Where parameters start from: full-precision statistics, weights, and the folds so far.
+
+    `strength` is how much is made of the statistics, where several are tried.
+    """
 
     block_name: str
     statistics: ChannelStatistics
     weight: Callable[[str], Tensor]
     factors: Factors
+    strength: float = 1.0
 
     def importance(self, matrix: str, shape: MatrixShape) -> Tensor:
         """Mean squared inputs (in,) of a matrix as it will read them, folds undone.
