@@ -114,9 +114,11 @@ class BlockData:
 
         They are means over all of the step's batches, by their tokens; `like` has their shape.
         """
-        rows = like.new_empty((len(terms), len(like)))
-        for row, own, batch in zip(rows, terms, self.shared.steps[step], strict=True):
-            row.copy_(own.detach() * self.shared.weights[batch])
+        pairs = zip(terms, self.shared.steps[step], strict=True)
+        weighted = [own.detach() * self.shared.weights[batch] for own, batch in pairs]
+        if self.shared.counts[step] == [1]:
+            return weighted[0]
+        rows = torch.stack(weighted) if weighted else like.new_empty((0, len(like)))
         return self.shared.step_sum(rows, step)
 
     def count(self, batch: int) -> float:

@@ -36,8 +36,8 @@ def begin_at_best(
 ) -> float:
     """Let the view start at the strength whose loss is least, the first of equals; that strength.
 
-    `begin` sets the view's parameters to a start.  Losses are over the samples of a few steps, every
-    term of `kind` by its share of what it is at the first strength at which it is finite.
+    `begin` sets the view's parameters to a start.  Losses are over the samples of a few steps,
+    every term of `kind` by its share of what it is at the first strength at which it is finite.
     """
     first: Tensor | None = None
     best, least, parameters = strengths[0], math.inf, view.parameters
