@@ -94,6 +94,32 @@ def test_the_best_epoch_by_the_loss_held_still_is_kept(block):
     assert not any(parameter.requires_grad for parameter in view.parameters.values())
 
 
+def test_a_few_samples_say_which_epoch_is_best(block, monkeypatch):
+    """The rates overshoot; what is kept is the best by the samples of the first two steps."""
+    monkeypatch.setattr(fit, "HELD_SAMPLES", 2)
+    rates = {"lwc": True, "let": True, "let_lr": 0.3, "lwc_lr": 3.0}
+    view, runner, data = prepared = block(**rates)
+
+    def over(steps):
+        with runner, torch.no_grad():
+            return float(data.terms(runner, view.tensors(), "mse+nlc", steps=steps).sum())
+
+    start, whole = over(2), over(None)
+    report, before, _ = learn(prepared, keep_best=True, epochs=6)
+    assert report.initial_loss == before == whole != start
+    choices = [start, *report.held_losses]
+    assert len(choices) == 7 and over(2) == min(choices)
+    assert report.best_epoch == choices.index(min(choices))
+
+
+@pytest.mark.parametrize(
+    "steps, batch_size, expected",
+    [(128, 1, 32), (32, 1, None), (16, 8, 4), (4, 8, None), (1, 64, None)],
+)
+def test_how_many_steps_say_which_epoch_is_best(steps, batch_size, expected):
+    assert fit.held_steps(steps, batch_size) == expected
+
+
 def test_the_start_is_kept_where_no_epoch_is_better(block):
     view, *_ = prepared = block(lwc=True, let=True, let_lr=50.0, lwc_lr=50.0)
     before = copies(view)

@@ -20,6 +20,7 @@ from lrquant.learn.window import Window
 from lrquant.team.team import Team, holds_for_all
 
 Progress = Callable[[int, float], None]
+HELD_SAMPLES = 32  # of the first steps: they say which epoch was best
 Learnable = BlockView | Window
 Optimizers = list[torch.optim.Optimizer]
 
@@ -29,8 +30,8 @@ class FitReport:
     """What learning a block did.
 
     Losses are of `objective.measure`: `initial_loss` over the whole calibration set,
-    `epoch_losses` the mean of an epoch's steps, `held_losses` over the whole set after an epoch
-    with parameters held still (only with `keep_best`); `best_epoch` (0: the start) was kept.
+    `epoch_losses` the mean of an epoch's steps, `held_losses` over `HELD_SAMPLES` samples after an
+    epoch with parameters held still (only with `keep_best`); `best_epoch` (0: the start) was kept.
     """
 
     objective: Objective
@@ -50,10 +51,10 @@ def fit_block(
 ) -> FitReport:
     """Learn the view's parameters in place.
 
-    With `keep_best` the parameters of the epoch after which the loss over the whole set was lowest
-    are kept.  A non-finite loss ends the block at its best parameters so far (without `keep_best`,
-    those whose epoch had the lowest mean loss); if a weight or the start itself is non-finite, an
-    error names the first that is.
+    With `keep_best` the parameters of the epoch after which the loss over `HELD_SAMPLES` of the
+    samples was lowest are kept.  A non-finite loss ends the block at its best parameters so far
+    (without `keep_best`, those whose epoch had the lowest mean loss); if a weight or the start
+    itself is non-finite, an error names the first that is.
     """
     _check_stored(view, data.index)
     with torch.no_grad():
@@ -88,13 +89,15 @@ class _Fit:
         self.view, self.runner, self.data = view, runner, data
         self.learning, self.report, self.progress = learning, report, progress
         self.start = self.best = copied(view.parameters)
+        self.held_steps = held_steps(len(data.shared.counts), learning.batch_size)
 
     def run(self) -> None:
         """Learn; the view ends with parameters that need no gradient."""
         report, learning = self.report, self.learning
         steps = learning.epochs * len(self.data.shared.counts)
         optimizers = make_optimizers(self.view, learning.weight_decay, steps)
-        best_loss, best_epoch = report.initial_loss, 0
+        self.start_loss = self._start_loss()
+        best_loss, best_epoch = self.start_loss, 0
         for epoch in range(1, learning.epochs + 1):
             mean = self._epoch(optimizers, epoch)
             if mean is None:
@@ -143,9 +146,16 @@ class _Fit:
         rest = step, optimizers, self.report.objective, self.learning.loss
         return learning_step(self.view, self.runner, self.data, *rest)
 
+    def _start_loss(self) -> float:
+        """That of the start over the samples that later losses are of."""
+        if self.held_steps is None or not self.learning.keep_best:
+            return self.report.initial_loss
+        return self._held_loss()
+
     @torch.no_grad()
     def _held_loss(self) -> float:
-        terms = self.data.terms(self.runner, self.view.tensors(), self.learning.loss)
+        tensors, rest = self.view.tensors(), self.learning.loss
+        terms = self.data.terms(self.runner, tensors, rest, steps=self.held_steps)
         return self.report.objective.measure(terms)
 
     @torch.no_grad()
@@ -160,8 +170,14 @@ class _Fit:
         """Take the best parameters, or the start if they, a step after their loss, are worse."""
         self.report.non_finite.append(f"{event}: back to the best parameters so far")
         self.view.parameters = self.best
-        if not self._held_loss() <= self.report.initial_loss:
+        if not self._held_loss() <= self.start_loss:
             self.view.parameters = self.start
+
+
+def held_steps(steps: int, batch_size: int) -> int | None:
+    """Of how many steps the samples say which epoch was best; None for all of them."""
+    enough = -(-HELD_SAMPLES // batch_size)
+    return enough if enough < steps else None
 
 
 def unseen_steps(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from lrquant.formats.expected import bits_of_weights, expected_block
 from lrquant.formats.format import Format
 from lrquant.formats.parts import Part
 from lrquant.learn.checks import parts_of
+from lrquant.learn.fit import held_steps
 from lrquant.learn.starting import TRIED_STEPS, strengths_of
 from lrquant.model.model import Model
 from lrquant.preflight.kinds import KindCosts
@@ -269,7 +270,8 @@ def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
     block += batches * costs.full * learning.two_branch
     if costs.step:
         epoch = batches * costs.step
-        epoch += (batches * costs.held + costs.weights) * learning.keep_best
+        held = held_steps(round(batches), learning.batch_size) or batches
+        epoch += (held * costs.held + costs.weights) * learning.keep_best
         block += learning.epochs * epoch
     return block
 
