@@ -51,7 +51,7 @@ TEXTS = ("wikitext2", "c4")
 SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4", "W4A16", "W3A16", "W3A16g64", "W2A16g64")
 
 PAPER = preset("paper")
-PUBLISHED = {name: PAPER[name] for name in ("lwc_init", "keep_best", "let_sites")}
+PUBLISHED = {name: PAPER[name] for name in ("lwc_init", "keep_best", "let_init", "let_sites")}
 PLUS_AS_PUBLISHED = {k: v for k, v in PAPER.items() if k not in PROTOCOL}
 PLUS_AS_PUBLISHED |= {"lr_plus": True}
 
@@ -86,6 +86,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "rotation alone": {"rotation": True},
     "LRQuant+": {"lr_plus": True},
     "LRQuant+, published start of the clipping": {"lr_plus": True, "lwc_init": 4.0},
+    "LRQuant+, published start of scales": {"lr_plus": True, "let_init": 1.0},
     "LRQuant+, last epoch": {"lr_plus": True, "keep_best": False},
     "LRQuant+, running means from one": {"lr_plus": True, "ema_init": "one"},
     "LRQuant+, r1 alone": {"lr_plus": True, "rotation_sharing": "none"},
