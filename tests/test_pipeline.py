@@ -40,6 +40,7 @@ def learn(model, token_ids):
 
     def run(folder, model=model, samples=None, **settings):
         defaults = {"scheme": "W4A4", "epochs": 2, "precision": "float32", "report": False}
+        defaults |= {"let_init": 1.0}  # far enough from the best for every epoch to gain
         return quantize(
             model,
             calibration=token_ids(4, TOKENS) if samples is None else samples,
@@ -499,7 +500,7 @@ RunFolder.save_block = saving
 folder, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
 quantize(model, "W4A4", calibration=torch.load(folder + "/ids.pt"), output_dir=output, epochs=2,
-         precision="float32")
+         precision="float32", let_init=1.0)
 """
 
 

@@ -32,6 +32,7 @@ from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.measures.perplexity import MEASURE as PERPLEXITY
 from lrquant.measures.scoring.predictions import score, send_through
+from lrquant.model.loading import from_module
 
 CPU = torch.device("cpu")
 TOKENS = 12
@@ -97,12 +98,18 @@ def test_a_bfloat16_checkpoint_is_run_in_float32(make_model, make_bench, token_i
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def has_experts(module) -> bool:
+    model = from_module(module)
+    return any(m.expert is not None for i in range(len(model.blocks)) for m in model.matrices(i))
+
+
 def test_bfloat16_products_are_near_the_model(variant, make_model, make_bench, token_ids):
     module = make_model(variant)
     ids = token_ids(2, TOKENS)
     found = streamed_logits(make_bench(module, torch.bfloat16), ids).float()
     expected = module(ids).logits
-    assert 1e-4 < (found - expected).std() / expected.std() < 0.05
+    far = 0.2 if has_experts(module) else 0.05  # a router that is near a tie takes another expert
+    assert 1e-4 < (found - expected).std() / expected.std() < far
 
 
 @pytest.mark.parametrize("scheme", [FLOATING_POINT, W4A4], ids=lambda scheme: scheme.name)
@@ -113,7 +120,7 @@ def test_a_token_does_not_see_later_ones(scheme, variant, make_model, make_bench
     changed[0, 7] = (changed[0, 7] + 5) % 200 + 3
     before, after = (streamed_logits(bench, tokens, scheme=scheme) for tokens in (ids, changed))
     early = before[:, :7], after[:, :7]
-    if any(matrix.expert is not None for matrix in bench.model.matrices(1)):
+    if has_experts(make_model(variant)):
         # how many tokens an expert multiplies at once decides how its sums are rounded
         edge = 1e-4 if scheme is FLOATING_POINT else 0.1  # a code on a tie may move
         torch.testing.assert_close(*early, rtol=0, atol=edge)

@@ -28,7 +28,7 @@ def learn(make_model, token_ids, tmp_path):
             output_dir=str(tmp_path / "run"),
             save_dir=str(tmp_path / "saved"),
             **{"precision": "float32", "overwrite": True, "lr_plus": True, "format": "awq"},
-            **{"epochs": 2, "lwc": True, "let": True, "report": False, **settings},
+            **{"epochs": 2, "lwc": True, "let": True, "let_init": 1.0, "report": False, **settings},
         )
 
     return run

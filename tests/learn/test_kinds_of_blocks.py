@@ -15,6 +15,7 @@ from lrquant.runs.folder import RunFolder
 
 HYBRIDS = ("qwen3_5", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "gemma4")
 SETTINGS = {"scheme": "W4A4", "lwc": True, "let": True, "let_sites": KINDS, "epochs": 1}
+SETTINGS |= {"let_init": 1.0}
 
 
 class Killed(BaseException):

@@ -155,7 +155,7 @@ def test_the_exit_code_says_whether_the_loss_is_acceptable(
     learn, harness, package, piqa_rows, data_dir, tmp_path, capsys
 ):
     """The labels are what the full-precision model prefers, so that any other model loses."""
-    learn("W2A4", save_dir=str(tmp_path / "saved"), format="dequantized")
+    learn("W2A4", save_dir=str(tmp_path / "saved"), format="dequantized", let_init=1.0)
     run, model = tmp_path / "run", tmp_path / "model-llama"
     root = package(piqa_rows)
     first = {"tasks": "piqa", "data_dir": str(root), "output_dir": str(tmp_path / "first")}

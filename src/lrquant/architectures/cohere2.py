@@ -67,7 +67,7 @@ def _dense_sites(config: PretrainedConfig) -> tuple[Site, ...]:
 
 ARCHITECTURE = Architecture(
     name="cohere2",
-    model_types=("cohere2", _SPARSE),
+    model_types=("cohere2", "cohere2_moe"),
     blocks="model.layers",
     matrices=_matrices,
     sites=_sites,

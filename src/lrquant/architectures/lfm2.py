@@ -82,7 +82,7 @@ def _mixer_sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
 
 ARCHITECTURE = Architecture(
     name="lfm2",
-    model_types=("lfm2", _SPARSE),
+    model_types=("lfm2", "lfm2_moe"),
     blocks="model.layers",
     matrices=_matrices,
     sites=_sites,

@@ -19,6 +19,6 @@ ARCHITECTURE = mixture_family(
         names=("w1", "w3", "w2"),
     ),
     rotary_attention_sites("half"),
-    model_types=("mixtral", _PHI),
+    model_types=("mixtral", "phimoe"),
     assumes=decoder.WHOLE_ROTARY,
 )

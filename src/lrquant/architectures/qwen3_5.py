@@ -12,7 +12,7 @@ from lrquant.architectures.matrix import Matrix
 from lrquant.architectures.mixture import Mixture, beside_a_gated_one
 from lrquant.architectures.sites import Site
 
-_DENSE, _SPARSE = "qwen3_5_text", "qwen3_5_moe_text"
+_SPARSE = "qwen3_5_moe_text"
 _INPUTS, _SMALL = ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")
 
 
@@ -34,7 +34,7 @@ def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
 
 ARCHITECTURE = Architecture(
     name="qwen3_5",
-    model_types=(_DENSE, _SPARSE),
+    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
     blocks="model.layers",
     matrices=_matrices,
     sites=_sites,
