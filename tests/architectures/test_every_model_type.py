@@ -26,7 +26,9 @@ def said_of(model_type: str) -> str:
     config = AutoConfig.for_model(model_type)
     try:
         family = architecture_of(config)
-        require_declared(build_skeleton(config, family), family)
+        skeleton = build_skeleton(config, family)
+        require_declared(skeleton, family)
+        assert all(parameter.is_meta for parameter in skeleton.parameters()), model_type
     except LRQuantError as error:
         return str(error)
     return ""

@@ -67,7 +67,10 @@ def _require_blocks(skeleton: PreTrainedModel, architecture: Architecture) -> No
 def _compute_buffers(module: nn.Module, owner: PreTrainedModel) -> None:
     """Buffers that no checkpoint holds, by the model of which the module is part."""
     if module._non_persistent_buffers_set:
-        module.to_empty(device="cpu", recurse=False)
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:  # parameters beside it, an embedding's for one, stay on meta
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
         owner._init_weights(module)
     for child in module.children():
         _compute_buffers(child, child if isinstance(child, PreTrainedModel) else owner)
