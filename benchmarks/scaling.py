@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from gpu.shapes import Shape, config_of
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
 from lrquant.config.groups import Learning
@@ -101,14 +101,8 @@ def _measure(options: argparse.Namespace, team: Team) -> None:
     counted = Counted()
     torch.manual_seed(0)
     device = choose_device(options.device)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        num_hidden_layers=1,
-        vocab_size=256,
-    )
+    sizes = options.hidden, options.intermediate, options.heads, options.kv_heads
+    config = config_of(Shape("a block", *sizes, blocks=1))
     model = from_module(LlamaForCausalLM(config).to(torch.bfloat16))
     scheme = Scheme.parse(options.scheme)
     let = scheme.activation_bits < 16

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from gpu.shapes import Shape, config_of
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.blocks.workbench import Workbench, advance_full_precision
@@ -42,14 +42,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = choose_device(options.device)
     dtype = choose_precision(options.precision, device)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        num_hidden_layers=1,
-        vocab_size=256,
-    )
+    sizes = options.hidden, options.intermediate, options.heads, options.kv_heads
+    config = config_of(Shape("a block", *sizes, blocks=1))
     module = LlamaForCausalLM(config).to(torch.bfloat16)
     model = from_module(module)
     bench = Workbench(model, device, dtype, "device", compiled=options.compile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,17 +72,22 @@ class DrawnWeights(WeightSource):
         return drawn.mul_(SPREAD) if inside else drawn
 
 
-def model_of(shape: Shape, device: torch.device, tokens: int) -> Model:
-    """A model of one block, whose weights are drawn on a device."""
-    config = LlamaConfig(
+def config_of(shape: Shape, **rest: Any) -> LlamaConfig:
+    """The configuration of a model of one such block, whose vocabulary is small."""
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         num_hidden_layers=1,
         vocab_size=256,
-        max_position_embeddings=tokens,
+        **rest,
     )
+
+
+def model_of(shape: Shape, device: torch.device, tokens: int) -> Model:
+    """A model of one block, whose weights are drawn on a device."""
+    config = config_of(shape, max_position_embeddings=tokens)
     family = architecture_of(config)
     skeleton = build_skeleton(config, family)
     shapes = {name: tuple(each.shape) for name, each in skeleton.state_dict().items()}

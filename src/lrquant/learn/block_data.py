@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class BlockData:
     blocks: int = 1
     share: Share | None = None
 
-    @property
+    @cached_property
     def shared(self) -> Share:
         """How the batches lie in steps."""
         return self.share or Share.alone(len(self.entry.batches))

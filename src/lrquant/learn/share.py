@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ class Share:
         """Each batch a step of its own, all of one process."""
         return cls(ALONE, [[1]] * batches, [1.0] * batches)
 
-    @property
+    @cached_property
     def steps(self) -> list[range]:
         """This member's own batches of each step."""
         own = (counts[self.team.rank] for counts in self.counts)
