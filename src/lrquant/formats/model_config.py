@@ -37,12 +37,16 @@ def write_model_config(
 
 
 def _source_config(model: Model) -> JsonObject:
-    """The folder's own JSON; of a model without a folder, what transformers writes of it."""
+    """The folder's own JSON; of a model without a folder, what transformers writes of it.
+
+    Nothing of how the source's own weights were packed.
+    """
     if model.folder is not None:
         values = read_json(model.folder / "config.json")
     else:
         config = model.skeleton.config
         values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("quantization_config", None)
     kept: JsonObject = without_local_keys(values)
     return {key: value for key, value in kept.items() if not key.startswith(_LOCAL)}
 

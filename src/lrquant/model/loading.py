@@ -43,6 +43,8 @@ def load_model(name: str, cache_dir: Path | None = None) -> Model:
     if files.gguf_file is None:
         require_floating_point(name, files.folder)
     config = read_config(files.folder, files.gguf_file)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # of weights that are unpacked: they are so no more
     architecture = architecture_of(config)
     tokenizer = None
     if not architecture.reads_pixels:

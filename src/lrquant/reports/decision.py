@@ -129,8 +129,8 @@ def warnings(contents: Contents) -> list[str]:
         said.insert(0, "The tasks drop by more than was allowed: see Results.")
     if run.get("unpacked_from"):
         said.append(
-            f"The model's own weights were quantised already ({run['unpacked_from']} in a GGUF "
-            "file): full precision here is that of these, not of the original model."
+            f"The model's own weights were quantised already ({run['unpacked_from']}): full "
+            "precision here is that of these, not of the original model."
         )
     return [*said, *_of_measures(results, run["calibrated_on"])]
 

@@ -13,6 +13,7 @@ ADAPTER = "adapter_config.json"
 _OWN = ("lrquant.json", "lrquant.yaml")
 _QUANTIZERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
+_UNPACKED = "mxfp4"  # weights that are read as what they stand for, see mxfp4.py
 _ORIGINAL = "give its folder in the form of transformers (config.json and *.safetensors)"
 _WITHOUT_CONFIG = (  # a file's pattern, what its folder is, and what to do
     ("run.json", "a run folder", "evaluate or export it, or give the model that it is of"),
@@ -74,11 +75,18 @@ def require_floating_point(name: str, folder: Path) -> None:
             raise LRQuantError(
                 f"model {name}: already quantised ({file}); start from the floating-point model"
             )
-    where = quantized_by(json_or_empty(folder / "config.json"))
+    config = json_or_empty(folder / "config.json")
+    where = None if is_unpacked(config) else quantized_by(config)
     if where is not None:
         raise LRQuantError(
             f"model {name}: already quantised ({where}); start from the floating-point model"
         )
+
+
+def is_unpacked(config: Mapping[str, object]) -> bool:
+    """Whether the quantised weights that a configuration tells of are unpacked while read."""
+    value = config.get("quantization_config")
+    return isinstance(value, Mapping) and value.get("quant_method") == _UNPACKED
 
 
 def quantized_by(config: Mapping[str, object]) -> str | None:

@@ -21,6 +21,7 @@ from lrquant.model.sources.files import (
 )
 from lrquant.model.sources.gguf_file import GGUFSource
 from lrquant.model.sources.kinds import kind_of_weights
+from lrquant.model.sources.mxfp4 import MXFP4Source
 from lrquant.model.sources.protocol import WeightSource
 from lrquant.model.sources.resolve import ModelFiles
 
@@ -41,7 +42,7 @@ def open_source(files: ModelFiles, skeleton: PreTrainedModel) -> WeightSource:
     if files.gguf_file is not None:
         stored = GGUFSource(folder / files.gguf_file, skeleton)
     elif is_listed(folder / SAFETENSORS) or is_listed(folder / f"{SAFETENSORS}{INDEX}"):
-        stored = SafetensorsSource(folder)
+        stored = MXFP4Source(SafetensorsSource(folder))
     elif is_listed(folder / TORCH) or is_listed(folder / f"{TORCH}{INDEX}"):
         stored = TorchFileSource(folder)
     else:
