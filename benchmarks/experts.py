@@ -1,16 +1,19 @@
 """Memory of a step over a block of experts, counted on tensors without values.
 
     python benchmarks/experts.py [--experts 128] [--width 768] [--hidden 2048] [--tokens 2048]
+        [--groups 0 128 16]
 
 Counts what a step allocates for the weights of one block: those that are stored, what learning
-holds of them on the way to the products and back, and optimizer states.  Activations are counted by
-hand, of one sample.  The default is the shape of Qwen3-30B-A3B.
+holds of them on the way to the products and back, parameters with what optimizers and the choice of
+an epoch keep of them.  Activations are counted by hand, of one sample.  The default is the shape of
+Qwen3-30B-A3B; attention is its own at any shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,10 +22,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3MoeConfig
 
 from lrquant.architectures import architecture_of
+from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.plan import learned_by, plan_block
 from lrquant.blocks.view import BlockView
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
+from lrquant.learn.groups import groups_of
 from lrquant.model.model import Model
 from lrquant.model.skeleton import build_skeleton
 from lrquant.model.sources import WeightSource
@@ -36,12 +41,13 @@ LEARNED = {
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of all storages that are alive, and the most there were."""
+    """Bytes of all storages that are alive but for those of `others`, and the most there were."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._alive: set[int] = set()
+        self._others = [each.untyped_storage() for each in others]
+        self._alive = {storage._cdata for storage in self._others}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -88,18 +94,50 @@ def main() -> None:
     print(f"stored {held / GIB:.2f} GiB, activations of a sample about {activations / GIB:.2f} GiB")
     for name, learned in LEARNED.items():
         plan = plan_block(model, 0, Schemes(Scheme(4, 16, 128, False)))
-        view = BlockView(stored, plan, learned_by(**learned), torch.bfloat16)
-        shapes = view.parameter_shapes().items()
-        view.parameters = {
-            key: torch.empty(shape, device="meta", requires_grad=True) for key, shape in shapes
-        }
-        parameters = 4 * sum(tensor.numel() for tensor in view.parameters.values())
-        with Counter() as counter:
-            outputs = [each for each in view.tensors().values() if each.requires_grad]
-            torch.autograd.backward(outputs, [torch.empty_like(each) for each in outputs])
-        whole = held + counter.most + 3 * parameters + activations
-        print(f"{name}: a step's weights {counter.most / GIB:.2f} GiB at the most, parameters")
-        print(f"    with two moments {3 * parameters / GIB:.2f} GiB, all {whole / GIB:.2f} GiB")
+        for size in options.groups:
+            view = BlockView(
+                stored, plan, learned_by(**learned), torch.bfloat16, by_expert=size > 0
+            )
+            weights, parameters = _last_group(view, size)
+            whole = held + weights + parameters + activations
+            words = f"groups of {size}" if size else "all, kept"
+            print(
+                f"{name}, {words}: weights of a step {weights / GIB:.2f} GiB at the most, "
+                f"parameters {parameters / GIB:.2f} GiB, all {whole / GIB:.2f} GiB"
+            )
+
+
+def _last_group(view: BlockView, size: int) -> tuple[int, int]:
+    """Bytes at the most of a step's weights, and of parameters with all that is kept of them.
+
+    In the last group, when all others are learned; its optimizer has two moments where it is Adam.
+    """
+    shapes = view.parameter_shapes().items()
+    view.parameters = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    last = groups_of(view, size)[-1] if size else frozenset(view.parameters)
+    if size:
+        view.still = last
+        view.compact_()
+    view.still = frozenset(view.parameters) - last
+    parameters = sum(tensor.nbytes for tensor in view.parameters.values())
+    for name, tensor in view.moving.items():
+        moments = 0 if name.startswith("rounding.") else 2
+        parameters += (moments + 2) * tensor.nbytes  # its start and the best beside
+        tensor.requires_grad_(True)
+    with Counter([*view.stored.values(), *view.parameters.values()]) as counter:
+        tensors = view.tensors()
+        _backward(tensors.values())
+        if isinstance(tensors, BlockTensors):
+            for expert in range(next(iter(tensors.apart.values())).count):
+                _backward([each.make(expert) for each in tensors.apart.values()])
+    codes = sum(shape.rows * shape.columns for shape in view.shapes.quantized.values())
+    return max(counter.most, codes), parameters
+
+
+def _backward(outputs: Iterable[Tensor]) -> None:
+    learned = [each for each in outputs if each.requires_grad]
+    if learned:
+        torch.autograd.backward(learned, [torch.empty_like(each) for each in learned])
 
 
 def _none() -> WeightSource:
@@ -115,6 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--groups", type=int, nargs="+", default=[0, 128, 16])
     return parser.parse_args()
 
 

@@ -337,14 +337,14 @@ def test_the_homologous_target_is_the_full_precision_block_on_the_quantised_inpu
     model, learn, tmp_path, monkeypatch
 ):
     seen = []
-    fit = learning.fit_block
+    fit = learning.fit_in_groups
 
     def fitting(view, runner, data, *rest):
         streams = (data.inputs, *data.targets)
         seen.append([stream.states.clone().unflatten(0, (-1, TOKENS)) for stream in streams])
         return fit(view, runner, data, *rest)
 
-    monkeypatch.setattr(learning, "fit_block", fitting)
+    monkeypatch.setattr(learning, "fit_in_groups", fitting)
     learn(tmp_path, two_branch=True)
     for index, (inputs, propagated, homologous) in enumerate(seen):
         block = model.model.layers[index]
@@ -395,7 +395,7 @@ def test_lrquant_plus_lowers_the_losses_of_a_model(learn, tmp_path, scheme, lwc)
 
 def interrupted(monkeypatch, where, block=1):
     """Make a run die at one point of one block."""
-    save, fit = RunFolder.save_block, learning.fit_block
+    save, fit = RunFolder.save_block, learning.fit_in_groups
     rename = os.replace
 
     def saving(self, parameters, record):
@@ -417,7 +417,7 @@ def interrupted(monkeypatch, where, block=1):
         return rename(source, target)
 
     monkeypatch.setattr(RunFolder, "save_block", saving)
-    monkeypatch.setattr(learning, "fit_block", fitting)
+    monkeypatch.setattr(learning, "fit_in_groups", fitting)
     monkeypatch.setattr(os, "replace", renaming)
 
 
@@ -540,7 +540,7 @@ def test_going_on_elsewhere_leaves_the_first_as_it_is(reference, learn, tmp_path
 
 def test_a_finished_run_is_not_learned_again(reference, learn, tmp_path, monkeypatch):
     shutil.copytree(reference.folder.path, tmp_path / "run")
-    monkeypatch.setattr(learning, "fit_block", lambda *a: pytest.fail("learned again"))
+    monkeypatch.setattr(learning, "fit_in_groups", lambda *a: pytest.fail("learned again"))
     learn(tmp_path / "run", resume=str(tmp_path / "run"))
     assert learned_bytes(tmp_path / "run") == learned_bytes(reference.folder.path)
 
@@ -643,7 +643,7 @@ def test_learned_parameters_are_evaluated_without_calibration_text(
     before = learned_bytes(path), (path / "config.yaml").read_text()
     (tmp_path / "text" / "wikitext2").mkdir(parents=True)
     shutil.copy(data_dir / "wikitext2" / "test.txt", tmp_path / "text" / "wikitext2")
-    monkeypatch.setattr(learning, "fit_block", lambda *a: pytest.fail("learned again"))
+    monkeypatch.setattr(learning, "fit_in_groups", lambda *a: pytest.fail("learned again"))
     settings = {"ppl": ("wikitext2",), "limit": 3, "data_dir": str(tmp_path / "text")}
     done = pipeline.run({"epochs": 0, "resume": str(path), **settings})
     score = done.results["perplexity"]["wikitext2"]["quantized"]

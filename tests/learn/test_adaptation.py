@@ -86,13 +86,13 @@ def test_the_last_block_sees_its_own_true_inputs(learn, tmp_path, monkeypatch):
     from lrquant.learn import adaptation
 
     seen = []
-    fit = adaptation.fit_block
+    fit = adaptation.fit_in_groups
 
     def fitting(view, runner, data, settings):
         seen.append((data.index, data.inputs.states.clone(), data.targets[0].states.clone()))
         return fit(view, runner, data, settings)
 
-    monkeypatch.setattr(adaptation, "fit_block", fitting)
+    monkeypatch.setattr(adaptation, "fit_in_groups", fitting)
     run = learn(tta=True)
     ((index, inputs, targets),) = seen
     model = run.workbench.model
@@ -128,14 +128,14 @@ def test_a_second_block_reads_what_the_adapted_first_one_gives(learn, monkeypatc
     from lrquant.learn import adaptation
 
     inputs = {}
-    fit = adaptation.fit_block
+    fit = adaptation.fit_in_groups
 
     def fitting(view, runner, data, settings):
         (rate,) = {each.rate for each in view.ingredients if each.name == "let"}
         inputs[rate, data.index] = data.inputs.states.clone()
         return fit(view, runner, data, settings)
 
-    monkeypatch.setattr(adaptation, "fit_block", fitting)
+    monkeypatch.setattr(adaptation, "fit_in_groups", fitting)
     settings = {"tta": True, "tta_blocks": 2, "keep_best": False}
     for rate in (0.0, 0.05):
         learn(tta_let_lr=rate, **settings)
@@ -236,9 +236,11 @@ def test_an_adapted_block_is_kept_for_the_same_text_and_settings_alone(
     from lrquant.learn import adaptation
 
     seen = []
-    fit = adaptation.fit_block
+    fit = adaptation.fit_in_groups
     monkeypatch.setattr(
-        adaptation, "fit_block", lambda view, *rest: seen.append(rest[1].index) or fit(view, *rest)
+        adaptation,
+        "fit_in_groups",
+        lambda view, *rest: seen.append(rest[1].index) or fit(view, *rest),
     )
     settings = {"ppl": ("wikitext2",), "tta": True, "tta_blocks": 2}
     learn()

@@ -268,6 +268,15 @@ def test_a_block_that_cannot_fit_is_not_measured(settings, monkeypatch):
     assert "one block needs more than" in done.failed[0].text and done.seconds is None
 
 
+def test_a_block_of_experts_that_cannot_fit_names_their_groups(settings, model_folder, monkeypatch):
+    settings = {**settings, "model": str(model_folder("qwen3_moe")), "scheme": "W4A16g16"}
+    done = check({**settings, "expert_group": 3})
+    assert not done.failed and {kind.costs.groups for kind in done.costs} == {2}
+    monkeypatch.setattr(checks, "free_memory", lambda device: 1000)
+    assert "use --expert_group 16, a machine" in check(settings).failed[0].text
+    assert "--expert_group" not in check({**settings, "expert_group": 3}).failed[0].text
+
+
 MEMORY = Memory(embedding=1, learning=1, measuring=1)
 
 

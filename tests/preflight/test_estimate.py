@@ -231,6 +231,8 @@ def test_the_time_of_learning(make_model, load_of):
     passed = 1 + 0.25 + 6 * (2 + 4)
     assert seconds(plain, finished=1) == block + passed
     assert seconds(plain, dataclasses.replace(COSTS, step=0.0)) == 2 * (block - 3 * 6 * 10)
+    grouped = dataclasses.replace(COSTS, groups=4)
+    assert seconds(plain, grouped) == 2 * (block + 3 * (3 * 6 * 10 + 6 * 4))
 
 
 def test_the_time_of_measuring(make_model):

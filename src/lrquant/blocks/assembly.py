@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lrquant.architectures.matrix import Matrix
+from lrquant.blocks.experts import Apart
 
 
 def assembled(matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -20,6 +22,21 @@ def assembled_biases(
 ) -> dict[str, Tensor]:
     """Biases by name of the values (out,) of their matrices."""
     return _joined({name: matrices[name] for name in values}, values, "bias")
+
+
+def made_by_expert(
+    matrices: Mapping[str, Matrix], value: Callable[[str], Tensor]
+) -> dict[str, Apart]:
+    """Parameters of experts by name, each expert's part made of `value` (out, in) of a matrix."""
+    parts: dict[str, dict[int, list[Matrix]]] = {}
+    for matrix in matrices.values():
+        if matrix.expert is not None:
+            parts.setdefault(matrix.parameter, {}).setdefault(matrix.expert, []).append(matrix)
+
+    def make(own: dict[int, list[Matrix]], expert: int) -> Tensor:
+        return _of_expert([(matrix, value(matrix.name)) for matrix in own[expert]])
+
+    return {name: Apart(len(own), partial(make, own)) for name, own in parts.items()}
 
 
 def _joined(
@@ -40,7 +57,11 @@ def _of_slices(parameter: str, slices: list[tuple[Matrix, Tensor]]) -> Tensor:
         by_expert.setdefault(matrix.expert, []).append((matrix, value))
     experts = []
     for expert in sorted(by_expert, key=lambda index: index or 0):
-        rows = sorted(by_expert[expert], key=lambda each: each[0].rows or (0, 0))
-        value = rows[0][1] if len(rows) == 1 else torch.cat([value for _, value in rows])
-        experts.append(value.t() if rows[0][0].transposed and value.dim() == 2 else value)
+        experts.append(_of_expert(by_expert[expert]))
     return experts[0] if list(by_expert) == [None] else torch.stack(experts)
+
+
+def _of_expert(slices: list[tuple[Matrix, Tensor]]) -> Tensor:
+    rows = sorted(slices, key=lambda each: each[0].rows or (0, 0))
+    value = rows[0][1] if len(rows) == 1 else torch.cat([value for _, value in rows])
+    return value.t() if rows[0][0].transposed and value.dim() == 2 else value

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures.matrix import Matrix, linear
-from lrquant.blocks.assembly import assembled, assembled_biases
+from lrquant.blocks.assembly import assembled, assembled_biases, made_by_expert
+from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
@@ -60,11 +61,15 @@ class FrozenBlock:
     layout: Mapping[str, Matrix]
     unquantized: dict[str, FloatingMatrix] = field(default_factory=dict)
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the block computes with: weights in `dtype`, the rest float32."""
+    def tensors(self, dtype: torch.dtype, *, by_expert: bool = False) -> dict[str, Tensor]:
+        """What the block computes with: weights in `dtype`, the rest float32.
+
+        `by_expert` says that those of experts are made out of codes one by one, when they are used.
+        """
         tensors = dict(self.others)
-        weights = {name: self._weight(name, dtype) for name in self.layout}
-        tensors |= assembled(self.layout, weights)
+        layout = self.layout.items()
+        names = [name for name, matrix in layout if not (by_expert and matrix.expert is not None)]
+        tensors |= assembled(self.layout, {name: self._weight(name, dtype) for name in names})
         biases = {
             name: matrix.bias.to(dtype)
             for name, matrix in self.matrices.items()
@@ -76,7 +81,12 @@ class FrozenBlock:
         for name, matrix in self.matrices.items():
             if matrix.input_factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
-        return tensors | self.input_clips
+        tensors |= self.input_clips
+        if not by_expert:
+            return tensors
+        return BlockTensors(
+            tensors, made_by_expert(self.layout, lambda name: self._weight(name, dtype))
+        )
 
     @property
     def input_clips(self) -> dict[str, Tensor]:

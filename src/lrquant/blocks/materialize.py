@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrquant.architectures import architecture_of
+from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.head import cast_outer_linears
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.workbench import Workbench
@@ -34,7 +35,7 @@ def materialize(workbench: Workbench, variant: Variant) -> PreTrainedModel:
         for index in range(len(part.blocks)):
             prepared = prepare(index)
             runner = prepared.runner.on(module.get_submodule(part.block_name(index)))
-            own = runner.bind(prepared.tensors)
+            own = runner.bind(BlockTensors.whole(prepared.tensors))
             state.update({f"{part.block_name(index)}.{name}": t for name, t in own.items()})
             runner.__enter__()
     for name, tensor in state.items():

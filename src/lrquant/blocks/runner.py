@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from lrquant.blocks.attention import attention_config, attention_name
-from lrquant.blocks.experts import ExpertModules, Inside
+from lrquant.blocks.experts import Apart, BlockTensors, ExpertModules, Inside
 from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
@@ -87,6 +87,7 @@ class BlockRunner:
         self._last: tuple[Tensor, Tensor | None, Grid | None, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
+        self._apart: Mapping[str, Apart] = {}
 
     def __enter__(self) -> BlockRunner:
         inside = {place for places in self._places.values() for place in places.values()}
@@ -122,6 +123,7 @@ class BlockRunner:
     def bind(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep what the hooks apply among `tensors`; the rest are the block's parameters."""
         self._extras = {name: t for name, t in tensors.items() if name.endswith(_SUFFIXES)}
+        self._apart = tensors.apart if isinstance(tensors, BlockTensors) else {}
         return {name: t for name, t in tensors.items() if name not in self._extras}
 
     def on(self, block: nn.Module) -> BlockRunner:
@@ -181,6 +183,11 @@ class BlockRunner:
                     self._read,
                     self._tell if self.all_experts and self.observer is not None else None,
                     None if self.router is None else partial(self.router, name),
+                    {
+                        parameter.removeprefix(f"{name}."): each
+                        for parameter, each in self._apart.items()
+                        if parameter.startswith(f"{name}.")
+                    },
                 )
                 for name, places in self._places.items()
             }

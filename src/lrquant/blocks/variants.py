@@ -83,4 +83,4 @@ def _rounded(workbench: Workbench) -> Prepare:
 
 @torch.no_grad()
 def _ready(workbench: Workbench, index: int, view: BlockView) -> PreparedBlock:
-    return PreparedBlock(workbench.runner(index, view), view.freeze().tensors(view.dtype))
+    return PreparedBlock(workbench.runner(index, view), view.frozen_tensors())

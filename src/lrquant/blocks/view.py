@@ -9,7 +9,8 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from lrquant.blocks.assembly import assembled, assembled_biases
+from lrquant.blocks.assembly import assembled, assembled_biases, made_by_expert
+from lrquant.blocks.experts import Apart, BlockTensors
 from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
 from lrquant.blocks.plan import BlockPlan
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
@@ -33,7 +34,8 @@ class BlockView:
     """One block's tensors under learnable parameters (a flat dict of float32 leaves).
 
     `still` names those that learning leaves as they are.
-    `stored` are the block's own tensors on the computing device, never changed.
+    `stored` are the block's own tensors on the computing device, never changed.  `by_expert` says
+    that experts' weights are made one by one, while a block computes, and none of them kept.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class BlockView:
         dtype: torch.dtype,
         scale_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        by_expert: bool = False,
     ) -> None:
         self.stored, self.plan, self.dtype, self.compiled = stored, plan, dtype, compiled
+        self.by_expert = by_expert
         self.ingredients = tuple(ingredients)
         self.matrices = plan.matrices
         self.shapes = plan.shapes(stored, scale_dtype)
@@ -89,6 +93,21 @@ class BlockView:
                     self.parameters |= ingredient.start(self.shapes, start)
         self.still = frozenset(name for name in self.parameters if owner_of(name) in still)
 
+    @property
+    def moving(self) -> Parameters:
+        """The parameters that learning changes: integers are no more."""
+        return {
+            name: each
+            for name, each in self.parameters.items()
+            if name not in self.still and each.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def compact_(self) -> None:
+        """Hold in little memory what is learned, and not to be learned any more."""
+        for ingredient in self.ingredients:
+            self.parameters |= ingredient.compacted(ingredient.own(self.moving))
+
     def load(self, parameters: Parameters) -> None:
         """Take what was kept of learned parameters; LRQuantError if it is not this block's."""
         expected = self.kept_shapes()
@@ -128,10 +147,10 @@ class BlockView:
     @torch.no_grad()
     def harden_(self) -> None:
         """End learning: parameters of rounding become what they have led to, codes as they are."""
-        factors = self._factors()
+        factors, still = self._factors(), set(map(owner_of, self.still))
         for name, shape in self.shapes.quantized.items():
             recipe, extremes = self._recipe(name, factors), self._extremes.get(name)
-            if recipe.offset is None or shape.grid is None:
+            if recipe.offset is None or shape.grid is None or name in still:
                 continue
             codes, nearest = (
                 quantize_weight(self.weight(name), each, shape.grid, extremes).codes
@@ -151,7 +170,7 @@ class BlockView:
     def constrain_(self) -> None:
         """Bring the parameters back to where they may be, after a step."""
         for ingredient in self.ingredients:
-            ingredient.constrain_(ingredient.own(self.parameters))
+            ingredient.constrain_(ingredient.own(self.moving))
 
     @property
     def shifted_norms(self) -> tuple[str, ...]:
@@ -173,7 +192,8 @@ class BlockView:
         biases = {name: bias.to(self.dtype) for name, bias in self._biases(factors).items()}
         weights = {}
         for name, shape in self.shapes.matrices.items():
-            weights[name] = self._computed(name, shape, factors)
+            if not self._is_apart(name):
+                weights[name] = self._computed(name, shape, factors)
             factor = self._input_factor(name)
             if factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = factor
@@ -181,7 +201,18 @@ class BlockView:
             if clip is not None:
                 tensors[str(shape.reads) + INPUT_CLIP_SUFFIX] = clip
         tensors |= assembled(self.matrices, weights)
-        return tensors | assembled_biases(self.matrices, biases)
+        tensors |= assembled_biases(self.matrices, biases)
+        return BlockTensors(tensors, self._apart(factors)) if self.by_expert else tensors
+
+    def _is_apart(self, matrix: str) -> bool:
+        """Whether it is made while a block computes."""
+        return self.by_expert and self.matrices[matrix].expert is not None
+
+    def _apart(self, factors: Factors) -> dict[str, Apart]:
+        def value(name: str) -> Tensor:
+            return self._computed(name, self.shapes.matrices[name], factors)
+
+        return made_by_expert(self.matrices, value)
 
     @property
     def views(self) -> tuple[BlockView, ...]:
@@ -191,7 +222,7 @@ class BlockView:
     @torch.no_grad()
     def frozen_tensors(self) -> dict[str, Tensor]:
         """What the block computes with out of codes and scales."""
-        return self.freeze().tensors(self.dtype)
+        return self.freeze().tensors(self.dtype, by_expert=self.by_expert)
 
     @torch.no_grad()
     def freeze(self) -> FrozenBlock:
@@ -271,7 +302,10 @@ class BlockView:
         """What of the block is folded into: the factors of parameters that are all 1."""
         shapes = self.parameter_shapes().items()
         return self._factors_of(
-            {name: torch.ones(shape, device=self.shapes.device) for name, shape in shapes}
+            {
+                name: torch.ones((), device=self.shapes.device).expand(shape)
+                for name, shape in shapes
+            }
         )
 
     def _factors_of(self, parameters: Parameters) -> Factors:

@@ -34,7 +34,8 @@ class Workbench:
     """A part of a model on a device: how its blocks are viewed, run and streamed.
 
     `plan` says on which grids its matrices lie and what is learned of them, `compiled` whether
-    quantizers are, `deterministic` whether learning on CUDA gives the same bytes each time.
+    quantizers are, `deterministic` whether learning on CUDA gives the same bytes each time,
+    `by_expert` whether experts' weights are made one by one, while a block computes.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Workbench:
     plan: Plan = FULL_PRECISION
     compiled: bool = False
     deterministic: bool = False
+    by_expert: bool = False
 
     @property
     def tower(self) -> Workbench | None:
@@ -74,7 +76,8 @@ class Workbench:
         """Block `index`, whose tensors are `stored`, under the plan."""
         plan = plan_block(self.model, index, self.plan.schemes)
         ingredients, scale_dtype = self.plan.ingredients, self.plan.scale_dtype
-        return BlockView(stored, plan, ingredients, self.dtype, scale_dtype, self.compiled)
+        rest = self.dtype, scale_dtype, self.compiled, self.by_expert
+        return BlockView(stored, plan, ingredients, *rest)
 
     def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
         """What runs block `index` with a view's tensors."""
@@ -115,7 +118,8 @@ def make_workbench(
     if deterministic:
         prepare_repeatable(device)
     rest = computing.offload, scratch, plan
-    return Workbench(model, device, dtype, *rest, deterministic=deterministic)
+    by_expert = computing.expert_group > 0
+    return Workbench(model, device, dtype, *rest, deterministic=deterministic, by_expert=by_expert)
 
 
 def shape_view(model: Model, index: int, plan: Plan) -> BlockView:

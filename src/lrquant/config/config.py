@@ -93,6 +93,11 @@ class _Config(Settings):
                 f"--micro_batch_size {self.micro_batch_size}: does not divide a --batch_size of "
                 f"{self.batch_size}; use 1, or that"
             )
+        if self.expert_group and self.window > 1:
+            raise LRQuantError(
+                f"--expert_group {self.expert_group} with --window {self.window}: blocks of a "
+                "window are learned together, with all of their experts; use --window 1"
+            )
         schemes = config.schemes.of_language
         kinds = ingredient_kinds()
         for kind in kinds:

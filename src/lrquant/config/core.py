@@ -98,6 +98,12 @@ class Settings:
         "searched",
         limits=(0, MANY),
     )
+    expert_group: int = setting(
+        0,
+        "experts of a block that are learned at a time, each one's weights made when it computes, "
+        "for blocks that leave memory (0: all, kept)",
+        limits=(0, MANY),
+    )
     wd: float = setting(0.0, "weight decay", limits=(0, FASTEST))
     batch_size: int = setting(
         1, "samples a step, of all processes together", limits=(1, MANY), paper=1

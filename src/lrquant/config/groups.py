@@ -23,6 +23,7 @@ class Computing:
     offload: str
     compile: str = "off"
     deterministic: bool = True
+    expert_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Learning:
     batch_size: int = 1
     micro_batch_size: int = 1
     expert_tokens: int = 0
+    expert_group: int = 0
 
 
 @dataclass(frozen=True)

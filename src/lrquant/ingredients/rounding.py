@@ -74,14 +74,14 @@ class Rounding(Ingredient):
     def start(self, block: BlockShapes, start: Start) -> Parameters:
         import torch
 
-        shapes = self.shapes(block).items()
-        return {name: torch.zeros(shape, device=block.device) for name, shape in shapes}
+        shapes, zero = self.shapes(block).items(), torch.zeros((), device=block.device)
+        return {name: zero.expand(shape) for name, shape in shapes}
 
     def recipe(self, matrix: str, parameters: Parameters) -> Recipe | None:
         from lrquant.numerics.recipe import Recipe
 
         offset = parameters.get(f"rounding.{matrix}.offset")
-        return None if offset is None else Recipe(offset=offset)
+        return None if offset is None else Recipe(offset=_offset(offset))
 
     def constrain_(self, parameters: Parameters) -> None:
         for offset in parameters.values():
@@ -97,17 +97,20 @@ class Rounding(Ingredient):
     def hardened(self, matrix: str, moved: Tensor) -> Parameters:
         return {f"rounding.{matrix}.offset": moved.float() * FARTHEST}
 
+    def compacted(self, parameters: Parameters) -> Parameters:
+        """Steps of -1, 0 and 1, a byte each."""
+        return {name: _steps(offset) for name, offset in parameters.items()}
+
     def kept(self, parameters: Parameters) -> Parameters:
         from lrquant.numerics.packing import pack_ternary
 
-        moved = {name: (offset / FARTHEST).round() for name, offset in parameters.items()}
-        return {name: pack_ternary(steps) for name, steps in moved.items()}
+        return {name: pack_ternary(_steps(offset)) for name, offset in parameters.items()}
 
     def restored(self, kept: Parameters, block: BlockShapes) -> Parameters:
         from lrquant.numerics.packing import unpack_ternary
 
         shapes = self.shapes(block)
-        return {n: unpack_ternary(kept[n], shapes[n][1]).float() * FARTHEST for n in kept}
+        return {name: unpack_ternary(packed, shapes[name][1]) for name, packed in kept.items()}
 
     def adapted(self) -> Rounding:
         return replace(self, rounding_lr=0.0)
@@ -117,6 +120,19 @@ class Rounding(Ingredient):
         from lrquant.numerics.packing import unpack_ternary
 
         return "rounding", unpack_ternary(values).ne(0).float().mean(-1)
+
+
+def _steps(offset: Tensor) -> Tensor:
+    """A hardened offset as steps, int8, whether it is settled or not."""
+    import torch
+
+    settled = offset.dtype == torch.int8
+    return offset if settled else (offset / FARTHEST).round().to(torch.int8)
+
+
+def _offset(offset: Tensor) -> Tensor:
+    """An offset in units of the scale, whether it is settled or not."""
+    return offset if offset.is_floating_point() else offset.float() * FARTHEST
 
 
 INGREDIENT = Rounding

@@ -28,7 +28,8 @@ from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.block_data import BlockData
-from lrquant.learn.fit import advance_quantized, fit_block
+from lrquant.learn.fit import advance_quantized
+from lrquant.learn.groups import fit_in_groups
 from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out, units_of
 from lrquant.model.device import dtype_name
@@ -151,6 +152,8 @@ class Adaptation:
         """What must be the same for an adapted block to be kept."""
         how = json.loads(json.dumps(dataclasses.asdict(self.learning)))
         del how["batch_size"], how["micro_batch_size"]  # those of the run, which has no others
+        if not self.learning.expert_group:
+            del how["expert_group"]
         bench = self.workbench
         where = {"precision": dtype_name(bench.dtype), "device": bench.device.type}
         of = {"text": self.text.sha256, "run": self.folder.hash_of(len(bench.model.blocks))}
@@ -190,7 +193,7 @@ class Adaptation:
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:
-            report = fit_block(view, runner, data, self.learning)
+            report = fit_in_groups(view, runner, data, self.learning)
             final = float(advance_quantized(view, runner, data, self.learning.loss).sum())
         record: JsonObject = {
             "block": index,

@@ -97,7 +97,7 @@ class _Variant:
         self.workbench, self.index, self.view = workbench, index, view
         frozen = view.freeze()
         self.codes = {name: code_counts(matrix) for name, matrix in frozen.matrices.items()}
-        self.tensors = frozen.tensors(view.dtype)
+        self.tensors = frozen.tensors(view.dtype, by_expert=view.by_expert)
         self.made, self.total = _Ratio(), _Ratio()
         self.seen = seen_matrices(view)
         self.snr = {name: _Ratio() for name in self.seen}

@@ -48,23 +48,25 @@ def fit_block(
     data: BlockData,
     learning: Learning,
     progress: Progress = lambda step, loss: None,
+    objective: Objective | None = None,
 ) -> FitReport:
     """Learn the view's parameters in place.
 
     With `keep_best` the parameters of the epoch after which the loss over `HELD_SAMPLES` of the
     samples was lowest are kept.  A non-finite loss ends the block at its best parameters so far
     (without `keep_best`, those whose epoch had the lowest mean loss); if a weight or the start
-    itself is non-finite, an error names the first that is.
+    itself is non-finite, an error names the first that is.  An `objective` goes on with what it
+    has seen.
     """
     _check_stored(view, data.index)
     with torch.no_grad():
         tensors = view.tensors()
     initial = data.terms(runner, tensors, learning.loss)
-    objective = Objective(initial, learning.dynamic_weights, learning.ema_init)
+    objective = objective or Objective(initial, learning.dynamic_weights, learning.ema_init)
     report = FitReport(objective, objective.measure(initial))
     if not math.isfinite(report.initial_loss):
         raise LRQuantError(_first_non_finite(runner, tensors, data))
-    if learning.epochs and view.parameters:
+    if learning.epochs and view.moving:
         _Fit(view, runner, data, learning, report, progress).run()
     return report
 
@@ -88,7 +90,7 @@ class _Fit:
     ) -> None:
         self.view, self.runner, self.data = view, runner, data
         self.learning, self.report, self.progress = learning, report, progress
-        self.start = self.best = copied(view.parameters)
+        self.start = self.best = copied(view.moving)
         self.held_steps = held_steps(len(data.shared.counts), learning.batch_size)
 
     def run(self) -> None:
@@ -112,15 +114,19 @@ class _Fit:
                     break
                 report.held_losses.append(held)
             if held <= best_loss:
-                self.best, best_loss, best_epoch = copied(self.view.parameters), held, epoch
+                self.best, best_loss, best_epoch = copied(self.view.moving), held, epoch
         else:
             if learning.keep_best:
-                self.view.parameters = self.best
+                self._take(self.best)
             elif not math.isfinite(self._first_loss()):
                 self._go_back(f"epoch {learning.epochs}, after its last step")
         report.best_epoch = best_epoch if learning.keep_best else None
-        self.view.parameters = copied(self.view.parameters)
+        self._take(copied(self.view.moving))
         self.view.harden_()
+
+    def _take(self, parameters: dict[str, Tensor]) -> None:
+        """Let these be the parameters that learning changes."""
+        self.view.parameters = {**self.view.parameters, **parameters}
 
     def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
@@ -138,7 +144,7 @@ class _Fit:
                 first = (epoch - 1) * steps + step + 2 - len(values)
                 for number, value in enumerate(values, first):
                     self.progress(number, value)
-        parameters = self.view.parameters.values()
+        parameters = self.view.moving.values()
         finite = torch.stack([torch.isfinite(each).all() for each in parameters]).all()
         return total / steps if holds_for_all(self.data.shared.team, bool(finite)) else None
 
@@ -169,9 +175,9 @@ class _Fit:
     def _go_back(self, event: str) -> None:
         """Take the best parameters, or the start if they, a step after their loss, are worse."""
         self.report.non_finite.append(f"{event}: back to the best parameters so far")
-        self.view.parameters = self.best
+        self._take(self.best)
         if not self._held_loss() <= self.start_loss:
-            self.view.parameters = self.start
+            self._take(self.start)
 
 
 def held_steps(steps: int, batch_size: int) -> int | None:
@@ -205,7 +211,7 @@ def learning_step(
         optimizer.zero_grad(set_to_none=True)
     whole = data.whole(terms, step, objective.weights)
     objective.see(whole)
-    gradients = Gradients(list(view.parameters.values()))
+    gradients = Gradients(list(view.moving.values()))
     for batch in batches:  # of which each lets go of what it computed
         loss = objective.loss(terms.pop(0)) * data.shared.weights[batch]
         loss.backward(retain_graph=bool(terms))
@@ -219,13 +225,11 @@ def learning_step(
 
 def make_optimizers(view: Learnable, weight_decay: float, steps: int) -> Optimizers:
     """What steps the parameters, which become leaves: one of each ingredient that has some."""
-    stepped = [
-        {name: each for name, each in block.parameters.items() if name not in block.still}
-        for block in view.views
-    ]
-    for parameters in stepped:
+    stepped = [copied(block.moving) for block in view.views]
+    for block, parameters in zip(view.views, stepped, strict=True):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+        block.parameters = {**block.parameters, **parameters}
     pairs = [
         (parameters, each)
         for block, parameters in zip(view.views, stepped, strict=True)

@@ -113,9 +113,10 @@ def gone_on_elsewhere(begun: object, now: JsonObject) -> str | None:
 def _learning(model: Model, learning: Learning) -> JsonObject:
     """How blocks are learned; what does not concern the model, or is as usual, is left out."""
     values = dataclasses.asdict(learning)
-    indices = range(len(model.blocks))
-    if not any(m.expert is not None for index in indices for m in model.matrices(index)):
-        del values["expert_tokens"]
+    if not model.has_experts:
+        del values["expert_tokens"], values["expert_group"]
+    elif not learning.expert_group:
+        del values["expert_group"]
     if learning.micro_batch_size == 1:
         del values["micro_batch_size"]
     return values

@@ -34,9 +34,9 @@ from lrquant.learn.fit import (
     FitReport,
     Learnable,
     advance_quantized,
-    fit_block,
     require_same,
 )
+from lrquant.learn.groups import fit_in_groups
 from lrquant.learn.routing import Routing
 from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import carry_out, units_of
@@ -221,7 +221,7 @@ class BlockLearning:
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
             strength = self._begin(view, runner, data, starts)
-            report = fit_block(view, runner, data, self.learning, stepper)
+            report = fit_in_groups(view, runner, data, self.learning, stepper)
         require_same(self.team, view.parameters, unit.start)
         for index, view in zip(unit, views, strict=True):
             data = BlockData(index, self.entry, self.quantized, targets, share=self.share)

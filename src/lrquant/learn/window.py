@@ -86,6 +86,11 @@ class Window:
             view.parameters = _of(parameters, index)
 
     @property
+    def moving(self) -> dict[str, Tensor]:
+        """What learning changes of all blocks."""
+        return self._joined([view.moving for view in self.views])
+
+    @property
     def stored(self) -> dict[str, Tensor]:
         """The blocks' own tensors."""
         return self._joined([view.stored for view in self.views])

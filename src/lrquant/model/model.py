@@ -95,6 +95,12 @@ class Model:
         """The matrices of a block, named relative to it."""
         return self.architecture.matrices(self.config, index)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether matrices of some block are experts'."""
+        indices = range(len(self.blocks))
+        return any(each.expert is not None for i in indices for each in self.matrices(i))
+
     def sites(self, index: int) -> tuple[Site, ...]:
         """The sites of a block."""
         return self.architecture.sites(self.config, index)

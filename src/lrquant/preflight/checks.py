@@ -39,12 +39,13 @@ from lrquant.preflight.findings import Preflight
 from lrquant.preflight.kinds import probe_kinds
 from lrquant.preflight.load import TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
+from lrquant.preflight.probe import fewer_experts
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
 from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
 
-_MEND = "use --offload disk, fewer or shorter samples, or a smaller --batch_size"
+_MEND = "--offload disk, fewer or shorter samples, or a smaller --batch_size"
 _TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
 
 
@@ -162,11 +163,12 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         memory = estimate_memory(load, costs, before, inside, measured)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         free, where = free_memory(workbench.device) + before, f"on {workbench.device}"
-        mend = _TUNING_MEND if report.memory.peak == in_tuning else _MEND
+        mend = f"use {fewer_experts(workbench)}{_MEND}"
+        mend = _TUNING_MEND if report.memory.peak == in_tuning else mend
         report.compare("memory", report.memory.peak, free, where, mend)
         if cuda and storage == "host":
             free = psutil.virtual_memory().available
-            report.compare("memory", report.stream_bytes, free, "on the host", _MEND)
+            report.compare("memory", report.stream_bytes, free, "on the host", f"use {_MEND}")
 
 
 def _text_load(config: Config, texts: list[Samples]) -> TextLoad:
@@ -181,13 +183,18 @@ def _finished_in_tower(config: Config) -> int:
 
 
 def _require_room(workbench: Workbench) -> None:
-    """Refuse to measure a block whose weights, learned weights and gradients cannot fit."""
+    """Refuse to measure a block whose weights, learned weights and gradients cannot fit.
+
+    Of experts one by one there are weights and codes.
+    """
     blocks = [block.state_dict().values() for block in workbench.model.blocks]
     largest = max(sum(tensor.numel() for tensor in block) for block in blocks)
-    least = largest * 3 * workbench.dtype.itemsize
+    least = largest * (1 + workbench.dtype.itemsize)
+    if not workbench.by_expert:
+        least = largest * 3 * workbench.dtype.itemsize
     free = free_memory(workbench.device)
     if least > free:
         raise LRQuantError(
             f"one block needs more than {least / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on "
-            f"{workbench.device}; use a machine with more memory"
+            f"{workbench.device}; use {fewer_experts(workbench)}a machine with more memory"
         )

@@ -247,7 +247,8 @@ def learning_seconds(
 
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch,
-    and as many starts, with a few held passes each, as are tried.
+    and as many starts, with a few held passes each, as are tried.  Of experts in groups each group
+    has its epochs, and a held pass before them.
     `with_statistics` says that files give statistics.
     """
     plan, total = load.workbench.plan, 0.0
@@ -272,7 +273,8 @@ def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
         epoch = batches * costs.step
         held = held_steps(round(batches), learning.batch_size) or batches
         epoch += (held * costs.held + costs.weights) * learning.keep_best
-        block += learning.epochs * epoch
+        block += costs.groups * learning.epochs * epoch
+        block += (costs.groups - 1) * batches * costs.held
     return block
 
 

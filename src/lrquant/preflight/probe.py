@@ -27,6 +27,7 @@ from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.block_data import BlockData, Runner
 from lrquant.learn.fit import Learnable, learning_step, make_optimizers
+from lrquant.learn.groups import groups_of
 from lrquant.learn.objective import Objective
 from lrquant.learn.share import Share, shared_inputs
 from lrquant.learn.stage import units_of
@@ -47,7 +48,8 @@ class BlockCosts:
     A batch: `observed` and `full` a full-precision pass with and without statistics, `held` a
     quantised pass with its loss, `step` a learning step (0 where nothing is learned).  A block:
     `read` its weights, `start` to initialise parameters, `weights` to make its weights from them,
-    `freeze` to make the final ones.  `peak_memory` in bytes is that of this process on a CPU, of
+    `freeze` to make the final ones.  It is learned in so many `groups` of experts, of which the
+    first was measured.  `peak_memory` in bytes is that of this process on a CPU, of
     allocated memory on CUDA, with `streams` bytes of hidden states in it, for the batch's `rows`.
     """
 
@@ -62,6 +64,7 @@ class BlockCosts:
     peak_memory: int
     streams: int
     rows: int
+    groups: int = 1
 
 
 class _OneBlock(WeightSource):
@@ -118,8 +121,14 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     except torch.OutOfMemoryError as error:
         raise LRQuantError(
             f"a step on {' x '.join(map(str, shape))} tokens of one block does not fit into "
-            f"the memory of {bench.device}; use a smaller --batch_size or --seqlen"
+            f"the memory of {bench.device}; use {fewer_experts(bench)}a smaller --batch_size or "
+            "--seqlen"
         ) from error
+
+
+def fewer_experts(bench: Workbench) -> str:
+    """What to say first of a model of experts that are all learned at once; else nothing."""
+    return "--expert_group 16, " if bench.model.has_experts and not bench.by_expert else ""
 
 
 def _hand_on(bench: Workbench, entry: BlockInputs, streams: list[Stream], index: int) -> None:
@@ -181,17 +190,18 @@ def _measure(
     observed = clock.repeated(lambda: advance(statistics.observe))
     view = bench.view(index, stored)
     start, _ = clock.once(lambda: view.initialize(statistics))
+    groups = _begin_group(view, learning.expert_group)
     data = BlockData(index, entry, quantized, (full, *streams[2:]), share=share)
     with torch.no_grad():
         weights, tensors = clock.once(view.tensors)
     with bench.runner(index, view) as runner:
         held = clock.repeated(lambda: data.terms(runner, tensors, learning.loss))
         step, alone = 0.0, learning.window == 1
-        if learning.epochs and view.parameters and alone:
+        if learning.epochs and view.moving and alone:
             step = _step_seconds(clock, view, runner, data, learning)
     if learning.epochs and not alone:
         step = _window_step_seconds(clock, bench, data, learning, view)
-    freeze, _ = clock.once(lambda: view.freeze().tensors(view.dtype))
+    freeze, _ = clock.once(view.frozen_tensors)
     return BlockCosts(
         read=read,
         observed=observed,
@@ -204,7 +214,22 @@ def _measure(
         peak_memory=peak_memory(bench.device),
         streams=sum(stream.nbytes for stream in streams),
         rows=entry.shape[0],
+        groups=groups,
     )
+
+
+def _begin_group(view: BlockView, size: int) -> int:
+    """Let the first group of experts be learned, with all others' parameters as if they had been.
+
+    Of how many groups.
+    """
+    if not size:
+        return 1
+    first, *rest = groups_of(view, size)
+    view.still = first
+    view.compact_()
+    view.still = frozenset(view.parameters) - first
+    return 1 + len(rest)
 
 
 def _window_step_seconds(
