@@ -198,7 +198,9 @@ def test_a_parameter_that_one_member_s_samples_reach_is_the_same_for_all(make_mo
         target.states.zero_()
         entry._arguments = [[{}]] * 2
         ones = {name: torch.ones((), requires_grad=True) for name in ("a", "b", "c")}
-        view = SimpleNamespace(moving=ones, tensors=lambda: ones, constrain_=lambda: None)
+        view = SimpleNamespace(
+            by_expert=False, moving=ones, tensors=lambda: ones, constrain_=lambda: None
+        )
         data = BlockData(0, entry, inputs, (target,), share=share)
         names = iter("ab" if team.size == 1 else "ab"[team.rank])
         optimizer = torch.optim.AdamW(ones.values(), 0.25, weight_decay=0.5)

@@ -211,7 +211,7 @@ def learning_step(
         optimizer.zero_grad(set_to_none=True)
     whole = data.whole(terms, step, objective.weights)
     objective.see(whole)
-    gradients = Gradients(list(view.moving.values()))
+    gradients = Gradients(list(view.moving.values()), view.by_expert)
     for batch in batches:  # of which each lets go of what it computed
         loss = objective.loss(terms.pop(0)) * data.shared.weights[batch]
         loss.backward(retain_graph=bool(terms))

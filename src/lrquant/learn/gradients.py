@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lrquant.learn.share import Share
 
 
 class Gradients:
-    """What a step's own batches give some `parameters`, each taken in after its backward pass."""
+    """What a step's own batches give some `parameters`, each taken in after its backward pass.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    With `whole` those that a batch has not reached have a gradient of 0 from it: an expert's, where
+    all experts' parameters would be one.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], whole: bool = False) -> None:
+        self._parameters, self._whole = parameters, whole
         self._rows: list[list[Tensor | None]] = []
 
     def take_in(self) -> None:
         """Take the gradients of one batch off the parameters."""
-        self._rows.append([parameter.grad for parameter in self._parameters])
+        self._rows.append([self._taken(parameter) for parameter in self._parameters])
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _taken(self, parameter: Tensor) -> Tensor | None:
+        lacks = parameter.grad is None and self._whole
+        return torch.zeros_like(parameter, requires_grad=False) if lacks else parameter.grad
 
     def put_back(self, share: Share, step: int) -> None:
         """Give each parameter the sum over all of the step's batches, in the order of samples.

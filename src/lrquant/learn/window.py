@@ -91,6 +91,11 @@ class Window:
         return self._joined([view.moving for view in self.views])
 
     @property
+    def by_expert(self) -> bool:
+        """Whether experts' weights of some block are made one by one."""
+        return any(view.by_expert for view in self.views)
+
+    @property
     def stored(self) -> dict[str, Tensor]:
         """The blocks' own tensors."""
         return self._joined([view.stored for view in self.views])
