@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from lrquant import quantize
+from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
+from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
 from lrquant.config.groups import Learning
+from lrquant.data.feeds import Feed
 from lrquant.data.samples import Samples
 from lrquant.formats.checkpoint import INDEX
 from lrquant.formats.choice import formats
+from lrquant.measures.scoring.predictions import send_through
 from lrquant.model.loading import from_module, load_model
 from lrquant.preflight.estimate import (
     checkpoint_size,
@@ -27,6 +31,7 @@ from lrquant.preflight.estimate import (
     run_bytes,
     stream_bytes,
 )
+from lrquant.preflight.handed import handed_row_bytes
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load, TextLoad
 from lrquant.preflight.probe import BlockCosts
@@ -187,6 +192,28 @@ def test_the_memory_of_each_phase(make_model, load_of):
     assert against.measuring == 5_000 + 2 * states + 2 * logits
     assert memory.peak == max(memory.embedding, memory.learning, memory.measuring)
     assert dataclasses.replace(memory, tower=10**9).peak == 10**9
+
+
+def test_keys_and_values_for_later_blocks_count_in_every_stream(make_model, make_bench):
+    """Gemma 4's last blocks read those of one block of each kind: two heads, of 8 and 16 wide."""
+    config = Config(scheme="W4A16g8", lr_plus=True).resolved()
+    bench = make_bench(make_model("gemma4"), torch.bfloat16, Plan.of(config.quantizing))
+    batch = Feed.of_tokens(torch.zeros((1, 12), dtype=torch.int64))
+    load = Load(bench, config.group(Learning), 10 * 12, batch)
+    row = handed_row_bytes(load)
+    assert row == 2 * 2 * (8 + 16) * 2
+    entry = BlockInputs(bench.model, batch, 1, bench.device)
+    (stream,) = bench.streams(entry, 1)
+    send_through(bench.model, full_precision(bench), stream, entry, lambda _: None)
+    states = [each for own in stream.handed.values() for own in own.values() for each in own]
+    assert sum(each.nbytes for each in states) == 12 * row
+    read = TextLoad(texts(6, 16), 16)
+    without, memory = (estimate_memory(load, BLOCKS, 0, True, read, own) for own in (0, row))
+    assert memory.learning - without.learning == 3 * 10 * 12 * row
+    assert memory.embedding == without.embedding
+    large = TextLoad(texts(60, 160), 160)
+    without, memory = (estimate_memory(load, BLOCKS, 0, True, large, own) for own in (0, row))
+    assert memory.measuring - without.measuring <= 60 * 160 * row
 
 
 def test_memory_of_other_settings(make_model, load_of):

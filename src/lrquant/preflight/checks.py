@@ -30,12 +30,14 @@ from lrquant.preflight.estimate import (
     Seconds,
     checkpoint_size,
     estimate_memory,
+    handed_bytes,
     learning_seconds,
     measuring_seconds,
     run_bytes,
     stream_bytes,
 )
 from lrquant.preflight.findings import Preflight
+from lrquant.preflight.handed import handed_row_bytes
 from lrquant.preflight.kinds import probe_kinds
 from lrquant.preflight.load import TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
@@ -160,7 +162,9 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         measured = _text_load(config, list(run.texts.values()))
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
-        memory = estimate_memory(load, costs, before, inside, measured)
+        row = handed_row_bytes(load)
+        handed = row if storage == "device" or not cuda else 0
+        memory = estimate_memory(load, costs, before, inside, measured, handed)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         free, where = free_memory(workbench.device) + before, f"on {workbench.device}"
         mend = f"use {fewer_experts(workbench)}{_MEND}"
@@ -168,7 +172,8 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         report.compare("memory", report.memory.peak, free, where, mend)
         if cuda and storage == "host":
             free = psutil.virtual_memory().available
-            report.compare("memory", report.stream_bytes, free, "on the host", f"use {_MEND}")
+            needed = report.stream_bytes + handed_bytes(load, row)
+            report.compare("memory", needed, free, "on the host", f"use {_MEND}")
 
 
 def _text_load(config: Config, texts: list[Samples]) -> TextLoad:

@@ -104,6 +104,11 @@ def stream_bytes(load: Load) -> int:
     return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
 
 
+def handed_bytes(load: Load, row: int) -> int:
+    """What blocks leave for later ones in every stream, so many bytes a `row`."""
+    return load.rows * row * (2 + load.learning.two_branch)
+
+
 def learned_bytes(view: BlockView) -> int:
     """One block's file of learned parameters, from their shapes alone."""
     size = _file_bytes(view.empty_kept().items())
@@ -197,21 +202,24 @@ def estimate_memory(
     held: int,
     in_memory: bool,
     measured: TextLoad | None = None,
+    handed: int = 0,
 ) -> Memory:
     """Peak of each phase on a CPU, bytes: what the process has before (`held`), and what is added.
 
     learning: the most that a probe reached, its one batch of hidden states replaced by all of them.
     embedding: the hidden states and the embedding, in float32 beside its stored form.  measuring:
     the hidden states of the largest text, everything outside the blocks, and logits of
-    `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`.
+    `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`, and
+    `handed` bytes of each token that blocks leave for later ones.
     """
     model, dtype = load.workbench.model, load.workbench.dtype
-    streams = stream_bytes(load) * in_memory
+    embedded = stream_bytes(load) * in_memory
+    streams = embedded + handed_bytes(load, handed)
     texts = [] if measured is None else measured.texts
     tokens = max((text.tokens for text in texts), default=0)
     against = measured is not None and bool(measured.against)
     kept = 2 if against else 1
-    states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
+    states = tokens * kept * (model.hidden_size * dtype.itemsize * in_memory + handed)
     stored = model_dtype(model)
     outer = outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
@@ -224,7 +232,7 @@ def estimate_memory(
         outside = max(copies, beside * outer["embedding"] + head)
     reached = max(held, *(each.costs.peak_memory - each.costs.streams for each in costs))
     return Memory(
-        embedding=held + streams + copies,
+        embedding=held + embedded + copies,
         learning=reached + streams,
         measuring=held + states + outside,
     )

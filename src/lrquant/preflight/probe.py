@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lrquant.blocks.handed import States
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
@@ -67,8 +68,8 @@ class BlockCosts:
     groups: int = 1
 
 
-class _OneBlock(WeightSource):
-    """A model's weights of which only one block's are ever read; the others are ones."""
+class OneBlock(WeightSource):
+    """A model's weights of which only those of a prefix are ever read; the others are ones."""
 
     def __init__(self, source: WeightSource, prefix: str) -> None:
         self.origin, self._source, self._prefix = source.origin, source, prefix
@@ -99,7 +100,7 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     """
     workbench, learning = load.workbench, load.learning
     model = workbench.model
-    source = _OneBlock(model.source, model.block_name(index) + ".")
+    source = OneBlock(model.source, model.block_name(index) + ".")
     bench = dataclasses.replace(workbench, model=dataclasses.replace(model, source=source))
     steps = learning.batch_size, learning.micro_batch_size
     entry, share = shared_inputs(bench, load.batch, *steps)
@@ -212,10 +213,16 @@ def _measure(
         step=step,
         freeze=freeze,
         peak_memory=peak_memory(bench.device),
-        streams=sum(stream.nbytes for stream in streams),
+        streams=sum(stream.nbytes for stream in streams) + _nbytes(full.handed),
         rows=entry.shape[0],
         groups=groups,
     )
+
+
+def _nbytes(handed: Mapping[int, States]) -> int:
+    """What blocks before have left, which all streams of a probe share."""
+    batches = (states for batch in handed.values() for states in batch.values())
+    return sum(each.nbytes for states in batches for each in states)
 
 
 def _begin_group(view: BlockView, size: int) -> int:
