@@ -131,7 +131,7 @@ def _last_group(view: BlockView, size: int) -> tuple[int, int]:
             for expert in range(next(iter(tensors.apart.values())).count):
                 _backward([each.make(expert) for each in tensors.apart.values()])
     codes = sum(shape.rows * shape.columns for shape in view.shapes.quantized.values())
-    return max(counter.most, codes), parameters
+    return max(counter.most + codes * (last != frozenset(view.parameters)), codes), parameters
 
 
 def _backward(outputs: Iterable[Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrquant import quantize
 from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.plan import Plan, learned_by
+from lrquant.blocks.view import BlockView
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
@@ -93,6 +94,14 @@ def test_groups_learn_each_expert_and_err_less_than_the_start(learned):
         assert [name for name in moved if name.startswith(f"0.lwc.mlp.experts.{expert}.")]
         own = [end[name] for name in end if name.startswith(f"0.rounding.mlp.experts.{expert}.")]
         assert all(unpack_ternary(packed).any() for packed in own) and len(own) == 3
+
+
+@pytest.mark.parametrize("more", [{}, {"lwc": False, "rounding": False, "lr_plus": False}])
+def test_others_out_of_codes_are_the_others_as_they_are(learned, monkeypatch, more):
+    """Alone with scales, an expert's second matrix owns what its first is multiplied with."""
+    fixed = learned(1, name="fixed", **more)
+    monkeypatch.setattr(BlockView, "fix_", lambda view, matrices: None)
+    assert_same(parameters(learned(1, name="made", **more)), parameters(fixed))
 
 
 def test_a_run_in_groups_is_resumed_to_the_byte(learned, tmp_path):

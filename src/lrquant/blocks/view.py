@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, reduce
 
@@ -19,6 +19,7 @@ from lrquant.ingredients.base.block import MatrixShape, Start
 from lrquant.ingredients.base.folding import Factors
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import Ingredient, Parameters, owner_of
+from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.positions import Positions
 from lrquant.numerics.recipe import Recipe
 from lrquant.numerics.weights import (
@@ -55,6 +56,7 @@ class BlockView:
         self.shapes = plan.shapes(stored, scale_dtype)
         self.parameters: Parameters = {}
         self.still: frozenset[str] = frozenset()
+        self._fixed: dict[str, QuantizedMatrix] = {}
         self._offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
         self._norms = [site.producer.module for site in plan.sites if site.kind == "norm"]
         held = {m.parameter for m in self.matrices.values()}
@@ -237,22 +239,7 @@ class BlockView:
                 weight = self._computed(name, shape, factors)
                 floating[name] = weight, None if bias is None else bias.to(self.dtype)
                 continue
-            recipe = self._recipe(name, factors).detached()
-            codes, scale, zero_point = quantize_weight(
-                self.weight(name), recipe, shape.grid, self._extremes.get(name)
-            )
-            factor, clip = self._input_factor(name), self._input_clip(name)
-            matrices[name] = QuantizedMatrix(
-                codes.to(shape.grid.stored_dtype),
-                scale,
-                zero_point,
-                None if bias is None else bias.detach(),
-                shape.grid,
-                self.plan.schemes[name],
-                recipe.dense,
-                None if factor is None else factor.detach(),
-                None if clip is None else clip.detach(),
-            )
+            matrices[name] = self._frozen(name, shape.grid, factors, bias)
         shared = {self.matrices[name].parameter for name in matrices}
         shared |= {m.parameter for m in self.matrices.values() if m.expert is not None}
         layout = {n: m for n, m in self.matrices.items() if m.parameter in shared}
@@ -262,6 +249,36 @@ class BlockView:
         others |= assembled_biases(self.matrices, plain)
         unquantized = {name: pair for name, pair in floating.items() if name in layout}
         return FrozenBlock(matrices, others, layout, unquantized)
+
+    def _frozen(
+        self, name: str, grid: Grid, factors: Factors, bias: Tensor | None = None
+    ) -> QuantizedMatrix:
+        recipe = self._recipe(name, factors).detached()
+        codes, scale, zero_point = quantize_weight(
+            self.weight(name), recipe, grid, self._extremes.get(name)
+        )
+        factor, clip = self._input_factor(name), self._input_clip(name)
+        return QuantizedMatrix(
+            codes.to(grid.stored_dtype),
+            scale,
+            zero_point,
+            None if bias is None else bias.detach(),
+            grid,
+            self.plan.schemes[name],
+            recipe.dense,
+            None if factor is None else factor.detach(),
+            None if clip is None else clip.detach(),
+        )
+
+    @torch.no_grad()
+    def fix_(self, matrices: Iterable[str]) -> None:
+        """Compute with these, of all, as they are now: out of codes, while parameters move."""
+        self._fixed.clear()
+        factors = self._factors()
+        for name in matrices:
+            grid = self.shapes.matrices[name].grid
+            if grid is not None:
+                self._fixed[name] = self._frozen(name, grid, factors)
 
     @torch.no_grad()
     def positions(self, frozen: FrozenBlock) -> dict[str, Positions]:
@@ -334,6 +351,8 @@ class BlockView:
 
     def _computed(self, matrix: str, shape: MatrixShape, factors: Factors) -> Tensor:
         """A weight (out, in) as products take it, with its factors and through its grid."""
+        if matrix in self._fixed:
+            return self._fixed[matrix].dequantize(self.dtype)
         weight = self.weight(matrix)
         if shape.grid is None:
             return _scaled(weight, matrix, factors, self.dtype)

@@ -30,12 +30,22 @@ def fit_in_groups(
     still, reports = view.still, list[FitReport]()
     for number, group in enumerate(groups):
         view.still = frozenset(view.parameters) - group
+        if reports:  # from the second on nothing changes another expert's inputs or weights
+            view.fix_(_others(view, group))
         told = partial(_tell, progress, learning.epochs * len(data.shared.counts), number, groups)
         objective = reports[0].objective if reports else None
         reports.append(fit_block(view, runner, data, learning, told, objective))
         view.compact_()
+    view.fix_(())
     view.still = still
     return _joined(reports)
+
+
+def _others(view: BlockView, group: frozenset[str]) -> list[str]:
+    """Matrices of all experts but those of a group."""
+    owners = (view.matrices.get(owner_of(name)) for name in group)
+    own = {None, *(matrix.expert for matrix in owners if matrix is not None)}
+    return [name for name, matrix in view.matrices.items() if matrix.expert not in own]
 
 
 def groups_of(view: BlockView, size: int) -> list[frozenset[str]]:
