@@ -143,7 +143,7 @@ class FrozenBlock:
             if first.expert is not None or first.transposed or module == parameter:
                 raise LRQuantError(
                     f"{parameter}: holds several matrices in one tensor, which this format does "
-                    "not; use a format of dense weights"
+                    "not; use --format lrquant, or dequantized"
                 )
             names.sort(key=lambda name: self.layout[name].rows or (0, 0))
             matrices[module] = _one(module, [self.matrices.get(name) for name in names])
