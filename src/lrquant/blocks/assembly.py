@@ -11,6 +11,8 @@ from torch import Tensor
 from lrquant.architectures.matrix import Matrix
 from lrquant.blocks.experts import Apart
 
+MOST_TOGETHER = 1 << 24  # weights that go through a grid at once: a few float32 copies of them do
+
 
 def assembled(matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name of the values (out, in) of their matrices, which cover them."""
@@ -24,19 +26,47 @@ def assembled_biases(
     return _joined({name: matrices[name] for name in values}, values, "bias")
 
 
-def made_by_expert(
-    matrices: Mapping[str, Matrix], value: Callable[[str], Tensor]
-) -> dict[str, Apart]:
-    """Parameters of experts by name, each expert's part made of `value` (out, in) of a matrix."""
+def batches_of_experts(
+    matrices: Mapping[str, Matrix], stored: Mapping[str, Tensor]
+) -> dict[str, list[list[Matrix]]]:
+    """Matrices of experts by parameter, where they lie one below the other, in their order there.
+
+    Some experts together, all of each, of at most `MOST_TOGETHER` weights if more than one.
+    """
+    batches: dict[str, list[list[Matrix]]] = {}
+    for parameter, experts in _by_expert(matrices).items():
+        if any(matrix.transposed for own in experts.values() for matrix in own):
+            continue
+        together = max(1, MOST_TOGETHER // stored[parameter][0].numel())
+        numbers = sorted(experts)
+        batches[parameter] = [
+            [m for n in numbers[start : start + together] for m in _in_order(experts[n])]
+            for start in range(0, len(numbers), together)
+        ]
+    return batches
+
+
+def _by_expert(matrices: Mapping[str, Matrix]) -> dict[str, dict[int, list[Matrix]]]:
     parts: dict[str, dict[int, list[Matrix]]] = {}
     for matrix in matrices.values():
         if matrix.expert is not None:
             parts.setdefault(matrix.parameter, {}).setdefault(matrix.expert, []).append(matrix)
+    return parts
+
+
+def _in_order(matrices: list[Matrix]) -> list[Matrix]:
+    return sorted(matrices, key=lambda matrix: matrix.rows or (0, 0))
+
+
+def made_by_expert(
+    matrices: Mapping[str, Matrix], value: Callable[[str], Tensor]
+) -> dict[str, Apart]:
+    """Parameters of experts by name, each expert's part made of `value` (out, in) of a matrix."""
 
     def make(own: dict[int, list[Matrix]], expert: int) -> Tensor:
         return _of_expert([(matrix, value(matrix.name)) for matrix in own[expert]])
 
-    return {name: Apart(len(own), partial(make, own)) for name, own in parts.items()}
+    return {name: Apart(len(own), partial(make, own)) for name, own in _by_expert(matrices).items()}
 
 
 def _joined(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,21 @@ class Recipe:
             if name not in ("columns", "dense")
         }
         return Recipe(columns=self.columns, **by_row)
+
+    @classmethod
+    def stacked(cls, recipes: Sequence[Recipe]) -> Recipe | None:
+        """One of weights one below the other; None where they do not have the same, or where it is
+        not by row: `columns` and `dense`."""
+        if any(each.columns is not None or each.dense is not None for each in recipes):
+            return None
+        values: dict[str, Tensor | None] = {}
+        for name in vars(recipes[0]).keys() - {"columns", "dense"}:
+            own = [getattr(recipe, name) for recipe in recipes]
+            some = [value for value in own if value is not None]
+            if 0 < len(some) < len(own):
+                return None
+            values[name] = torch.cat(some) if some else None
+        return cls(columns=None, dense=None, **values)
 
     def __and__(self, other: Recipe) -> Recipe:
         """Both: factors multiply; of all else one of the two has it at most."""
