@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrquant.blocks import assembly, view
+from lrquant.blocks import together, view
 from lrquant.blocks.plan import Plan, learned_by
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
@@ -25,9 +25,9 @@ TOGETHER = ("clipping", "all of a row", "nothing")
 def calls(monkeypatch):
     """Shapes of the weights that went through a grid."""
     seen = []
-    quantize = view.fake_quantize_weight
+    quantize = together.fake_quantize_weight
     monkeypatch.setattr(
-        view,
+        together,
         "fake_quantize_weight",
         lambda weight, *rest, **more: seen.append(weight.shape) or quantize(weight, *rest, **more),
     )
@@ -56,10 +56,10 @@ def made(bench, dtype=torch.float32):
 def test_at_once_or_one_by_one(make_bench, make_model, monkeypatch, calls, method, scheme, dtype):
     plan = Plan(Schemes(Scheme.parse(scheme)), learned_by(**METHODS[method]))
     bench = make_bench(make_model("qwen3_moe"), dtype, plan)
-    monkeypatch.setattr(assembly, "MOST_TOGETHER", 2 * 32 * 32)  # two experts' first matrices
+    monkeypatch.setattr(together, "MOST", 2 * 32 * 32)  # two experts' first matrices
     tensors, gradients = made(bench)
-    together = [shape for shape in calls if shape[0] in (64, 128)]
-    assert (len(together) == 3) == (method in TOGETHER), calls
+    several = [shape for shape in calls if shape[0] in (64, 128)]
+    assert (len(several) == 3) == (method in TOGETHER), calls
     monkeypatch.setattr(view.BlockView, "_together", lambda self, factors: {})
     others, other_gradients = made(bench)
     assert tensors.keys() == others.keys()

@@ -11,8 +11,6 @@ from torch import Tensor
 from lrquant.architectures.matrix import Matrix
 from lrquant.blocks.experts import Apart
 
-MOST_TOGETHER = 1 << 24  # weights that go through a grid at once: a few float32 copies of them do
-
 
 def assembled(matrices: Mapping[str, Matrix], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name of the values (out, in) of their matrices, which cover them."""
@@ -26,27 +24,8 @@ def assembled_biases(
     return _joined({name: matrices[name] for name in values}, values, "bias")
 
 
-def batches_of_experts(
-    matrices: Mapping[str, Matrix], stored: Mapping[str, Tensor]
-) -> dict[str, list[list[Matrix]]]:
-    """Matrices of experts by parameter, where they lie one below the other, in their order there.
-
-    Some experts together, all of each, of at most `MOST_TOGETHER` weights if more than one.
-    """
-    batches: dict[str, list[list[Matrix]]] = {}
-    for parameter, experts in _by_expert(matrices).items():
-        if any(matrix.transposed for own in experts.values() for matrix in own):
-            continue
-        together = max(1, MOST_TOGETHER // stored[parameter][0].numel())
-        numbers = sorted(experts)
-        batches[parameter] = [
-            [m for n in numbers[start : start + together] for m in _in_order(experts[n])]
-            for start in range(0, len(numbers), together)
-        ]
-    return batches
-
-
-def _by_expert(matrices: Mapping[str, Matrix]) -> dict[str, dict[int, list[Matrix]]]:
+def by_expert(matrices: Mapping[str, Matrix]) -> dict[str, dict[int, list[Matrix]]]:
+    """Those of the matrices that are experts', by parameter and by the expert's number."""
     parts: dict[str, dict[int, list[Matrix]]] = {}
     for matrix in matrices.values():
         if matrix.expert is not None:
@@ -54,7 +33,8 @@ def _by_expert(matrices: Mapping[str, Matrix]) -> dict[str, dict[int, list[Matri
     return parts
 
 
-def _in_order(matrices: list[Matrix]) -> list[Matrix]:
+def in_order(matrices: list[Matrix]) -> list[Matrix]:
+    """Matrices of a parameter, or of an expert in one, by their rows."""
     return sorted(matrices, key=lambda matrix: matrix.rows or (0, 0))
 
 
@@ -66,7 +46,7 @@ def made_by_expert(
     def make(own: dict[int, list[Matrix]], expert: int) -> Tensor:
         return _of_expert([(matrix, value(matrix.name)) for matrix in own[expert]])
 
-    return {name: Apart(len(own), partial(make, own)) for name, own in _by_expert(matrices).items()}
+    return {name: Apart(len(own), partial(make, own)) for name, own in by_expert(matrices).items()}
 
 
 def _joined(

@@ -9,17 +9,16 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from lrquant.architectures.matrix import Matrix
 from lrquant.blocks.assembly import (
     assembled,
     assembled_biases,
-    batches_of_experts,
     made_by_expert,
 )
 from lrquant.blocks.experts import Apart, BlockTensors
 from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
 from lrquant.blocks.plan import BlockPlan
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.blocks.together import Batch, batches_of
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.block import MatrixShape, Start
 from lrquant.ingredients.base.folding import Factors
@@ -214,43 +213,26 @@ class BlockView:
         return BlockTensors(tensors, self._apart(factors)) if self.by_expert else tensors
 
     def _together(self, factors: Factors) -> dict[str, Tensor]:
-        """Parameters of experts on one grid, many of which go through it at once: the same bits."""
+        """Parameters of experts of which many are made at once."""
         parameters = {}
         for name, batches in self._batches.items():
-            if any(each.name in factors.columns for batch in batches for each in batch):
+            if any(matrix in factors.columns for each in batches for matrix in each.matrices):
                 continue
-            made = [self._batch(batch, factors) for batch in batches]
+            made = [self._batch(each, factors) for each in batches]
             whole = [each for each in made if each is not None]
             if len(whole) == len(made):
-                parameters[name] = torch.cat(whole).view(self.stored[name].shape)
+                parameters[name] = torch.cat(whole)
         return parameters
 
     @cached_property
-    def _batches(self) -> dict[str, list[list[Matrix]]]:
-        """The matrices of parameters of experts that are all on one grid."""
-        own: dict[str, set[Grid | None]] = {}
-        for name, shape in self.shapes.matrices.items():
-            own.setdefault(self.matrices[name].parameter, set()).add(shape.grid)
-        batches = batches_of_experts(self.matrices, self.stored)
-        return {n: each for n, each in batches.items() if len(own[n]) == 1 and None not in own[n]}
+    def _batches(self) -> dict[str, list[Batch]]:
+        return batches_of(self.matrices, self.shapes.matrices, self.stored)
 
-    def _batch(self, matrices: list[Matrix], factors: Factors) -> Tensor | None:
-        """Weights (rows, in) of experts one below the other, None where they are not alike."""
-        first, last = matrices[0], matrices[-1]
-        recipe = Recipe.stacked([self._recipe(each.name, factors) for each in matrices])
-        grid = self.shapes.matrices[first.name].grid
-        if recipe is None or grid is None or first.expert is None or last.expert is None:
-            return None
-        stored = self.stored[first.parameter][first.expert : last.expert + 1].flatten(0, 1)
-        pairs = [self._extremes.get(each.name) for each in matrices]
-        of_all = [pair for pair in pairs if pair is not None]
-        extremes = None
-        if len(of_all) == len(pairs):
-            low, high = zip(*of_all, strict=True)
-            extremes = Extremes(torch.cat(low), torch.cat(high))
-        return fake_quantize_weight(
-            stored, recipe, grid, self.dtype, extremes, compiled=self.compiled
-        )
+    def _batch(self, batch: Batch, factors: Factors) -> Tensor | None:
+        recipes = [self._recipe(name, factors) for name in batch.matrices]
+        extremes = [self._extremes.get(name) for name in batch.matrices]
+        stored = self.stored[batch.parameter]
+        return batch.weights(stored, recipes, extremes, self.dtype, self.compiled)
 
     def _is_apart(self, matrix: str) -> bool:
         """Whether it is made while a block computes."""
