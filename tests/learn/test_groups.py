@@ -104,8 +104,9 @@ def test_others_out_of_codes_are_the_others_as_they_are(learned, monkeypatch, mo
     assert_same(parameters(learned(1, name="made", **more)), parameters(fixed))
 
 
-def test_a_run_in_groups_is_resumed_to_the_byte(learned, tmp_path):
+def test_a_run_in_groups_is_resumed_to_the_byte(learned):
     folder = learned(2)
+    assert "best epoch kept, 2 experts at a time" in (folder.path / "report.md").read_text()
     expected = {path.name: path.read_bytes() for path in blocks_of(folder)}
     assert len(expected) == 2
     blocks_of(folder)[-1].unlink()

@@ -31,9 +31,10 @@ def describe_method(plan: Plan, learning: Learning) -> str:
     weights = f", dynamic weights from {learning.ema_init}" if learning.dynamic_weights else ""
     kept = ", best epoch kept" if learning.keep_best else ""
     epochs = f"{learning.epochs} epoch{'' if learning.epochs == 1 else 's'}"
+    groups = f", {learning.expert_group} experts at a time" if learning.expert_group else ""
     return (
         f"{method_name(plan, learning)}: {' and '.join(learned)}; "
-        f"loss {learning.loss}{branches}{weights}; {epochs}{kept}"
+        f"loss {learning.loss}{branches}{weights}; {epochs}{kept}{groups}"
     )
 
 
