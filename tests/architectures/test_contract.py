@@ -45,6 +45,7 @@ INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
 INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
+INSIDE += ("llama4", "llama4-two")
 INSIDE += ("cohere2_moe", "kimi_linear", "flex_olmo", "granitemoeshared")
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
@@ -117,6 +118,8 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "granitemoe": {**ALL_KINDS, "up_down": 4},
     "gpt_oss": NO_UP_DOWN,  # up and 1, cut off, is multiplied with the gate
     "granitemoeshared": {**ALL_KINDS, "up_down": 5},
+    "llama4": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}, ALL_KINDS),  # q and k without RoPE
+    "llama4-two": {**ALL_KINDS, "up_down": 5},
     "flex_olmo": {**AFTER, "up_down": 4},
     "cohere2_moe": ({**ALL_KINDS, "norm": 1, "up_down": 5}, {**ALL_KINDS, "norm": 1}),
     "kimi_linear": ({**DELTA, "up_down": 6}, {**LATENT, "norm": 3}),
@@ -173,6 +176,8 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     **dict.fromkeys(("granitemoe", "granitemoeshared"), GRANITE_ROUTER),
     **dict.fromkeys(("gpt_oss", "phimoe"), frozenset({"mlp.router.weight"})),
     "flex_olmo": ROUTER,
+    "llama4": (frozenset(), frozenset({"feed_forward.router.weight"}), frozenset()),
+    "llama4-two": frozenset({"feed_forward.router.weight"}),
     "cohere2_moe": (ROUTER, frozenset()),
     "kimi_linear": (ROUTER | KIMI_SMALL, frozenset()),
     **dict.fromkeys(
@@ -409,7 +414,7 @@ def mixture_inputs(experts: str, *names: str) -> tuple[str, ...]:
 _LATENT = {"num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 32, "v_head_dim": 12}
 _LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "hidden_size": 32}
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
-WRONG_SITES = {
+WRONG_SITES = {  # the variant, the site, and the block where it does not hold if it does in others
     "unpaired under RoPE": ("llama", query_key_site(*QUERY_KEY, 8, rotary=None)),
     "neighbours for halves": ("llama", query_key_site(*QUERY_KEY, 8, rotary="interleaved")),
     "q and k normalised after projection": ("qwen3", query_key_site(*QUERY_KEY, 16, "half")),
@@ -531,6 +536,28 @@ WRONG_SITES = {
             32,
         ),
     ),
+    "q and k normalised by their length alone, after RoPE": (
+        "llama4",
+        query_key_site(*QUERY_KEY, 16, "interleaved"),
+        0,
+    ),
+    "halves for neighbours beside experts in rows": (
+        "llama4-two",
+        query_key_site(*QUERY_KEY, 16, "half"),
+        0,
+    ),
+    "a norm whose router is not named, beside experts in rows": (
+        "llama4-two",
+        norm_site(
+            "post_attention_layernorm",
+            (
+                *mixture_inputs("feed_forward.experts", "gate_proj", "up_proj"),
+                "feed_forward.shared_expert.gate_proj",
+                "feed_forward.shared_expert.up_proj",
+            ),
+            32,
+        ),
+    ),
     "a norm of experts that their router does not read": (
         "gemma4-experts",
         norm_site(
@@ -594,9 +621,9 @@ WRONG_SITES = {
 @pytest.mark.parametrize("what", WRONG_SITES)
 def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
     """Negative controls: the sites that the declarations rightly leave out."""
-    name, site = WRONG_SITES[what]
+    name, site, *only = WRONG_SITES[what]
     model = make_model(name, torch.float64)
-    blocks = [index for index in indices(model) if has_place(model, index, site)]
+    blocks = only or [index for index in indices(model) if has_place(model, index, site)]
     assert blocks
     for index in blocks:
         assert change(model, {index: (site,)}) > CLEAR

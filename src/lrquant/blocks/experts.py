@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lrquant.model.experts import SECOND, ExpertForm, expert_form
+
 NAME = "lrquant"
 _INSIDE = "_lrquant_inside"
+_FORWARD = "forward"  # of one module, in place of that of its class
 Read = Callable[[str, Tensor], Tensor]
 Watch = Callable[[str, Tensor], None]
 
 
 @dataclass
 class Inside:
-    """What is done inside a module of experts: `places` names what each one's second matrix reads.
+    """What is done inside a module of experts, of a `name` in its block.
 
-    `read` makes of such values (tokens, width) what products take.  `observe` is told what an
-    expert would read if every token went to it; `route` of the tokens' experts (tokens, chosen).
+    `places` names what each one's second matrix reads; `read` makes of such values (tokens, width)
+    what products take.  `observe` is told what an expert would read if every token went to it;
+    `route` of the tokens' experts (tokens, chosen).
     """
 
     places: Mapping[int, str]
     read: Read
     observe: Watch | None = None
     route: Callable[[Tensor], None] | None = None
+    name: str = ""
 
 
 @dataclass
@@ -39,10 +45,15 @@ class ExpertModules:
 
     @classmethod
     def of(cls, block: nn.Module) -> ExpertModules:
-        """Those that transformers lets compute by another function."""
+        """All of them."""
         ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
         modules = block.named_modules()
-        return cls({name: module for name, module in modules if hasattr(module, "has_gate")})
+        return cls({name: module for name, module in modules if expert_form(module) is not None})
+
+    @property
+    def in_rows(self) -> frozenset[str]:
+        """Those that get a row of each token for each expert: all they read is read inside."""
+        return frozenset(n for n, module in self.modules.items() if _form(module).in_rows)
 
     def places(self, readers: Iterable[str]) -> dict[str, dict[int, str]]:
         """Of names of what is read, those inside each module, by the expert's number."""
@@ -57,18 +68,23 @@ class ExpertModules:
     def enter(self, inside: Mapping[str, Inside]) -> None:
         """All blocks may read one configuration: it says how experts compute while one runs."""
         for name, module in self.modules.items():
+            setattr(module, _INSIDE, inside[name])
+            if name in self.in_rows:
+                setattr(module, _FORWARD, partial(rows_forward, module))
+                continue
             config = getattr(module, "config")  # noqa: B009
             self._before[name] = config._experts_implementation
             config._experts_implementation = NAME
-            setattr(module, _INSIDE, inside[name])
 
     def leave(self) -> None:
         """Let them compute as they did before."""
         for name, before in reversed(self._before.items()):
             module = self.modules[name]
             getattr(module, "config")._experts_implementation = before  # noqa: B009
-            delattr(module, _INSIDE)
         self._before.clear()
+        for module in self.modules.values():
+            for name in {_INSIDE, _FORWARD} & vars(module).keys():
+                delattr(module, name)
 
 
 def experts_forward(
@@ -89,15 +105,34 @@ def experts_forward(
     chosen = top_k_index.shape[1]
     order = top_k_index.flatten().argsort(stable=True)
     counts = top_k_index.flatten().bincount(minlength=len(experts.first)).tolist()
-    outputs = []
-    for expert, tokens in enumerate((order // chosen).split(counts)):
-        if len(tokens):
-            values = experts.entered(expert, hidden_states[tokens])
-            own = inside.places.get(expert)
-            values = values if own is None else inside.read(own, values)
-            outputs.append(experts.left(expert, values))
-    weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+    tokens = (order // chosen).split(counts)
+    outputs = experts.outputs(inside, (hidden_states[own] for own in tokens))
+    weighted = outputs * top_k_weights.flatten()[order, None]
     return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(1)
+
+
+def rows_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Output (experts * tokens, hidden) of experts that each get a row of every token, or 0.
+
+    Such a row gives 0: experts without biases leave it out.
+    """
+    inside: Inside = getattr(module, _INSIDE)
+    experts = _Weights.of(module)
+    rows = hidden_states.unflatten(0, (len(experts.first), -1))
+    reached = (rows != 0).any(-1)
+    if inside.route is not None:
+        most = int(reached.sum(0).amax())
+        inside.route(reached.int().topk(most, dim=0).indices.t())
+    if inside.observe is not None:
+        own = rows[reached.int().argmax(0), torch.arange(rows.shape[1], device=rows.device)]
+        inside.observe(inside.name, own)
+        for expert, place in inside.places.items():
+            inside.observe(place, experts.entered(expert, inside.read(inside.name, own)))
+    which, tokens = reached.nonzero(as_tuple=True)
+    values = inside.read(inside.name, rows[which, tokens])
+    outputs = experts.outputs(inside, values.split(reached.sum(1).tolist()))
+    joined = torch.zeros_like(rows).index_put((which, tokens), outputs.to(rows.dtype))
+    return joined.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -114,15 +149,25 @@ class _Weights:
     @classmethod
     def of(cls, module: nn.Module) -> _Weights:
         """Taken apart at once: each by itself would have a gradient as large as all of them."""
-        first = "gate_up_proj" if module.has_gate else "up_proj"
+        form = _form(module)
         return cls(
-            getattr(module, "_apply_gate" if module.has_gate else "act_fn"),
-            getattr(module, first).unbind(),
-            getattr(module, "down_proj").unbind(),  # noqa: B009
-            getattr(module, f"{first}_bias").unbind() if module.has_bias else None,
-            getattr(module, "down_proj_bias").unbind() if module.has_bias else None,  # noqa: B009
-            bool(module.is_transposed),
+            form.activation,
+            getattr(module, form.first).unbind(),
+            getattr(module, SECOND).unbind(),
+            getattr(module, f"{form.first}_bias").unbind() if form.biased else None,
+            getattr(module, f"{SECOND}_bias").unbind() if form.biased else None,
+            form.transposed,
         )
+
+    def outputs(self, inside: Inside, values: Iterable[Tensor]) -> Tensor:
+        """What all experts give of the values (tokens, hidden) that each gets, in their order."""
+        outputs = []
+        for expert, own in enumerate(values):
+            if len(own):
+                inner, place = self.entered(expert, own), inside.places.get(expert)
+                inner = inner if place is None else inside.read(place, inner)
+                outputs.append(self.left(expert, inner))
+        return torch.cat(outputs)
 
     def entered(self, expert: int, values: Tensor) -> Tensor:
         """What an expert's second matrix reads, (tokens, width), of what its first does."""
@@ -136,3 +181,9 @@ class _Weights:
 
     def _product(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(values, weight.t() if self.transposed else weight, bias)
+
+
+def _form(module: nn.Module) -> ExpertForm:
+    form = expert_form(module)
+    assert form is not None
+    return form

@@ -208,7 +208,7 @@ def _entered_tower(model: Model, prepare: Prepare, stack: ExitStack) -> dict[str
     """
     tower = model.tower
     assert tower is not None
-    base = model.skeleton.base_model_prefix + "."
+    base = model.base
     tensors: dict[str, Tensor] = {}
     for index in range(len(tower.blocks)):
         prepared = prepare(index)

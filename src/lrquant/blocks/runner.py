@@ -90,6 +90,7 @@ class BlockRunner:
 
     def __enter__(self) -> BlockRunner:
         inside = {place for places in self._places.values() for place in places.values()}
+        inside |= self._experts.in_rows
         for name in (each for each in self.inputs if each not in inside):
             reader = self.block.get_submodule(name)
             self._handles.append(reader.register_forward_pre_hook(partial(self._before, name)))
@@ -181,6 +182,7 @@ class BlockRunner:
                     self._read,
                     self._tell if self.all_experts and self.observer is not None else None,
                     None if self.router is None else partial(self.router, name),
+                    name,
                 )
                 for name, places in self._places.items()
             }

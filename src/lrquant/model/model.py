@@ -126,8 +126,12 @@ class Model:
         `embeddings` these are one zero that stands for all, for a model whose first hidden states
         nobody looks at.
         """
-        base = self.skeleton.base_model_prefix + "."
-        names = [name for name in self.outer_names() if head or name.startswith(base)]
+        base, last = self.base, self._head
+        names = [
+            name
+            for name in self.outer_names()
+            if head or (name.startswith(base) and name.rpartition(".")[0] != last)
+        ]
         tensors = {}
         for name in names:
             owner = self.skeleton.get_submodule(name.rpartition(".")[0])
@@ -139,6 +143,20 @@ class Model:
             tensor = self.source.tensor(name)
             tensors[name] = tensor.to(device, kind if tensor.is_floating_point() else None)
         return tensors if head else {name.removeprefix(base): t for name, t in tensors.items()}
+
+    @property
+    def base(self) -> str:
+        """How names within the base model begin: with its path, or with nothing where it has none
+        and the whole stands for it."""
+        prefix = self.skeleton.base_model_prefix
+        return f"{prefix}." if hasattr(self.skeleton, prefix) else ""
+
+    @property
+    def _head(self) -> str | None:
+        """The path of the language head."""
+        own = self.skeleton.get_output_embeddings()
+        modules = self.skeleton.named_modules()
+        return next((name for name, module in modules if module is own), None)
 
     def outer_names(self) -> list[str]:
         """Tensors outside the blocks of the language part and of the tower."""

@@ -1,10 +1,15 @@
-"""Gemma 4 with its tower in floating point: pictures, shared keys and values, inputs of blocks."""
+"""Models whose towers stay in floating point: pictures, what blocks share, what each gets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Gemma4Config
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma4Config,
+    Llama4Config,
+    PreTrainedConfig,
+)
 
 import lrquant
 from lrquant.blocks.head import Head
@@ -21,32 +26,56 @@ TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads
 TOWER |= {"head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": 261, "audio_token_id": 259}
 TOKENS |= {"boi_token_id": 262, "eoi_token_id": 263}
+ROTATED = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "image_size": 16}
+ROTATED |= {"num_attention_heads": 2, "patch_size": 4, "pixel_shuffle_ratio": 0.5}
+ROTATED |= {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+TOWERS = {"gemma4": "vision_tower", "gemma4-experts": "vision_tower", "llama4": "vision_model"}
 
 
-@pytest.fixture(params=["gemma4", "gemma4-experts"])
-def model(request, tiny_configs, randomize_):
-    text = tiny_configs[request.param].to_dict()
-    config = Gemma4Config(text_config=text, vision_config=TOWER, **TOKENS)
+def config_of(name: str, text: PreTrainedConfig, towers: bool = True) -> PreTrainedConfig:
+    """The whole model's, of the language part's."""
+    if name == "llama4":
+        return Llama4Config(
+            text_config=text.to_dict(), vision_config=ROTATED, image_token_index=IMAGE
+        )
+    tower = {"vision_config": TOWER} if towers else {}
+    return Gemma4Config(text_config=text.to_dict(), **tower, **TOKENS)
+
+
+@pytest.fixture(params=sorted(TOWERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model(name, tiny_configs, randomize_):
+    config = config_of(name, tiny_configs[name])
     made = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     return randomize_(made).eval().requires_grad_(False)
 
 
+def picture(name: str, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture of 4 x 4 patches, of which the tower makes four tokens."""
+    if name == "llama4":
+        return {"pixel_values": torch.rand(1, 3, 16, 16, generator=generator)}
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+    return {
+        "pixel_values": torch.rand(1, 16, 48, generator=generator),
+        "image_position_ids": places[None],
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
 @pytest.fixture
-def feed():
-    """Two texts with a picture of 4 x 4 patches, of which the tower makes four tokens."""
+def feed(name):
+    """Two texts with a picture each."""
 
     def sample(seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         words = torch.randint(3, 250, (7,), generator=generator)
-        picture = torch.tensor([262, *[IMAGE] * 4, 263])
-        ids = torch.cat([words[:3], picture, words[3:]])[None]
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
-        return {
-            "input_ids": ids,
-            "pixel_values": torch.rand(1, 16, 48, generator=generator),
-            "image_position_ids": places[None],
-            "mm_token_type_ids": (ids == IMAGE).int(),
-        }
+        seen = torch.tensor([262, *[IMAGE] * 4, 263])
+        ids = torch.cat([words[:3], seen, words[3:]])[None]
+        return {"input_ids": ids, **picture(name, ids, generator)}
 
     return Feed([sample(0), sample(1)])
 
@@ -65,7 +94,7 @@ def test_blocks_in_a_row_are_the_model(model, feed, make_bench):
 
 
 def test_the_language_part_is_learned_and_the_tower_saved_as_it_is(
-    model, feed, assert_alike, tmp_path
+    name, model, feed, assert_alike, tmp_path
 ):
     settings = {"epochs": 1, "report": False, "precision": "float32", "format": "lrquant"}
     places = {"output_dir": str(tmp_path / "run"), "save_dir": str(tmp_path / "saved")}
@@ -73,20 +102,21 @@ def test_the_language_part_is_learned_and_the_tower_saved_as_it_is(
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     inputs = feed.inputs[0]
     assert_alike(loaded.eval()(**inputs).logits, run.load_model()(**inputs).logits)
-    own = {n: p for n, p in model.named_parameters() if n.startswith("model.vision_tower")}
+    own = {n: p for n, p in model.named_parameters() if TOWERS[name] in n}
     read = dict(loaded.named_parameters())
-    assert len(own) > 10 and all(torch.equal(read[name], own[name]) for name in own)
+    assert len(own) > 10 and all(torch.equal(read[n], tensor) for n, tensor in own.items())
 
 
 def test_a_scheme_for_the_tower_is_refused(model, feed, tmp_path):
-    with pytest.raises(LRQuantError, match="the tower 'gemma4_vision' of this"):
+    said = f"the tower '{model.config.vision_config.model_type}' of this"
+    with pytest.raises(LRQuantError, match=said):
         lrquant.quantize(
             model, "W4A4", calibration=feed, vision_scheme="W8A8", output_dir=str(tmp_path / "run")
         )
 
 
 def test_one_without_a_tower_has_none(tiny_configs, randomize_):
-    text = tiny_configs["gemma4"].to_dict()
-    model = AutoModelForImageTextToText.from_config(Gemma4Config(text_config=text, **TOKENS))
+    config = config_of("gemma4", tiny_configs["gemma4"], towers=False)
+    model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(LRQuantError, match="'gemma4' has no tower"):
         from_module(randomize_(model)).require_tower()
