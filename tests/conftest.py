@@ -50,6 +50,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -349,6 +350,13 @@ TINY = {
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
         **_TOP,
+    ),
+    "gemma4_unified": Gemma4UnifiedTextConfig(
+        **{**_GATED, **_ENDS, **_SHARED},
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
     ),
     "qwen3_moe": Qwen3MoeConfig(**_GATED, **_EXPERTS),
     "qwen3_moe-unlike": Qwen3MoeConfig(

@@ -45,7 +45,7 @@ INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
 INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
-INSIDE += ("llama4", "llama4-two")
+INSIDE += ("llama4", "llama4-two", "gemma4_unified")
 INSIDE += ("cohere2_moe", "kimi_linear", "flex_olmo", "granitemoeshared")
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
@@ -99,6 +99,7 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "olmo_hybrid": (DELTA, AFTER),
     "gemma4": {**NO_QUERY_KEY, "value_output": 0},  # q, k and v are normalised
     "gemma4-plain": {**NO_QUERY_KEY, "value_output": 0},
+    "gemma4_unified": {**NO_QUERY_KEY, "value_output": 0},
     "gemma4-experts": {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 5},
     "qwen3_moe": OF_EXPERTS,
     "qwen3_moe-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),

@@ -1,10 +1,10 @@
-"""Gemma 4, text: keys and values that blocks share, and inputs of each block.
+"""Gemma 4 and Gemma 4 Unified, text: keys and values that blocks share, and inputs of each block.
 
 Norms stand before and after each sublayer, those after it feed the residual; q, k and v are
 normalised.  Some blocks attend to the keys and values of an earlier one and have none themselves;
 full attention may have values that are its keys.  What a block gets beside the hidden states goes
 through two small linears, which stay in floating point.  Experts stand beside the MLP and have a
-norm of their own, which their router does not read.
+norm of their own, which their router does not read.  The Unified one has neither of the two.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
 
 
 def _mixture(config: PretrainedConfig) -> Mixture | None:
-    if not config.enable_moe_block:
+    if not getattr(config, "enable_moe_block", False):
         return None
     width, kept = config.moe_intermediate_size, ("router.proj.weight",)
     return Mixture(config.num_experts, width, path="", router=None, kept=kept)
@@ -58,13 +58,13 @@ def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
     own = _mixture(config)
-    inputs = _PER_LAYER if config.hidden_size_per_layer_input else ()
+    inputs = _PER_LAYER if getattr(config, "hidden_size_per_layer_input", 0) else ()
     return *inputs, *(own.kept_weights if own else ())
 
 
 ARCHITECTURE = Architecture(
     name="gemma4",
-    model_types=("gemma4_text",),
+    model_types=("gemma4_text", "gemma4_unified_text"),
     blocks="model.layers",
     matrices=_matrices,
     sites=_sites,
