@@ -45,7 +45,7 @@ INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
 INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
-INSIDE += ("llama4", "llama4-two", "gemma4_unified")
+INSIDE += ("llama4", "llama4-two", "gemma4_unified", "gemma3n")
 INSIDE += ("cohere2_moe", "kimi_linear", "flex_olmo", "granitemoeshared")
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
@@ -61,6 +61,7 @@ LATENT = {"norm": 4, "value_output": 1, "query_key": 2, "up_down": 1}
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
+    "gemma3n": {**ONE_NORM, "up_down": 1},  # the norm before attention feeds the residual
     "opt-post-norm": {**ALL_KINDS, "norm": 0},  # the norms' output feeds the residual too
     "opt-bare": {**ALL_KINDS, "norm": 0},  # norms without a weight
     "opt-gelu": NO_UP_DOWN,  # not exact without ReLU
@@ -141,6 +142,13 @@ OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "
 KIMI_DECAY = ("A_log", "f_a_proj.weight", "f_b_proj.weight")
 KIMI_SMALL = frozenset({"self_attn.conv1d.weight", "self_attn.b_proj.weight"})
 KIMI_SMALL |= {f"self_attn.forget_gate.{name}" for name in KIMI_DECAY}
+ALTUP = frozenset(
+    f"{name}.weight"
+    for name in (
+        *("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
+        *("laurel.linear_left", "laurel.linear_right"),
+    )
+)
 MAMBA = frozenset({"mamba.conv1d.weight"})
 UNLIKE = (frozenset(), ROUTER, ROUTER)
 KEPT = {  # of each block, or a tuple by block; the rest nothing
@@ -163,6 +171,7 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "gemma4-experts": frozenset({"router.proj.weight"}),
     "olmo_hybrid": (OLMO_SMALL, frozenset()),
     "gemma4": frozenset({"per_layer_input_gate.weight", "per_layer_projection.weight"}),
+    "gemma3n": ALTUP | {"per_layer_input_gate.weight", "per_layer_projection.weight"},
     "outside-experts": ROUTER,
     "outside-unlike": UNLIKE,
     "qwen3_moe": ROUTER,
@@ -524,6 +533,16 @@ WRONG_SITES = {  # the variant, the site, and the block where it does not hold i
     "a norm after attention in a hybrid": (
         "olmo_hybrid",
         norm_site("post_attention_layernorm", decoder.ATTENTION_INPUTS, 32),
+    ),
+    "a norm that a linear of low rank adds to what it gives": (
+        "gemma3n",
+        norm_site("input_layernorm", ("self_attn.q_proj", "laurel.linear_left"), 32),
+        2,
+    ),
+    "gate instead of up under a cut": (
+        "gemma3n",
+        up_down_site("mlp.gate_proj", "mlp.down_proj", 48),
+        0,
     ),
     "values that are normalised": (
         "gemma4-plain",

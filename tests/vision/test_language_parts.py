@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3nConfig,
     Gemma4Config,
     Gemma4UnifiedConfig,
     Llama4Config,
@@ -31,9 +34,14 @@ ROTATED = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "
 ROTATED |= {"num_attention_heads": 2, "patch_size": 4, "pixel_shuffle_ratio": 0.5}
 ROTATED |= {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
 TOWERS = {"gemma4": "vision_tower", "gemma4-experts": "vision_tower", "llama4": "vision_model"}
-TOWERS |= {"gemma4_unified": "embed_vision"}
+TOWERS |= {"gemma4_unified": "embed_vision", "gemma3n": "vision_tower"}
 EMBEDDER = {"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 8}
 EMBEDDER |= {"output_proj_dims": 32}
+OFFSETS = {"vocab_offset": 256, "vocab_size": 6}  # of pictures' tokens, before those of sound
+CONVOLUTIONS = {"architecture": "test_resnet", "hidden_size": 96, **OFFSETS}
+SOUND = {"hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1}
+SOUND |= {"vocab_offset": 262, "vocab_size": 2, "sscp_conv_channel_size": (4, 4)}
+LACKING = {"gemma3n": None if find_spec("timm") else "its tower is one of timm, not installed"}
 
 
 def config_of(name: str, text: PreTrainedConfig, towers: bool = True) -> PreTrainedConfig:
@@ -41,6 +49,14 @@ def config_of(name: str, text: PreTrainedConfig, towers: bool = True) -> PreTrai
     if name == "llama4":
         return Llama4Config(
             text_config=text.to_dict(), vision_config=ROTATED, image_token_index=IMAGE
+        )
+    if name == "gemma3n":
+        return Gemma3nConfig(
+            text_config=text.to_dict(),
+            vision_config=CONVOLUTIONS,
+            audio_config=SOUND,
+            vision_soft_tokens_per_image=4,
+            **TOKENS,
         )
     if name == "gemma4_unified":
         return Gemma4UnifiedConfig(text_config=text.to_dict(), vision_config=EMBEDDER, **TOKENS)
@@ -50,6 +66,8 @@ def config_of(name: str, text: PreTrainedConfig, towers: bool = True) -> PreTrai
 
 @pytest.fixture(params=sorted(TOWERS))
 def name(request):
+    if LACKING.get(request.param):
+        pytest.skip(LACKING[request.param])
     return request.param
 
 
@@ -62,6 +80,8 @@ def model(name, tiny_configs, randomize_):
 
 def picture(name: str, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A picture of which four tokens are made: of 4 x 4 patches, or of 2 x 2."""
+    if name == "gemma3n":
+        return {"pixel_values": torch.rand(1, 3, 64, 64, generator=generator)}
     if name == "llama4":
         return {"pixel_values": torch.rand(1, 3, 16, 16, generator=generator)}
     sides = torch.arange(2 if name == "gemma4_unified" else 4)

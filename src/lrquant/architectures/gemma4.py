@@ -16,16 +16,17 @@ from lrquant.architectures.matrix import Matrix, linears
 from lrquant.architectures.mixture import Mixture
 from lrquant.architectures.sites import Site, norm_site, up_down_site
 
-_PER_LAYER = ("per_layer_input_gate.weight", "per_layer_projection.weight")
+PER_LAYER = ("per_layer_input_gate.weight", "per_layer_projection.weight")
 
 
-def _readers(config: PretrainedConfig, block: int) -> tuple[str, ...]:
+def attention_readers(config: PretrainedConfig, block: int) -> tuple[str, ...]:
     """The linears of attention that read its norm."""
     query, key, value = decoder.ATTENTION_INPUTS
     if _reuses(config, block):
         return (query,)
     full = config.layer_types[block] != "sliding_attention"
-    return (query, key) if config.attention_k_eq_v and full else (query, key, value)
+    alike = getattr(config, "attention_k_eq_v", False)
+    return (query, key) if alike and full else (query, key, value)
 
 
 def _reuses(config: PretrainedConfig, block: int) -> bool:
@@ -35,7 +36,7 @@ def _reuses(config: PretrainedConfig, block: int) -> bool:
 def _matrices(config: PretrainedConfig, block: int) -> tuple[Matrix, ...]:
     own, mlp = _mixture(config), (*decoder.MLP_INPUTS, "mlp.down_proj")
     beside = own.matrices(config.hidden_size) if own else ()
-    return *linears(*_readers(config, block), "self_attn.o_proj", *mlp), *beside
+    return *linears(*attention_readers(config, block), "self_attn.o_proj", *mlp), *beside
 
 
 def _mixture(config: PretrainedConfig) -> Mixture | None:
@@ -49,7 +50,7 @@ def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
     own, size = _mixture(config), config.hidden_size
     double = config.use_double_wide_mlp and _reuses(config, block)
     return (
-        norm_site("input_layernorm", _readers(config, block), size),
+        norm_site("input_layernorm", attention_readers(config, block), size),
         norm_site("pre_feedforward_layernorm", decoder.MLP_INPUTS, size),
         up_down_site("mlp.up_proj", "mlp.down_proj", config.intermediate_size * (1 + double)),
         *((own.norm_site("pre_feedforward_layernorm_2", size), *own.inner_sites) if own else ()),
@@ -58,7 +59,7 @@ def _sites(config: PretrainedConfig, block: int) -> tuple[Site, ...]:
 
 def _kept(config: PretrainedConfig, block: int) -> tuple[str, ...]:
     own = _mixture(config)
-    inputs = _PER_LAYER if getattr(config, "hidden_size_per_layer_input", 0) else ()
+    inputs = PER_LAYER if getattr(config, "hidden_size_per_layer_input", 0) else ()
     return *inputs, *(own.kept_weights if own else ())
 
 

@@ -49,7 +49,7 @@ class BlockInputs:
                 for rows in samples
             ]
         self.batches = batches_of(samples, shapes)
-        self.shape = (self.batches[-1].rows.stop, model.hidden_size)
+        self.shape = (self.batches[-1].rows.stop, model.state_size)
 
     def embed(self, stream: Stream, tower: Prepare | None = None) -> None:
         """Fill `stream` with the first block's inputs and record the arguments of all blocks.
@@ -132,7 +132,7 @@ class BlockInputs:
         arguments: Arguments = {name: value.to(device) for name, value in inputs.items()}
         if "input_ids" in arguments:
             arguments["use_cache"] = False
-        with stubs(model.blocks, visits, model.architecture.in_tuples):
+        with stubs(model.blocks, visits, model.architecture.in_tuples, model.residuals):
             try:
                 functional_call(
                     model.skeleton.base_model, tensors, (), arguments, tie_weights=False

@@ -66,10 +66,20 @@ class Model:
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the hidden states between blocks."""
+        """Channels of a residual stream."""
         # where there is an embed_dim, hidden_size is that of the output
         embedded: int | None = getattr(self.config, "embed_dim", None)
         return embedded or self.config.hidden_size
+
+    @property
+    def residuals(self) -> int:
+        """How many residual streams a block takes and gives."""
+        return self.architecture.residuals(self.config)
+
+    @property
+    def state_size(self) -> int:
+        """Channels of the hidden states between blocks: of all residual streams, in line."""
+        return self.residuals * self.hidden_size
 
     @property
     def tower(self) -> Model | None:

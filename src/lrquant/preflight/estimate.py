@@ -101,7 +101,7 @@ def stream_bytes(load: Load) -> int:
     """
     count = 2 + load.learning.two_branch + (load.learning.window > 1)
     bench = load.workbench
-    return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
+    return load.rows * bench.model.state_size * bench.dtype.itemsize * count
 
 
 def learned_bytes(view: BlockView) -> int:
@@ -211,7 +211,7 @@ def estimate_memory(
     tokens = max((text.tokens for text in texts), default=0)
     against = measured is not None and bool(measured.against)
     kept = 2 if against else 1
-    states = tokens * model.hidden_size * dtype.itemsize * kept * in_memory
+    states = tokens * model.state_size * dtype.itemsize * kept * in_memory
     stored = model_dtype(model)
     outer = outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize

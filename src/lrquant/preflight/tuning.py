@@ -21,7 +21,7 @@ def tuning_bytes(load: Load, tuning: Tuning) -> int:
     model, dtype = load.workbench.model, load.workbench.dtype
     blocks = [sum(t.numel() for t in block.state_dict().values()) for block in model.blocks]
     tokens = math.prod(next(iter(load.batch.inputs[0].values())).shape[:2]) * len(load.batch)
-    states = (len(blocks) + 1) * tokens * model.hidden_size * 4
+    states = (len(blocks) + 1) * tokens * model.state_size * 4
     logits = min(HEAD_TOKENS, tokens) * model.config.vocab_size * 4 * 6
     head = outer_elements(model)["head"] * dtype.itemsize
     of_weight = 1 + 2 + 0.2 if tuning.tune_rounding else 1
