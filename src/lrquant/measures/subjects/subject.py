@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,8 +81,8 @@ class Subject(ABC):
         """What makes logits (batch, tokens, vocabulary) of final hidden states."""
 
     @abstractmethod
-    def module(self, variant: str) -> PreTrainedModel:
-        """A variant as a whole transformers model."""
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
+        """A variant as a whole transformers model, for every member of a team."""
 
     def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
         """Learn again on a text: how, and what came of it; None where nothing is to be adapted.
@@ -132,8 +132,8 @@ class BlockSubject(Subject):
     def head(self) -> Head:
         return Head(self.reader, self.device, self.dtype)
 
-    def module(self, variant: str) -> PreTrainedModel:
-        return materialize(self.workbench, self._prepared(variant))
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
+        return materialize(self.workbench, replace(self, team=team)._prepared(variant))
 
     def _prepared(self, variant: str, text: str = "") -> Variant:
         """How a variant's blocks are made ready; `text` is what the adapted one was adapted to."""
@@ -195,7 +195,7 @@ class CheckpointSubject(Subject):
     def head(self) -> Callable[[Tensor], Tensor]:
         return self.checkpoint.head
 
-    def module(self, variant: str) -> PreTrainedModel:
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
         return self.checkpoint.module
 
 
