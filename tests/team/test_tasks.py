@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,17 +31,26 @@ def sets(tmp_path):
     return tmp_path / "sets"
 
 
-def test_two_processes_score_what_one_does(start, model_folder, token_ids, sets, tmp_path):
+def test_two_processes_score_what_one_does(
+    start, model_folder, token_ids, sets, tmp_path, monkeypatch
+):
+    """One of three models is too large for each: the first alone has it, spread over places."""
     run = tmp_path / "run"
     settings = {**SHARED, "epochs": 1, "report": False, "output_dir": str(run)}
     quantize(model_folder("llama"), "W4A4", calibration=token_ids(2, 16), **settings)
     words = ["--tasks", "piqa", "--data-dir", sets, "--task-batch-size", "3", "--device", "cpu"]
     words += ["--precision", "float32", "--compare"]
+    alone = evaluate(str(run), tasks="piqa", data_dir=str(sets), compare=True, **SHARED)["tasks"]
+    assert {"quantized", "full_precision", "round_to_nearest"} < set(alone["piqa"])
+    shutil.rmtree(run / "tasks")
+    (run / "results.json").unlink()
+    monkeypatch.setenv("LARGE", "1")
     assert start(2, SCRIPT, "evaluate", run, *words) == (0, [])
-    shared = RunFolder.open(run).results()["tasks"]
-    alone = evaluate(str(run), tasks="piqa", data_dir=str(sets), compare=True, **SHARED)
-    assert shared == alone["tasks"]
-    assert {"quantized", "full_precision", "round_to_nearest"} < set(shared["piqa"])
+    assert RunFolder.open(run).results()["tasks"] == alone
+    assert len(list((run / "tasks").iterdir())) == 3
+    log = (run / "run.log").read_text()
+    assert log.count("tasks: the model is too large to be whole in each of 2 processes") == 1
+    assert log.count("GB: 2 blocks on the disk") == 1 and not list(run.glob("whole-*"))
 
 
 def test_a_process_that_fails_ends_both_with_one_line(

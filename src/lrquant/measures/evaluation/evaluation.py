@@ -168,13 +168,14 @@ class Evaluation:
             logger.info("%s: measured by the first of %d processes", names, self.team.size)
         for variant in (subject.own, *subject.beside):
             wanted = [board for board in boards if self._wants(board.measure, subject, variant)]
-            shared = self.team.first(partial(_shared_sets, wanted))
+            shared = self._shared(wanted, subject)
             team = self.team if shared else ALONE
             if self.team.rank:
                 self._assist(shared, subject, variant)
             elif wanted:
                 whole = WholeModel(subject.module(variant, team), subject.reader, variant, team)
                 yield from self._score_boards(wanted, whole, progress)
+                del whole  # before the next one is made
         for board in boards:
             if board.measure.against_full_precision:
                 for name in board.sets:
@@ -189,6 +190,19 @@ class Evaluation:
                 self._score(board, name, whole, progress)
                 if not board.measure.against_full_precision:
                     yield board.entries(name)
+
+    def _shared(self, boards: list[Board], subject: Subject) -> list[str]:
+        """The measures that all of a team take of a variant, as often as each has sets.
+
+        None where a member has no room for the model: the first then has the devices of all.
+        """
+        names = self.team.first(partial(_shared_sets, boards))
+        if self.team.size == 1 or all(self.team.each(subject.fits(self.team.size))):
+            return names
+        if names:
+            told = ", ".join(dict.fromkeys(names)), self.team.size
+            logger.info("%s: the model is too large to be whole in each of %d processes", *told)
+        return []
 
     def _assist(self, names: list[str], subject: Subject, variant: str) -> None:
         """Another member's part of scoring a variant on sets of these measures."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.placement import fits_device
 from lrquant.blocks.plan import FULL_PRECISION as UNQUANTIZED
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.runner import Variant
@@ -84,6 +85,10 @@ class Subject(ABC):
     def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
         """A variant as a whole transformers model, for every member of a team."""
 
+    def fits(self, processes: int) -> bool:
+        """Whether each of so many processes can have a variant whole on its device."""
+        return True
+
     def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
         """Learn again on a text: how, and what came of it; None where nothing is to be adapted.
 
@@ -134,6 +139,9 @@ class BlockSubject(Subject):
 
     def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
         return materialize(self.workbench, replace(self, team=team)._prepared(variant))
+
+    def fits(self, processes: int) -> bool:
+        return fits_device(self.workbench, processes)
 
     def _prepared(self, variant: str, text: str = "") -> Variant:
         """How a variant's blocks are made ready; `text` is what the adapted one was adapted to."""
