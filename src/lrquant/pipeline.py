@@ -155,7 +155,7 @@ def _run(prospect: Prospect, progress: Progress, earlier: MemoryHandler, team: T
     if team.size > 1:
         logger.info("%d processes, each with its share of the samples", team.size)
     if not measure_only:
-        require_steps(learning.batch_size, learning.micro_batch_size, team)
+        require_steps(learning.batch_size, learning.micro_batch_size, team.size)
     _require_all(prospect, team)
     workbench, evaluation, reading = prospect.workbench, prospect.evaluation, prospect.reading
     assert workbench is not None and evaluation is not None and reading is not None

@@ -34,10 +34,11 @@ def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> fl
     total = (
         head_seconds(model, costs)
         * load.rows
+        * load.share
         * (tuning.tune_epochs * (5 * (1 - held) + 2 * held) + 2 * held)
     )
     for kind in costs:
-        own, batches = kind.costs, load.rows / kind.costs.rows
+        own, batches = kind.costs, load.rows / kind.costs.rows * load.share
         passes = tuning.tune_epochs * (1 - held) * (own.held + own.step)
         passes += (tuning.tune_epochs + 1) * held * own.held + own.full
         total += len(kind.blocks) * (own.read + own.freeze + batches * passes)
