@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,11 +207,13 @@ def _described(places: Mapping[str, Place]) -> str:
 
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
-    """Without its warning that parameters on the host have no values between two passes."""
+    """Without its warnings: of parameters without values between passes, or beside modules."""
     noisy = logging.getLogger("accelerate.big_modeling")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys", UserWarning)
+            yield
     finally:
         noisy.setLevel(level)
