@@ -140,7 +140,8 @@ def test_without_accelerate_one_line_says_so(make_rounded, monkeypatch):
 def test_no_operation_mixes_two_devices(model_folder):
     """On two pretended devices, of which each block has one; also what hooks apply is there."""
     pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
-    words = [sys.executable, str(TWO_DEVICES), str(model_folder("llama"))]
+    names = ("llama", "opt", "gemma3", "gemma4-plain", "olmo2", "gpt_neox")
+    words = [sys.executable, str(TWO_DEVICES), *(str(model_folder(name)) for name in names)]
     environment = os.environ | {"PYTHONPATH": str(Path(lrquant.__file__).parents[1])}
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -49,8 +49,8 @@ def devices_of(folder: str) -> tuple[list[str], str]:
         module = materialize(bench, with_factors(unlearned(bench)), room)
         ids = torch.ones((2, 12), dtype=torch.long, device=FIRST)
         logits = module(ids, use_cache=False).logits
-    devices = [next(block.parameters()).device for block in module.model.layers]
-    return list(map(str, devices)), str(logits.device)
+    parameters = [next(module.get_submodule(name).parameters()) for name in blocks]
+    return [str(parameter.device) for parameter in parameters], str(logits.device)
 
 
 def sdpa(query, key, value, attn_mask=None, is_causal=False, scale=None, **others):
@@ -67,4 +67,6 @@ if __name__ == "__main__":
     _setup_privateuseone_for_python_backend("pretended")
     torch.nn.functional.scaled_dot_product_attention = sdpa
     placement._MAKING = 0
-    assert devices_of(sys.argv[1]) == ([FIRST, SECOND], FIRST)
+    for folder in sys.argv[1:]:
+        (first, *others), logits = devices_of(folder)
+        assert (first, set(others), logits) == (FIRST, {SECOND}, FIRST), folder
