@@ -56,15 +56,15 @@ class Stream:
         storage: str,
         folder: Path | None = None,
     ) -> None:
-        self.device = device
+        self.device, self._pinned = device, False
         self.added: dict[tuple[int, int], Tensor] = {}
         self.handed: dict[int, States] = {}
         if storage == "disk":
             self.states = _mapped_tensor(shape, dtype, folder)
         else:
             place = device if storage == "device" else torch.device("cpu")
-            pinned = place != device and torch.device(device).type == "cuda"
-            self.states = torch.empty(shape, dtype=dtype, device=place, pin_memory=pinned)
+            self._pinned = storage != "device" and device.type == "cuda"
+            self.states = torch.empty(shape, dtype=dtype, device=place, pin_memory=self._pinned)
 
     def read(self, batch: Batch, block: int | None = None) -> Tensor:
         """States (*shape, hidden) of a batch on the computing device, float32.
@@ -73,7 +73,7 @@ class Stream:
         """
         states = self.states[batch.rows]
         # moved as it is stored, and on CUDA without waiting: what follows does on the device
-        states = states.to(self.device, non_blocking=states.is_pinned()).float()
+        states = states.to(self.device, non_blocking=self._pinned).float()
         states = states.unflatten(0, batch.shape)
         added = None if block is None else self.added_before(batch, block)
         return states if added is None else states + added
@@ -103,7 +103,7 @@ class Stream:
 
     def copy(self, other: Stream) -> None:
         """Take over another stream's states."""
-        if self.states.is_pinned():
+        if self._pinned:
             torch.cuda.synchronize(self.device)  # it may still be on its way there
         self.states.copy_(other.states)
         self.added = other.added
