@@ -1,11 +1,12 @@
 """Prefill and decode speed of saved checkpoints against the dense model, in one process.
 
-    python benchmarks/serving.py --model MODEL CHECKPOINT [CHECKPOINT …]
+    python benchmarks/serving.py --model MODEL [--compile] CHECKPOINT [CHECKPOINT …]
 
 MODEL is the model that they were made of, in bfloat16 and in float32; each CHECKPOINT is loaded as
 its README says, in float32 (`--dtype` for another).  Prefill: one forward of --prompt tokens, the
 best of --repeats.  Decode: --new tokens, one at a time, after that prompt, with the cache that the
-checkpoint asks for.  Memory: the bytes of all parameters and buffers.
+checkpoint asks for; with --compile through torch.compile, and with a cache of fixed size.  Memory:
+the bytes of all parameters and buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GgufConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from lrquant import LRQuantError, QuantizedCache
 from lrquant.measures.rows import table
@@ -32,7 +40,7 @@ def main() -> None:
         model = load()
         ids = torch.randint(10, 1000, (1, options.prompt))
         prefill = _prefill(model, ids, options.repeats)
-        decode = _decode(model, ids, options.new)
+        decode = _decode(model, ids, options.new, options.compile)
         tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         size = sum(tensors.values()) / 2**20
         rows.append([name, f"{prefill:.0f}", f"{decode:.1f}", f"{size:.0f}"])
@@ -74,17 +82,25 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor, repeats: int) -> float:
 
 
 @torch.inference_mode()
-def _decode(model: PreTrainedModel, ids: torch.Tensor, new: int) -> float:
-    """Tokens a second after the prompt."""
-    cache: Cache = _cache(model)
+def _decode(model: PreTrainedModel, ids: torch.Tensor, new: int, compiled: bool) -> float:
+    """Tokens a second after the prompt and the steps in which it is compiled."""
+    step = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+    warm = 2 if compiled else 0
+    cache = _cache(model, ids.numel() + warm + new if compiled else None)
     last = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
     started = time.perf_counter()
-    for _ in range(new):
-        last = model(last, past_key_values=cache).logits[:, -1:].argmax(-1)
+    for index in range(warm + new):
+        if index == warm:
+            started = time.perf_counter()
+        position = torch.tensor([[ids.numel() + index]])
+        logits = step(last, past_key_values=cache, position_ids=position).logits
+        last = logits[:, -1:].argmax(-1)
     return new / (time.perf_counter() - started)
 
 
-def _cache(model: PreTrainedModel) -> Cache:
+def _cache(model: PreTrainedModel, size: int | None) -> Cache:
+    if size is not None:
+        return StaticCache(config=model.config, max_cache_len=size)
     try:
         return QuantizedCache(model.config)
     except LRQuantError:
@@ -99,6 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
 
 

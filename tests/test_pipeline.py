@@ -748,7 +748,7 @@ def test_everything_is_checked_before_anything_is_learned(model, learn, tmp_path
             {"group_size": 5},
             "group size 5 does not divide the 32 input columns of self_attn.q_proj",
         ),
-        ({"ppl": ("nonsense",)}, "tokenizer"),
+        ({"ppl": ("wikitext2",)}, "tokenizer"),
         ({"save_dir": str(tmp_path)}, "run folder"),
         ({"act_scales": str(tmp_path / "absent.pt")}, "absent.pt: no such file"),
     ):

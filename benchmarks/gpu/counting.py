@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lrquant.learn import objective
 from lrquant.numerics import tokens, weights
 
 PRODUCTS, ATTENTION, LOSSES = "products", "attention", "losses"
@@ -151,6 +152,7 @@ def counting(device: torch.device) -> Iterator[Counter]:
         mock.patch.object(torch, "tensor", partial(counter.made, torch.tensor)),
         mock.patch.object(weights, "call_compiled", counter.whole),
         mock.patch.object(tokens, "call_compiled", counter.whole),
+        mock.patch.object(objective, "call_compiled", counter.whole),
         counter,
     ):
         yield counter

@@ -53,6 +53,7 @@ from lrquant.measures.evaluation.telling import (
     measure_target,
     source_of,
 )
+from lrquant.measures.evaluation.texts import require_known_texts
 from lrquant.measures.subjects.reference import reference_name
 from lrquant.measures.subjects.subject import (
     QUANTIZED,
@@ -155,7 +156,7 @@ def _run(prospect: Prospect, progress: Progress, earlier: MemoryHandler, team: T
     if team.size > 1:
         logger.info("%d processes, each with its share of the samples", team.size)
     if not measure_only:
-        require_steps(learning.batch_size, learning.micro_batch_size, team)
+        require_steps(learning.batch_size, learning.micro_batch_size, team.size)
     _require_all(prospect, team)
     workbench, evaluation, reading = prospect.workbench, prospect.evaluation, prospect.reading
     assert workbench is not None and evaluation is not None and reading is not None
@@ -319,6 +320,7 @@ def evaluate(target: str, settings: JsonObject, progress: Progress | None = None
         raise LRQuantError(f"--compare {target}: needs a run folder; give what to compare it with")
     reference_name(target, config)
     with joined() as team, ExitStack() as stack, full_precision_sums():
+        team.first(partial(require_known_texts, config.measuring, config.group(Sources)))
         folder = None
         if "output_dir" in settings and team.rank == 0:
             folder = RunFolder(Path(config.output_dir))

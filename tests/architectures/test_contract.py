@@ -45,6 +45,7 @@ INSIDE += ("lfm2", "lfm2-biases", "gemma4", "gemma4-plain")
 INSIDE += ("qwen3_5_moe", "qwen3_next-experts", "granitemoehybrid-experts", "lfm2_moe")
 INSIDE += ("nemotron_h-experts", "nemotron_h-latent", "gemma4-experts")
 INSIDE += ("glm4_moe", "glm4_moe-norms", "dots1", "solar_open", "ernie4_5_moe", "hy_v3")  # routers
+INSIDE += ("llama4", "llama4-two", "gemma4_unified", "gemma3n")
 INSIDE += ("cohere2_moe", "kimi_linear", "flex_olmo", "granitemoeshared")
 INSIDE += ("exaone_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3-whole", "glm4_moe_lite")
 ALL_KINDS = {"norm": 2, "value_output": 1, "query_key": 1, "up_down": 1}
@@ -60,6 +61,7 @@ LATENT = {"norm": 4, "value_output": 1, "query_key": 2, "up_down": 1}
 EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; the rest ALL_KINDS
     "qwen3": {**ALL_KINDS, "query_key": 0},  # q and k are normalised after projection
     "gemma3": NO_QUERY_KEY,
+    "gemma3n": {**ONE_NORM, "up_down": 1},  # the norm before attention feeds the residual
     "opt-post-norm": {**ALL_KINDS, "norm": 0},  # the norms' output feeds the residual too
     "opt-bare": {**ALL_KINDS, "norm": 0},  # norms without a weight
     "opt-gelu": NO_UP_DOWN,  # not exact without ReLU
@@ -98,6 +100,7 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "olmo_hybrid": (DELTA, AFTER),
     "gemma4": {**NO_QUERY_KEY, "value_output": 0},  # q, k and v are normalised
     "gemma4-plain": {**NO_QUERY_KEY, "value_output": 0},
+    "gemma4_unified": {**NO_QUERY_KEY, "value_output": 0},
     "gemma4-experts": {"norm": 3, "value_output": 0, "query_key": 0, "up_down": 5},
     "qwen3_moe": OF_EXPERTS,
     "qwen3_moe-unlike": (NO_QUERY_KEY, OF_EXPERTS, OF_EXPERTS),
@@ -117,6 +120,8 @@ EXPECTED = {  # algorithm.md, section 2: sites of each kind, a tuple by block; t
     "granitemoe": {**ALL_KINDS, "up_down": 4},
     "gpt_oss": NO_UP_DOWN,  # up and 1, cut off, is multiplied with the gate
     "granitemoeshared": {**ALL_KINDS, "up_down": 5},
+    "llama4": (NO_QUERY_KEY, {**NO_QUERY_KEY, "up_down": 5}, ALL_KINDS),  # q and k without RoPE
+    "llama4-two": {**ALL_KINDS, "up_down": 5},
     "flex_olmo": {**AFTER, "up_down": 4},
     "cohere2_moe": ({**ALL_KINDS, "norm": 1, "up_down": 5}, {**ALL_KINDS, "norm": 1}),
     "kimi_linear": ({**DELTA, "up_down": 6}, {**LATENT, "norm": 3}),
@@ -137,6 +142,13 @@ OLMO_SMALL = frozenset(f"linear_attn.{n}.weight" for n in ("conv1d", "a_proj", "
 KIMI_DECAY = ("A_log", "f_a_proj.weight", "f_b_proj.weight")
 KIMI_SMALL = frozenset({"self_attn.conv1d.weight", "self_attn.b_proj.weight"})
 KIMI_SMALL |= {f"self_attn.forget_gate.{name}" for name in KIMI_DECAY}
+ALTUP = frozenset(
+    f"{name}.weight"
+    for name in (
+        *("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
+        *("laurel.linear_left", "laurel.linear_right"),
+    )
+)
 MAMBA = frozenset({"mamba.conv1d.weight"})
 UNLIKE = (frozenset(), ROUTER, ROUTER)
 KEPT = {  # of each block, or a tuple by block; the rest nothing
@@ -159,6 +171,7 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     "gemma4-experts": frozenset({"router.proj.weight"}),
     "olmo_hybrid": (OLMO_SMALL, frozenset()),
     "gemma4": frozenset({"per_layer_input_gate.weight", "per_layer_projection.weight"}),
+    "gemma3n": ALTUP | {"per_layer_input_gate.weight", "per_layer_projection.weight"},
     "outside-experts": ROUTER,
     "outside-unlike": UNLIKE,
     "qwen3_moe": ROUTER,
@@ -173,6 +186,8 @@ KEPT = {  # of each block, or a tuple by block; the rest nothing
     **dict.fromkeys(("granitemoe", "granitemoeshared"), GRANITE_ROUTER),
     **dict.fromkeys(("gpt_oss", "phimoe"), frozenset({"mlp.router.weight"})),
     "flex_olmo": ROUTER,
+    "llama4": (frozenset(), frozenset({"feed_forward.router.weight"}), frozenset()),
+    "llama4-two": frozenset({"feed_forward.router.weight"}),
     "cohere2_moe": (ROUTER, frozenset()),
     "kimi_linear": (ROUTER | KIMI_SMALL, frozenset()),
     **dict.fromkeys(
@@ -409,7 +424,7 @@ def mixture_inputs(experts: str, *names: str) -> tuple[str, ...]:
 _LATENT = {"num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 32, "v_head_dim": 12}
 _LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "hidden_size": 32}
 QUERY_KEY = ("self_attn.q_proj", "self_attn.k_proj", 4, 2)
-WRONG_SITES = {
+WRONG_SITES = {  # the variant, the site, and the block where it does not hold if it does in others
     "unpaired under RoPE": ("llama", query_key_site(*QUERY_KEY, 8, rotary=None)),
     "neighbours for halves": ("llama", query_key_site(*QUERY_KEY, 8, rotary="interleaved")),
     "q and k normalised after projection": ("qwen3", query_key_site(*QUERY_KEY, 16, "half")),
@@ -519,6 +534,16 @@ WRONG_SITES = {
         "olmo_hybrid",
         norm_site("post_attention_layernorm", decoder.ATTENTION_INPUTS, 32),
     ),
+    "a norm that a linear of low rank adds to what it gives": (
+        "gemma3n",
+        norm_site("input_layernorm", ("self_attn.q_proj", "laurel.linear_left"), 32),
+        2,
+    ),
+    "gate instead of up under a cut": (
+        "gemma3n",
+        up_down_site("mlp.gate_proj", "mlp.down_proj", 48),
+        0,
+    ),
     "values that are normalised": (
         "gemma4-plain",
         value_output_site("self_attn.v_proj", "self_attn.o_proj", 4, 2, 8),
@@ -528,6 +553,28 @@ WRONG_SITES = {
         norm_site(
             "post_attention_layernorm",
             mixture_inputs("mlp.experts", "w1", "w3"),
+            32,
+        ),
+    ),
+    "q and k normalised by their length alone, after RoPE": (
+        "llama4",
+        query_key_site(*QUERY_KEY, 16, "interleaved"),
+        0,
+    ),
+    "halves for neighbours beside experts in rows": (
+        "llama4-two",
+        query_key_site(*QUERY_KEY, 16, "half"),
+        0,
+    ),
+    "a norm whose router is not named, beside experts in rows": (
+        "llama4-two",
+        norm_site(
+            "post_attention_layernorm",
+            (
+                *mixture_inputs("feed_forward.experts", "gate_proj", "up_proj"),
+                "feed_forward.shared_expert.gate_proj",
+                "feed_forward.shared_expert.up_proj",
+            ),
             32,
         ),
     ),
@@ -594,9 +641,9 @@ WRONG_SITES = {
 @pytest.mark.parametrize("what", WRONG_SITES)
 def test_a_site_that_does_not_hold_is_seen(what, make_model, change):
     """Negative controls: the sites that the declarations rightly leave out."""
-    name, site = WRONG_SITES[what]
+    name, site, *only = WRONG_SITES[what]
     model = make_model(name, torch.float64)
-    blocks = [index for index in indices(model) if has_place(model, index, site)]
+    blocks = only or [index for index in indices(model) if has_place(model, index, site)]
     assert blocks
     for index in blocks:
         assert change(model, {index: (site,)}) > CLEAR

@@ -16,8 +16,8 @@ from lrquant.model.skeleton import build_skeleton
 
 TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 NO_DEFAULT = {"gemma4_assistant"}  # transformers makes no configuration of it
-NO_MODEL_OF_DEFAULTS = {  # nor a model of its default configuration
-    *("hunyuan_v1_dense", "hunyuan_v1_moe", "nemotron", "dots1", "lfm2_moe"),
+NO_MODEL_OF_DEFAULTS = {  # nor a model of its default configuration, or none without timm
+    *("gemma3n", "hunyuan_v1_dense", "hunyuan_v1_moe", "nemotron", "dots1", "lfm2_moe"),
 }
 
 

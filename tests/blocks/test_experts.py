@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrquant.blocks.experts import NAME, ExpertModules, Inside, experts_forward
+from lrquant.blocks.experts import NAME, ExpertModules, Inside, experts_forward, rows_forward
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.workbench import Workbench, advance_full_precision
@@ -84,6 +84,59 @@ def test_the_gradient_is_that_of_transformers_own(make_model):
         assert not own[3].any() and own[0].any()
 
 
+def in_rows(count: int) -> torch.Tensor:
+    """Rows (experts * tokens, 32) of tokens as a model gives them to such experts."""
+    values, chosen, weights = routed(count)
+    scores = torch.zeros(len(values), count, dtype=values.dtype).scatter(1, chosen, weights)
+    return (values * scores.T[..., None]).flatten(0, 1)
+
+
+@pytest.fixture
+def by_rows(make_model):
+    return make_model("llama4-two", torch.float64).model.layers[0].feed_forward.experts
+
+
+def test_experts_in_rows_are_equal_to_transformers_own(by_rows):
+    """In float64, with their gradients; and seen if something is done inside."""
+    gradients, outputs, rows = [], [], in_rows(4).requires_grad_(True)
+    setattr(by_rows, "_lrquant_inside", Inside({}, lambda place, values: values))  # noqa: B010
+    by_rows.requires_grad_(True)
+    for forward in (type(by_rows).forward, rows_forward):
+        by_rows.zero_grad()
+        outputs.append(forward(by_rows, rows))
+        outputs[-1].square().sum().backward()
+        gradients.append([each.grad.clone() for each in by_rows.parameters()])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other)
+    for place in (DOWN.format(0), "mlp.experts"):
+        read = lambda name, values, place=place: values / 2 if name == place else values  # noqa: E731
+        setattr(by_rows, "_lrquant_inside", Inside({0: DOWN.format(0)}, read, name="mlp.experts"))  # noqa: B010
+        assert (rows_forward(by_rows, rows) - outputs[0]).abs().max() > 1e-3
+
+
+def test_what_is_told_of_experts_in_rows_is_what_each_would_read(by_rows):
+    """With the score that a token has where it goes; which is the first of several."""
+    told, read, routes, rows = {}, [], [], in_rows(4)
+    inside = Inside(
+        {expert: DOWN.format(expert) for expert in range(4)},
+        lambda name, values: read.append(name) or values,
+        lambda name, values: told.update({name: values}),
+        routes.append,
+        "mlp.experts",
+    )
+    setattr(by_rows, "_lrquant_inside", inside)  # noqa: B010
+    rows_forward(by_rows, rows)
+    _, chosen, _ = routed(4)
+    assert torch.equal(routes[0].sort(1).values, chosen.sort(1).values)
+    own = rows.unflatten(0, (4, -1))[chosen.amin(1), torch.arange(9)]
+    assert torch.equal(told["mlp.experts"], own) and read.count("mlp.experts") == 5
+    for expert in range(4):
+        gate, up = (own @ by_rows.gate_up_proj[expert]).chunk(2, -1)
+        torch.testing.assert_close(told[DOWN.format(expert)], nn.functional.silu(gate) * up)
+    assert DOWN.format(3) not in read, "the last is no token's"
+
+
 def entered(bench: Workbench, ids: torch.Tensor):
     entry = BlockInputs(bench.model, ids, len(ids), CPU)
     (stream,) = bench.streams(entry, 1)
@@ -107,6 +160,23 @@ def test_what_each_reads_lies_on_its_grid(make_model, make_bench, token_ids):
     for name in (*downs, "mlp.experts"):
         assert max(len(token.unique()) for token in read[name].flatten(0, -2)) <= 8
     assert told["mlp.experts"].shape == (2, 12, 32), "by sample and token"
+
+
+def test_what_experts_in_rows_read_lies_on_its_grid(make_model, make_bench, token_ids):
+    plan = Plan(Schemes(Scheme(16, 3, qkv_bits=16)))
+    bench = make_bench(make_model("llama4-two"), plan=plan)
+    entry, stream = entered(bench, token_ids(2, 12))
+    view, read = bench.view(0, bench.stored(0)), {}
+    module = bench.model.blocks[0].feed_forward.experts
+    with bench.runner(0, view) as runner:
+        inside = runner._read
+        runner._read = lambda name, values: read.setdefault(name, inside(name, values))
+        runner(view.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
+    downs = [name for name in read if ".experts." in name]
+    assert downs and len(read["feed_forward.experts"]) == 2 * 24, "rows of chosen experts alone"
+    for name in (*downs, "feed_forward.experts"):
+        assert max(len(token.unique()) for token in read[name]) <= 8
+    assert not {"forward", "_lrquant_inside"} & vars(module).keys()
 
 
 def test_statistics_are_of_every_token_through_every_expert(make_model, make_bench, token_ids):

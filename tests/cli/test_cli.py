@@ -484,6 +484,19 @@ def test_wrong_flags(command, refuse, tmp_path, flags, parts):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--calib_dataset", "--ppl", "--agreement"])
+def test_a_mistyped_text_is_told_before_the_model_is_opened(command, refuse, monkeypatch, flag):
+    def opened(*_):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("lrquant.preflight.requirements.load_model", opened)
+    refuse(command(flag, "wikitxt2"), "the nearest is wikitext2")
+    monkeypatch.setattr("lrquant.measures.subjects.subject.load_model", opened)
+    target = command()[command().index("--model") + 1]
+    if flag == "--ppl":
+        refuse(["evaluate", target, flag, "wikitxt2"], "the nearest is wikitext2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

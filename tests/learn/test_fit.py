@@ -248,7 +248,7 @@ def failing_from(monkeypatch, call):
     calls = []
     original = block_data.loss_terms
 
-    def loss(output, targets, kind, weights=None):
+    def loss(output, targets, kind, weights=None, *, compiled=False):
         value = original(output, targets, kind)
         if not torch.is_grad_enabled():
             return value
@@ -321,7 +321,7 @@ def test_a_step_too_far_is_taken_back(block, monkeypatch, epochs, batch_size):
     start = copies(view)
     original = block_data.loss_terms
 
-    def loss(output, targets, kind, weights=None):
+    def loss(output, targets, kind, weights=None, *, compiled=False):
         value = original(output, targets, kind)
         far = any((view.parameters[n].detach() - start[n]).abs().max() > 0.5 for n in start)
         return value * math.nan if far else value
@@ -346,7 +346,7 @@ def test_gradients_that_are_not_finite(block, monkeypatch):
     before = copies(view)
     original = block_data.loss_terms
 
-    def loss(output, targets, kind, weights=None):
+    def loss(output, targets, kind, weights=None, *, compiled=False):
         value = original(output, targets, kind)
         return value + 0 * (output - output.detach()).sum().sqrt()  # finite, its gradient is not
 

@@ -14,6 +14,7 @@ from lrquant.preflight.checks import preflight
 from lrquant.runs.folder import RunFolder
 
 HYBRIDS = ("qwen3_5", "granitemoehybrid", "lfm2", "nemotron_h", "olmo_hybrid", "gemma4")
+HYBRIDS += ("gemma3n",)
 SETTINGS = {"scheme": "W4A4", "lwc": True, "let": True, "let_sites": KINDS, "epochs": 1}
 SETTINGS |= {"let_init": 1.0}
 
@@ -58,7 +59,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model, token_ids, tmp_path, monk
     assert torch.equal(cached, anew), "what a cache holds of each kind of block is not its state"
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "gemma4"])
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "gemma4", "gemma3n"])
 def test_a_window_over_blocks_of_several_kinds_learns_all(name, make_model, token_ids, tmp_path):
     """In half precision, with its report, of which each block's matrices are another's."""
     model = make_model(name)

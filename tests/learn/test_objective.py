@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrquant.learn.objective import Objective, loss_terms
+from lrquant.learn.objective import CompiledTerms, Objective, loss_terms
+from lrquant.numerics.compiled import why_not
 from lrquant.numerics.losses import mean_squared_error, negative_log_cosine
 
 
@@ -29,6 +30,29 @@ def test_terms_of_two_branches_are_summed_apart(outputs):
     parts = [loss_terms(output, [target], "mse+nlc") for target in (propagated, homologous)]
     assert torch.allclose(both, parts[0] + parts[1], rtol=1e-6)
     assert not torch.allclose(both, 2 * parts[0], rtol=1e-2)
+
+
+@pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="nothing compiles here")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_compiled_terms_have_the_same_gradient(outputs, weighted):
+    output, *others = outputs
+    targets = [output + 0.3 * each for each in others]
+    weights = torch.tensor([[1.0, 0.5, 0.0, 2.0, 1.0]] * 2) if weighted else None
+    to_terms = torch.tensor([2.0, 3.0])
+    terms = mean_squared_error, negative_log_cosine
+    gradients = []
+    for compiled in (False, True):
+        own = output.clone().requires_grad_()
+        told = (
+            CompiledTerms.apply(own, terms, weights, *targets)
+            if compiled
+            else loss_terms(own, targets, "mse+nlc", weights)
+        )
+        (told * to_terms).sum().backward()
+        gradients.append(own.grad)
+        assert torch.allclose(told, loss_terms(output, targets, "mse+nlc", weights), rtol=1e-6)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8)
+    assert gradients[0].abs().max() > 1e-3
 
 
 def test_without_dynamic_weights_the_loss_is_the_sum():

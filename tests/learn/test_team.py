@@ -172,7 +172,7 @@ def test_a_larger_batch_learns_something_else(learned, feed):
 def test_a_member_whose_loss_is_not_finite_takes_all_back(learned, feed, monkeypatch):
     original, here = block_data.loss_terms, threading.local()
 
-    def loss(output, targets, kind, weights=None):
+    def loss(output, targets, kind, weights=None, *, compiled=False):
         terms = original(output, targets, kind, weights)
         return terms * float("nan") if here.fails and torch.is_grad_enabled() else terms
 
@@ -326,8 +326,8 @@ def test_too_few_samples_are_refused_by_all_before_anything_is_learned(model, fe
 
 @pytest.mark.parametrize(("at_once", "words"), [(1, ""), (2, " and --micro_batch_size 2")])
 def test_steps_of_fewer_samples_than_processes_are_refused(at_once, words):
-    together(lambda team: require_steps(3 * at_once, at_once, team), 3)
-    (error, *_) = together(lambda team: require_steps(2 * at_once, at_once, team), 3)
+    together(lambda team: require_steps(3 * at_once, at_once, team.size), 3)
+    (error, *_) = together(lambda team: require_steps(2 * at_once, at_once, team.size), 3)
     assert str(error) == (
         f"--batch_size {2 * at_once}{words}: too few samples a step for 3 processes; use "
         f"--batch_size {3 * at_once} or a multiple of it"

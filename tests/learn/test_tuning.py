@@ -73,7 +73,7 @@ def test_a_tuned_block_computes_what_its_view_does(whole, family):
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma4"])  # the last hands keys and values on
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3n", "gemma4"])  # hand keys and values on
 def test_the_gradient_is_that_of_the_divergence(whole, family, monkeypatch):
     """Against differences of the loss itself, forward alone."""
     bench, pairs, samples = whole(family, Scheme(3, 16, 16))

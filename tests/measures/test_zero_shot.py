@@ -22,7 +22,6 @@ from lrquant.config.schemes import Schemes
 from lrquant.data.beginnings import Beginning, beginning_by_itself
 from lrquant.measures.harness import scores as harness_scores
 from lrquant.measures.harness.settings import TaskSettings
-from lrquant.measures.harness.task_list import Tasks
 from lrquant.measures.measure import WholeModel
 from lrquant.measures.tables import results_table
 from lrquant.measures.tasks import MEASURE
@@ -269,10 +268,9 @@ def test_the_harness_begins_texts_as_windows_begin(
     if adds:
         tokenizer = beginning_by_itself(tiny_tokenizer, Beginning((1,)))
     module = make_model(name)
-    tasks = Tasks((), (), {}, {}, {}, frozenset())
     reader = from_module(module, tokenizer)
     whole = WholeModel(module, reader, "quantized")
-    harness = harness_scores._wrapped(tasks, whole, "auto", bos)
+    harness = harness_scores._wrapped(whole, "auto", bos)
     plain = tiny_tokenizer("ab").input_ids
     expected = [1, *plain] if (adds if begins is None else begins) else plain
     assert harness.tok_encode("ab") == expected

@@ -18,7 +18,7 @@ from lrquant.cli import main
 from lrquant.config.groups import Computing
 from lrquant.measures.subjects.checkpoint import load_checkpoint
 from lrquant.model.loading import load_model
-from lrquant.model.reading import own_code, read_processor
+from lrquant.model.reading import own_code, read_processor, reading
 
 PLACES = {  # a file of the folder, the key of its auto_map, the class that it is for
     "config": ("config.json", "AutoConfig", "LlamaConfig"),
@@ -32,6 +32,16 @@ from transformers import *
 class Own{base}({base}):
     pass
 """
+
+
+def test_a_library_that_is_not_installed_is_named():
+    needed = "\nTower requires the timm library but it was not found. You can install it:\npip"
+    with pytest.raises(LRQuantError) as caught, reading("a model", Path("config.json")):
+        raise ImportError(needed)
+    assert str(caught.value) == (
+        "config.json: a model cannot be read here (Tower requires the timm library but it was not "
+        "found); install that"
+    )
 
 
 @pytest.fixture

@@ -67,6 +67,22 @@ def test_a_run_that_works(settings, tmp_path):
     assert done.results["perplexity"], "and it does work"
 
 
+def test_one_of_two_processes(settings, monkeypatch):
+    """What a launch of torchrun says; a step of one sample has none for the second."""
+    alone = check({**settings, "batch_size": 2})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = check({**settings, "batch_size": 2})
+    assert ("processes", "2, each with at most 1 of 2 samples a step") in found(done, "ok")
+    assert done.processes == 2 and done.stream_bytes == alone.stream_bytes // 2
+    assert "of each of 2 processes" in preflight_text(done) and "processes" in preflight_values(
+        done
+    )
+    assert any("free on cpu for 2 processes" in text for _, text in found(done, "ok"))
+    ((what, text),) = found(check(settings), "failed")
+    assert what == "processes" and "use --batch_size 2 or a multiple of it" in text
+
+
 @pytest.mark.parametrize(
     ("scheme", "target", "name"),
     [

@@ -262,6 +262,23 @@ def test_the_time_of_learning(make_model, load_of):
     assert seconds(plain, grouped) == 2 * (block + 3 * (3 * 6 * 10 + 6 * 4))
 
 
+def test_what_one_of_several_processes_takes(make_model, load_of):
+    """Of steps of 4 samples three have 2 at most, as two have; what is done once a block stays."""
+    config = Config(scheme="W4A16", epochs=3, keep_best=False, lwc_init=4.0, batch_size=4)
+    whole = load_of(make_model("llama"), config.resolved(), 12, 8)
+    once = 1 + 5 + 0.5 + 0.25
+    assert learning_seconds(whole, BLOCKS) == 2 * (once + 6 * (2 + 2 * 4) + 3 * 6 * 10)
+    for processes in (2, 3):
+        load = dataclasses.replace(whole, processes=processes)
+        assert learning_seconds(load, BLOCKS) == 2 * (once + 3 * (2 + 2 * 4) + 3 * 3 * 10)
+        assert stream_bytes(load) == stream_bytes(whole) // 2
+    model = whole.workbench.model
+    read, shared = TextLoad(texts(8, 8), 8), TextLoad(texts(8, 8), 8, processes=4)
+    blocks = 2 * 1.25  # read and frozen by each
+    expected = (measuring_seconds(model, BLOCKS, read, True) - blocks) / 4 + blocks
+    assert measuring_seconds(model, BLOCKS, shared, True) == pytest.approx(expected)
+
+
 def test_the_time_of_measuring(make_model):
     model = from_module(make_model("llama"))
     linears = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48

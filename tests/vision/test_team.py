@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lrquant.config.config import Config
 from lrquant.config.groups import Computing, Learning
 from lrquant.data.feeds import Feed
 from lrquant.learn.model import learn_model
+from lrquant.measures.measure import WholeModel
+from lrquant.measures.scoring import answers, classes
 from lrquant.model.loading import from_module
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
@@ -63,3 +66,33 @@ def test_the_second_of_two_has_no_picture(
     for parts in (folders, [folder.tower for folder in folders]):
         for index in range(parts[0].finished_blocks()):
             assert teams.same(*(part.load_block(index) for part in parts))
+
+
+def whole(module, tokenizer, team):
+    module = module.eval()
+    return WholeModel(module, SimpleNamespace(tokenizer=tokenizer), "quantized", team)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_members_answer_and_classify_what_one_does(
+    teams, make_vision, make_feed, processor, monkeypatch, size
+):
+    """Samples of two shapes in batches of two; one of three members classifies none."""
+    for module in (answers, classes):
+        monkeypatch.setattr(module, "BATCH", 2)
+    words, pictures = make_feed("llava", 5), make_feed("vit", 3)
+    ids = torch.cat([words.inputs[0]["input_ids"], torch.full((1, 3), 9)], 1)
+    other = {**words.inputs[0], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    asked = [*words.inputs[:2], other, *words.inputs[2:]]
+    sets = [SimpleNamespace(feed=Feed(asked)), SimpleNamespace(feed=pictures)]
+
+    def work(team):
+        answering, classifying = sets if team.rank == 0 else (None, None)
+        model = whole(make_vision("llava"), processor.tokenizer, team)
+        told = answers.answers("", answering, model, Progress())
+        model = whole(make_vision("vit"), None, team)
+        return told, classes.predictions(classifying, model, Progress()).tolist()
+
+    alone = work(ALONE)
+    assert len(alone[0]) == 6 and len(set(alone[0])) > 1 and len(alone[1]) == 3
+    assert teams.together(work, size) == [alone] * size

@@ -31,7 +31,8 @@ class Architecture:
     computed in the blocks' own code, where Q, K and V can't be put on a grid; `in_tuples` that the
     model takes the first of what a block returns; `cumulative` that a block adds up along tokens
     (`cumsum`), for which CUDA has no repeatable kernel; `hands_on` is the argument, a mapping, in
-    which blocks leave keys and values for later ones.  `windows_begin` says how windows of text
+    which blocks leave keys and values for later ones; `residuals` how many residual streams, along
+    a first axis, a block takes and gives.  `windows_begin` says how windows of text
     begin: "stream", cut out of one stream as the family's published numbers are; "bos", each with
     BOS; or each as the family's "tokenizer" begins a text.
     """
@@ -53,6 +54,7 @@ class Architecture:
     in_tuples: bool = False
     cumulative: bool = False
     hands_on: str | None = None
+    residuals: Callable[[PretrainedConfig], int] = lambda config: 1
     windows_begin: str = "tokenizer"
 
     def objection(self, config: PretrainedConfig) -> str | None:

@@ -34,6 +34,7 @@ class Mixture:
     those of an expert's gate, up and down, or of up and down, where one is published on its own.
     Down reads what up gives to a `power`.  Experts read and give `latent` channels where there are
     two linears for it: `entrance` gives them of what the router reads, `exit` takes their sum.
+    `transposed` says that inputs come first in the experts' parameters.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Mixture:
     latent: int | None = None
     entrance: str = ""
     exit: str = ""
+    transposed: bool = False
 
     def _at(self, *names: str) -> tuple[str, ...]:
         return tuple(f"{self.path}.{name}" if self.path else name for name in names)
@@ -77,11 +79,11 @@ class Mixture:
         """Gate, up and down of every expert, of the shared one, and what is around them."""
         *inputs, down = self.names
         first, second = dict.fromkeys(inputs, self.width), {down: self.latent or hidden_size}
-        module, count = self._experts, self.count
+        module, count, turned = self._experts, self.count, self.transposed
         stored = "gate_up_proj" if len(inputs) > 1 else "up_proj"
         return (
-            *parts_of_experts(module, stored, count, first, reads_input=True),
-            *parts_of_experts(module, "down_proj", count, second, reads_input=False),
+            *parts_of_experts(module, stored, count, first, True, turned),
+            *parts_of_experts(module, "down_proj", count, second, False, turned),
             *linears(*self._shared, *self._around),
         )
 

@@ -34,6 +34,7 @@ def multimodal(
         auto_class=AutoModelForImageTextToText,
         tower=tower,
         hands_on=hands_on,
+        residuals=_residuals,
     )
 
 
@@ -47,6 +48,10 @@ def _sites(text: PretrainedConfig, block: int) -> tuple[Site, ...]:
 
 def _kept(text: PretrainedConfig, block: int) -> tuple[str, ...]:
     return language_parts()[text.model_type].kept(text, block)
+
+
+def _residuals(text: PretrainedConfig) -> int:
+    return language_parts()[text.model_type].residuals(text)
 
 
 def _refusal(config: PretrainedConfig) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,8 +12,11 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lrquant.model.experts import SECOND, ExpertForm, expert_form
+
 NAME = "lrquant"
 _INSIDE = "_lrquant_inside"
+_FORWARD = "forward"  # of one module, in place of that of its class
 Read = Callable[[str, Tensor], Tensor]
 Watch = Callable[[str, Tensor], None]
 Make = Callable[[int], Tensor]
@@ -48,18 +51,20 @@ class BlockTensors(dict[str, Tensor]):
 
 @dataclass
 class Inside:
-    """What is done inside a module of experts: `places` names what each one's second matrix reads.
+    """What is done inside a module of experts, of a `name` in its block.
 
-    `read` makes of such values (tokens, width) what products take.  `observe` is told what an
-    expert would read if every token went to it; `route` of the tokens' experts (tokens, chosen).
-    `apart` are the module's parameters, by their names in it, of which each expert's part is made
-    when it computes, and once more for its gradient.
+    `places` names what each one's second matrix reads; `read` makes of such values (tokens, width)
+    what products take.  `observe` is told what an expert would read if every token went to it;
+    `route` of the tokens' experts (tokens, chosen).  `apart` are the module's parameters, by their
+    names in it, of which each expert's part is made when it computes, and once more for its
+    gradient.
     """
 
     places: Mapping[int, str]
     read: Read
     observe: Watch | None = None
     route: Callable[[Tensor], None] | None = None
+    name: str = ""
     apart: Mapping[str, Apart] = field(default_factory=dict)
 
     def of(self, module: nn.Module, name: str) -> Make:
@@ -81,10 +86,15 @@ class ExpertModules:
 
     @classmethod
     def of(cls, block: nn.Module) -> ExpertModules:
-        """Those that transformers lets compute by another function."""
+        """All of them."""
         ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
         modules = block.named_modules()
-        return cls({name: module for name, module in modules if hasattr(module, "has_gate")})
+        return cls({name: module for name, module in modules if expert_form(module) is not None})
+
+    @property
+    def in_rows(self) -> frozenset[str]:
+        """Those that get a row of each token for each expert: all they read is read inside."""
+        return frozenset(n for n, module in self.modules.items() if _form(module).in_rows)
 
     def places(self, readers: Iterable[str]) -> dict[str, dict[int, str]]:
         """Of names of what is read, those inside each module, by the expert's number."""
@@ -99,18 +109,23 @@ class ExpertModules:
     def enter(self, inside: Mapping[str, Inside]) -> None:
         """All blocks may read one configuration: it says how experts compute while one runs."""
         for name, module in self.modules.items():
+            setattr(module, _INSIDE, inside[name])
+            if name in self.in_rows:
+                setattr(module, _FORWARD, partial(rows_forward, module))
+                continue
             config = getattr(module, "config")  # noqa: B009
             self._before[name] = config._experts_implementation
             config._experts_implementation = NAME
-            setattr(module, _INSIDE, inside[name])
 
     def leave(self) -> None:
         """Let them compute as they did before."""
         for name, before in reversed(self._before.items()):
             module = self.modules[name]
             getattr(module, "config")._experts_implementation = before  # noqa: B009
-            delattr(module, _INSIDE)
         self._before.clear()
+        for module in self.modules.values():
+            for name in {_INSIDE, _FORWARD} & vars(module).keys():
+                delattr(module, name)
 
 
 def experts_forward(
@@ -131,25 +146,34 @@ def experts_forward(
     chosen = top_k_index.shape[1]
     order = top_k_index.flatten().argsort(stable=True)
     counts = top_k_index.flatten().bincount(minlength=experts.count).tolist()
-    computed = partial(_computed, inside, experts)
-    if inside.apart and torch.is_grad_enabled():
-        computed = partial(checkpoint, computed, use_reentrant=False, preserve_rng_state=False)
-    outputs = [
-        computed(expert, hidden_states, tokens)
-        for expert, tokens in enumerate((order // chosen).split(counts))
-        if len(tokens)
-    ]
-    weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+    outputs = experts.outputs(inside, hidden_states, (order // chosen).split(counts))
+    weighted = outputs * top_k_weights.flatten()[order, None]
     return weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(1)
 
 
-def _computed(
-    inside: Inside, experts: _Weights, expert: int, hidden_states: Tensor, tokens: Tensor
-) -> Tensor:
-    """An expert's output (chosen, hidden) of those of the tokens that go to it."""
-    values = experts.entered(expert, hidden_states[tokens])
-    own = inside.places.get(expert)
-    return experts.left(expert, values if own is None else inside.read(own, values))
+def rows_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Output (experts * tokens, hidden) of experts that each get a row of every token, or 0.
+
+    Such a row gives 0: experts without biases leave it out.
+    """
+    inside: Inside = getattr(module, _INSIDE)
+    experts = _Weights.of(module, inside)
+    rows = hidden_states.unflatten(0, (experts.count, -1))
+    reached = (rows != 0).any(-1)
+    if inside.route is not None:
+        most = int(reached.sum(0).amax())
+        inside.route(reached.int().topk(most, dim=0).indices.t())
+    if inside.observe is not None:
+        own = rows[reached.int().argmax(0), torch.arange(rows.shape[1], device=rows.device)]
+        inside.observe(inside.name, own)
+        for expert, place in inside.places.items():
+            inside.observe(place, experts.entered(expert, inside.read(inside.name, own)))
+    which, tokens = reached.nonzero(as_tuple=True)
+    values = inside.read(inside.name, rows[which, tokens])
+    each = torch.arange(len(values), device=values.device).split(reached.sum(1).tolist())
+    outputs = experts.outputs(inside, values, each)
+    joined = torch.zeros_like(rows).index_put((which, tokens), outputs.to(rows.dtype))
+    return joined.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -166,16 +190,27 @@ class _Weights:
 
     @classmethod
     def of(cls, module: nn.Module, inside: Inside) -> _Weights:
-        first = "gate_up_proj" if module.has_gate else "up_proj"
+        form = _form(module)
         return cls(
-            getattr(module, "_apply_gate" if module.has_gate else "act_fn"),
-            len(getattr(module, first)),
-            inside.of(module, first),
-            inside.of(module, "down_proj"),
-            inside.of(module, f"{first}_bias") if module.has_bias else None,
-            inside.of(module, "down_proj_bias") if module.has_bias else None,
-            bool(module.is_transposed),
+            form.activation,
+            len(getattr(module, form.first)),
+            inside.of(module, form.first),
+            inside.of(module, SECOND),
+            inside.of(module, f"{form.first}_bias") if form.biased else None,
+            inside.of(module, f"{SECOND}_bias") if form.biased else None,
+            form.transposed,
         )
+
+    def outputs(self, inside: Inside, values: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """What all experts give, in their order, of those `rows` of values that each one gets."""
+        computed = partial(self._output, inside, values)
+        if inside.apart and torch.is_grad_enabled():
+            computed = partial(checkpoint, computed, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([computed(expert, own) for expert, own in enumerate(rows) if len(own)])
+
+    def _output(self, inside: Inside, values: Tensor, expert: int, rows: Tensor) -> Tensor:
+        inner, place = self.entered(expert, values[rows]), inside.places.get(expert)
+        return self.left(expert, inner if place is None else inside.read(place, inner))
 
     def entered(self, expert: int, values: Tensor) -> Tensor:
         """What an expert's second matrix reads, (tokens, width), of what its first does."""
@@ -189,3 +224,9 @@ class _Weights:
 
     def _product(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(values, weight.t() if self.transposed else weight, bias)
+
+
+def _form(module: nn.Module) -> ExpertForm:
+    form = expert_form(module)
+    assert form is not None
+    return form

@@ -36,7 +36,7 @@ class Head:
         visits = [lambda hidden, arguments: hidden_states] * len(model.blocks)
         handles = cast_outer_linears(model.skeleton, model.block_lists)
         try:
-            with stubs(model.blocks, visits, model.architecture.in_tuples):
+            with stubs(model.blocks, visits, model.architecture.in_tuples, model.residuals):
                 return functional_call(
                     model.skeleton,
                     self._tensors,

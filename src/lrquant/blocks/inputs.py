@@ -49,7 +49,7 @@ class BlockInputs:
                 for rows in samples
             ]
         self.batches = batches_of(samples, shapes)
-        self.shape = (self.batches[-1].rows.stop, model.hidden_size)
+        self.shape = (self.batches[-1].rows.stop, model.state_size)
 
     def embed(self, stream: Stream, tower: Prepare | None = None) -> None:
         """Fill `stream` with the first block's inputs and record the arguments of all blocks.
@@ -132,7 +132,7 @@ class BlockInputs:
         arguments: Arguments = {name: value.to(device) for name, value in inputs.items()}
         if "input_ids" in arguments:
             arguments["use_cache"] = False
-        with stubs(model.blocks, visits, model.architecture.in_tuples):
+        with stubs(model.blocks, visits, model.architecture.in_tuples, model.residuals):
             try:
                 functional_call(
                     model.skeleton.base_model, tensors, (), arguments, tie_weights=False
@@ -208,7 +208,7 @@ def _entered_tower(model: Model, prepare: Prepare, stack: ExitStack) -> dict[str
     """
     tower = model.tower
     assert tower is not None
-    base = model.skeleton.base_model_prefix + "."
+    base = model.base
     tensors: dict[str, Tensor] = {}
     for index in range(len(tower.blocks)):
         prepared = prepare(index)

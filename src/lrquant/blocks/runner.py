@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrquant.blocks.attention import attention_config, attention_name
 from lrquant.blocks.experts import Apart, BlockTensors, ExpertModules, Inside
+from lrquant.blocks.residuals import in_line, stacked
 from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.tokens import fake_quantize_tokens
@@ -72,9 +73,11 @@ class BlockRunner:
         observer: Observer | None = None,
         own_attention: bool = False,
         compiled: bool = False,
+        residuals: int = 1,
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.own_attention, self.compiled = own_attention, compiled
+        self.residuals = residuals
         self.config = None if own_attention else attention_config(block)
         self._attention_before = getattr(self.config, "_attn_implementation", None)
         self._attention_name = attention_name(attention, dtype, compiled)
@@ -91,6 +94,7 @@ class BlockRunner:
 
     def __enter__(self) -> BlockRunner:
         inside = {place for places in self._places.values() for place in places.values()}
+        inside |= self._experts.in_rows
         for name in (each for each in self.inputs if each not in inside):
             reader = self.block.get_submodule(name)
             self._handles.append(reader.register_forward_pre_hook(partial(self._before, name)))
@@ -114,11 +118,13 @@ class BlockRunner:
     ) -> Tensor:
         """Block output (batch, tokens, hidden), float32, with `tensors` in place of parameters.
 
-        Hidden states of packed pictures are (patches, hidden).
+        Hidden states of packed pictures are (patches, hidden); several `residuals` are
+        in line.
         """
         self._leading = hidden_states.shape[:-1]
-        output = functional_call(self.block, self.bind(tensors), (hidden_states,), arguments)
-        return output[0] if isinstance(output, tuple) else output
+        states = stacked(hidden_states, self.residuals)
+        output = functional_call(self.block, self.bind(tensors), (states,), arguments)
+        return in_line(output[0] if isinstance(output, tuple) else output, self.residuals)
 
     def bind(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep what the hooks apply among `tensors`; the rest are the block's parameters."""
@@ -135,6 +141,7 @@ class BlockRunner:
             self.dtype,
             self.shifted,
             own_attention=self.own_attention,
+            residuals=self.residuals,
         )
 
     def _before(
@@ -183,6 +190,7 @@ class BlockRunner:
                     self._read,
                     self._tell if self.all_experts and self.observer is not None else None,
                     None if self.router is None else partial(self.router, name),
+                    name,
                     {
                         parameter.removeprefix(f"{name}."): each
                         for parameter, each in self._apart.items()

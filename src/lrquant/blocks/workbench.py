@@ -90,6 +90,7 @@ class Workbench:
             observer,
             self.model.architecture.own_attention,
             self.compiled,
+            self.model.residuals,
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrquant.data.beginnings import STREAM, Beginning
 from lrquant.data.feeds import Feed
-from lrquant.data.texts import CONVENTIONS, is_file_name, load_text
+from lrquant.data.texts import CONVENTIONS, is_file_name, load_text, require_known
 from lrquant.data.windows import C4_CROPS, TokenText, consecutive_windows, random_windows
 from lrquant.errors import LRQuantError
 
@@ -159,6 +159,13 @@ def perplexity_windows(
         f"{text.label(*notes)}, {_size(windows)}",
         whole=total,
     )
+
+
+def require_known_sets(name: str, data_dir: Path | None) -> None:
+    """Refuse a data set to calibrate on, or one of several, that is not to be had."""
+    for each in _calibration_sets(name):
+        if each != SELF:
+            require_known(each, data_dir)
 
 
 def written_by_the_model(name: str) -> bool:

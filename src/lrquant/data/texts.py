@@ -115,20 +115,32 @@ def load_text(
     A set with a folder in `data_dir` is read from there only, others from the hub or of the package
     that declares them.  `column` is that of the text in a file of rows.
     """
+    require_known(name, data_dir)
     if is_file_name(name):
         return _file_text(name, column)
-    if data_dir is not None and not data_dir.is_dir():
-        raise LRQuantError(f"data_dir {data_dir}: no such folder")
-    base = CONVENTIONS[name].base if name in CONVENTIONS else name
+    base = _base(name)
     present = _local_splits(base, data_dir)
     if present:
         return _local_text(name, base, splits, present)
     if name in CONVENTIONS:
         return _hub_text(name, base, splits, data_dir, cache_dir)
-    if name in text_sources():
-        return _declared_text(name, splits, column)
-    near = nearest(name, [*CONVENTIONS, "mix", "self", *text_sources(), *_local_sets(data_dir)])
-    raise LRQuantError(f"unknown data set {name!r}{near}: {_names_to_choose_from(data_dir)}")
+    return _declared_text(name, splits, column)
+
+
+def require_known(name: str, data_dir: Path | None) -> None:
+    """Refuse a name that is no file, nor a set of a folder, the hub or a package."""
+    if is_file_name(name):
+        _require_file(Path(name).expanduser())
+        return
+    if data_dir is not None and not data_dir.is_dir():
+        raise LRQuantError(f"data_dir {data_dir}: no such folder")
+    if not (_local_splits(_base(name), data_dir) or name in CONVENTIONS or name in text_sources()):
+        near = nearest(name, [*CONVENTIONS, "mix", "self", *text_sources(), *_local_sets(data_dir)])
+        raise LRQuantError(f"unknown data set {name!r}{near}: {_names_to_choose_from(data_dir)}")
+
+
+def _base(name: str) -> str:
+    return CONVENTIONS[name].base if name in CONVENTIONS else name
 
 
 def is_file_name(name: str) -> bool:
@@ -226,7 +238,6 @@ def _unavailable(
 
 def _file_text(name: str, column: str | None) -> Text:
     path = Path(name).expanduser()
-    _require_file(path)
     suffix = path.suffix.lower()
     content = None if suffix == ".parquet" else _read_text(path)
     if suffix == ".txt" and content is not None:

@@ -261,9 +261,14 @@ def _output(
 ) -> Tensor:
     shifted = [n.removesuffix(SHIFT_SUFFIX) for n in tensors if n.endswith(SHIFT_SUFFIX)]
     readers = dict.fromkeys(m.reads for m in model.matrices(index) if m.reads is not None)
-    own = model.architecture.own_attention
     runner = BlockRunner(
-        model.blocks[index], readers, None, torch.float32, shifted, own_attention=own
+        model.blocks[index],
+        readers,
+        None,
+        torch.float32,
+        shifted,
+        own_attention=model.architecture.own_attention,
+        residuals=model.residuals,
     )
     with runner:
         return runner(tensors, states, arguments)
@@ -272,7 +277,7 @@ def _output(
 def _compare_heads(workbench: Workbench, written: Model, dtype: torch.dtype, place: Path) -> None:
     model, device = workbench.model, workbench.device
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn((1, _HEAD_TOKENS, model.hidden_size), generator=generator).to(device)
+    states = torch.randn((1, _HEAD_TOKENS, model.state_size), generator=generator).to(device)
     own, expected = (Head(m, device, workbench.dtype)(states) for m in (written, model))
     _require_alike("the head's output", own, expected, dtype, place)
 

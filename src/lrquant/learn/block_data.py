@@ -44,12 +44,15 @@ class BlockData:
         self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
     ) -> tuple[Tensor, Tensor]:
         """Output of one batch and its loss terms."""
-        return self._terms(self.output(runner, tensors, batch), batch, kind)
+        return self._terms(runner, self.output(runner, tensors, batch), batch, kind)
 
-    def _terms(self, output: Tensor, batch: int, kind: str) -> tuple[Tensor, Tensor]:
+    def _terms(
+        self, runner: Runner, output: Tensor, batch: int, kind: str
+    ) -> tuple[Tensor, Tensor]:
         rows = self.entry.batches[batch]
         targets = [stream.read(rows) for stream in self.targets]
-        return output, loss_terms(output, targets, kind, self.entry.weights(batch))
+        weights = self.entry.weights(batch)
+        return output, loss_terms(output, targets, kind, weights, compiled=runner.compiled)
 
     def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
         """Output of one batch (batch, tokens, hidden)."""
@@ -93,7 +96,8 @@ class BlockData:
         sums, counts = [], []
         for number, batch in enumerate(self.entry.batches[: self._batches(steps)]):
             handed = self._handed(number)
-            output, terms = self._terms(self._output(runner, tensors, number, handed), number, kind)
+            states = self._output(runner, tensors, number, handed)
+            output, terms = self._terms(runner, states, number, kind)
             counts.append(self.count(number))
             sums.append(terms.double() * counts[-1])
             if advance:

@@ -12,24 +12,72 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lrquant.numerics.losses import terms_of
+from lrquant.numerics.compiled import call_compiled
+from lrquant.numerics.losses import Term, terms_of
 
 MEAN_DECAY = 0.95
 SMALLEST_MEAN = 1e-6
 
 
 def loss_terms(
-    output: Tensor, targets: Sequence[Tensor], kind: str, weights: Tensor | None = None
+    output: Tensor,
+    targets: Sequence[Tensor],
+    kind: str,
+    weights: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Each term of `kind` ("mse+nlc", "mse", "nlc"), summed over the branches' targets.
 
     Block outputs (batch, tokens, hidden), each token counting as its weight (batch, tokens) says
-    -> (terms,) float32.
+    -> (terms,) float32.  Where they are `compiled`, sums differ in the last bits.  A CPU, which
+    takes twice as long then, and terms that do not compile are left as they are.
     """
-    terms = [loss.function for loss in terms_of(kind)]
+    losses = terms_of(kind)
+    terms = tuple(loss.function for loss in losses)
+    if compiled and output.device.type != "cpu" and all(loss.compiles for loss in losses):
+        return CompiledTerms.apply(output, terms, weights, *targets)
+    return _terms(output, targets, terms, weights)
+
+
+def _terms(
+    output: Tensor, targets: Sequence[Tensor], terms: Sequence[Term], weights: Tensor | None
+) -> Tensor:
     return torch.stack(
         [torch.stack([term(output, target, weights) for target in targets]).sum() for term in terms]
     )
+
+
+def _gradient(
+    output: Tensor,
+    targets: Sequence[Tensor],
+    terms: Sequence[Term],
+    weights: Tensor | None,
+    to_terms: Tensor,
+) -> Tensor:
+    """The gradient to the output, from that to the terms."""
+    backward = torch.func.vjp(lambda states: _terms(states, targets, terms, weights), output)[1]
+    (gradient,) = backward(to_terms)
+    return gradient
+
+
+class CompiledTerms(torch.autograd.Function):
+    """The terms, and their gradient computed anew: nothing is kept but what they are made of."""
+
+    @staticmethod
+    def forward(
+        ctx, output: Tensor, terms: tuple[Term, ...], weights: Tensor | None, *targets: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(output, weights, *targets)
+        ctx.terms = terms
+        return call_compiled(_terms, output, targets, terms, weights, by_size=False)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        output, weights, *targets = ctx.saved_tensors
+        own = output, tuple(targets), ctx.terms, weights, gradient
+        to_output = call_compiled(_gradient, *own, by_size=False)
+        return to_output, None, None, *(None for _ in targets)
 
 
 class Objective:

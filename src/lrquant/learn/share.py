@@ -93,13 +93,13 @@ def share_of(feed: Feed, batch_size: int, together: int, team: Team = ALONE) -> 
     return feed.only(samples), Share(team, counts, [])
 
 
-def require_steps(batch_size: int, together: int, team: Team) -> None:
-    """Refuse steps in which some processes of a team would never have a sample."""
-    if batch_size // together < team.size:
+def require_steps(batch_size: int, together: int, processes: int) -> None:
+    """Refuse steps in which some of so many processes would never have a sample."""
+    if batch_size // together < processes:
         at_once = f" and --micro_batch_size {together}" if together > 1 else ""
         raise LRQuantError(
-            f"--batch_size {batch_size}{at_once}: too few samples a step for {team.size} "
-            f"processes; use --batch_size {team.size * together} or a multiple of it"
+            f"--batch_size {batch_size}{at_once}: too few samples a step for {processes} "
+            f"processes; use --batch_size {processes * together} or a multiple of it"
         )
 
 

@@ -60,6 +60,11 @@ class Window:
         return hidden_states
 
     @property
+    def compiled(self) -> bool:
+        """Whether what can be is compiled."""
+        return self.runners[0].compiled
+
+    @property
     def observer(self) -> Observer | None:
         """Who is told of the inputs of all blocks, by names that begin with the block's index."""
         return self._observer

@@ -52,6 +52,7 @@ class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", C
     settings = ClassificationSettings
     asked_by = ("classify",)
     order = 40
+    shared = True
     against_full_precision = True
     heading = "pictures"
     column = "share right"
@@ -88,6 +89,12 @@ class Classification(ModuleMeasure[ClassificationSettings, "LabelledPictures", C
         from lrquant.measures.scoring.classes import predictions
 
         return Classes(predictions(asked, model, progress), asked.labels)
+
+    def assist(self, model: WholeModel, settings: ClassificationSettings, sources: Sources) -> None:
+        from lrquant.measures.scoring.classes import predictions
+        from lrquant.runs.progress import Progress
+
+        predictions(None, model, Progress())
 
     def as_json(self, scores: Classes) -> Json:
         return scores.scores(None)

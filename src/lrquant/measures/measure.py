@@ -17,6 +17,7 @@ from lrquant.measures.numbers import plain, share, spread
 from lrquant.measures.rows import SPREAD_NOTE, RunResults, Table, Tile, columns_in, named, table
 from lrquant.measures.shares import counted
 from lrquant.runs.results import Entry, Json, Results, figure, record
+from lrquant.team.team import ALONE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lrquant.data.samples import Samples
     from lrquant.measures.scoring.predictions import Predictions
     from lrquant.runs.progress import Progress
+    from lrquant.team.team import Team
 
 S = TypeVar("S")  # its settings
 A = TypeVar("A")  # a set as it is read
@@ -44,11 +46,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A variant of a subject as a transformers model in memory, and what makes its inputs."""
+    """A variant of a subject as a transformers model in memory, and what makes its inputs.
+
+    Every process of a `team` has the same one.
+    """
 
     module: PreTrainedModel
     reader: Reader
     variant: str
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,12 @@ class ModuleMeasure(Measure[S, A, R]):
     A set is read by one of two functions: `read_alone` where it is of no one model, which is then
     before any is opened, and the scores of all models of a command stand side by side; `read` where
     it becomes one model's inputs.  Both return the sets by name; one of no name stands alone.
+
+    Of several processes the first alone reads sets and calls `score`.  Where a measure is `shared`
+    the others call `assist` with the same model, and both speak by its team.
     """
+
+    shared: ClassVar[bool] = False
 
     def set_by_set(self, settings: S) -> Iterable[S]:
         """The same settings set by set, so that a check tells of each."""
@@ -261,6 +272,9 @@ class ModuleMeasure(Measure[S, A, R]):
         progress: Progress,
     ) -> R:
         """The scores of one variant of a model on the set `name`."""
+
+    def assist(self, model: WholeModel, settings: S, sources: Sources) -> None:
+        """Another process's part of `score`, on one set."""
 
     def files(self, variant: str, scores: R) -> Mapping[str, str]:
         """Texts to keep in the run folder under `tasks/`, by their names."""

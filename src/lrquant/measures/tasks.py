@@ -30,6 +30,7 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
     asked_by = ("tasks",)
     of_one_command = ("max_drop",)
     order = 50
+    shared = True
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -69,6 +70,11 @@ class ZeroShot(ModuleMeasure[TaskSettings, "Tasks", "TaskScores"]):
         from lrquant.measures.harness.scores import score_tasks
 
         return score_tasks(asked, model, settings, sources)
+
+    def assist(self, model: WholeModel, settings: TaskSettings, sources: Sources) -> None:
+        from lrquant.measures.harness.scores import answer_tasks
+
+        answer_tasks(model, settings, sources)
 
     def as_json(self, scores: TaskScores) -> Json:
         return scores.results

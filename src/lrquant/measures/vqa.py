@@ -47,6 +47,7 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
     settings = AnsweringSettings
     asked_by = ("vqa",)
     order = 30
+    shared = True
     heading = "pictures"
     column = "share right"
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -94,6 +95,12 @@ class Answering(ModuleMeasure[AnsweringSettings, "Questions", AnswerScores]):
         }
         by_rule = share([vqa_accuracy(*pair) for pair in pairs])
         return AnswerScores(share(matches), by_kind if len(by_kind) > 1 else {}, by_rule)
+
+    def assist(self, model: WholeModel, settings: AnsweringSettings, sources: Sources) -> None:
+        from lrquant.measures.scoring.answers import answers
+        from lrquant.runs.progress import Progress
+
+        answers("", None, model, Progress())
 
     def as_json(self, scores: AnswerScores) -> Json:
         told = scores.exact_match.named("exact_match")

@@ -66,10 +66,20 @@ class Model:
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the hidden states between blocks."""
+        """Channels of a residual stream."""
         # where there is an embed_dim, hidden_size is that of the output
         embedded: int | None = getattr(self.config, "embed_dim", None)
         return embedded or self.config.hidden_size
+
+    @property
+    def residuals(self) -> int:
+        """How many residual streams a block takes and gives."""
+        return self.architecture.residuals(self.config)
+
+    @property
+    def state_size(self) -> int:
+        """Channels of the hidden states between blocks: of all residual streams, in line."""
+        return self.residuals * self.hidden_size
 
     @property
     def tower(self) -> Model | None:
@@ -132,8 +142,12 @@ class Model:
         `embeddings` these are one zero that stands for all, for a model whose first hidden states
         nobody looks at.
         """
-        base = self.skeleton.base_model_prefix + "."
-        names = [name for name in self.outer_names() if head or name.startswith(base)]
+        base, last = self.base, self._head
+        names = [
+            name
+            for name in self.outer_names()
+            if head or (name.startswith(base) and name.rpartition(".")[0] != last)
+        ]
         tensors = {}
         for name in names:
             owner = self.skeleton.get_submodule(name.rpartition(".")[0])
@@ -145,6 +159,20 @@ class Model:
             tensor = self.source.tensor(name)
             tensors[name] = tensor.to(device, kind if tensor.is_floating_point() else None)
         return tensors if head else {name.removeprefix(base): t for name, t in tensors.items()}
+
+    @property
+    def base(self) -> str:
+        """How names within the base model begin: with its path, or with nothing where it has none
+        and the whole stands for it."""
+        prefix = self.skeleton.base_model_prefix
+        return f"{prefix}." if hasattr(self.skeleton, prefix) else ""
+
+    @property
+    def _head(self) -> str | None:
+        """The path of the language head."""
+        own = self.skeleton.get_output_embeddings()
+        modules = self.skeleton.named_modules()
+        return next((name for name, module in modules if module is own), None)
 
     def outer_names(self) -> list[str]:
         """Tensors outside the blocks of the language part and of the tower."""

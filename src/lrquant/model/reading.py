@@ -86,6 +86,9 @@ def _unreadable(what: str, folder: Path, mend: str, error: Exception) -> LRQuant
         )
     if isinstance(error, PermissionError):
         return LRQuantError(f"{error.filename or folder}: may not be read by this user; mend that")
+    if isinstance(error, ImportError):
+        said = first_line(error).partition(". ")[0]
+        return LRQuantError(f"{folder}: {what} cannot be read here ({said}); install that")
     return LRQuantError(f"{folder}: {what} cannot be read ({first_line(error)}); {mend}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,20 +13,24 @@ from torch import Tensor
 from lrquant.config.declarations import declarations_of_others
 from lrquant.errors import LRQuantError
 
+Term: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 @dataclass(frozen=True)
 class Loss:
     """A term by its name; `function` makes of output, target (batch, tokens, hidden) and the
-    tokens' weights (batch, tokens) or None a float32 scalar."""
+    tokens' weights (batch, tokens) or None a float32 scalar.  `compiles` says that torch.compile
+    and torch.func take it."""
 
     name: str
-    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    function: Term
+    compiles: bool = False
 
 
 @cache
 def losses() -> dict[str, Loss]:
     """Every term by name: those here, and those that other packages declare."""
-    own = [Loss("mse", mean_squared_error), Loss("nlc", negative_log_cosine)]
+    own = [Loss("mse", mean_squared_error, True), Loss("nlc", negative_log_cosine, True)]
     return {loss.name: loss for loss in (*own, *declarations_of_others("losses", Loss))}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.identity import describe_run
+from lrquant.learn.share import require_steps
 from lrquant.measures.choice import texts_against_full_precision
 from lrquant.measures.evaluation.resolution import resolve_settings
 from lrquant.model.device import free_memory
@@ -39,13 +41,14 @@ from lrquant.preflight.estimate import (
 from lrquant.preflight.findings import Preflight
 from lrquant.preflight.handed import handed_row_bytes
 from lrquant.preflight.kinds import probe_kinds
-from lrquant.preflight.load import TextLoad, language_load, tower_load
+from lrquant.preflight.load import Load, TextLoad, language_load, tower_load
 from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import fewer_experts
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
 from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
+from lrquant.team.launch import Launch
 
 _MEND = "--offload disk, fewer or shorter samples, or a smaller --batch_size"
 _TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
@@ -60,13 +63,15 @@ def preflight(
     LRQuantError only for settings that contradict each other; all else is a finding.
     """
     config, measure_only = resolve_settings(settings)
-    report = Preflight(config)
+    report = Preflight(config, Launch.of_environment().size)
     plan = Plan.of(config.quantizing)
     run = Prospect(config, measure_only, plan, model, calibration, apart=True)
     for check in requirements(run):
         with report.checking(check.what, check.more):
             for said in check.of():
                 report.add(said.what or check.what, said.state, said.text)
+    if report.processes > 1 and not measure_only:
+        _check_processes(report, config.group(Learning))
     places = config.group(Places)
     if run.model is None:
         check_places(report, places, config.save_dir)
@@ -96,6 +101,17 @@ def _identity(run: Prospect) -> Callable[[], JsonObject] | None:
         return None
     learning, files = run.config.group(Learning), run.config.group(StatisticsFiles)
     return partial(describe_run, bench, learning, calibration, files, run.tuning)
+
+
+def _check_processes(report: Preflight, learning: Learning) -> None:
+    """Whether each process has a sample of every step."""
+    with report.checking("processes"):
+        require_steps(learning.batch_size, learning.micro_batch_size, report.processes)
+        most = math.ceil(learning.batch_size / report.processes)
+        text = (
+            f"{report.processes}, each with at most {most} of {learning.batch_size} samples a step"
+        )
+        report.add("processes", "ok", text)
 
 
 def _check_length(report: Preflight, model: Model) -> bool:
@@ -129,8 +145,9 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
     with report.checking("memory"):
         lengths = [config.seqlen] * config.nsamples
         of_blocks = dataclasses.replace(workbench, plan=workbench.plan.of_blocks)
-        load = language_load(of_blocks, learning, calibration, lengths)
+        load = _shared(report, language_load(of_blocks, learning, calibration, lengths))
         tower = tower_load(of_blocks, learning, calibration)
+        tower = None if tower is None else _shared(report, tower)
         report.stream_bytes = max(stream_bytes(part) for part in (load, tower) if part is not None)
     if report.stream_bytes is None:
         return
@@ -156,31 +173,43 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         for each in workbench.plan.ingredients:
             if isinstance(each, Tuning):
                 lengths = [config.seqlen] * (each.tune_nsamples or config.nsamples)
-                own = language_load(workbench, learning, run.tuning, lengths)
+                own = _shared(report, language_load(workbench, learning, run.tuning, lengths))
                 seconds += tuning_seconds(own, costs, each)
                 in_tuning = before + stream_bytes(own) * inside + tuning_bytes(own, each)
-        measured = _text_load(config, list(run.texts.values()))
+        measured = _text_load(config, list(run.texts.values()), report.processes)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
         row = handed_row_bytes(load)
         handed = row if storage == "device" or not cuda else 0
         memory = estimate_memory(load, costs, before, inside, measured, handed)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
-        free, where = free_memory(workbench.device) + before, f"on {workbench.device}"
-        mend = f"use {fewer_experts(workbench)}{_MEND}"
-        mend = _TUNING_MEND if report.memory.peak == in_tuning else mend
-        report.compare("memory", report.memory.peak, free, where, mend)
+        _compare_peak(report, workbench, before)
         if cuda and storage == "host":
             free = psutil.virtual_memory().available
-            needed = report.stream_bytes + handed_bytes(load, row)
+            needed = report.processes * (report.stream_bytes + handed_bytes(load, row))
             report.compare("memory", needed, free, "on the host", f"use {_MEND}")
 
 
-def _text_load(config: Config, texts: list[Samples]) -> TextLoad:
+def _compare_peak(report: Preflight, bench: Workbench, before: int) -> None:
+    """Hold the peak against what is free, of which the process has taken so much `before`."""
+    assert report.memory is not None
+    peak, together = report.memory.peak, 1 if bench.device.type == "cuda" else report.processes
+    where = f"on {bench.device}" + (f" for {together} processes" if together > 1 else "")
+    mend = f"use {fewer_experts(bench)}{_MEND}"
+    mend = _TUNING_MEND if peak == report.memory.tuning else mend
+    report.compare("memory", together * peak, free_memory(bench.device) + before, where, mend)
+
+
+def _shared(report: Preflight, load: Load) -> Load:
+    """The same, learned by all processes."""
+    return dataclasses.replace(load, processes=report.processes)
+
+
+def _text_load(config: Config, texts: list[Samples], processes: int) -> TextLoad:
     """What is to be measured of the texts."""
     adapting = config.group(Adapting) if config.tta else None
     against = texts_against_full_precision(config.measuring)
-    return TextLoad(texts, config.seqlen, against, bool(config.compare), adapting)
+    return TextLoad(texts, config.seqlen, against, bool(config.compare), adapting, processes)
 
 
 def _finished_in_tower(config: Config) -> int:

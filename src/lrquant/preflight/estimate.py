@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,18 +96,19 @@ class Seconds:
 
 
 def stream_bytes(load: Load) -> int:
-    """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream.
+    """Hidden states between two blocks: ``rows x hidden x bytes`` for each stream of a process.
 
     Figures of a window's blocks need the states before it once more.
     """
     count = 2 + load.learning.two_branch + (load.learning.window > 1)
     bench = load.workbench
-    return load.rows * bench.model.hidden_size * bench.dtype.itemsize * count
+    rows = math.ceil(load.rows * load.share)
+    return rows * bench.model.state_size * bench.dtype.itemsize * count
 
 
 def handed_bytes(load: Load, row: int) -> int:
     """What blocks leave for later ones in every stream, so many bytes a `row`."""
-    return load.rows * row * (2 + load.learning.two_branch)
+    return math.ceil(load.rows * load.share) * row * (2 + load.learning.two_branch)
 
 
 def learned_bytes(view: BlockView) -> int:
@@ -217,9 +219,10 @@ def estimate_memory(
     streams = embedded + handed_bytes(load, handed)
     texts = [] if measured is None else measured.texts
     tokens = max((text.tokens for text in texts), default=0)
+    tokens = tokens if measured is None else math.ceil(tokens / measured.processes)
     against = measured is not None and bool(measured.against)
     kept = 2 if against else 1
-    states = tokens * kept * (model.hidden_size * dtype.itemsize * in_memory + handed)
+    states = tokens * kept * (model.state_size * dtype.itemsize * in_memory + handed)
     stored = model_dtype(model)
     outer = outer_elements(model)
     beside = 0 if stored == torch.float32 else stored.itemsize
@@ -263,7 +266,8 @@ def learning_seconds(
     observed = plan.needs_statistics or (not with_statistics and plan.reads_statistics)
     for kind in costs:
         own, left = kind.costs, kind.behind(finished)
-        passed = own.read + own.freeze + load.rows / own.rows * (own.full + own.held)
+        batches = load.rows / own.rows * load.share
+        passed = own.read + own.freeze + batches * (own.full + own.held)
         total += (len(kind.blocks) - left) * passed
         total += left * _block_seconds(load, own, observed)
     return total
@@ -271,18 +275,18 @@ def learning_seconds(
 
 def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
     """Time to learn one block, with statistics `observed` or not."""
-    learning, batches = load.learning, load.rows / costs.rows
+    learning, steps, share = load.learning, load.rows / costs.rows, load.share
     tries = max(1, len(strengths_of(load.workbench.plan.ingredients)))
     block = costs.read + tries * (costs.start + costs.weights) + costs.freeze
-    block += costs.held * (min(TRIED_STEPS, batches) * tries if tries > 1 else 0)
-    block += batches * ((costs.observed if observed else costs.full) + 2 * costs.held)
-    block += batches * costs.full * learning.two_branch
+    block += share * costs.held * (min(TRIED_STEPS, steps) * tries if tries > 1 else 0)
+    block += share * steps * ((costs.observed if observed else costs.full) + 2 * costs.held)
+    block += share * steps * costs.full * learning.two_branch
     if costs.step:
-        epoch = batches * costs.step
-        held = held_steps(round(batches), learning.batch_size) or batches
-        epoch += (held * costs.held + costs.weights) * learning.keep_best
+        epoch = share * steps * costs.step
+        held = held_steps(round(steps), learning.batch_size) or steps
+        epoch += (share * held * costs.held + costs.weights) * learning.keep_best
         block += costs.groups * learning.epochs * epoch
-        block += (costs.groups - 1) * batches * costs.held
+        block += (costs.groups - 1) * share * steps * costs.held
     return block
 
 
@@ -300,10 +304,11 @@ def measuring_seconds(
         agreed = text.name in measured.against
         full = measured.compared or agreed
         others = 1 + measured.compared
-        total += text.tokens * (full + others + agreed * others) * head
+        tokens = text.tokens / measured.processes
+        total += tokens * (full + others + agreed * others) * head
         for kind in costs:
             own, blocks = kind.costs, len(kind.blocks)
-            batches = text.tokens / own.rows
+            batches = tokens / own.rows
             total += blocks * batches * (full * own.full + others * own.held)
             total += blocks * (full + others) * (own.read + own.freeze)
             if measured.adapting is not None:

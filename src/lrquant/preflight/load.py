@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,22 @@ from lrquant.data.samples import Samples
 
 @dataclass(frozen=True)
 class Load:
-    """How a part is learned, its `rows` of hidden states (tokens or patches), one batch of it."""
+    """How a part is learned, its `rows` of hidden states (tokens or patches), one batch of it.
+
+    It is learned by so many `processes` together, each on a device of its own.
+    """
 
     workbench: Workbench
     learning: Learning
     rows: int
     batch: Feed
+    processes: int = 1
+
+    @property
+    def share(self) -> float:
+        """The largest part of a step's samples, and of all, that one process has."""
+        passes = max(1, self.learning.batch_size // self.learning.micro_batch_size)
+        return math.ceil(passes / self.processes) / passes
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class TextLoad:
     """The texts to measure, in windows of `seqlen` tokens, those `against` full precision by name.
 
     With `compared`, full precision and round-to-nearest are measured beside; with `adapting`, the
-    blocks adapted to each text too.
+    blocks adapted to each text too.  So many `processes` have a part of the windows each.
     """
 
     texts: Sequence[Samples]
@@ -37,6 +48,7 @@ class TextLoad:
     against: Collection[str] = ()
     compared: bool = False
     adapting: Adapting | None = None
+    processes: int = 1
 
 
 def language_load(

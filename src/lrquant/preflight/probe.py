@@ -109,7 +109,7 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     _hand_on(bench, entry, streams, index)
     generator = torch.Generator().manual_seed(_SEED)
     for batch in entry.batches:
-        hidden = torch.randn((*batch.shape, model.hidden_size), generator=generator)
+        hidden = torch.randn((*batch.shape, model.state_size), generator=generator)
         for stream in streams:
             stream.write(batch, hidden)
     first, *rest = entry.batches[0].shape

@@ -27,7 +27,7 @@ from lrquant.config.groups import (
 from lrquant.config.scheme import Scheme
 from lrquant.data.calibration import calibration_of, tuning_samples_of
 from lrquant.data.prompts import takes_pictures
-from lrquant.data.samples import written_by_the_model
+from lrquant.data.samples import require_known_sets, written_by_the_model
 from lrquant.data.vocabulary import strange_tokenizer
 from lrquant.errors import LRQuantError
 from lrquant.formats.checkpoint import checkpoint_dtype
@@ -43,7 +43,12 @@ from lrquant.learn.identity import dtype_name
 from lrquant.learn.model import require_pictures
 from lrquant.measures.choice import AnyModule, check_measures, module_measures
 from lrquant.measures.evaluation.evaluation import Evaluation
-from lrquant.measures.evaluation.texts import AskedText, read_texts, texts_of
+from lrquant.measures.evaluation.texts import (
+    AskedText,
+    read_texts,
+    require_known_texts,
+    texts_of,
+)
 from lrquant.measures.subjects.subject import require_base
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
@@ -65,6 +70,8 @@ def requirements(run: Prospect) -> Iterator[Check]:
     if run.config.push_to_hub is not None:
         yield Check("hub", lambda: _repository(run))
     yield from _sets_alone(run)
+    if not run.apart:  # else each is told where it is read
+        yield Check("texts", lambda: _names_of_texts(run))
     yield Check("model", lambda: _model(run))
     model = run.model
     if model is None:
@@ -91,6 +98,15 @@ def requirements(run: Prospect) -> Iterator[Check]:
 def _settings_of_measures(run: Prospect) -> Iterator[Said]:
     check_measures(run.config.measuring, bool(run.config.compare))
     require_base(run.config)
+    yield from ()
+
+
+def _names_of_texts(run: Prospect) -> Iterator[Said]:
+    """Refuse a mistyped one before the model is opened, which of a GGUF file takes a while."""
+    config, sources = run.config, run.config.group(Sources)
+    require_known_texts(config.measuring, sources)
+    if not run.measure_only and run.own_data is None:
+        require_known_sets(config.group(Calibrating).dataset, sources.data_folder)
     yield from ()
 
 

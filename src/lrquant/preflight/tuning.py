@@ -21,7 +21,7 @@ def tuning_bytes(load: Load, tuning: Tuning) -> int:
     model, dtype = load.workbench.model, load.workbench.dtype
     blocks = [sum(t.numel() for t in block.state_dict().values()) for block in model.blocks]
     tokens = math.prod(next(iter(load.batch.inputs[0].values())).shape[:2]) * len(load.batch)
-    states = (len(blocks) + 1) * tokens * model.hidden_size * 4
+    states = (len(blocks) + 1) * tokens * model.state_size * 4
     logits = min(HEAD_TOKENS, tokens) * model.config.vocab_size * 4 * 6
     head = outer_elements(model)["head"] * dtype.itemsize
     of_weight = 1 + 2 + 0.2 if tuning.tune_rounding else 1
@@ -34,10 +34,11 @@ def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> fl
     total = (
         head_seconds(model, costs)
         * load.rows
+        * load.share
         * (tuning.tune_epochs * (5 * (1 - held) + 2 * held) + 2 * held)
     )
     for kind in costs:
-        own, batches = kind.costs, load.rows / kind.costs.rows
+        own, batches = kind.costs, load.rows / kind.costs.rows * load.share
         passes = tuning.tune_epochs * (1 - held) * (own.held + own.step)
         passes += (tuning.tune_epochs + 1) * held * own.held + own.full
         total += len(kind.blocks) * (own.read + own.freeze + batches * passes)

@@ -34,7 +34,10 @@ def preflight_text(preflight: Preflight) -> str:
     estimates = _estimates(preflight)
     if estimates:
         width = max(map(len, estimates))
-        lines += ["", "estimates, not promises:"]
+        of_each = (
+            "" if preflight.processes == 1 else f", of each of {preflight.processes} processes"
+        )
+        lines += ["", f"estimates, not promises{of_each}:"]
         lines += [f"  {what:<{width}}  {text}" for what, text in estimates.items()]
     return "\n".join(lines)
 
@@ -54,6 +57,7 @@ def preflight_values(preflight: Preflight) -> dict[str, object]:
         "scheme": preflight.config.schemes.name,
         "target": preflight.config.target,
         "passed": not preflight.failed,
+        "processes": preflight.processes,
         "contents": [dataclasses.asdict(each) for each in preflight.contents],
         "carried": preflight.carried,
         "findings": [dataclasses.asdict(finding) for finding in preflight.findings],

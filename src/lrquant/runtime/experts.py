@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 class IntegerExperts(nn.Module):
     """Each expert's linears under its number, by the names that files have for them.
 
-    `names` are those of gate, up and down, or of up and down; `original` is the module that they
-    take the place of, whose activation they share.
+    `names` are those of gate, up and down, or of up and down; `activation` is that of the module
+    which they take the place of.
     """
 
-    def __init__(self, original: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, activation: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> None:
         super().__init__()
         self.names = names
-        between = "_apply_gate" if original.has_gate else "act_fn"
-        self.__dict__["activation"] = getattr(original, between)
+        self.__dict__["activation"] = activation
 
     def add(self, expert: int, linears: Mapping[str, nn.Module]) -> None:
         """The linears of the next expert."""
@@ -27,18 +26,35 @@ class IntegerExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Output (tokens, hidden) of the experts that each token goes to, as chosen and weighed."""
-        *inputs, down = self.names
-        activation: Callable[[Tensor], Tensor] = self.__dict__["activation"]
         chosen = top_k_index.shape[1]
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=len(self._modules)).tolist()
-        outputs = []
-        for expert, tokens in enumerate((order // chosen).split(counts)):
-            if len(tokens):
-                linears, values = self.get_submodule(str(expert)), hidden_states[tokens]
-                own = (linears.get_submodule(name) for name in inputs)
-                inner = activation(torch.cat([linear(values) for linear in own], -1))
-                outputs.append(linears.get_submodule(down)(inner))
-        weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+        tokens = (order // chosen).split(counts)
+        outputs = self.outputs(hidden_states[own] for own in tokens)
+        weighted = outputs * top_k_weights.flatten()[order, None]
         joined = weighted[order.argsort()].unflatten(0, top_k_index.shape).sum(1)
         return joined.to(hidden_states.dtype)
+
+    def outputs(self, values: Iterable[Tensor]) -> Tensor:
+        """What all experts give of the values (tokens, hidden) that each gets, in their order."""
+        *inputs, down = self.names
+        activation: Callable[[Tensor], Tensor] = self.__dict__["activation"]
+        outputs = []
+        for expert, own in enumerate(values):
+            if len(own):
+                linears = self.get_submodule(str(expert))
+                inner = torch.cat([linears.get_submodule(name)(own) for name in inputs], -1)
+                outputs.append(linears.get_submodule(down)(activation(inner)))
+        return torch.cat(outputs)
+
+
+class IntegerRows(IntegerExperts):
+    """The same where each expert gets a row of every token, 0 where that does not go to it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Output (experts * tokens, hidden), of rows of that shape."""
+        rows = hidden_states.unflatten(0, (len(self._modules), -1))
+        reached = (rows != 0).any(-1)
+        places = reached.nonzero(as_tuple=True)
+        outputs = self.outputs(rows[places].split(reached.sum(1).tolist()))
+        return torch.zeros_like(rows).index_put(places, outputs.to(rows.dtype)).flatten(0, 1)

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
+from lrquant.model.experts import SECOND, ExpertForm, expert_form
 from lrquant.numerics.grids.schemes import activation_grid, attention_grid
 from lrquant.numerics.tokens import fake_quantize_tokens
 
@@ -138,8 +139,9 @@ class NativeQuantizer(HfQuantizer):
         config = self.quantization_config
         self._published = names_in_files(model, getattr(config, "experts", []))
         for name, module in list(model.named_modules()):
-            if hasattr(module, "has_gate"):
-                self._replace_experts(model, name, module)
+            form = expert_form(module)
+            if form is not None:
+                self._replace_experts(model, name, module, form)
             own = self._published(name)
             part = config.part_of(own)
             if isinstance(module, nn.Linear) and _ends_with(own, part.biases):
@@ -176,17 +178,19 @@ class NativeQuantizer(HfQuantizer):
             # All of it is in the checkpoint; some models would initialise it by linears' weights.
             setattr(parent, "_is_hf_initialized", True)  # noqa: B010
 
-    def _replace_experts(self, model: PreTrainedModel, name: str, module: nn.Module) -> None:
-        from lrquant.runtime.experts import IntegerExperts
+    def _replace_experts(
+        self, model: PreTrainedModel, name: str, module: nn.Module, form: ExpertForm
+    ) -> None:
+        from lrquant.runtime.experts import IntegerExperts, IntegerRows
 
         config, published = self.quantization_config, self._published
         names = getattr(config, "experts", None)
         if names is None or published(f"{name}.0.{names[0]}") in config.ignore:
             return
-        sizes = _sizes_of_experts(module, names)
-        owner = IntegerExperts(module, tuple(names))
+        sizes = _sizes_of_experts(module, form, names)
+        owner = (IntegerRows if form.in_rows else IntegerExperts)(form.activation, tuple(names))
         model.set_submodule(name, owner)
-        for expert in range(len(module.get_parameter("down_proj"))):
+        for expert in range(len(module.get_parameter(SECOND))):
             with torch.device("meta"):
                 linears = {own: nn.Linear(*size, bias=False) for own, size in sizes.items()}
             owner.add(expert, linears)
@@ -212,12 +216,13 @@ class NativeQuantizer(HfQuantizer):
         return state, {}
 
 
-def _sizes_of_experts(module: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+def _sizes_of_experts(
+    module: nn.Module, form: ExpertForm, names: list[str]
+) -> dict[str, tuple[int, int]]:
     """Columns and rows of each of an expert's linears."""
     *inputs, down = names
-    stored = "gate_up_proj" if module.has_gate else "up_proj"
-    shapes = [module.get_parameter(name).shape[1:] for name in (stored, "down_proj")]
-    shapes = shapes if module.is_transposed else [each[::-1] for each in shapes]
+    shapes = [module.get_parameter(name).shape[1:] for name in (form.first, SECOND)]
+    shapes = shapes if form.transposed else [each[::-1] for each in shapes]
     (columns, rows), second = shapes
     return dict.fromkeys(inputs, (columns, rows // len(inputs))) | {down: (second[0], second[1])}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel
 
+from lrquant.model.experts import expert_form
 from lrquant.model.sources.conversion import Conversion
 
 _BLOCKS = re.compile(r"(.+?\.)[0-9]+\.")
@@ -19,10 +20,10 @@ def names_in_files(model: PreTrainedModel, experts: Sequence[str]) -> Callable[[
     """
     conversion, lists = Conversion(model), set[str]()
     for name, module in model.named_modules():
-        match = _BLOCKS.match(name)
-        if experts and match is not None and hasattr(module, "has_gate"):
-            stored = "gate_up_proj" if module.has_gate else "up_proj"
-            if conversion.holds(f"{name}.{stored}", f"{name}.0.{experts[0]}.weight"):
-                lists.add(match[1])
+        match, form = _BLOCKS.match(name), expert_form(module)
+        if not experts or match is None or form is None:
+            continue
+        if conversion.holds(f"{name}.{form.first}", f"{name}.0.{experts[0]}.weight"):
+            lists.add(match[1])
     blocks = tuple(lists)
     return lambda name: conversion.published(name) if name.startswith(blocks) else name

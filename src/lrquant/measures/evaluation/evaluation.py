@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 from lrquant.config.config import Config
 from lrquant.config.groups import MeasureSettings, Sources
@@ -161,23 +162,56 @@ class Evaluation:
     ) -> Iterator[Results]:
         boards = [board for board in (*self._alone, *reading.boards) if board.sets]
         boards.sort(key=lambda board: board.measure.order)
-        if boards and self.team.size > 1:
-            names = ", ".join(dict.fromkeys(board.measure.name for board in boards))
+        alone = [board.measure.name for board in boards if not board.measure.shared]
+        if alone and self.team.size > 1:
+            names = ", ".join(dict.fromkeys(alone))
             logger.info("%s: measured by the first of %d processes", names, self.team.size)
         for variant in (subject.own, *subject.beside):
             wanted = [board for board in boards if self._wants(board.measure, subject, variant)]
-            if not wanted:
-                continue
-            whole = WholeModel(subject.module(variant), subject.reader, variant)
-            for board in wanted:
-                for name in board.sets:
-                    self._score(board, name, whole, progress)
-                    if not board.measure.against_full_precision:
-                        yield board.entries(name)
+            shared = self._shared(wanted, subject)
+            team = self.team if shared else ALONE
+            if self.team.rank:
+                self._assist(shared, subject, variant)
+            elif wanted:
+                whole = WholeModel(subject.module(variant, team), subject.reader, variant, team)
+                yield from self._score_boards(wanted, whole, progress)
+                del whole  # before the next one is made
         for board in boards:
             if board.measure.against_full_precision:
                 for name in board.sets:
                     yield board.entries(name)
+
+    def _score_boards(
+        self, boards: list[Board], whole: WholeModel, progress: Progress
+    ) -> Iterator[Results]:
+        """The entries of the sets that are held against nothing, each when it is scored."""
+        for board in boards:
+            for name in board.sets:
+                self._score(board, name, whole, progress)
+                if not board.measure.against_full_precision:
+                    yield board.entries(name)
+
+    def _shared(self, boards: list[Board], subject: Subject) -> list[str]:
+        """The measures that all of a team take of a variant, as often as each has sets.
+
+        None where a member has no room for the model: the first then has the devices of all.
+        """
+        names = self.team.first(partial(_shared_sets, boards))
+        if self.team.size == 1 or all(self.team.each(subject.fits(self.team.size))):
+            return names
+        if names:
+            told = ", ".join(dict.fromkeys(names)), self.team.size
+            logger.info("%s: the model is too large to be whole in each of %d processes", *told)
+        return []
+
+    def _assist(self, names: list[str], subject: Subject, variant: str) -> None:
+        """Another member's part of scoring a variant on sets of these measures."""
+        if not names:
+            return
+        asked = {measure.name: (measure, settings) for measure, settings in _asked(self.measuring)}
+        whole = WholeModel(subject.module(variant, self.team), subject.reader, variant, self.team)
+        for measure, settings in (asked[name] for name in names):
+            measure.assist(whole, settings, self.sources)
 
     def _wants(self, measure: AnyMeasure, subject: Subject, variant: str) -> bool:
         """Whether a measure of whole models is taken of a variant."""
@@ -197,6 +231,11 @@ class Evaluation:
                 self.folder.write_text(f"tasks/{file}_{date}.json", text)
         for line in measure.log_lines(board.scored(name), model.variant):
             logger.info("%s", line)
+
+
+def _shared_sets(boards: list[Board]) -> list[str]:
+    """The measures that all of a team take, each as often as it has sets."""
+    return [board.measure.name for board in boards if board.measure.shared for _ in board.sets]
 
 
 def _asked(measuring: MeasureSettings) -> list[tuple[AnyModule, object]]:

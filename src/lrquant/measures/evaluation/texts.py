@@ -12,6 +12,7 @@ from lrquant.data.beginnings import beginning_of
 from lrquant.data.conversations import is_conversations
 from lrquant.data.prompts import Reader, picture_samples, takes_pictures
 from lrquant.data.samples import Samples, perplexity_windows
+from lrquant.data.texts import require_known
 from lrquant.data.vocabulary import require_known_tokens
 from lrquant.errors import LRQuantError
 from lrquant.measures.choice import text_measures
@@ -35,6 +36,13 @@ def texts_of(measuring: MeasureSettings) -> list[AskedText]:
         for name in measure.texts(settings):
             needed[name] = needed.get(name, False) or measure.needs(settings)
     return [AskedText(name, must) for name, must in needed.items()]
+
+
+def require_known_texts(measuring: MeasureSettings, sources: Sources) -> None:
+    """Refuse a name that must be there and is not known, before a model is opened."""
+    for text in texts_of(measuring):
+        if text.needed:
+            require_known(text.name, sources.data_folder)
 
 
 def read_texts(asked: Iterable[AskedText], sources: Sources, reader: Reader) -> dict[str, Samples]:

@@ -88,32 +88,58 @@ def load_tasks(settings: TaskSettings, sources: Sources) -> Tasks:
 def score_tasks(
     tasks: Tasks, model: WholeModel, settings: TaskSettings, sources: Sources
 ) -> TaskScores:
-    """What the harness finds for a model in memory."""
+    """What the harness finds for a model in memory, whose requests all of a team answer."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    from lrquant.measures.harness.sharing import SharedModel, finish
+
     if model.reader.tokenizer is None:
         raise LRQuantError("no tokenizer: zero-shot tasks need one")
+    pictures = model.team.first(lambda: _with_pictures(tasks))
     with quiet_harness(), no_commit_of_this_folder():
+        own = _wrapped(model, settings.task_batch_size, sources.bos, pictures)
         output = simple_evaluate(
-            _wrapped(tasks, model, settings.task_batch_size, sources.bos),
+            own if model.team.size == 1 else SharedModel(own, model.team),
             tasks=list(tasks.loaded),
             num_fewshot=settings.num_fewshot,
             limit=None if sources.limit < 0 else sources.limit,
             task_manager=TaskManager(include_defaults=False),  # they are loaded: none is looked up
         )
+    finish(model.team)
     samples = output.pop("samples")
     return TaskScores(output, {task: _items(rows) for task, rows in samples.items()})
 
 
-def _wrapped(tasks: Tasks, model: WholeModel, size: str, bos: str) -> HFLM:
+def answer_tasks(model: WholeModel, settings: TaskSettings, sources: Sources) -> None:
+    """Another member's part of `score_tasks`."""
+    from lrquant.measures.harness.sharing import serve
+
+    pictures = model.team.first(lambda: False)
+    with quiet_harness(bars=False):
+        own = _wrapped(model, settings.task_batch_size, sources.bos, pictures)
+        serve(own, model.team)
+
+
+def _with_pictures(tasks: Tasks) -> bool:
+    """Whether tasks show pictures; refuses some that do beside some that do not."""
+    others = sorted(tasks.sets.keys() - tasks.with_pictures)
+    if tasks.with_pictures and others:
+        raise LRQuantError(
+            f"--tasks: {', '.join(sorted(tasks.with_pictures))} show pictures and "
+            f"{', '.join(others)} do not; the harness runs them apart, so give them in two commands"
+        )
+    return bool(tasks.with_pictures)
+
+
+def _wrapped(model: WholeModel, size: str, bos: str, pictures: bool = False) -> HFLM:
     """The model as the harness runs it: with its processor where tasks show pictures."""
     import torch
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
 
     module, reader = model.module, model.reader
-    if not tasks.with_pictures:
+    if not pictures:
         assert reader.tokenizer is not None
         model_type = reader.architecture.part(reader.skeleton.config).model_type
         beginning = beginning_of(reader.tokenizer, model_type, bos)
@@ -124,12 +150,6 @@ def _wrapped(tasks: Tasks, model: WholeModel, size: str, bos: str) -> HFLM:
             batch_size=CPU_BATCH if (size, module.device.type) == ("auto", "cpu") else size,
             softmax_dtype=torch.float32,
             trust_remote_code=False,
-        )
-    others = sorted(tasks.sets.keys() - tasks.with_pictures)
-    if others:
-        raise LRQuantError(
-            f"--tasks: {', '.join(sorted(tasks.with_pictures))} show pictures and "
-            f"{', '.join(others)} do not; the harness runs them apart, so give them in two commands"
         )
     with tempfile.TemporaryDirectory() as folder:
         require_processor(reader).save_pretrained(folder)
@@ -154,15 +174,15 @@ def task_names(tasks: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Its errors alone, and its progress bars and notes only on a terminal."""
+def quiet_harness(bars: bool = True) -> Iterator[None]:
+    """Its errors alone, and its progress bars and notes only on a terminal, if at all."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            if not sys.stderr.isatty():
+            if not (bars and sys.stderr.isatty()):
                 nowhere = io.StringIO()
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))

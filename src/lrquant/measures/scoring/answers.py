@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from lrquant.data.prompts import Reader, prompt_inputs
 from lrquant.data.vocabulary import require_known_tokens
 from lrquant.errors import LRQuantError
 from lrquant.measures.measure import WholeModel
+from lrquant.measures.scoring.inputs import feed_of
 from lrquant.measures.shares import counted
 from lrquant.model.sources.checks import first_line
 from lrquant.runs.progress import Progress
@@ -57,24 +59,30 @@ class Questions:
 
 
 @torch.no_grad()
-def answers(name: str, questions: Questions, model: WholeModel, progress: Progress) -> list[str]:
-    """What a model answers to each question, greedily generated."""
-    module = model.module
-    order = questions.feed.grouped_order()
-    feed = questions.feed.only(order)
+def answers(
+    name: str, questions: Questions | None, model: WholeModel, progress: Progress
+) -> list[str]:
+    """What a model answers to each question, greedily generated.
+
+    The first of a team has the questions, and each member its share of the batches.
+    """
+    module, team = model.module, model.team
+    whole = team.first(partial(feed_of, questions))
+    order = whole.grouped_order()
+    feed = whole.only(order)
     tokenizer = model.reader.tokenizer
     assert tokenizer is not None
     words: dict[int, str] = {}
-    told_of = f"{name} {model.variant}"
-    with progress.measuring(told_of, len(questions.items), "questions") as told:
-        for rows in feed.slices(BATCH):
+    with progress.measuring(f"{name} {model.variant}", len(feed), "questions") as told:
+        for rows in feed.slices(BATCH)[team.rank :: team.size]:
             inputs = {key: value.to(module.device) for key, value in feed.collate(rows).items()}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             new = _generated(module, inputs)
             decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
             words |= dict(zip(order[rows], decoded, strict=True))
-            told(len(words) - 1)
-    return [words[index] for index in range(len(questions.items))]
+            told(rows.stop - 1)
+    every = {index: answer for own in team.each(words) for index, answer in own.items()}
+    return [every[index] for index in range(len(feed))]
 
 
 def _generated(module: PreTrainedModel, inputs: Inputs) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lrquant.data.feeds import Feed
 from lrquant.data.prompts import Reader, pixel_inputs, require_processor
 from lrquant.errors import LRQuantError
 from lrquant.measures.measure import WholeModel
+from lrquant.measures.scoring.inputs import feed_of
 from lrquant.measures.shares import counted
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Entry
@@ -64,13 +66,18 @@ def _label(file: Path, folder: Path, classes: dict[str, int]) -> int:
 
 
 @torch.no_grad()
-def predictions(pictures: LabelledPictures, model: WholeModel, progress: Progress) -> Tensor:
-    """The class with the largest logit of each picture, (pictures,) int64 on the CPU."""
-    chosen = []
-    feed, module = pictures.feed, model.module
+def predictions(pictures: LabelledPictures | None, model: WholeModel, progress: Progress) -> Tensor:
+    """The class with the largest logit of each picture, (pictures,) int64 on the CPU.
+
+    The first of a team has the pictures, and each member its share of the batches.
+    """
+    module, team = model.module, model.team
+    feed = team.first(partial(feed_of, pictures))
+    chosen: dict[int, Tensor] = {}
     with progress.measuring(f"classes {model.variant}", len(feed), "pictures") as told:
-        for rows in feed.slices(BATCH):
+        for rows in feed.slices(BATCH)[team.rank :: team.size]:
             inputs = {name: value.to(module.device) for name, value in feed.collate(rows).items()}
-            chosen.append(module(**inputs).logits.argmax(-1).cpu())
+            chosen[rows.start] = module(**inputs).logits.argmax(-1).cpu()
             told(rows.stop - 1)
-    return torch.cat(chosen)
+    batches = {start: classes for own in team.each(chosen) for start, classes in own.items()}
+    return torch.cat([batches[start] for start in sorted(batches)])

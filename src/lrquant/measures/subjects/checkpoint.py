@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from lrquant.architectures import Architecture, architecture_of
+from lrquant.blocks.residuals import in_line
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.stubs import stubs
 from lrquant.config.config import Config
@@ -76,12 +77,13 @@ class Checkpoint:
         """Hidden states after the last block (windows, tokens, hidden), float32 on the host."""
         batches = list(single_samples(windows.feed))
         config = self.architecture.part(self.module.config)
-        shape = batches[-1][0].rows.stop, config.hidden_size
+        shape = batches[-1][0].rows.stop, self._residuals * config.hidden_size
         stream = Stream(shape, torch.float32, self.device, "host")
         seen: list[Tensor] = []
 
         def keep(block: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+            states = output[0] if isinstance(output, tuple) else output
+            seen.append(in_line(states, self._residuals))
 
         handle = self._blocks[-1].register_forward_hook(keep)
         try:
@@ -101,13 +103,17 @@ class Checkpoint:
         states = hidden_states.to(self.dtype)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.device)
         visits = [lambda hidden, arguments: states] * len(self._blocks)
-        with stubs(self._blocks, visits, self.architecture.in_tuples):
+        with stubs(self._blocks, visits, self.architecture.in_tuples, self._residuals):
             return self.module(input_ids=ids, use_cache=False).logits
 
     @property
     def _logits_to_keep(self) -> int:
         """One will do, or all where later blocks would compute no other tokens."""
         return 1 if self.architecture.hands_on is None else 0
+
+    @property
+    def _residuals(self) -> int:
+        return self.architecture.residuals(self.architecture.part(self.module.config))
 
     @property
     def _blocks(self) -> nn.ModuleList:

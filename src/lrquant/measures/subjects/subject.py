@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.placement import fits_device
 from lrquant.blocks.plan import FULL_PRECISION as UNQUANTIZED
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.runner import Variant
@@ -81,8 +82,12 @@ class Subject(ABC):
         """What makes logits (batch, tokens, vocabulary) of final hidden states."""
 
     @abstractmethod
-    def module(self, variant: str) -> PreTrainedModel:
-        """A variant as a whole transformers model."""
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
+        """A variant as a whole transformers model, for every member of a team."""
+
+    def fits(self, processes: int) -> bool:
+        """Whether each of so many processes can have a variant whole on its device."""
+        return True
 
     def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
         """Learn again on a text: how, and what came of it; None where nothing is to be adapted.
@@ -132,8 +137,11 @@ class BlockSubject(Subject):
     def head(self) -> Head:
         return Head(self.reader, self.device, self.dtype)
 
-    def module(self, variant: str) -> PreTrainedModel:
-        return materialize(self.workbench, self._prepared(variant))
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
+        return materialize(self.workbench, replace(self, team=team)._prepared(variant))
+
+    def fits(self, processes: int) -> bool:
+        return fits_device(self.workbench, processes)
 
     def _prepared(self, variant: str, text: str = "") -> Variant:
         """How a variant's blocks are made ready; `text` is what the adapted one was adapted to."""
@@ -195,7 +203,7 @@ class CheckpointSubject(Subject):
     def head(self) -> Callable[[Tensor], Tensor]:
         return self.checkpoint.head
 
-    def module(self, variant: str) -> PreTrainedModel:
+    def module(self, variant: str, team: Team = ALONE) -> PreTrainedModel:
         return self.checkpoint.module
 
 
