@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lrquant.blocks.folded import scale_norm_
 from lrquant.blocks.frozen import QuantizedMatrix
 from lrquant.blocks.runner import BlockRunner
 from lrquant.blocks.stubs import Arguments
-from lrquant.blocks.view import BlockView, scale_norm_
+from lrquant.blocks.view import BlockView
 from lrquant.ingredients.base.descent import left
 from lrquant.ingredients.tuning import Tuning
 from lrquant.numerics.positions import Positions

@@ -15,9 +15,10 @@ from lrquant.blocks.assembly import (
     made_by_expert,
 )
 from lrquant.blocks.experts import Apart, BlockTensors
+from lrquant.blocks.folded import Folding, scaled_weight
 from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
 from lrquant.blocks.plan import BlockPlan
-from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX
+from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.blocks.together import Batch, batches_of
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.block import MatrixShape, Start
@@ -62,11 +63,13 @@ class BlockView:
         self.parameters: Parameters = {}
         self.still: frozenset[str] = frozenset()
         self._fixed: dict[str, QuantizedMatrix] = {}
-        self._offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
+        offsets = {f.module: f.offset for site in plan.sites for f in site.folds if f.offset}
         self._norms = [site.producer.module for site in plan.sites if site.kind == "norm"]
         held = {m.parameter for m in self.matrices.values()}
         held |= {str(m.bias) for m in self.matrices.values()}
-        self._plain = {name: t.float() for name, t in stored.items() if name not in held}
+        plain = {name: t.float() for name, t in stored.items() if name not in held}
+        own = stored, self.matrices, self.shapes.matrices, plain, self._norms, offsets
+        self._folding = Folding(*own)
 
     def weight(self, matrix: str) -> Tensor:
         """The stored weight (out, in) of a matrix."""
@@ -189,14 +192,16 @@ class BlockView:
     def added(self) -> dict[str, Tensor]:
         """Biases and shifts that what is learned brings to the block, by name; values apart."""
         places = self._places()
-        tensors = self._others(places) | assembled_biases(self.matrices, self._biases(places))
+        tensors = self._folding.others(places) | assembled_biases(
+            self.matrices, self._folding.biases(places)
+        )
         return {name: tensor for name, tensor in tensors.items() if name not in self.stored}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in the parameters: see FrozenBlock."""
         factors = self._factors()
-        tensors = self._others(factors)
-        biases = {name: bias.to(self.dtype) for name, bias in self._biases(factors).items()}
+        tensors = self._folding.others(factors)
+        biases = {name: bias.to(self.dtype) for name, bias in self._folding.biases(factors).items()}
         weights = {}
         together = {} if self.by_expert else self._together(factors)
         for name, shape in self.shapes.matrices.items():
@@ -258,7 +263,7 @@ class BlockView:
     def freeze(self) -> FrozenBlock:
         """Codes, scales and folded tensors; the result's `tensors` equal the view's bit for bit."""
         factors = self._factors()
-        others, biases = self._others(factors), self._biases(factors)
+        others, biases = self._folding.others(factors), self._folding.biases(factors)
         matrices: dict[str, QuantizedMatrix] = {}
         floating: dict[str, FloatingMatrix] = {}
         for name, shape in self.shapes.matrices.items():
@@ -383,83 +388,10 @@ class BlockView:
             return self._fixed[matrix].dequantize(self.dtype)
         weight = self.weight(matrix)
         if shape.grid is None:
-            return _scaled(weight, matrix, factors, self.dtype)
+            return scaled_weight(weight, matrix, factors, self.dtype)
         recipe = self._recipe(matrix, factors)
         rest = recipe, shape.grid, self.dtype, self._extremes.get(matrix)
         return fake_quantize_weight(weight, *rest, compiled=self.compiled)
-
-    def _others(self, factors: Factors) -> dict[str, Tensor]:
-        tensors = dict(self._plain)
-        norms = dict.fromkeys([*factors.norms, *(n for n in self._norms if n in factors.subtract)])
-        for norm in norms:
-            factor, shift = factors.norms.get(norm), factors.subtract.get(norm)
-            bias = tensors.get(f"{norm}.bias")
-            if shift is not None:
-                name = norm + SHIFT_SUFFIX if bias is None else f"{norm}.bias"
-                tensors[name] = -shift if bias is None else bias - shift
-            if factor is not None:
-                scale_norm_(tensors, norm, factor, self._offsets.get(norm))
-        folded = factors.rows | factors.columns | factors.subtract | factors.add
-        for module in folded.keys() - self.matrices.keys() - norms.keys():
-            weight, bias = tensors[f"{module}.weight"], tensors.get(f"{module}.bias")
-            tensors[f"{module}.weight"] = _scaled(weight, module, factors, torch.float32)
-            bias = _folded_bias(bias, weight, module, factors)
-            if bias is not None:
-                tensors[f"{module}.bias"] = bias
-        return tensors
-
-    def _biases(self, factors: Factors) -> dict[str, Tensor]:
-        """Biases (out,), float32, of the matrices that have one, 0 where only other parts do."""
-        own = {}
-        for name, matrix in self.matrices.items():
-            bias = None if matrix.bias is None else self.stored.get(matrix.bias)
-            bias = None if bias is None else matrix.of_bias(bias).float()
-            own[name] = _folded_bias(bias, self.weight(name), name, factors)
-        biased = {self.matrices[name].bias for name, bias in own.items() if bias is not None}
-        return {
-            name: self.weight(name).new_zeros(self.shapes.matrices[name].rows, dtype=torch.float32)
-            if bias is None
-            else bias
-            for name, bias in own.items()
-            if self.matrices[name].bias in biased
-        }
-
-
-def _folded_bias(bias: Tensor | None, weight: Tensor, name: str, factors: Factors) -> Tensor | None:
-    """A bias with shifts moved in or out and its rows scaled; None where there is still none."""
-    if name in factors.add:
-        entering = torch.mv(weight.float(), factors.add[name])
-        bias = entering if bias is None else bias + entering
-    if name in factors.subtract:
-        leaving = factors.subtract[name]
-        bias = -leaving if bias is None else bias - leaving
-    return bias * factors.rows[name] if bias is not None and name in factors.rows else bias
-
-
-def scale_norm_(
-    tensors: dict[str, Tensor], norm: str, factor: Tensor, offset: float | None
-) -> None:
-    """Multiply what a norm gives by a factor: its weight, and its bias or shift, among `tensors`.
-
-    Where it multiplies with its weight and an offset, that becomes ``(weight + offset) * factor -
-    offset``, in the form that is exact at a factor of 1.
-    """
-    weight = tensors[f"{norm}.weight"]
-    scaled = weight + (weight + offset) * (factor - 1) if offset else weight * factor
-    tensors[f"{norm}.weight"] = scaled
-    for name in (f"{norm}.bias", norm + SHIFT_SUFFIX):
-        if name in tensors:
-            tensors[name] = tensors[name] * factor
-
-
-def _scaled(weight: Tensor, name: str, factors: Factors, dtype: torch.dtype) -> Tensor:
-    """A weight that stays in floating point, with its factors folded in."""
-    row, column = factors.rows.get(name), factors.columns.get(name)
-    if row is None and column is None:
-        return weight.to(dtype)
-    result = weight.float()
-    result = result if row is None else result * row[:, None]
-    return (result if column is None else result * column).to(dtype)
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
