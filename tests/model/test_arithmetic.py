@@ -108,11 +108,15 @@ def test_the_environment_is_prepared_for_cuda_unless_it_says_how(monkeypatch):
 
 
 def adds_up_along_tokens(kind: str) -> bool:
-    """Whether transformers' code of a model type has a running sum of anything but integers."""
+    """Whether transformers' code of a text model has a running sum of anything but integers."""
     name = model_type_to_module_name(kind)
     spec = find_spec(f"transformers.models.{name}.modeling_{name}")
     lines = Path(spec.origin).read_text(encoding="utf-8").splitlines() if spec else []
-    sums = [line for line in lines if "cumsum(" in line and not line.lstrip().startswith("#")]
+    owner, sums = "", []
+    for line in lines:
+        owner = line if line.startswith("class ") else owner
+        if "cumsum(" in line and not line.lstrip().startswith("#") and "Audio" not in owner:
+            sums.append(line)
     return any(not re.search("mask|image|vision|int", line) for line in sums)
 
 

@@ -56,24 +56,21 @@ class Stream:
         storage: str,
         folder: Path | None = None,
     ) -> None:
-        self.device, self._pinned = device, False
+        self.device = device
         self.added: dict[tuple[int, int], Tensor] = {}
         self.handed: dict[int, States] = {}
         if storage == "disk":
             self.states = _mapped_tensor(shape, dtype, folder)
         else:
             place = device if storage == "device" else torch.device("cpu")
-            self._pinned = storage != "device" and device.type == "cuda"
-            self.states = torch.empty(shape, dtype=dtype, device=place, pin_memory=self._pinned)
+            self.states = torch.empty(shape, dtype=dtype, device=place)
 
     def read(self, batch: Batch, block: int | None = None) -> Tensor:
         """States (*shape, hidden) of a batch on the computing device, float32.
 
         With `block` they are that block's inputs: what the model adds before it is added.
         """
-        states = self.states[batch.rows]
-        # moved as it is stored, and on CUDA without waiting: what follows does on the device
-        states = states.to(self.device, non_blocking=self._pinned).float()
+        states = self.states[batch.rows].to(self.device).float()  # moved as they are stored
         states = states.unflatten(0, batch.shape)
         added = None if block is None else self.added_before(batch, block)
         return states if added is None else states + added
@@ -103,8 +100,6 @@ class Stream:
 
     def copy(self, other: Stream) -> None:
         """Take over another stream's states."""
-        if self._pinned:
-            torch.cuda.synchronize(self.device)  # it may still be on its way there
         self.states.copy_(other.states)
         self.added = other.added
         self.handed = dict(other.handed)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.residuals import stacked
 from lrquant.blocks.streams import Stream
 from lrquant.preflight.load import Load
 from lrquant.preflight.probe import OneBlock
@@ -32,7 +33,8 @@ def handed_row_bytes(load: Load) -> int:
         own = {
             n: each if each is handed else _without_values(each) for n, each in arguments.items()
         }
-        block(torch.empty((*shape, model.hidden_size), device="meta"), **own)
+        states = torch.empty((*shape, model.state_size), device="meta")
+        block(stacked(states, model.residuals), **own)
     values = sum(each.numel() for states in handed.values() for each in states)
     return values // math.prod(shape) * bench.dtype.itemsize
 
