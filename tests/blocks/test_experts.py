@@ -166,9 +166,11 @@ def test_what_experts_in_rows_read_lies_on_its_grid(make_model, make_bench, toke
     plan = Plan(Schemes(Scheme(16, 3, qkv_bits=16)))
     bench = make_bench(make_model("llama4-two"), plan=plan)
     entry, stream = entered(bench, token_ids(2, 12))
-    view, read = bench.view(0, bench.stored(0)), {}
+    view, read, told = bench.view(0, bench.stored(0)), {}, {}
     module = bench.model.blocks[0].feed_forward.experts
-    with bench.runner(0, view) as runner:
+    hooked = module.forward = lambda states: states
+    observer = lambda name, values: told.update({name: values})  # noqa: E731
+    with bench.runner(0, view, observer) as runner:
         inside = runner._read
         runner._read = lambda name, values: read.setdefault(name, inside(name, values))
         runner(view.tensors(), stream.read(entry.batches[0]), entry.arguments(0, 0))
@@ -176,7 +178,9 @@ def test_what_experts_in_rows_read_lies_on_its_grid(make_model, make_bench, toke
     assert downs and len(read["feed_forward.experts"]) == 2 * 24, "rows of chosen experts alone"
     for name in (*downs, "feed_forward.experts"):
         assert max(len(token.unique()) for token in read[name]) <= 8
-    assert not {"forward", "_lrquant_inside"} & vars(module).keys()
+    assert told["feed_forward.experts"].shape == (2, 12, 32), "by sample and token"
+    assert told.keys().isdisjoint(downs), "of a few tokens each"
+    assert vars(module)["forward"] is hooked and "_lrquant_inside" not in vars(module)
 
 
 def test_statistics_are_of_every_token_through_every_expert(make_model, make_bench, token_ids):

@@ -54,10 +54,10 @@ class Inside:
     """What is done inside a module of experts, of a `name` in its block.
 
     `places` names what each one's second matrix reads; `read` makes of such values (tokens, width)
-    what products take.  `observe` is told what an expert would read if every token went to it;
-    `route` of the tokens' experts (tokens, chosen).  `apart` are the module's parameters, by their
-    names in it, of which each expert's part is made when it computes, and once more for its
-    gradient.
+    what products take.  `observe` is told of what is read here by a module in rows and, while
+    `all_experts`, of what each one would read if every token went to it; `route` of the tokens'
+    experts (tokens, chosen).  `apart` are the module's parameters, by their names in it, of which
+    each expert's part is made when it computes, and once more for its gradient.
     """
 
     places: Mapping[int, str]
@@ -66,6 +66,7 @@ class Inside:
     route: Callable[[Tensor], None] | None = None
     name: str = ""
     apart: Mapping[str, Apart] = field(default_factory=dict)
+    all_experts: bool = True
 
     def of(self, module: nn.Module, name: str) -> Make:
         """What gives an expert's part of a parameter.
@@ -83,6 +84,7 @@ class ExpertModules:
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     _before: dict[str, str | None] = field(default_factory=dict)
+    _forwards: dict[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(cls, block: nn.Module) -> ExpertModules:
@@ -111,6 +113,7 @@ class ExpertModules:
         for name, module in self.modules.items():
             setattr(module, _INSIDE, inside[name])
             if name in self.in_rows:
+                self._forwards[name] = vars(module).get(_FORWARD)
                 setattr(module, _FORWARD, partial(rows_forward, module))
                 continue
             config = getattr(module, "config")  # noqa: B009
@@ -123,9 +126,14 @@ class ExpertModules:
             module = self.modules[name]
             getattr(module, "config")._experts_implementation = before  # noqa: B009
         self._before.clear()
+        for name, forward in self._forwards.items():
+            delattr(self.modules[name], _FORWARD)
+            if forward is not None:
+                setattr(self.modules[name], _FORWARD, forward)
+        self._forwards.clear()
         for module in self.modules.values():
-            for name in {_INSIDE, _FORWARD} & vars(module).keys():
-                delattr(module, name)
+            if _INSIDE in vars(module):
+                delattr(module, _INSIDE)
 
 
 def experts_forward(
@@ -140,7 +148,7 @@ def experts_forward(
     if inside.route is not None:
         inside.route(top_k_index)
     experts = _Weights.of(module, inside)
-    if inside.observe is not None:
+    if inside.observe is not None and inside.all_experts:
         for expert, place in inside.places.items():
             inside.observe(place, experts.entered(expert, hidden_states))
     chosen = top_k_index.shape[1]
@@ -166,7 +174,7 @@ def rows_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     if inside.observe is not None:
         own = rows[reached.int().argmax(0), torch.arange(rows.shape[1], device=rows.device)]
         inside.observe(inside.name, own)
-        for expert, place in inside.places.items():
+        for expert, place in inside.places.items() if inside.all_experts else ():
             inside.observe(place, experts.entered(expert, inside.read(inside.name, own)))
     which, tokens = reached.nonzero(as_tuple=True)
     values = inside.read(inside.name, rows[which, tokens])

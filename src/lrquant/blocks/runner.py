@@ -188,7 +188,7 @@ class BlockRunner:
                 name: Inside(
                     places,
                     self._read,
-                    self._tell if self.all_experts and self.observer is not None else None,
+                    None if self.observer is None else self._tell,
                     None if self.router is None else partial(self.router, name),
                     name,
                     {
@@ -196,6 +196,7 @@ class BlockRunner:
                         for parameter, each in self._apart.items()
                         if parameter.startswith(f"{name}.")
                     },
+                    self.all_experts,
                 )
                 for name, places in self._places.items()
             }
