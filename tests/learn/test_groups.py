@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lrquant import quantize
@@ -18,7 +19,7 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.ingredients.ingredient import owner_of
-from lrquant.learn.groups import groups_of
+from lrquant.learn.groups import _tell, groups_of
 from lrquant.numerics.packing import unpack_ternary
 from lrquant.runs.folder import RunFolder
 
@@ -70,6 +71,9 @@ def test_all_at_once_by_expert_are_the_bytes_of_all_together(learned, family, to
     for before, after in zip(records(whole), records(by_expert), strict=True):
         for name in ("initial_loss", "final_loss", "epoch_losses", "held_losses", "best_epoch"):
             assert before[name] == after[name], name
+    seen = [load_file(each.diagnostics_path(0)) for each in (whole, by_expert)]
+    assert_same(*seen)
+    assert any("learned" in name for name in seen[0])
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
@@ -104,8 +108,8 @@ def test_others_out_of_codes_are_the_others_as_they_are(learned, monkeypatch, mo
     assert_same(parameters(learned(1, name="made", **more)), parameters(fixed))
 
 
-def test_a_run_in_groups_is_resumed_to_the_byte(learned):
-    folder = learned(2)
+def test_a_run_in_groups_is_resumed_to_the_byte(learned, tmp_path):
+    folder = learned(2, save_dir=str(tmp_path / "saved"), format="dequantized")  # read back
     assert "best epoch kept, 2 experts at a time" in (folder.path / "report.md").read_text()
     expected = {path.name: path.read_bytes() for path in blocks_of(folder)}
     assert len(expected) == 2
@@ -129,6 +133,15 @@ def test_windows_have_no_groups(learned):
         learned(2, window=2)
 
 
+def test_progress_of_groups_begins_at_one_and_grows():
+    shown = []
+    groups = [frozenset()] * 3
+    for number in range(3):
+        for step in range(1, 5):
+            _tell(lambda step, loss: shown.append(step), 4, number, groups, step, 0.0)
+    assert shown == [1, 2, 3, 4]
+
+
 def bench_of(make_bench, make_model, family: str, by_expert: bool):
     plan = Plan(Schemes(Scheme.parse(SCHEME)), learned_by(**LEARNED))
     return replace(make_bench(make_model(family), plan=plan), by_expert=by_expert)
@@ -148,6 +161,18 @@ def test_weights_made_when_used_are_those_of_all_together(make_bench, make_model
         assert apart.keys() | apart.apart.keys() == whole.keys()
         assert not apart.keys() & apart.apart.keys()
         assert_same(whole, BlockTensors.whole(apart))
+
+
+def test_frozen_experts_go_to_another_device_whole(make_bench, make_model):
+    bench = bench_of(make_bench, make_model, "gpt_oss", True)
+    view = bench.view(0, bench.stored(0))
+    view.parameters = {n: torch.ones(shape) for n, shape in view.parameter_shapes().items()}
+    frozen = view.freeze()
+    there = frozen.on(torch.device("meta")).tensors(torch.float32)
+    own = frozen.tensors(torch.float32)
+    assert {tensor.device.type for tensor in there.values()} == {"meta"}
+    assert {n: t.shape for n, t in there.items()} == {n: t.shape for n, t in own.items()}
+    assert_same(frozen.on(torch.device("cpu")).tensors(torch.float32), own)
 
 
 def test_groups_hold_each_parameter_once(make_bench, make_model):

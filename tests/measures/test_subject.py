@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from lrquant import LRQuantError, cli, evaluate, export, quantize
+from lrquant.config.config import Config
 from lrquant.files.manifest import MANIFEST
 from lrquant.measures.rows import COLUMNS
+from lrquant.measures.subjects import subject
 
 QUICK = {"nsamples": 2, "seqlen": 24, "limit": 4, "epochs": 1, "precision": "float32"}
 QUICK |= {"report": False}
@@ -187,6 +191,21 @@ def test_the_exit_code_says_whether_the_loss_is_acceptable(
     assert main(tmp_path / "saved", "--compare", model)[0] == 0
     code, streams = main(run, "--max-drop", "0")
     assert code == 2 and "give --compare too" in streams.err
+
+
+def test_experts_of_a_run_are_made_as_when_it_was_learned(model_folder, monkeypatch):
+    """Whatever the command's own settings say of groups."""
+    config = Config(model=str(model_folder("qwen3_moe")), scheme="W4A16").resolved()
+    opened = SimpleNamespace(
+        config=replace(config, expert_group=2),
+        require_finished=lambda: None,
+        require_same=lambda values: None,
+    )
+    monkeypatch.setattr(subject.RunFolder, "open", lambda path: opened)
+    monkeypatch.setattr(subject, "is_run", lambda path: True)
+    assert subject.open_subject("run", config).workbench.by_expert
+    opened.config = config
+    assert not subject.open_subject("run", replace(config, expert_group=2)).workbench.by_expert
 
 
 def preferred(folder, rows):

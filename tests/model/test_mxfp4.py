@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from lrquant import quantize
 from lrquant.errors import LRQuantError
+from lrquant.files.manifest import SETTINGS
+from lrquant.measures.subjects.checkpoint import is_checkpoint
 from lrquant.model.loading import load_model
 from lrquant.preflight.checks import preflight
 
@@ -61,6 +63,17 @@ def test_weights_are_those_that_transformers_unpacks(published):
         assert own.dtype == torch.bfloat16
     weight = expected[EXPERTS.format(0, "down_proj")]
     assert weight.unique().numel() > 30 and weight.shape == (4, 32, 32)
+
+
+def test_it_is_measured_as_a_model_of_full_precision(published, tmp_path):
+    assert not is_checkpoint(str(published), None)
+    (published / SETTINGS).write_text("", encoding="utf-8")
+    assert is_checkpoint(str(published), None), "by a run of this project"
+    (published / SETTINGS).unlink()
+    config = json.loads((published / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    (published / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert is_checkpoint(str(published), None)
 
 
 def test_a_run_says_so_and_its_checkpoint_is_plain(published, tmp_path, token_ids, caplog):

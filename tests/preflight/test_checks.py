@@ -12,12 +12,15 @@ import pytest
 
 from lrquant import LRQuantError, quantize
 from lrquant.cli import main
+from lrquant.config.config import Config
 from lrquant.model.sources.skeleton import SkeletonSource
 from lrquant.preflight import checks, places
 from lrquant.preflight.checks import preflight as check
 from lrquant.preflight.estimate import Memory
+from lrquant.preflight.findings import Preflight
 from lrquant.reports.preflight import preflight_text, preflight_values
 
+FREE = collections.namedtuple("Free", "available")
 SPACE = collections.namedtuple("Space", "total used free")
 WHATS = ["format", "model", "groups", "device", "calibration", "output_dir", "disk", "memory"]
 
@@ -79,7 +82,10 @@ def test_one_of_two_processes(settings, monkeypatch):
         done
     )
     assert any("free on cpu for 2 processes" in text for _, text in found(done, "ok"))
-    ((what, text),) = found(check(settings), "failed")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the other one is on another machine
+    done = check(settings)
+    assert not any("for 2 processes" in text for _, text in found(done, "ok"))
+    ((what, text),) = found(done, "failed")
     assert what == "processes" and "use --batch_size 2 or a multiple of it" in text
 
 
@@ -291,6 +297,27 @@ def test_a_block_of_experts_that_cannot_fit_names_their_groups(settings, model_f
     monkeypatch.setattr(checks, "free_memory", lambda device: 1000)
     assert "use --expert_group 16, a machine" in check(settings).failed[0].text
     assert "--expert_group" not in check({**settings, "expert_group": 3}).failed[0].text
+
+
+def test_groups_of_experts_are_refused_where_there_are_none(settings):
+    ((what, text),) = found(check({**settings, "expert_group": 3}), "failed")
+    assert what == "experts" and "--expert_group 3: no block of" in text and "leave it out" in text
+    with pytest.raises(LRQuantError, match="leave it out"):
+        quantize(**settings, expert_group=3)
+
+
+@pytest.mark.parametrize(
+    ("storage", "handed", "needed"), [("host", 1, 4), ("disk", 1, 2), ("disk", 0, 0)]
+)
+def test_what_a_gpu_leaves_on_the_host_is_compared(monkeypatch, storage, handed, needed):
+    """Keys and values handed on are there wherever the hidden states are."""
+    unit = 10**10
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: FREE(unit))
+    report = Preflight(Config(), processes=4, local_processes=2, stream_bytes=unit)
+    checks._compare_host(report, storage, handed * unit)
+    said = [f"about {needed * 10:.2f} GB needed"] if needed else []
+    assert [text.partition(",")[0] for _, text in found(report, "failed")] == said
+    assert all(("--offload" in text) == (storage == "host") for _, text in found(report, "failed"))
 
 
 MEMORY = Memory(embedding=1, learning=1, measuring=1)

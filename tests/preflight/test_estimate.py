@@ -15,7 +15,7 @@ from lrquant.blocks.plan import Plan
 from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.config import Config
-from lrquant.config.groups import Learning
+from lrquant.config.groups import Adapting, Learning
 from lrquant.data.feeds import Feed
 from lrquant.data.samples import Samples
 from lrquant.formats.checkpoint import INDEX
@@ -259,7 +259,7 @@ def test_the_time_of_learning(make_model, load_of):
     assert seconds(plain, finished=1) == block + passed
     assert seconds(plain, dataclasses.replace(COSTS, step=0.0)) == 2 * (block - 3 * 6 * 10)
     grouped = dataclasses.replace(COSTS, groups=4)
-    assert seconds(plain, grouped) == 2 * (block + 3 * (3 * 6 * 10 + 6 * 4))
+    assert seconds(plain, grouped) == 2 * (block + 3 * (3 * 6 * 10 + 6 * 4 + 0.25))
 
 
 def test_what_one_of_several_processes_takes(make_model, load_of):
@@ -290,6 +290,17 @@ def test_the_time_of_measuring(make_model):
     compared = TextLoad(texts(5, 8), 8, compared=True)
     more = 40 * (2 * quantized + 2 * 2.0 / 16 + 3 * head) + 3 * 2 * 1.25
     assert measuring_seconds(model, BLOCKS, compared, True) == pytest.approx(more)
+
+
+def test_the_time_of_adapting_in_groups(make_model):
+    """Of the last block: each group has its epochs and a held pass, and quantises all others."""
+    model, adapting = from_module(make_model("llama")), Adapting(epochs=3, blocks=1)
+    text = TextLoad(texts(4, 8), 8, adapting=adapting)
+    alone, grouped = (
+        measuring_seconds(model, [KindCosts((0, 1), 0, each)], text, True)
+        for each in (COSTS, dataclasses.replace(COSTS, groups=4))
+    )
+    assert grouped - alone == pytest.approx(3 * (2 * (3 * (10 + 4) + 4) + 0.25))
 
 
 def test_the_files_that_travel_along_are_counted(model_folder, tmp_path):

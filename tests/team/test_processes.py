@@ -47,15 +47,16 @@ def test_all_end_and_one_says_why(start, tmp_path, how, lines):
 
 
 def test_a_launch_is_read_of_the_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Launch.of_environment() == Launch()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert Launch.of_environment() == Launch(), "not one of four without a rank"
     monkeypatch.setenv("RANK", "3")
-    assert Launch.of_environment() == Launch(3, 4, 0)
+    assert Launch.of_environment() == Launch(3, 4, 0, 4), "all on one machine"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Launch.of_environment() == Launch(3, 4, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Launch.of_environment() == Launch(3, 4, 1, 2)
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(LRQuantError, match="no numbers; start with torchrun"):
         Launch.of_environment()

@@ -42,6 +42,20 @@ class QuantizedMatrix:
     input_factor: Tensor | None = None
     input_clip: Tensor | None = None
 
+    def on(self, device: torch.device) -> QuantizedMatrix:
+        """The same on a device."""
+        factor = self.factor
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero_point=self.zero_point.to(device),
+            bias=_on(device, self.bias),
+            factor=None if factor is None else (factor[0].to(device), factor[1].to(device)),
+            input_factor=_on(device, self.input_factor),
+            input_clip=_on(device, self.input_clip),
+        )
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for, differentiable in the scale."""
         quantized = Quantized(self.codes, self.scale, self.zero_point)
@@ -60,6 +74,16 @@ class FrozenBlock:
     others: dict[str, Tensor]
     layout: Mapping[str, Matrix]
     unquantized: dict[str, FloatingMatrix] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> FrozenBlock:
+        """The same on a device."""
+        pairs = self.unquantized.items()
+        return replace(
+            self,
+            matrices={name: matrix.on(device) for name, matrix in self.matrices.items()},
+            others={name: tensor.to(device) for name, tensor in self.others.items()},
+            unquantized={n: (weight.to(device), _on(device, bias)) for n, (weight, bias) in pairs},
+        )
 
     def tensors(self, dtype: torch.dtype, *, by_expert: bool = False) -> dict[str, Tensor]:
         """What the block computes with: weights in `dtype`, the rest float32.
@@ -149,6 +173,10 @@ class FrozenBlock:
             matrices[module] = _one(module, [self.matrices.get(name) for name in names])
             layout[module] = replace(first, name=module, rows=None)
         return FrozenBlock(matrices, self.others, layout)
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _one(module: str, slices: list[QuantizedMatrix | None]) -> QuantizedMatrix:

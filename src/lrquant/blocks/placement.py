@@ -133,9 +133,9 @@ def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | 
 
 
 def fits_device(workbench: Workbench, processes: int = 1) -> bool:
-    """Whether the whole model fits the workbench's device for each of so many processes.
+    """Whether the whole model fits the workbench's device for each of a machine's processes.
 
-    On a CPU they are taken to share one machine's memory.  What is free of this process is given
+    On a CPU they share its memory.  What is free of this process is given
     back, so that another one may have it.
     """
     outer, blocks = whole_bytes(workbench.model, workbench.dtype)

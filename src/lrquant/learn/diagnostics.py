@@ -97,7 +97,8 @@ class _Variant:
         self.workbench, self.index, self.view = workbench, index, view
         frozen = view.freeze()
         self.codes = {name: code_counts(matrix) for name, matrix in frozen.matrices.items()}
-        self.tensors = frozen.tensors(view.dtype, by_expert=view.by_expert)
+        # Experts one by one are made of the stored weights: all variants' codes would be held.
+        self.tensors = view.tensors() if view.by_expert else frozen.tensors(view.dtype)
         self.made, self.total = _Ratio(), _Ratio()
         self.seen = seen_matrices(view)
         self.snr = {name: _Ratio() for name in self.seen}

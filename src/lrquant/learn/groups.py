@@ -76,8 +76,10 @@ def _tell(
     step: int,
     loss: float,
 ) -> None:
-    """Of the `steps` of a group, as a share of all groups' for the block."""
-    progress((number * steps + step) // len(groups), loss)
+    """Of the `steps` of a group, as a share of all groups' for the block: when that grows."""
+    before = number * steps + step - 1
+    if before % len(groups) == 0:
+        progress(before // len(groups) + 1, loss)
 
 
 def _joined(reports: list[FitReport]) -> FitReport:

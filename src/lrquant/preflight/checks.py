@@ -50,7 +50,8 @@ from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
 from lrquant.team.launch import Launch
 
-_MEND = "--offload disk, fewer or shorter samples, or a smaller --batch_size"
+_FEWER = "fewer or shorter samples"
+_MEND = f"--offload disk, {_FEWER}, or a smaller --batch_size"
 _TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
 
 
@@ -63,7 +64,8 @@ def preflight(
     LRQuantError only for settings that contradict each other; all else is a finding.
     """
     config, measure_only = resolve_settings(settings)
-    report = Preflight(config, Launch.of_environment().size)
+    launch = Launch.of_environment()
+    report = Preflight(config, launch.size, local_processes=launch.local_size)
     plan = Plan.of(config.quantizing)
     run = Prospect(config, measure_only, plan, model, calibration, apart=True)
     for check in requirements(run):
@@ -184,20 +186,28 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         memory = estimate_memory(load, costs, before, inside, measured, handed)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         _compare_peak(report, workbench, before)
-        if cuda and storage == "host":
-            free = psutil.virtual_memory().available
-            needed = report.processes * (report.stream_bytes + handed_bytes(load, row))
-            report.compare("memory", needed, free, "on the host", f"use {_MEND}")
+        if cuda and storage != "device":
+            _compare_host(report, storage, handed_bytes(load, row))
 
 
 def _compare_peak(report: Preflight, bench: Workbench, before: int) -> None:
     """Hold the peak against what is free, of which the process has taken so much `before`."""
     assert report.memory is not None
-    peak, together = report.memory.peak, 1 if bench.device.type == "cuda" else report.processes
+    peak, cuda = report.memory.peak, bench.device.type == "cuda"
+    together = 1 if cuda else report.local_processes
     where = f"on {bench.device}" + (f" for {together} processes" if together > 1 else "")
     mend = f"use {fewer_experts(bench)}{_MEND}"
     mend = _TUNING_MEND if peak == report.memory.tuning else mend
     report.compare("memory", together * peak, free_memory(bench.device) + before, where, mend)
+
+
+def _compare_host(report: Preflight, storage: str, handed: int) -> None:
+    """Hold what CUDA devices leave on the host: states, unless on disk, and `handed` bytes."""
+    assert report.stream_bytes is not None
+    kept, mend = (report.stream_bytes, _MEND) if storage == "host" else (0, _FEWER)
+    if needed := report.local_processes * (kept + handed):
+        free = psutil.virtual_memory().available
+        report.compare("memory", needed, free, "on the host", f"use {mend}")
 
 
 def _shared(report: Preflight, load: Load) -> Load:

@@ -259,7 +259,7 @@ def learning_seconds(
     ``read + batches (observed + held) + start + epochs (batches step) + freeze + batches held`` a
     block; with two branches one full-precision pass more, with `keep_best` one held pass an epoch,
     and as many starts, with a few held passes each, as are tried.  Of experts in groups each group
-    has its epochs, and a held pass before them.
+    has its epochs, and a held pass before them; from the second on all others are quantised anew.
     `with_statistics` says that files give statistics.
     """
     plan, total = load.workbench.plan, 0.0
@@ -286,7 +286,7 @@ def _block_seconds(load: Load, costs: BlockCosts, observed: bool) -> float:
         held = held_steps(round(steps), learning.batch_size) or steps
         epoch += (share * held * costs.held + costs.weights) * learning.keep_best
         block += costs.groups * learning.epochs * epoch
-        block += (costs.groups - 1) * share * steps * costs.held
+        block += (costs.groups - 1) * (share * steps * costs.held + costs.freeze)
     return block
 
 
@@ -313,9 +313,10 @@ def measuring_seconds(
             total += blocks * (full + others) * (own.read + own.freeze)
             if measured.adapting is not None:
                 epochs = measured.adapting.epochs
-                adapted = epochs * (own.step + keep_best * own.held) + own.held
+                adapted = own.groups * (epochs * (own.step + keep_best * own.held) + own.held)
                 again = kind.behind(len(model.blocks) - measured.adapting.blocks)
                 total += batches * (blocks * (own.full + 2 * own.held) + again * adapted)
+                total += again * (own.groups - 1) * own.freeze
     return total
 
 

@@ -31,12 +31,14 @@ class Preflight:
     """All findings, in the order of the checks, and the estimates that could be made.
 
     `contents` are the blocks' tensors, `carried` those that the model has no place for, which a
-    checkpoint gets unchanged.  Memory is that of one of `processes`, each on a device of its own.
+    checkpoint gets unchanged.  Memory is that of one of `processes`, each on a device of its own;
+    `local_processes` of them are on this machine.
     """
 
     config: Config
     processes: int = 1
     findings: list[Finding] = field(default_factory=list)
+    local_processes: int = 1
     contents: list[Contents] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     checkpoint: CheckpointSize | None = None

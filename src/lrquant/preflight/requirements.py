@@ -76,6 +76,8 @@ def requirements(run: Prospect) -> Iterator[Check]:
     model = run.model
     if model is None:
         return
+    if run.config.expert_group and not run.measure_only:
+        yield Check("experts", lambda: _experts(run, model))
     yield Check("weights", lambda: _weights(run, model))
     yield Check("schemes", lambda: patterns(run, model))
     yield from groups(run, model)
@@ -152,6 +154,13 @@ def _model(run: Prospect) -> Iterator[Said]:
         yield Said(text, "warning", what="weights")
     if strange is not None:
         yield Said(strange, "warning", strange, "tokenizer")
+
+
+def _experts(run: Prospect, model: Model) -> Iterator[Said]:
+    if not model.has_experts:
+        asked = f"--expert_group {run.config.expert_group}"
+        raise LRQuantError(f"{asked}: no block of {model.name} has experts; leave it out")
+    yield from ()
 
 
 def _weights(run: Prospect, model: Model) -> Iterator[Said]:

@@ -7,29 +7,33 @@ from dataclasses import dataclass
 
 from lrquant.errors import LRQuantError
 
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class Launch:
-    """`rank` of `size` processes, from 0, and the `local_rank` among those of its machine."""
+    """`rank` of `size` processes, from 0; `local_rank` of the `local_size` of its machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """What torchrun, or another launcher, says by RANK, WORLD_SIZE and LOCAL_RANK.
+        """What torchrun, or another launcher, says by RANK, WORLD_SIZE, LOCAL_RANK.
 
-        Without both of the first two a process is alone.
+        Without both of the first two a process is alone; without LOCAL_WORLD_SIZE all are taken to
+        be on one machine.
         """
-        said = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        said = {name: os.environ.get(name) for name in _NAMES}
         if said["RANK"] is None or said["WORLD_SIZE"] is None:
             return cls()
         try:
-            rank, size, local = (int(value or 0) for value in said.values())
+            rank, size, local, together = (int(value or 0) for value in said.values())
         except ValueError as error:
             raise LRQuantError(
-                f"RANK {said['RANK']!r}, WORLD_SIZE {said['WORLD_SIZE']!r}, LOCAL_RANK "
-                f"{said['LOCAL_RANK']!r}: no numbers; start with torchrun, or unset them"
+                f"{', '.join(f'{name} {value!r}' for name, value in said.items())}: no numbers; "
+                "start with torchrun, or unset them"
             ) from error
-        return cls(rank, size, local) if size > 1 else cls()
+        return cls(rank, size, local, together or size) if size > 1 else cls()

@@ -28,6 +28,7 @@ from lrquant.measures.subjects.subject import (
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Results, entries, kinds, named_entries
+from lrquant.team.launch import Launch
 from lrquant.team.team import ALONE, Team
 
 logger = logging.getLogger("lrquant")
@@ -197,7 +198,10 @@ class Evaluation:
         None where a member has no room for the model: the first then has the devices of all.
         """
         names = self.team.first(partial(_shared_sets, boards))
-        if self.team.size == 1 or all(self.team.each(subject.fits(self.team.size))):
+        if self.team.size == 1:
+            return names
+        together = Launch.of_environment().local_size
+        if all(self.team.each(subject.fits(together))):
             return names
         if names:
             told = ", ".join(dict.fromkeys(names)), self.team.size

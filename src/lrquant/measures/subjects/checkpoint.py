@@ -34,7 +34,7 @@ from lrquant.model.device import choose_device
 from lrquant.model.loading import load_processor
 from lrquant.model.reading import read_config, read_tokenizer, reading
 from lrquant.model.sources import resolve_model
-from lrquant.model.sources.kinds import has_tokenizer_files
+from lrquant.model.sources.kinds import has_tokenizer_files, is_unpacked
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ class Checkpoint:
 
 
 def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
-    """Whether a folder or hub name is a quantised model, or one that this project wrote."""
+    """Whether a folder or hub name is a quantised model, or one that this project wrote.
+
+    One whose weights are unpacked while read is none: it is measured as what it stands for.
+    """
     if Path(name).expanduser().is_file():
         return False
     files = resolve_model(name, cache_dir)
@@ -133,7 +136,8 @@ def is_checkpoint(name: str, cache_dir: Path | None) -> bool:
         values = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LRQuantError(f"{files.folder}/config.json: cannot be read; get it again") from error
-    return bool(values.get("quantization_config")) or (files.folder / SETTINGS).is_file()
+    quantized = bool(values.get("quantization_config")) and not is_unpacked(values)
+    return quantized or (files.folder / SETTINGS).is_file()
 
 
 def load_checkpoint(name: str, computing: Computing, cache_dir: Path | None = None) -> Checkpoint:

@@ -86,7 +86,7 @@ class Subject(ABC):
         """A variant as a whole transformers model, for every member of a team."""
 
     def fits(self, processes: int) -> bool:
-        """Whether each of so many processes can have a variant whole on its device."""
+        """Whether each of a machine's processes can have a variant whole on its device."""
         return True
 
     def adapt(self, text: Samples, progress: Progress) -> tuple[str, Entry] | None:
@@ -243,18 +243,17 @@ def _run(own: str, name: str, config: Config, team: Team) -> Subject:
     folder = RunFolder.open(Path(name))
     folder.require_finished()
     model = load_model(folder.config.model, optional_path(config.cache_dir))
-    workbench = _workbench(model, Plan.of(folder.config.quantizing), config)
+    computing = replace(config.group(Computing), expert_group=folder.config.expert_group)
+    plan, scratch = Plan.of(folder.config.quantizing), Path(config.output_dir)
+    workbench = make_workbench(model, plan, computing, scratch)
     folder.require_same({"model": model.fingerprint()})
     return BlockSubject(own, workbench, folder.config, folder, team)
 
 
 def _model(own: str, name: str, config: Config) -> Subject:
     model = load_model(name, optional_path(config.cache_dir))
-    return BlockSubject(own, _workbench(model, UNQUANTIZED, config))
-
-
-def _workbench(model: Model, plan: Plan, config: Config) -> Workbench:
-    return make_workbench(model, plan, config.group(Computing), Path(config.output_dir))
+    computing, scratch = config.group(Computing), Path(config.output_dir)
+    return BlockSubject(own, make_workbench(model, UNQUANTIZED, computing, scratch))
 
 
 def entry_of(workbench: Workbench, text: Samples) -> BlockInputs:
