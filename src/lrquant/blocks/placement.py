@@ -106,7 +106,7 @@ def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | 
     """
     outer, blocks = whole_bytes(workbench.model, workbench.dtype)
     needed = outer + sum(blocks.values())
-    if room is None and fits_device(workbench):
+    if room is None and (_fits(workbench) or fits_device(workbench)):
         return None
     room = free_room(workbench.device) if room is None else room
     main = next(iter(room))
@@ -135,13 +135,17 @@ def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | 
 def fits_device(workbench: Workbench, processes: int = 1) -> bool:
     """Whether the whole model fits the workbench's device for each of a machine's processes.
 
-    On a CPU they share its memory.  What is free of this process is given
-    back, so that another one may have it.
+    On a CPU they share its memory.  What is free of this process is given back, so that another one
+    may have it.
     """
-    outer, blocks = whole_bytes(workbench.model, workbench.dtype)
     gc.collect()  # modules under hooks go no other way
     if workbench.device.type == "cuda":
         torch.cuda.empty_cache()
+    return _fits(workbench, processes)
+
+
+def _fits(workbench: Workbench, processes: int = 1) -> bool:
+    outer, blocks = whole_bytes(workbench.model, workbench.dtype)
     shared = processes if workbench.device.type == "cpu" else 1
     return outer + sum(blocks.values()) <= _SHARE * free_memory(workbench.device) / shared
 
