@@ -1,6 +1,6 @@
 """A model whose weights have left the grid that they were unpacked from: trained on, and scaled.
 
-    python benchmarks/off_the_grid.py FOLDER OUT --text FILE [--steps 300] [--spread 0.2]
+    python benchmarks/off_the_grid.py FOLDER OUT --text FILE [--steps 300] [--spread 0.05]
 
 FOLDER is a transformers folder of a LLaMA in float32, FILE one of text that is neither calibrated
 nor measured on.  A few hundred steps move weights by little; so each channel between a norm and
@@ -103,7 +103,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--spread", type=float, default=0.2)
+    parser.add_argument("--spread", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
