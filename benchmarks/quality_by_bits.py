@@ -23,15 +23,17 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 4)
 CLASSES = {
     "round to nearest": "nearest",
     "GPTQ": "gptq",
+    "AutoRound, 50 iterations": "autoround",
     "LRQuant+ and rounding": "plus",
     "the same, tuned end to end": "tuned",
 }
 STYLE = """
 svg { --ink: #1f2430; --quiet: #5b6476; --line: #d5d9e4; --nearest: #7a8194; --gptq: #b4500f;
-  --plus: #3f51b5; --tuned: #2e7d32;
+  --autoround: #00838f; --plus: #3f51b5; --tuned: #2e7d32;
   font: 13px system-ui, "Segoe UI", sans-serif; }
 @media (prefers-color-scheme: dark) { svg { --ink: #e6e8ee; --quiet: #a3abbd; --line: #3a4052;
-  --nearest: #9aa2b5; --gptq: #ffab70; --plus: #9fa8ff; --tuned: #7ccf80; } }
+  --nearest: #9aa2b5; --gptq: #ffab70; --autoround: #5fd3de;
+  --plus: #9fa8ff; --tuned: #7ccf80; } }
 text { fill: var(--ink); dominant-baseline: central; }
 .quiet { fill: var(--quiet); }
 .middle { text-anchor: middle; } .end { text-anchor: end; }
