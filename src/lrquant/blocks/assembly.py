@@ -35,7 +35,12 @@ def by_expert(matrices: Mapping[str, Matrix]) -> dict[str, dict[int, list[Matrix
 
 def in_order(matrices: list[Matrix]) -> list[Matrix]:
     """Matrices of a parameter, or of an expert in one, by their rows."""
-    return sorted(matrices, key=lambda matrix: matrix.rows or (0, 0))
+    return sorted(matrices, key=first_row)
+
+
+def first_row(matrix: Matrix) -> int:
+    """Where its rows begin in its parameter, or in its expert's part of that."""
+    return matrix.rows[0] if matrix.rows else 0
 
 
 def made_by_expert(
@@ -72,6 +77,6 @@ def _of_slices(parameter: str, slices: list[tuple[Matrix, Tensor]]) -> Tensor:
 
 
 def _of_expert(slices: list[tuple[Matrix, Tensor]]) -> Tensor:
-    rows = sorted(slices, key=lambda each: each[0].rows or (0, 0))
+    rows = sorted(slices, key=lambda each: first_row(each[0]))
     value = rows[0][1] if len(rows) == 1 else torch.cat([value for _, value in rows])
     return value.t() if rows[0][0].transposed and value.dim() == 2 else value

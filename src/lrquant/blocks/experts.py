@@ -110,9 +110,10 @@ class ExpertModules:
 
     def enter(self, inside: Mapping[str, Inside]) -> None:
         """All blocks may read one configuration: it says how experts compute while one runs."""
+        in_rows = self.in_rows
         for name, module in self.modules.items():
             setattr(module, _INSIDE, inside[name])
-            if name in self.in_rows:
+            if name in in_rows:
                 self._forwards[name] = vars(module).get(_FORWARD)
                 setattr(module, _FORWARD, partial(rows_forward, module))
                 continue

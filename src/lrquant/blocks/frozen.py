@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures.matrix import Matrix, linear
-from lrquant.blocks.assembly import assembled, assembled_biases, made_by_expert
+from lrquant.blocks.assembly import assembled, assembled_biases, first_row, made_by_expert
 from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
@@ -169,7 +169,7 @@ class FrozenBlock:
                     f"{parameter}: holds several matrices in one tensor, which this format does "
                     "not; use --format lrquant, or dequantized"
                 )
-            names.sort(key=lambda name: self.layout[name].rows or (0, 0))
+            names.sort(key=lambda name: first_row(self.layout[name]))
             matrices[module] = _one(module, [self.matrices.get(name) for name in names])
             layout[module] = replace(first, name=module, rows=None)
         return FrozenBlock(matrices, self.others, layout)

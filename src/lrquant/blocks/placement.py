@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -105,10 +104,13 @@ def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | 
     then on the host.
     """
     outer, blocks = whole_bytes(workbench.model, workbench.dtype)
-    needed = outer + sum(blocks.values())
-    if room is None and (_fits(workbench) or fits_device(workbench)):
-        return None
-    room = free_room(workbench.device) if room is None else room
+    needed, device = outer + sum(blocks.values()), workbench.device
+    if room is None:
+        if needed > _free(device):
+            _give_back(device)
+        if needed <= _free(device):
+            return None
+        room = free_room(device)
     main = next(iter(room))
     if needed <= room[main]:
         return None
@@ -138,16 +140,22 @@ def fits_device(workbench: Workbench, processes: int = 1) -> bool:
     On a CPU they share its memory.  What is free of this process is given back, so that another one
     may have it.
     """
-    gc.collect()  # modules under hooks go no other way
-    if workbench.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return _fits(workbench, processes)
-
-
-def _fits(workbench: Workbench, processes: int = 1) -> bool:
+    _give_back(workbench.device)
     outer, blocks = whole_bytes(workbench.model, workbench.dtype)
     shared = processes if workbench.device.type == "cpu" else 1
-    return outer + sum(blocks.values()) <= _SHARE * free_memory(workbench.device) / shared
+    return outer + sum(blocks.values()) <= _free(workbench.device) / shared
+
+
+def _give_back(device: torch.device) -> None:
+    """Let go of what nobody has any more."""
+    gc.collect()  # modules under hooks go no other way
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of a device, or of the host for a CPU, that parameters may take."""
+    return _SHARE * free_memory(device)
 
 
 def whole_bytes(model: Model, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
@@ -176,8 +184,8 @@ def free_room(device: torch.device) -> dict[Place, int]:
         first = torch.cuda.current_device() if device.index is None else device.index
         others = [index for index in range(torch.cuda.device_count()) if index != first]
         for index in (first, *others):
-            room[index] = int(_SHARE * free_memory(torch.device("cuda", index)))
-    room[HOST] = int(_SHARE * psutil.virtual_memory().available)
+            room[index] = int(_free(_device(index)))
+    room[HOST] = int(_free(_device(HOST)))
     return room
 
 

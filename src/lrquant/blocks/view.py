@@ -9,11 +9,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from lrquant.blocks.assembly import (
-    assembled,
-    assembled_biases,
-    made_by_expert,
-)
+from lrquant.blocks.assembly import assembled, assembled_biases, made_by_expert
 from lrquant.blocks.experts import Apart, BlockTensors
 from lrquant.blocks.folded import Folding, scaled_weight
 from lrquant.blocks.frozen import FloatingMatrix, FrozenBlock, QuantizedMatrix
@@ -282,6 +278,11 @@ class BlockView:
         others |= assembled_biases(self.matrices, plain)
         unquantized = {name: pair for name, pair in floating.items() if name in layout}
         return FrozenBlock(matrices, others, layout, unquantized)
+
+    def written(self) -> FrozenBlock:
+        """As `freeze`, for files; on the host where the device may not hold all experts."""
+        frozen = self.freeze()
+        return frozen.on(torch.device("cpu")) if self.by_expert else frozen
 
     def _frozen(
         self, name: str, grid: Grid, factors: Factors, bias: Tensor | None = None

@@ -167,10 +167,7 @@ def _write_tensors(
         for index in range(len(bench.model.blocks)):
             view = learned_view(bench, learned, index)
             published, prefix = bench.model.published, bench.model.block_name(index) + "."
-            frozen = view.freeze()
-            if bench.by_expert:  # whose device holds no block of dense weights
-                frozen = frozen.on(torch.device("cpu"))
-            frozen = frozen.apart(form.alone(view.plan, published))
+            frozen = view.written().apart(form.alone(view.plan, published))
             own = form.tensors(frozen, dtype) | published.wide(frozen.others)
             tensors = published.named({prefix + name: tensor for name, tensor in own.items()})
             write(f"{file}-{index:04d}.safetensors", tensors)

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks.assembly import assembled, assembled_biases
-from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.runner import INPUT_FACTOR_SUFFIX, SHIFT_SUFFIX, BlockRunner
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.stubs import Arguments
-from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, learned_view
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject, read_json
@@ -36,7 +34,6 @@ _UNDERFLOW = 2.0**-20  # below it a half-precision scale of up to 15 steps loses
 _SAME = 1e-4  # of the largest output, for sums in another order
 _TOKENS = 16
 _HEAD_TOKENS = 4
-_HOST = torch.device("cpu")
 Decoded = Callable[[str], dict[str, Tensor]]
 
 
@@ -149,19 +146,13 @@ def read_back(
         for index in range(len(bench.model.blocks)):
             name, published = bench.model.block_name(index), bench.model.published
             view = learned_view(bench, learned, index)
-            frozen = _frozen(view).apart(form.alone(view.plan, published))
+            frozen = view.written().apart(form.alone(view.plan, published))
             decoded = {f"{name}.{key}": tensor for key, tensor in source.written(name).items()}
             expected = {f"{name}.{n}": t for n, t in (frozen.dense() | frozen.input_clips).items()}
             _compare_block(decoded, published.named(expected), dtype, place)
     if not model.architecture.reads_pixels:
         _compare_outputs(quantized[0], written, source, dtype, place)
     _compare_heads(workbench, written, dtype, place)
-
-
-def _frozen(view: BlockView) -> FrozenBlock:
-    """A block's codes, made on its device; on the host where that may not hold all experts."""
-    frozen = view.freeze()
-    return frozen.on(_HOST) if view.by_expert else frozen
 
 
 def _open(place: Path, form: Format, blocks: list[str]) -> tuple[Model, DecodedSource]:
@@ -227,7 +218,7 @@ def _compare_outputs(
 ) -> None:
     """Embedding of some tokens, and one block of each kind, of both models."""
     bench, learned = language
-    model, device = bench.model, _HOST if bench.by_expert else bench.device
+    model, device = bench.model, torch.device("cpu") if bench.by_expert else bench.device
     limit = getattr(model.config, "max_position_embeddings", None) or _TOKENS
     ids = torch.arange(min(_TOKENS, limit))[None] % model.config.vocab_size
     (own, states), (other, embedded) = (_embedded(m, ids, device) for m in (model, written))
@@ -236,7 +227,7 @@ def _compare_outputs(
     for index in _kinds(model):
         name = model.block_name(index)
         view = learned_view(bench, learned, index)
-        frozen = _frozen(view).tensors(torch.float32)
+        frozen = view.written().tensors(torch.float32)
         expected = {key: tensor.float() for key, tensor in frozen.items()}
         decoded = {key: tensor.to(device) for key, tensor in source.block(name).items()}
         runs = [(model, own, expected), (model, own, decoded), (written, other, decoded)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from torch import Tensor, nn
 
@@ -48,7 +48,13 @@ def _takes_rows(module: nn.Module) -> bool:
     """Whether it holds experts and is called with one tensor, which says of none where it goes."""
     own = dict(module.named_parameters(recurse=False))
     stacked = own.keys() == {_GATED, SECOND} and all(each.dim() == 3 for each in own.values())
-    return stacked and len(inspect.signature(type(module).forward).parameters) == 2  # with self
+    return stacked and _takes_one(type(module).forward)
+
+
+@cache
+def _takes_one(forward: Callable[..., object]) -> bool:
+    """Whether a class's `forward` takes one argument."""
+    return len(inspect.signature(forward).parameters) == 2  # with self
 
 
 def _gated(act: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lrquant.data.prompts import Reader, prompt_inputs
 from lrquant.data.vocabulary import require_known_tokens
 from lrquant.errors import LRQuantError
 from lrquant.measures.measure import WholeModel
-from lrquant.measures.scoring.inputs import feed_of
+from lrquant.measures.scoring.inputs import feed_of, joined, own_batches
 from lrquant.measures.shares import counted
 from lrquant.model.sources.checks import first_line
 from lrquant.runs.progress import Progress
@@ -74,14 +74,14 @@ def answers(
     assert tokenizer is not None
     words: dict[int, str] = {}
     with progress.measuring(f"{name} {model.variant}", len(feed), "questions") as told:
-        for rows in feed.slices(BATCH)[team.rank :: team.size]:
+        for rows in own_batches(feed, BATCH, team):
             inputs = {key: value.to(module.device) for key, value in feed.collate(rows).items()}
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             new = _generated(module, inputs)
             decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
             words |= dict(zip(order[rows], decoded, strict=True))
             told(rows.stop - 1)
-    every = {index: answer for own in team.each(words) for index, answer in own.items()}
+    every = joined(team, words)
     return [every[index] for index in range(len(feed))]
 
 

@@ -13,7 +13,7 @@ from lrquant.data.feeds import Feed
 from lrquant.data.prompts import Reader, pixel_inputs, require_processor
 from lrquant.errors import LRQuantError
 from lrquant.measures.measure import WholeModel
-from lrquant.measures.scoring.inputs import feed_of
+from lrquant.measures.scoring.inputs import feed_of, joined, own_batches
 from lrquant.measures.shares import counted
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Entry
@@ -75,9 +75,9 @@ def predictions(pictures: LabelledPictures | None, model: WholeModel, progress: 
     feed = team.first(partial(feed_of, pictures))
     chosen: dict[int, Tensor] = {}
     with progress.measuring(f"classes {model.variant}", len(feed), "pictures") as told:
-        for rows in feed.slices(BATCH)[team.rank :: team.size]:
+        for rows in own_batches(feed, BATCH, team):
             inputs = {name: value.to(module.device) for name, value in feed.collate(rows).items()}
             chosen[rows.start] = module(**inputs).logits.argmax(-1).cpu()
             told(rows.stop - 1)
-    batches = {start: classes for own in team.each(chosen) for start, classes in own.items()}
+    batches = joined(team, chosen)
     return torch.cat([batches[start] for start in sorted(batches)])
