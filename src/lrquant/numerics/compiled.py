@@ -38,9 +38,8 @@ def call_compiled(function: Callable[..., R], *arguments: Any, by_size: bool = T
     It is compiled anew for other kinds of arguments; for other sizes too if `by_size`, else once
     more for all of them.
     """
-    with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-        repeatable = torch.are_deterministic_algorithms_enabled()
-        return _compiled(function, by_size, repeatable)(*arguments)
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    return _compiled(function, by_size, repeatable)(*arguments)
 
 
 @cache
@@ -48,6 +47,8 @@ def _compiled(function: Callable[..., R], by_size: bool, repeatable: bool) -> Ca
     """Without these options a scale would not be rounded to the dtype that it is stored in, and on
     CUDA a division not as IEEE has it: weights near a border would take another code.  Where sums
     are to be `repeatable`, no clock decides how they are split."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     options: dict[str, Any] = {"emulate_precision_casts": True}
     if torch.cuda.is_available():
         named = {str(_division()): True, _REPEATABLE: repeatable}
