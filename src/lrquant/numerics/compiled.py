@@ -46,7 +46,9 @@ def call_compiled(function: Callable[..., R], *arguments: Any, by_size: bool = T
 def _compiled(function: Callable[..., R], by_size: bool, repeatable: bool) -> Callable[..., R]:
     """Without these options a scale would not be rounded to the dtype that it is stored in, and on
     CUDA a division not as IEEE has it: weights near a border would take another code.  Where sums
-    are to be `repeatable`, no clock decides how they are split."""
+    are to be `repeatable`, no clock decides how they are split.  Torch's limit of variants is
+    raised for the process: to set it around each call costs more than the call beside its kernels.
+    """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     options: dict[str, Any] = {"emulate_precision_casts": True}
