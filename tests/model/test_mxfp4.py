@@ -15,6 +15,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.manifest import SETTINGS
 from lrquant.measures.subjects.checkpoint import is_checkpoint
 from lrquant.model.loading import load_model
+from lrquant.model.sources import SafetensorsSource
 from lrquant.preflight.checks import preflight
 
 EXPERTS = "model.layers.{}.mlp.experts.{}"
@@ -107,3 +108,11 @@ def test_what_is_not_whole_is_refused(published):
     save_file({n: t for n, t in tensors.items() if n != name}, path)
     with pytest.raises(LRQuantError, match="tensors are missing"):
         load_model(str(published))
+
+
+def test_both_parts_of_a_weight_are_read_ahead(published, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(SafetensorsSource, "read_ahead", lambda self, names: asked.extend(names))
+    load_model(str(published)).read_ahead(1)
+    names = load_file(published / "model.safetensors")
+    assert sorted(asked) == sorted(name for name in names if name.startswith("model.layers.1."))

@@ -69,8 +69,10 @@ class Workbench:
         return repeatable(self.device) if self.deterministic else nullcontext()
 
     def stored(self, index: int) -> dict[str, Tensor]:
-        """Block `index`'s own tensors, read now, on the device."""
-        return self.model.block_tensors(index, self.device)
+        """Block `index`'s own tensors, read now, on the device; the next one is read ahead."""
+        tensors = self.model.block_tensors(index, self.device)
+        self.model.read_ahead(index + 1)
+        return tensors
 
     def view(self, index: int, stored: dict[str, Tensor]) -> BlockView:
         """Block `index`, whose tensors are `stored`, under the plan."""

@@ -129,9 +129,18 @@ class Model:
 
     def block_tensors(self, index: int, device: torch.device) -> dict[str, Tensor]:
         """One block's tensors in their stored dtype, named relative to the block."""
+        names = self._block_names(index)
+        return {name: self.source.tensor(full).to(device) for name, full in names.items()}
+
+    def read_ahead(self, index: int) -> None:
+        """Have the system begin to read a block, if there is one of that index."""
+        if index < len(self.blocks):
+            self.source.read_ahead(self._block_names(index).values())
+
+    def _block_names(self, index: int) -> dict[str, str]:
+        """The full names of one block's tensors, by those relative to the block."""
         prefix = self.block_name(index) + "."
-        names = self.blocks[index].state_dict().keys()
-        return {name: self.source.tensor(prefix + name).to(device) for name in names}
+        return {name: prefix + name for name in self.blocks[index].state_dict()}
 
     def outer_tensors(
         self, device: torch.device, dtype: torch.dtype, *, head: bool, embeddings: bool = True

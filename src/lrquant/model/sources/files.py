@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,6 +55,10 @@ class SafetensorsSource(WeightSource):
 
     def tensor(self, name: str) -> Tensor:
         return self._handles[name].tensor(name)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._handles[name].read_ahead(name)
 
     def fingerprint(self) -> str:
         return fingerprint_of(self._files)

@@ -6,6 +6,9 @@ groups), powers of 2, are `NAME` (experts, in, out) in bfloat16, which holds the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 import torch
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -60,6 +63,10 @@ class MXFP4Source(WeightSource):
             packed = slice(expert, expert + 1)
             own.copy_(convert_moe_packed_tensors(blocks[packed], scales[packed])[0])
         return weight
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        pairs = ([f"{n}{_BLOCKS}", f"{n}{_SCALES}"] if n in self._packed else [n] for n in names)
+        self._stored.read_ahead(chain.from_iterable(pairs))
 
     def unpacked_from(self) -> str:
         return "MXFP4" if self._packed else self._stored.unpacked_from()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -21,6 +22,10 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read now, on the CPU in its stored dtype (GGUF: unpacked to float32)."""
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system begin to read tensors that are needed soon, where it can."""
+        return
 
     def alike(self, name: str, other: str) -> bool:
         """Whether two tensors are the same one, or hold the same values."""

@@ -138,6 +138,12 @@ class SkeletonSource(WeightSource):
             tensor = self._shared[stored] = self._stored.tensor(stored)
         return tensor
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        names = set(names)
+        parts = set().union(*(self._joins[name][0].names for name in names & self._joins.keys()))
+        own = {self._stored_name(name) for name in names - self._joins.keys()}
+        self._stored.read_ahead(sorted(parts | own))
+
     def unpacked_from(self) -> str:
         return self._stored.unpacked_from()
 
