@@ -50,6 +50,11 @@ CASES = {
     "mixed": ("llama", "W3A16g16-sym", {"scheme_for": SOME, **HALF}),
     "mixed with zero points": ("llama", "W4A16", {"scheme_for": ("mlp.down_proj=W8A16",)}),
     "one block left": ("llama", "W4A16", {"scheme_for": ("layers.0=W16A16",)}),
+    "times Hadamard matrices": ("llama-biases", "W4A4-sym-qkv16-hadamard", SYMMETRIC),
+    "some times Hadamard matrices": (
+        *("llama", "W4A16g16-sym"),
+        {"scheme_for": ("mlp.down_proj=W4A16g16-sym-hadamard",)},
+    ),
     "mixed with tokens": ("opt", "W4A4", {"scheme_for": ("fc2=W8A8", "layers.1=W4A8g16")}),
 }
 HELD = {
@@ -203,7 +208,8 @@ def require_as_told(run, saved, foretold):
 def holds(form, settings):
     """Whether a format takes settings, as far as these alone tell."""
     plan = Plan.of(Config(**{**settings, "format": None, "save_dir": None}).resolved().quantizing)
-    return form.grid_refusal(plan.schemes) is None and form.refusal(plan.schemes) is None
+    reasons = form.grid_refusal, form.hadamard_refusal, form.refusal
+    return all(reason(plan.schemes) is None for reason in reasons)
 
 
 @pytest.fixture

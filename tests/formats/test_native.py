@@ -33,6 +33,9 @@ RUNS = [
     ("llama", "W4A4", {"lac": True}),
     ("qwen2", "W4A4g16-ag16", {"lac": True, "lac_lr": 0.05}),
     ("llama", "W3A16g16", {}),
+    ("llama", "W4A4-hadamard", {}),
+    ("qwen3_moe", "W4A4", {"scheme_for": ("down_proj=W4A4-hadamard",)}),
+    ("phi3", "W4A8g16", {"scheme_for": ("self_attn.qkv_proj=W4A8g16-hadamard",), "lac": True}),
     ("llama", "W4A16", {"rotation_sharing": "linear"}),
     ("llama", "W16A8", {"lwc": False, "lr_plus": False}),
 ]

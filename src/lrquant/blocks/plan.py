@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from lrquant.ingredients.ingredient import Ingredient
 from lrquant.model.model import Model
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.grids.schemes import activation_grid, attention_grid, weight_grid
+from lrquant.numerics.hadamard import LEAST, hadamard, hadamard_size
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
     def of_blocks(self) -> Plan:
         """The same as far as it is learned block by block."""
         own = tuple(each for each in self.ingredients if each.stage == BLOCKS)
-        return dataclasses.replace(self, ingredients=own)
+        return replace(self, ingredients=own)
 
     @property
     def unlearned(self) -> Plan:
@@ -124,6 +126,38 @@ class BlockPlan:
                 )
         return grids
 
+    @property
+    def rotated(self) -> frozenset[str]:
+        """Modules that read their input times a Hadamard matrix; LRQuantError as for `inputs`."""
+        readers: dict[str, bool] = {}
+        for name, matrix in self.matrices.items():
+            rotated = self.schemes[name].hadamard
+            if matrix.reads is None:
+                if rotated:
+                    raise LRQuantError(
+                        f"{self.name}.{name}: its inputs stay inside {matrix.parameter}, so they "
+                        f"cannot be multiplied; leave it out: --scheme-for '{name}="
+                        f"{replace(self.schemes[name], hadamard=False).name}'"
+                    )
+            elif readers.setdefault(matrix.reads, rotated) != rotated:
+                raise LRQuantError(
+                    f"{self.name}.{matrix.reads}: its parts read one input; give all of them "
+                    "-hadamard, or none"
+                )
+        return frozenset(name for name, rotated in readers.items() if rotated)
+
+    def rotate(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The block's own tensors with the weights of `rotated` matrices times Hadamard ones."""
+        tensors = dict(stored)
+        for name, matrix in self.matrices.items():
+            if self.schemes[name].hadamard:
+                whole = tensors[matrix.parameter]
+                if whole is stored[matrix.parameter]:
+                    whole = tensors[matrix.parameter] = whole.clone()
+                own = matrix.of(whole)
+                own.copy_(hadamard(own))
+        return tensors
+
     def shapes(self, stored: Mapping[str, Tensor], scale_dtype: torch.dtype | None) -> BlockShapes:
         """Shapes and grids of the block's stored tensors; LRQuantError for odd groups."""
         matrices = {}
@@ -134,6 +168,7 @@ class BlockPlan:
             half = dtype in (torch.bfloat16, torch.float16)
             grid = weight_grid(self.schemes[name], dtype if half else torch.float32)
             require_groups(name, columns, self.schemes[name])
+            require_hadamard(name, columns, self.schemes[name])
             reads, across = matrix.reads, activation_grid(self.schemes[name])
             matrices[name] = MatrixShape(rows, columns, grid, reads, matrix.whole, across)
         modules = {name.removesuffix(".bias") for name in stored if name.endswith(".bias")}
@@ -153,13 +188,31 @@ def plan_block(model: Model, index: int, schemes: Schemes) -> BlockPlan:
     own = {each: schemes.of(f"{name}.{each}") for each in matrices}
     floating = frozenset(n for n, scheme in own.items() if scheme.floating_point)
     alone = frozenset() if schemes.floating_point else floating
-    plan = BlockPlan(name, matrices, model.sites(index), own, alone)
+    rotated = {each for each, scheme in own.items() if scheme.hadamard}
+    sites = tuple(site for site in model.sites(index) if not _enters(site, rotated))
+    plan = BlockPlan(name, matrices, sites, own, alone)
     if plan.attention is not None and model.architecture.own_attention:
         raise LRQuantError(
             f"{plan.attention_module}: attention is computed in this family's own code, where Q, K "
             "and V can't be quantised; use --qkv_bits 16"
         )
     return plan
+
+
+def _enters(site: Site, rotated: AbstractSet[str]) -> bool:
+    """Whether a site's scales would have to pass a Hadamard matrix, which mixes channels."""
+    return any(fold.axis == "columns" and fold.module in rotated for fold in site.folds)
+
+
+def require_hadamard(name: str, columns: int, scheme: Scheme) -> None:
+    """Refuse a Hadamard matrix that mixes hardly any channels."""
+    size = hadamard_size(columns)
+    if scheme.hadamard and size < LEAST:
+        raise LRQuantError(
+            f"{name}: its {columns} input columns divide into blocks of {size}, and a Hadamard "
+            f"matrix is to mix {LEAST} at least; leave it out: --scheme-for "
+            f"'{name}={replace(scheme, hadamard=False).name}'"
+        )
 
 
 def require_groups(name: str, columns: int, scheme: Scheme) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from lrquant.blocks.experts import Apart, BlockTensors, ExpertModules, Inside
 from lrquant.blocks.residuals import in_line, stacked
 from lrquant.blocks.stubs import Arguments
 from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.tokens import fake_quantize_tokens
 
 SHIFT_SUFFIX = ".shift"  # tensors named so are added to the output of a norm that has no bias
@@ -23,6 +24,7 @@ INPUT_FACTOR_SUFFIX = ".input_factor"  # these multiply the input of a linear
 INPUT_CLIP_SUFFIX = ".input_clip"  # and these say how much of an input's range its grids span
 _SUFFIXES = (SHIFT_SUFFIX, INPUT_FACTOR_SUFFIX, INPUT_CLIP_SUFFIX)
 Observer = Callable[[str, Tensor], None]
+How = tuple[Tensor | None, Grid | None, bool]  # a clipping, a grid, times a Hadamard matrix or not
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class BlockRunner:
 
     The residual stream and the norms are float32; what the modules named by `inputs` read is put on
     their grid, Q, K and V on that of `attention`, then cast to `dtype`, in which products run.
-    Consumers of one tensor share its quantised form.  `shifted` names norms without a bias whose
+    Consumers of one tensor share its quantised form.  Before that it is multiplied by a Hadamard
+    matrix where `rotated` names who reads it.  `shifted` names norms without a bias whose
     output takes a shift; a linear that has an input factor reads its input times that; `observer`
     is told (module, unquantised input (batch, tokens, in)).  Where a block computes attention by
     `own_attention`, that runs in float32, on what linears give.
@@ -74,10 +77,11 @@ class BlockRunner:
         own_attention: bool = False,
         compiled: bool = False,
         residuals: int = 1,
+        rotated: Collection[str] = (),
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.own_attention, self.compiled = own_attention, compiled
-        self.residuals = residuals
+        self.residuals, self.rotated = residuals, rotated
         self.config = None if own_attention else attention_config(block)
         self._attention_before = getattr(self.config, "_attn_implementation", None)
         self._attention_name = attention_name(attention, dtype, compiled)
@@ -87,7 +91,7 @@ class BlockRunner:
         self._experts = ExpertModules.of(block)
         self._places = self._experts.places(inputs)
         self._handles: list[RemovableHandle] = []
-        self._last: tuple[Tensor, Tensor | None, Grid | None, Tensor] | None = None
+        self._last: tuple[Tensor, How, Tensor] | None = None
         self._leading = torch.Size((0, 0))
         self._extras: dict[str, Tensor] = {}
         self._apart: Mapping[str, Apart] = {}
@@ -142,6 +146,7 @@ class BlockRunner:
             self.shifted,
             own_attention=self.own_attention,
             residuals=self.residuals,
+            rotated=self.rotated,
         )
 
     def _before(
@@ -152,8 +157,9 @@ class BlockRunner:
         return (self._read(name, values), *rest)
 
     def _tell(self, name: str, values: Tensor) -> None:
-        """The observer, of values (batch, tokens, in)."""
+        """The observer, of values (batch, tokens, in) as weights multiply them."""
         if self.observer is not None:
+            values = hadamard(values) if name in self.rotated else values
             shaped = values.shape[:-1].numel() == self._leading.numel()
             self.observer(name, values.reshape(*self._leading, -1) if shaped else values)
 
@@ -161,13 +167,15 @@ class BlockRunner:
         """What products take of what is read under a name."""
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
         clip = self._extras.get(name + INPUT_CLIP_SUFFIX)
-        grid = self.inputs[name]
+        grid, rotated = self.inputs[name], name in self.rotated
         if factor is not None:
+            values = hadamard(values) if rotated else values
             return self._quantized(values * factor, grid, clip)
-        last = self._last
-        if last is None or last[0] is not values or last[1] is not clip or last[2] != grid:
-            self._last = last = values, clip, grid, self._quantized(values, grid, clip)
-        return last[3]
+        last, how = self._last, (clip, grid, rotated)
+        if last is None or last[0] is not values or not _same(last[1], how):
+            own = hadamard(values) if rotated else values
+            self._last = last = values, how, self._quantized(own, grid, clip)
+        return last[2]
 
     def _quantized(self, values: Tensor, grid: Grid | None, clip: Tensor | None) -> Tensor:
         """What products take, in their dtype."""
@@ -207,6 +215,11 @@ class BlockRunner:
             self.config._attn_implementation = self._attention_before
         self._experts.leave()
         self._last = None
+
+
+def _same(how: How, other: How) -> bool:
+    """Whether values are read in one way: with the very same clipping."""
+    return how[0] is other[0] and how[1:] == other[1:]
 
 
 def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

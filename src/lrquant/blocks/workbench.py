@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.plan import FULL_PRECISION, Plan, plan_block
+from lrquant.blocks.plan import FULL_PRECISION, BlockPlan, Plan, plan_block
 from lrquant.blocks.runner import BlockRunner, Observer
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
@@ -69,17 +69,23 @@ class Workbench:
         return repeatable(self.device) if self.deterministic else nullcontext()
 
     def stored(self, index: int) -> dict[str, Tensor]:
-        """Block `index`'s own tensors, read now, on the device; the next one is read ahead."""
+        """Block `index`'s own tensors, read now, on the device; the next one is read ahead.
+
+        Weights whose inputs the plan multiplies by Hadamard matrices are multiplied by the same.
+        """
         tensors = self.model.block_tensors(index, self.device)
         self.model.read_ahead(index + 1)
-        return tensors
+        return self._plan_of(index).rotate(tensors)
 
     def view(self, index: int, stored: dict[str, Tensor]) -> BlockView:
         """Block `index`, whose tensors are `stored`, under the plan."""
-        plan = plan_block(self.model, index, self.plan.schemes)
+        plan = self._plan_of(index)
         ingredients, scale_dtype = self.plan.ingredients, self.plan.scale_dtype
         rest = self.dtype, scale_dtype, self.compiled, self.by_expert
         return BlockView(stored, plan, ingredients, *rest)
+
+    def _plan_of(self, index: int) -> BlockPlan:
+        return plan_block(self.model, index, self.plan.schemes)
 
     def runner(self, index: int, view: BlockView, observer: Observer | None = None) -> BlockRunner:
         """What runs block `index` with a view's tensors."""
@@ -93,6 +99,7 @@ class Workbench:
             self.model.architecture.own_attention,
             self.compiled,
             self.model.residuals,
+            self._plan_of(index).rotated,
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

@@ -141,6 +141,7 @@ class _Config(Settings):
             qkv_bits=scheme.qkv_bits if scheme.qkv_bits else self.qkv_bits,
             weight_grid=scheme.weight_grid if scheme.weight_grid != "int" else self.weight_grid,
             activation_group_size=scheme.activation_group_size or self.activation_group_size,
+            hadamard=scheme.hadamard or self.hadamard,
         )
 
     def _asked(self) -> bool:

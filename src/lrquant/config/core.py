@@ -51,6 +51,11 @@ class Settings:
     activation_group_size: int | None = setting(
         None, "channels of a token sharing a scale (default: all), -ag<size> in --scheme"
     )
+    hadamard: bool = setting(
+        False,
+        "inputs of linears times a Hadamard matrix at run time, -hadamard in --scheme; for "
+        "some: --scheme-for mlp.down_proj=W4A4-hadamard",
+    )
     weight_grid: str = setting("int", "kind of grid of the weights, or at the end of --scheme")
 
     lr_plus: bool = setting(
@@ -249,6 +254,7 @@ class Settings:
             qkv_bits=self.qkv_bits,
             weight_grid=self.weight_grid,
             activation_group_size=self.activation_group_size,
+            hadamard=self.hadamard,
         )
 
     @property

@@ -15,7 +15,8 @@ USUAL = (  # schemes that people ask for
 )
 _NAME = re.compile(
     r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-ag([0-9]{1,9}))?"
-    r"(?:-qkv([0-9]{1,9}))?(?:-(?!sym|asym|qkv|ag(?:[0-9]|$))([a-z][a-z0-9]*))?",
+    r"(?:-qkv([0-9]{1,9}))?(-hadamard)?"
+    r"(?:-(?!sym|asym|qkv|hadamard|ag(?:[0-9]|$))([a-z][a-z0-9]*))?",
     re.IGNORECASE,
 )
 
@@ -28,7 +29,8 @@ class Scheme:
     Activations: dynamic, per token, or per token and `activation_group_size` channels.  Q, K (after
     the rotary embedding) and V: dynamic, per token and head, at `activation_bits` unless `qkv_bits`
     says otherwise.  `weight_grid` is the kind of grid that weights lie on: integers, or what
-    another package declares.
+    another package declares.  With `hadamard` what a linear reads is multiplied by a Hadamard
+    matrix at run time, and its weight by the same, before either is put on its grid.
     """
 
     weight_bits: int = 4
@@ -39,6 +41,7 @@ class Scheme:
     qkv_bits: int | None = None
     weight_grid: str = "int"
     activation_group_size: int | None = None
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         for what, bits in (
@@ -53,6 +56,11 @@ class Scheme:
                 f"activation group size {self.activation_group_size} with 16-bit activations: they "
                 "have no scales; give activations below 16 bits"
             )
+        if self.hadamard and not self.quantizes_weights:
+            raise LRQuantError(
+                "Hadamard matrices with 16-bit weights: they are multiplied into weights that are "
+                "quantised; give weights below 16 bits"
+            )
         for what, size, whole in (
             ("group size", self.group_size, "output channel"),
             ("activation group size", self.activation_group_size, "token"),
@@ -65,12 +73,13 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Read "W4A16g128", "W4A4", "W4A4-qkv16", "W8A8-sym" (symmetric weights), "W4A4-ag64"."""
+        """Read "W4A16g128", "W4A4", "W4A4-qkv16", "W8A8-sym" (symmetric weights), "W4A4-ag64",
+        "W4A4-hadamard"."""
         match = _NAME.fullmatch(name.strip())
         if match is None or (match[4] and match[5]):
             raise LRQuantError(
-                f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-ag<size>][-qkv<bits>], "
-                f"for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
+                f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-ag<size>][-qkv<bits>]"
+                f"[-hadamard], for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
             )
         return cls(
             weight_bits=int(match[1]),
@@ -78,8 +87,9 @@ class Scheme:
             group_size=int(match[3]) if match[3] else None,
             symmetric=match[4] is not None,
             qkv_bits=int(match[7]) if match[7] else None,
-            weight_grid=match[8].lower() if match[8] else "int",
+            weight_grid=match[9].lower() if match[9] else "int",
             activation_group_size=int(match[6]) if match[6] else None,
+            hadamard=match[8] is not None,
         )
 
     @property
@@ -96,7 +106,8 @@ class Scheme:
         grid = f"-{self.weight_grid}" if self.weight_grid != "int" else ""
         across = f"-ag{self.activation_group_size}" if self.activation_group_size else ""
         bits = f"W{self.weight_bits}A{self.activation_bits}"
-        return f"{bits}{group}{symmetry}{across}{attention}{grid}"
+        rotated = "-hadamard" if self.hadamard else ""
+        return f"{bits}{group}{symmetry}{across}{attention}{rotated}{grid}"
 
     @property
     def quantizes_weights(self) -> bool:
@@ -115,7 +126,7 @@ class Scheme:
 
     def to_dict(self) -> dict[str, int | bool | str | None]:
         """Its fields, but for those that older readers lack where they say nothing new."""
-        usual = ("weight_grid", "int"), ("activation_group_size", None)
+        usual = ("weight_grid", "int"), ("activation_group_size", None), ("hadamard", False)
         return {pair[0]: pair[1] for pair in dataclasses.asdict(self).items() if pair not in usual}
 
     def describe(self) -> str:
@@ -130,9 +141,10 @@ class Scheme:
         activation_kind = "symmetric" if self.activation_symmetric else "asymmetric"
         size = self.activation_group_size
         across = f"per token and {size} channels" if size else "per token"
+        rotated = ", of inputs times Hadamard matrices" if self.hadamard else ""
         return (
             f"{self.name}: weights {words(self.weight_bits, f'{kind}, {per}')}; activations "
-            f"{words(self.activation_bits, f'{activation_kind}, {across}')}; "
+            f"{words(self.activation_bits, f'{activation_kind}, {across}')}{rotated}; "
             f"Q, K, V {words(self.attention_bits, 'per token and head')}"
         )
 

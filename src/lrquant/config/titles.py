@@ -11,7 +11,8 @@ _LEARNED, _MEASURED = "what is learned, and how", "what is measured"
 _GROUPS = {
     "model and scheme": (
         *("model", "scheme", "preset", "scheme_for", "wbits", "abits", "group_size", "symmetric"),
-        *("activation_symmetric", "qkv_bits", "weight_grid", "vision_scheme", "net"),
+        *("activation_symmetric", "qkv_bits", "hadamard", "weight_grid", "vision_scheme"),
+        "net",
     ),
     "where results go": (
         *("save_dir", "format", "target", "save_dtype", "push_to_hub", "output_dir", "resume"),

@@ -18,6 +18,7 @@ from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
 from lrquant.model.published import Published
 
+HADAMARD = "hadamard"
 Decode = Callable[[dict[str, Tensor], str, JsonObject], dict[str, Tensor]]
 
 
@@ -37,7 +38,8 @@ class Format:
     it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,
     or None; `dtype` is the checkpoint's for a model's; `holds` are what of ingredients' `held_as`
-    it has a place for, and `grids` the kinds of grids, all of them if empty.
+    it has a place for, and `HADAMARD` where inputs can be multiplied by such matrices; `grids` are
+    the kinds of grids, all of them if empty.
     `experts_apart` says that each expert's quantised matrices are linears of their own in it even
     where the model's own files hold them all in one tensor.
     `experts` returns why it can't hold the matrices of a block's experts, which it is given as
@@ -75,3 +77,13 @@ class Format:
         if not odd:
             return None
         return f"it holds no {odd[0]!r} grids; use one of {', '.join(sorted(self.grids))}"
+
+    def hadamard_refusal(self, schemes: Schemes) -> str | None:
+        """Why it cannot say that inputs are multiplied by Hadamard matrices, or None."""
+        rotated = [scheme for scheme in schemes.every if scheme.hadamard]
+        if not rotated or HADAMARD in self.holds:
+            return None
+        return (
+            f"{rotated[0].name}: nothing in it multiplies inputs by Hadamard matrices; use "
+            "--format lrquant, or learn without -hadamard"
+        )

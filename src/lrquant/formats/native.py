@@ -19,7 +19,7 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.files.whole import JsonObject
 from lrquant.formats.compressed_tensors import packed_matrix
-from lrquant.formats.format import Format
+from lrquant.formats.format import HADAMARD, Format
 from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
 from lrquant.numerics.grids.schemes import attention_grid
@@ -144,5 +144,5 @@ FORMAT = Format(
     loading=_loading,
     experts=_experts_refusal,
     experts_apart=True,
-    holds=frozenset({"shift", "input factor", "input clip"}),
+    holds=frozenset({"shift", "input factor", "input clip", HADAMARD}),
 )

@@ -76,7 +76,8 @@ def _loading_reason(form: Format, plan: Plan, target: str) -> str | None:
 
 def refusal_of(form: Format, plan: Plan) -> str | None:
     """Why a format can't hold the schemes, or what is learned as far as settings tell; or None."""
-    reason = form.grid_refusal(plan.schemes) or form.refusal(plan.schemes)
+    schemes = plan.schemes
+    reason = form.grid_refusal(schemes) or form.hadamard_refusal(schemes) or form.refusal(schemes)
     needed = [each.needs(None) for each in (*plan.ingredients, *plan.tower_ingredients)]
     odd = [why for needs in needed for what, why in needs.items() if what not in form.holds]
     return reason or (odd[0] if odd else None)
@@ -129,7 +130,8 @@ def _nearest(plan: Plan, target: str, forms: Sequence[Format]) -> Plan | None:
 def _candidates(plan: Plan) -> Iterator[Plan]:
     """Plans whose schemes or ingredients differ; weights stay quantised, or not."""
     own = plan.schemes.default
-    for weights, activations, group, symmetric, of_tokens, across, attention, learned in product(
+    rotated = _rotates(plan)
+    for *bits, group, symmetric, of_tokens, across, attention, kept, learned in product(
         _BITS[:-1] if own.quantizes_weights else (FLOAT_BITS,),
         _BITS,
         dict.fromkeys((own.group_size, *_GROUPS)),
@@ -137,8 +139,10 @@ def _candidates(plan: Plan) -> Iterator[Plan]:
         (False, True),
         dict.fromkeys((own.activation_group_size, None)),
         dict.fromkeys((own.attention_bits, FLOAT_BITS)),
+        dict.fromkeys((rotated, False)),
         _simpler(plan.ingredients),
     ):
+        weights, activations = bits
         weight_only = activations == attention == FLOAT_BITS
         if weight_only and of_tokens != own.activation_symmetric:
             continue  # nothing would change
@@ -153,8 +157,10 @@ def _candidates(plan: Plan) -> Iterator[Plan]:
             None if attention == activations else attention,
             own.weight_grid,
             across,
+            own.hadamard and kept,
         )
-        schemes = dataclasses.replace(plan.schemes, default=scheme, patterns=_like(plan, scheme))
+        patterns = _like(plan, scheme, kept)
+        schemes = dataclasses.replace(plan.schemes, default=scheme, patterns=patterns)
         yield dataclasses.replace(plan, schemes=schemes, ingredients=learned)
 
 
@@ -167,15 +173,24 @@ def _simpler(ingredients: tuple[Ingredient, ...]) -> list[tuple[Ingredient, ...]
     return ways
 
 
-def _like(plan: Plan, scheme: Scheme) -> tuple[tuple[str, Scheme], ...]:
-    """Patterns with their own weight bits and groups, and all else as the default's change."""
+def _like(plan: Plan, scheme: Scheme, rotated: bool) -> tuple[tuple[str, Scheme], ...]:
+    """Patterns with their own weight bits and groups, and all else as the default's change.
+
+    Hadamard matrices stay where they are, or go.
+    """
     before = plan.schemes.default
     changes = {
         name: value for name, value in vars(scheme).items() if value != getattr(before, name)
     }
-    changes = {k: v for k, v in changes.items() if k not in ("weight_bits", "group_size")}
+    kept = "weight_bits", "group_size", "hadamard"
+    changes = {k: v for k, v in changes.items() if k not in kept}
     return tuple(
-        (pattern, own if own.floating_point else dataclasses.replace(own, **changes))
+        (
+            pattern,
+            own
+            if own.floating_point
+            else dataclasses.replace(own, **changes, hadamard=own.hadamard and rotated),
+        )
         for pattern, own in plan.schemes.patterns
     )
 
@@ -196,8 +211,14 @@ def _distance(plan: Plan, other: Plan) -> float:
         + (before.symmetric != after.symmetric) / 4
         + (before.activation_symmetric != after.activation_symmetric) / 4
         + (before.activation_group_size != after.activation_group_size) / 2
+        + (_rotates(plan) != _rotates(other)) / 2
         + (plan.ingredients != other.ingredients) / 8
     )
+
+
+def _rotates(plan: Plan) -> bool:
+    """Whether any inputs are multiplied by Hadamard matrices."""
+    return any(scheme.hadamard for scheme in plan.schemes.every)
 
 
 def _differences(plan: Plan, nearest: Plan) -> str:
@@ -224,6 +245,7 @@ def _differences(plan: Plan, nearest: Plan) -> str:
         f"{before.attention_bits}-bit Q, K and V": lambda scheme: scheme.attention_bits,
     }
     changes = [text for text, of in words.items() if of(before) != of(after)]
+    changes += ["Hadamard matrices"] if _rotates(plan) != _rotates(nearest) else []
     pairs = zip(plan.ingredients, nearest.ingredients, strict=True)
     changes += [flag for own, other in pairs for flag in _changed(other, own)]
     return f"{', '.join(changes[:-1])} and {changes[-1]}" if changes[1:] else changes[0]

@@ -11,19 +11,20 @@ from torch.nn.functional import linear
 
 from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.numerics.grids.schemes import activation_grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import affine_product, quantize_tokens
 
 
 class IntegerLinear(nn.Module):
-    """``y = (x input_factor) W^T + bias`` with W, and x below 16 bits, as integers.
+    """``y = (x H input_factor) W^T + bias`` with W, and x below 16 bits, as integers.
 
-    Activations are quantised per token or group of its channels, products and zero-point
-    corrections are exact in int32, and the scales follow in float32; with 16-bit activations the
-    weight is decoded to x's dtype.  Before `unpack` it holds the checkpoint's tensors, named as in
-    compressed-tensors' pack-quantized layout; after it int8 codes (units, out, unit) with sums
-    (out, units) and zero points (out, groups), int32.  A unit is the most columns that share their
-    scales on both sides.
+    H is a Hadamard matrix, where the scheme has one.  Activations are quantised per token or group
+    of its channels, products and zero-point corrections are exact in int32, and the scales follow
+    in float32; with 16-bit activations the weight is decoded to x's dtype.  Before `unpack` it
+    holds the checkpoint's tensors, named as in compressed-tensors' pack-quantized layout; after it
+    int8 codes (units, out, unit) with sums (out, units) and zero points (out, groups), int32.  A
+    unit is the most columns that share their scales on both sides.
     """
 
     codes: Tensor
@@ -105,15 +106,18 @@ class IntegerLinear(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `values`."""
+        dtype = values.dtype
+        if self.scheme.hadamard:
+            values = hadamard(values)
         if self.input_factor is not None:
             values = values * self.input_factor.to(values.dtype)
         if self.scheme.activation_bits == FLOAT_BITS:
-            bias = None if self.bias is None else self.bias.to(values.dtype)
-            return linear(values, self.weight(values.dtype), bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return linear(values.to(dtype), self.weight(dtype), bias)
         output = self._integer(values.reshape(-1, self.in_features))
         if self.bias is not None:
             output += self.bias
-        return output.to(values.dtype).view(*values.shape[:-1], self.out_features)
+        return output.to(dtype).view(*values.shape[:-1], self.out_features)
 
     def _integer(self, values: Tensor) -> Tensor:
         """(tokens, in) to float32 (tokens, out), without the bias."""
