@@ -6,7 +6,9 @@ import io
 
 import pytest
 
+from lrquant.blocks import placement
 from lrquant.cli import main
+from lrquant.measures.subjects import stored
 
 
 @pytest.fixture
@@ -45,6 +47,18 @@ def test_one_answer_is_that_of_the_model(written, scheme, form, capsys):
     assert not answer.startswith("some words")
     drawn = {told(capsys, *words[:-1], "3", "--seed", seed) for seed in range(4)}
     assert len(drawn) > 1
+
+
+def test_an_answer_of_a_checkpoint_that_no_device_has_room_for(written, capsys, monkeypatch):
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
+    words = ("generate", written("W4A4", "lrquant"), "some words", "--max-tokens", "5")
+    capsys.readouterr()
+    answer = told(capsys, *words, "--temperature", "0")
+    for module in (placement, stored):
+        monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    monkeypatch.setattr(placement, "free_room", lambda device: {"cpu": 1})
+    where, again = told(capsys, *words, "--temperature", "0").split("\n", 1)
+    assert where.endswith("GB: 2 blocks on the disk") and again == answer
 
 
 def test_a_chat(written, capsys, monkeypatch):

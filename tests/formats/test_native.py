@@ -39,6 +39,12 @@ RUNS = [
     ("llama", "W4A16", {"rotation_sharing": "linear"}),
     ("llama", "W16A8", {"lwc": False, "lr_plus": False}),
 ]
+SPREAD = [
+    ("llama-biases", "W4A4", {"let_shift": "always"}),
+    ("llama-tied", "W4A4g16-ag8", {"symmetric": True}),
+    ("opt", "W3A16g16", {}),
+    ("llama", "W16A8", {"lwc": False, "lr_plus": False}),
+]
 
 
 @pytest.fixture
@@ -81,6 +87,24 @@ def test_it_computes_what_was_learned(
     assert torch.equal(logits(loaded(tmp_path / "again"), ids), logits(model, ids))
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     assert model.generate(ids[:1, :4], **settings).shape == (1, 7)
+
+
+@pytest.mark.parametrize(("family", "scheme", "settings"), SPREAD, ids=str)
+def test_blocks_on_the_disk_come_packed_to_each_forward(
+    learn, token_ids, tmp_path, family, scheme, settings
+):
+    """By transformers' own device map, which knows how large a block is once it is unpacked."""
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
+    learn(family, scheme, epochs=1, **settings)
+    folder, ids = tmp_path / "saved", token_ids(2, 20)
+    model = loaded(folder)
+    whole = sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
+    places = {"device_map": "auto", "offload_folder": tmp_path / "away"}
+    spread = loaded(folder, max_memory={"cpu": whole * 3 // 4}, **places)
+    assert any(each.is_meta for each in spread.parameters())
+    assert torch.equal(logits(spread, ids), logits(model, ids))
+    spread.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again"), ids), logits(model, ids))
 
 
 def test_whoever_may_read_the_folder_may_read_its_tensors(learn, tmp_path):

@@ -140,7 +140,7 @@ def test_two_models(measured, make_model, tiny_tokenizer, model_folder, tmp_path
 
 def test_a_checkpoint_whose_model_is_not_known(saved, measured, tmp_path, monkeypatch):
     saved("W3A16g16", "compressed-tensors")
-    monkeypatch.setattr(subjects, "load_checkpoint", lambda *a: pytest.fail("loaded already"))
+    monkeypatch.setattr(subjects, "stored_checkpoint", lambda *a: pytest.fail("loaded already"))
     settings = tmp_path / "saved" / "lrquant.yaml"
     values = yaml.safe_load(settings.read_text())
     settings.write_text(yaml.safe_dump(values | {"model": "/moved/away"}))

@@ -76,6 +76,13 @@ def test_a_whole_checkpoint_is_loaded(foreign):
     assert load(foreign).module(ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_family_that_torchs_attention_does_not_hold_is_loaded(saved, token_ids, family):
+    folder, ids = saved(family, "W4A4", format="lrquant"), token_ids(1, 12)
+    with torch.no_grad():
+        assert load(folder).module(ids).logits.isfinite().all()
+
+
 def test_a_file_that_was_changed_is_refused(checkpoint):
     edit(checkpoint / "config.json", rms_norm_eps=1e-2)
     refused(checkpoint, "config.json", "export the run again")

@@ -1,6 +1,7 @@
 """`lrquant` with an index of one task.
 
-Rank 1 refuses to answer where FAILING is set; where LARGE is, the second model fits no device.
+Rank 1 refuses to answer where FAILING is set; where LARGE is, the second model fits no device, and
+where SMALL is, no checkpoint does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lrquant.blocks import placement
 from lrquant.cli import main
 from lrquant.errors import LRQuantError
 from lrquant.measures.harness import building, sharing
-from lrquant.measures.subjects import subject
+from lrquant.measures.subjects import stored, subject
 from lrquant.team.launch import Launch
 
 
@@ -39,5 +40,8 @@ if "FAILING" in os.environ and Launch.of_environment().rank == 1:
 if "LARGE" in os.environ:
     subject.fits_device = fits
     placement.free_memory = lambda device: 0 if len(asked) == 2 else 1 << 60
+    placement.free_room = lambda device: {"cpu": 1}
+if "SMALL" in os.environ:
+    stored.free_memory = placement.free_memory = lambda device: 0
     placement.free_room = lambda device: {"cpu": 1}
 sys.exit(main())

@@ -53,6 +53,32 @@ def test_two_processes_score_what_one_does(
     assert log.count("GB: 2 blocks on the disk") == 1 and not list(run.glob("whole-*"))
 
 
+@pytest.mark.parametrize(("scheme", "form"), [("W8A8-sym-qkv16", "auto"), ("W4A4", "lrquant")])
+def test_a_checkpoint_too_large_for_each_is_the_first_ones(
+    start, model_folder, token_ids, sets, data_dir, tmp_path, monkeypatch, scheme, form
+):
+    """It is measured by that one alone, spread over places; a text of the model beside by both."""
+    folder, settings = tmp_path / "saved", {**SHARED, "epochs": 0, "report": False, "format": form}
+    settings |= {"output_dir": str(tmp_path / "run"), "save_dir": str(folder)}
+    settings |= {"activation_symmetric": True}
+    model = model_folder("llama")
+    quantize(model, scheme, calibration=token_ids(2, 16), **settings)
+    shutil.move(Path(data_dir) / "wikitext2", sets / "wikitext2")
+    words = ["--tasks", "piqa", "--data-dir", sets, "--task-batch-size", "3", "--device", "cpu"]
+    words += ["--precision", "float32", "--compare", model, "--agreement", "wikitext2"]
+    words += ["--seqlen", "24", "--limit", "6"]
+    results = []
+    for size in (1, 2):
+        if size > 1:
+            monkeypatch.setenv("SMALL", "1")
+        place = tmp_path / f"of-{size}"
+        assert start(size, SCRIPT, "evaluate", folder, *words, "--output-dir", place) == (0, [])
+        results.append(RunFolder(place).results())
+    one, two = results
+    for kind in ("agreement", "tasks"):
+        assert two[kind] == one[kind] != {}
+
+
 def test_a_process_that_fails_ends_both_with_one_line(
     start, model_folder, sets, tmp_path, monkeypatch
 ):

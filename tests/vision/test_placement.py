@@ -7,12 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+import lrquant
 from lrquant.blocks import placement
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.placement import whole_bytes
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.variants import unlearned
 from lrquant.config.config import Config
+from lrquant.config.groups import Computing
+from lrquant.errors import LRQuantError
+from lrquant.measures.subjects.checkpoint import loaded, stored_checkpoint
 
 CONFIG = Config(model="m", scheme="W4A8", vision_scheme="W8A8").resolved()
 
@@ -36,3 +40,33 @@ def test_blocks_of_tower_and_language_part_on_the_disk(
     module = materialize(bench, unlearned(bench), room)
     away = sum(tensor.is_meta for tensor in module.parameters())
     assert away and torch.equal(module(**inputs).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("form", "scheme", "vision"),
+    [
+        ("compressed-tensors", "W4A16-sym", "W8A8-sym-qkv16"),
+        ("dequantized", "W4A16", "W8A16"),
+        ("lrquant", "W4A4", "W8A8"),
+    ],
+)
+def test_a_checkpoint_on_the_disk(
+    language_family, form, scheme, vision, make_vision, make_feed, tmp_path, monkeypatch
+):
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
+    monkeypatch.setattr(placement, "_MAKING", 0)
+    feed, folder, cpu = make_feed(language_family), tmp_path / "saved", torch.device("cpu")
+    settings = {"epochs": 0, "report": False, "precision": "float32", "seqlen": 16}
+    settings |= {"save_dir": str(folder), "output_dir": str(tmp_path / "run"), "format": form}
+    settings |= {"vision_scheme": vision, "activation_symmetric": form == "compressed-tensors"}
+    try:
+        lrquant.quantize(make_vision(language_family), scheme, calibration=feed, **settings)
+    except LRQuantError as error:
+        pytest.skip(str(error))
+    stored = stored_checkpoint(str(folder), Computing("cpu", "float32", "auto"))
+    inputs = feed.collate(feed.slices(2)[0])
+    expected = loaded(stored, cpu).module(**inputs).logits
+    module = loaded(stored, cpu, tmp_path, {"cpu": stored.size.outer}).module
+    assert list(tmp_path.glob("whole-*"))
+    assert torch.equal(module(**inputs).logits, expected)

@@ -11,10 +11,10 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,23 @@ _SHARE = 0.9  # of free memory, that parameters may take beside what is computed
 _MAKING = 4  # times a block's bytes: what it takes to make one, or to compute one of another place
 
 logger = logging.getLogger("lrquant")
+
+
+class WholeBytes(NamedTuple):
+    """Bytes of a whole model: outside its blocks, and of each block by its name, in their order."""
+
+    outer: int
+    blocks: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.outer + sum(self.blocks.values())
+
+    @property
+    def least(self) -> int:
+        """What the first device must have room for."""
+        return self.outer + _MAKING * max(self.blocks.values())
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,18 @@ class Placement:
         offload_state_dict(self.folder, {name: tensor})
         return tensor.to("meta")
 
+    def device_map(self, outer: Collection[str]) -> dict[str, Place]:
+        """The place of each block, and of the tensors outside the blocks that `outer` names.
+
+        By module, or by tensor where blocks are in the module too.
+        """
+        places: dict[str, Place] = {}
+        for name in outer:
+            owner = name.rpartition(".")[0]
+            around = any(is_in(block, owner) for block in self.blocks)
+            places[name if around or not owner else owner] = self.main
+        return places | dict(self.blocks)
+
     def dispatch(self, module: PreTrainedModel, outer: Collection[str]) -> None:
         """Let each block have what it reads, and its parameters, where it computes.
 
@@ -69,27 +98,40 @@ class Placement:
         """
         from accelerate import dispatch_model
 
-        places: dict[str, Place] = {}
-        for name in outer:
-            owner = name.rpartition(".")[0]
-            around = any(is_in(block, owner) for block in self.blocks)
-            places[name if around or not owner else owner] = self.main
-        places |= self.blocks
         whole = {type(module.get_submodule(block)).__name__ for block in self.blocks}
-        with _quiet_accelerate():
+        with quiet_accelerate():
             dispatch_model(
                 module,
-                places,
+                self.device_map(outer),
                 main_device=self.main,
                 offload_dir=self.folder,
                 skip_keys=module._skip_keys_device_placement,
                 preload_module_classes=sorted(whole),
             )
 
+    def with_folder(self, above: Path | None) -> Placement:
+        """The same with a folder for what is on the disk, if anything is: in `above`, if there."""
+        if DISK not in self.blocks.values():
+            return self
+        place = above if above is not None and above.is_dir() else None
+        return replace(self, folder=Path(tempfile.mkdtemp(prefix="whole-", dir=place)))
+
+    def __str__(self) -> str:
+        """How many blocks lie where, in words."""
+        runs = [(place, len(list(names))) for place, names in groupby(self.blocks.values())]
+        words: dict[Place, str] = {HOST: "the host", DISK: "the disk"}
+        return ", ".join(
+            f"{count} blocks on {words.get(place, f'CUDA device {place}')}" for place, count in runs
+        )
+
     def end_with(self, module: PreTrainedModel) -> None:
         """Remove the folder when nobody has the module any more, or with the process."""
+        weakref.finalize(module, self.remove)
+
+    def remove(self) -> None:
+        """Remove the folder, if there is one."""
         if self.folder is not None:
-            weakref.finalize(module, shutil.rmtree, self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def is_in(path: str, place: str) -> bool:
@@ -100,50 +142,59 @@ def is_in(path: str, place: str) -> bool:
 def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | None:
     """Where the blocks of a whole model lie; None where all of it fits the workbench's device.
 
-    `room` is what there is, by default what is free on that device, then on the other CUDA devices,
-    then on the host.
+    `room` is what there is, by default `free_room`.
     """
-    outer, blocks = whole_bytes(workbench.model, workbench.dtype)
-    needed, device = outer + sum(blocks.values()), workbench.device
+    placement = spread(whole_bytes(workbench.model, workbench.dtype), workbench.device, room)
+    return None if placement is None else placement.with_folder(workbench.scratch)
+
+
+def spread(
+    size: WholeBytes, device: torch.device, room: Room | None = None, what: str = "the whole model"
+) -> Placement | None:
+    """Where blocks of these sizes lie, in whose log `what` they are; None where a device has room.
+
+    `room` is what there is, by default what is free on that device, then on the other CUDA devices,
+    then on the host.  Raises LRQuantError where the first device has too little for anything.
+    """
     if room is None:
-        if needed > _free(device):
-            _give_back(device)
-        if needed <= _free(device):
+        if fits(size, device):
             return None
         room = free_room(device)
     main = next(iter(room))
-    if needed <= room[main]:
+    if size.total <= room[main]:
         return None
-    kept = outer + _MAKING * max(blocks.values())
-    if main != HOST and kept > room[main]:
+    if main != HOST and size.least > room[main]:
         raise LRQuantError(
-            f"the whole model needs {kept / 1e9:.1f} GB on {_device(main)} at least, where "
+            f"{what} needs {size.least / 1e9:.1f} GB on {_device(main)} at least, where "
             f"{room[main] / 1e9:.1f} GB are free; use --device cpu"
         )
     if importlib.util.find_spec("accelerate") is None:
         raise LRQuantError(
-            f"the whole model needs {needed / 1e9:.1f} GB, of which {room[main] / 1e9:.1f} GB fit "
+            f"{what} needs {size.total / 1e9:.1f} GB, of which {room[main] / 1e9:.1f} GB fit "
             f"{_device(main)}; pip install 'lrquant[eval]', whose accelerate spreads it"
         )
-    places = placed(blocks, {**room, main: room[main] - kept})
-    logger.info("the whole model needs %.1f GB: %s", needed / 1e9, _described(places))
-    if DISK not in places.values():
-        return Placement(main, places)
-    scratch = workbench.scratch
-    above = scratch if scratch is not None and scratch.is_dir() else None
-    return Placement(main, places, Path(tempfile.mkdtemp(prefix="whole-", dir=above)))
+    left = {**room, main: room[main] - size.least}
+    placement = Placement(main, placed(size.blocks, left))
+    logger.info("%s needs %.1f GB: %s", what, size.total / 1e9, placement)
+    return placement
+
+
+def fits(size: WholeBytes, device: torch.device, processes: int = 1) -> bool:
+    """Whether all blocks fit a device, for each of a machine's processes that compute on it.
+
+    On a CPU these share its memory.  What is free of this process is given back, so that another
+    one may have it.
+    """
+    shared = processes if device.type == "cpu" else 1
+    if size.total > _free(device) / shared:
+        _give_back(device)
+    return size.total <= _free(device) / shared
 
 
 def fits_device(workbench: Workbench, processes: int = 1) -> bool:
-    """Whether the whole model fits the workbench's device for each of a machine's processes.
-
-    On a CPU they share its memory.  What is free of this process is given back, so that another one
-    may have it.
-    """
+    """Whether the whole model fits the workbench's device for each of a machine's processes."""
     _give_back(workbench.device)
-    outer, blocks = whole_bytes(workbench.model, workbench.dtype)
-    shared = processes if workbench.device.type == "cpu" else 1
-    return outer + sum(blocks.values()) <= _free(workbench.device) / shared
+    return fits(whole_bytes(workbench.model, workbench.dtype), workbench.device, processes)
 
 
 def _give_back(device: torch.device) -> None:
@@ -158,8 +209,8 @@ def _free(device: torch.device) -> float:
     return _SHARE * free_memory(device)
 
 
-def whole_bytes(model: Model, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Bytes outside the blocks, and of each block by its name, as a whole model has them."""
+def whole_bytes(model: Model, dtype: torch.dtype) -> WholeBytes:
+    """As a whole model has them whose weights are in this dtype."""
     parts = [model] if model.tower is None else [model.tower, model]
     tensors = model.skeleton.state_dict()
     outer = 0
@@ -167,7 +218,7 @@ def whole_bytes(model: Model, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
         owner = model.skeleton.get_submodule(name.rpartition(".")[0])
         size = dtype.itemsize if isinstance(owner, nn.Linear) else torch.float32.itemsize
         outer += tensors[name].numel() * size
-    return outer, {
+    blocks = {
         part.block_name(index): sum(
             tensor.numel() * (dtype.itemsize if tensor.dim() > 1 else torch.float32.itemsize)
             for tensor in block.state_dict().values()
@@ -175,6 +226,7 @@ def whole_bytes(model: Model, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
         for part in parts
         for index, block in enumerate(part.blocks)
     }
+    return WholeBytes(outer, blocks)
 
 
 def free_room(device: torch.device) -> dict[Place, int]:
@@ -208,17 +260,8 @@ def _device(place: Place) -> torch.device:
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def _described(places: Mapping[str, Place]) -> str:
-    """How many blocks lie where, in words."""
-    runs = [(place, len(list(names))) for place, names in groupby(places.values())]
-    words: dict[Place, str] = {HOST: "the host", DISK: "the disk"}
-    return ", ".join(
-        f"{count} blocks on {words.get(place, f'CUDA device {place}')}" for place, count in runs
-    )
-
-
 @contextmanager
-def _quiet_accelerate() -> Iterator[None]:
+def quiet_accelerate() -> Iterator[None]:
     """Without its warnings: of parameters without values between passes, or beside modules."""
     noisy = logging.getLogger("accelerate.big_modeling")
     level = noisy.level

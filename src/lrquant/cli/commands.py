@@ -141,6 +141,8 @@ def _evaluate(options: argparse.Namespace, screen: Screen) -> int:
 
     settings: SettingDict = {**settings_of(options, EVALUATE_SETTINGS)}
     results = evaluate(options.target, progress=_progress(options, screen), **settings)
+    if Launch.of_environment().rank:
+        return 0
     _print_results(results, screen)
     return _exit_code(results)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -16,15 +17,23 @@ from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import affine_product, quantize_tokens
 
 
+class Integers(NamedTuple):
+    """Codes int8 (units, out, unit); zero points (out, groups) and sums of codes (out, units)."""
+
+    codes: Tensor
+    zero_points: Tensor
+    code_sums: Tensor
+
+
 class IntegerLinear(nn.Module):
     """``y = (x H input_factor) W^T + bias`` with W, and x below 16 bits, as integers.
 
     H is a Hadamard matrix, where the scheme has one.  Activations are quantised per token or group
     of its channels, products and zero-point corrections are exact in int32, and the scales follow
     in float32; with 16-bit activations the weight is decoded to x's dtype.  Before `unpack` it
-    holds the checkpoint's tensors, named as in compressed-tensors' pack-quantized layout; after it
-    int8 codes (units, out, unit) with sums (out, units) and zero points (out, groups), int32.  A
-    unit is the most columns that share their scales on both sides.
+    holds the checkpoint's tensors, named as in compressed-tensors' pack-quantized layout, of which
+    each forward makes `Integers` that are then forgotten; after it these alone.  A unit is the most
+    columns that share their scales on both sides.
     """
 
     codes: Tensor
@@ -50,6 +59,7 @@ class IntegerLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = scheme.group_size or in_features
+        self.packed_in_memory = True
         groups = in_features // self.group_size
         self._unit = math.gcd(self.group_size, scheme.activation_group_size or in_features)
         bits = scheme.weight_bits
@@ -72,7 +82,23 @@ class IntegerLinear(nn.Module):
         self.register_parameter(name, parameter)
 
     def unpack(self) -> None:
-        """Turn what was loaded into the codes that the products take."""
+        """Turn what was loaded into the integers that the products take, for all forwards."""
+        integers = self._unpacked()
+        del self.weight_packed, self.weight_shape
+        if not self.scheme.symmetric:
+            del self.weight_zero_point
+        for name, tensor in integers._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.packed_in_memory = False
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """What the integers take after `unpack`."""
+        columns = self.in_features // self._unit + self.in_features // self.group_size
+        return self.out_features * (self.in_features + columns * torch.int32.itemsize)
+
+    def _unpacked(self) -> Integers:
+        """The integers of what was loaded."""
         bits, shape = self.scheme.weight_bits, (self.out_features, self.in_features)
         codes = unpack_from_int32(self.weight_packed.data, bits, torch.Size(shape))
         zero_points = torch.zeros_like(self.weight_scale, dtype=torch.int32)
@@ -80,29 +106,30 @@ class IntegerLinear(nn.Module):
             zero_points = unpack_from_int32(
                 self.weight_zero_point.data, bits, zero_points.shape, packed_dim=0
             ).int()
-            del self.weight_zero_point
-        del self.weight_packed, self.weight_shape
         codes = codes.view(self.out_features, -1, self._unit).transpose(0, 1).contiguous()
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("zero_points", zero_points, persistent=False)
-        sums = codes.sum(-1, dtype=torch.int32).t().contiguous()
-        self.register_buffer("code_sums", sums, persistent=False)
+        return Integers(codes, zero_points, codes.sum(-1, dtype=torch.int32).t().contiguous())
+
+    def _integers(self) -> Integers:
+        if self.packed_in_memory:
+            return self._unpacked()
+        return Integers(self.codes, self.zero_points, self.code_sums)
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that `unpack` took apart, as a checkpoint holds them."""
-        codes = self._codes()
+        codes = self._in_rows(self.codes)
         zero_points = None if self.scheme.symmetric else self.zero_points.to(torch.int8)
         return packed_weight(codes, zero_points, self.scheme.weight_bits)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
-        codes = self._codes().view(self.out_features, -1, self.group_size).float()
-        values = codes.sub_(self.zero_points[..., None]).mul_(self.weight_scale[..., None])
+        integers = self._integers()
+        codes = self._in_rows(integers.codes).view(self.out_features, -1, self.group_size).float()
+        values = codes.sub_(integers.zero_points[..., None]).mul_(self.weight_scale[..., None])
         return values.view(self.out_features, -1).to(dtype)
 
-    def _codes(self) -> Tensor:
-        """(out, in), int8."""
-        return self.codes.transpose(0, 1).reshape(self.out_features, self.in_features)
+    def _in_rows(self, codes: Tensor) -> Tensor:
+        """(units, out, unit) to (out, in), int8."""
+        return codes.transpose(0, 1).reshape(self.out_features, self.in_features)
 
     def forward(self, values: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `values`."""
@@ -114,12 +141,12 @@ class IntegerLinear(nn.Module):
         if self.scheme.activation_bits == FLOAT_BITS:
             bias = None if self.bias is None else self.bias.to(dtype)
             return linear(values.to(dtype), self.weight(dtype), bias)
-        output = self._integer(values.reshape(-1, self.in_features))
+        output = self._product(values.reshape(-1, self.in_features), self._integers())
         if self.bias is not None:
             output += self.bias
         return output.to(dtype).view(*values.shape[:-1], self.out_features)
 
-    def _integer(self, values: Tensor) -> Tensor:
+    def _product(self, values: Tensor, integers: Integers) -> Tensor:
         """(tokens, in) to float32 (tokens, out), without the bias."""
         grid = activation_grid(self.scheme)
         assert grid is not None
@@ -132,9 +159,9 @@ class IntegerLinear(nn.Module):
             totals = affine_product(
                 columns.contiguous(),
                 zero_point[:, own, None],
-                self.codes[unit],
-                self.code_sums[:, unit],
-                self.zero_points[:, group],
+                integers.codes[unit],
+                integers.code_sums[:, unit],
+                integers.zero_points[:, group],
             ).float()
             if scale.shape[1] > 1:
                 totals.mul_(scale[:, own, None])

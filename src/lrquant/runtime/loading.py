@@ -203,8 +203,19 @@ class NativeQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         _refuse_missing(model)
         for module in _integer_linears(model).values():
-            module.unpack()
+            if not module.weight_packed.is_meta:  # else it comes packed to each forward
+                module.unpack()
         return model
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element of what is loaded, when it is unpacked."""
+        from lrquant.runtime.linear import IntegerLinear
+
+        path, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, IntegerLinear) or param.is_floating_point():
+            return param.element_size()
+        return module.unpacked_bytes / param.numel() if leaf == "weight_packed" else 0
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -212,6 +223,8 @@ class NativeQuantizer(HfQuantizer):
         """The model's tensors, packed again."""
         state = model.state_dict()
         for name, module in _integer_linears(model).items():
+            if module.packed_in_memory:
+                continue
             state |= {f"{name}.{key}": tensor for key, tensor in module.packed().items()}
         return state, {}
 
@@ -259,11 +272,14 @@ def _set_own_attention(attention: nn.Module, scheme: Scheme) -> None:
 
 
 def _refuse_missing(model: PreTrainedModel) -> None:
-    """Tensors that the files lack hold anything: transformers marks what it loaded, and tied."""
+    """Tensors that the files lack hold anything: transformers marks what it loaded, and tied.
+
+    Those that come to each forward from another place are not here to be marked.
+    """
     missing = [
         name
         for name, parameter in model.named_parameters()
-        if not getattr(parameter, "_is_hf_initialized", False)
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
     ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -278,7 +294,9 @@ def _ends_with(name: str, modules: list[str]) -> bool:
 
 
 def _shifted(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    shift = module.get_parameter("shift")
+    shift: Tensor = module.get_parameter("shift")
+    if shift.is_meta:  # of another place, whence accelerate's hook fetches it for the forward alone
+        shift = vars(module)["_hf_hook"].weights_map["shift"].to(output.device)
     return (output + shift).to(output.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -102,8 +103,13 @@ class Evaluation:
         """Measures of a subject as results.json has them, each when it is done.
 
         So none is lost with another.  With a `reference`, another model in full precision, measures
-        that are held against full precision are held against that.
+        that are held against full precision are held against that.  What the first of a team has
+        alone it measures alone.
         """
+        if subject.of_first and self.team.size > 1:
+            if self.team.rank == 0:
+                yield from self._alone_of_team().measure(subject, reading, progress, reference)
+            return
         others: Mapping[str, Samples] = {}
         if reference is not None:
             others = self._texts(reference.reader)
@@ -115,6 +121,12 @@ class Evaluation:
             against = reference if comparing else None
             yield from self._measure_text(measures, subject, text, progress, against)
         yield from self._measure_modules(subject, reading, progress)
+
+    def _alone_of_team(self) -> Evaluation:
+        """The same evaluation by one process."""
+        alone = copy.copy(self)
+        alone.team = ALONE
+        return alone
 
     def _of_text(self, name: str) -> list[AnyText]:
         """The measures that ask for a text."""

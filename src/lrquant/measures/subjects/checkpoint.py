@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from lrquant.architectures import Architecture, architecture_of
+from lrquant.blocks.placement import Placement, Room
 from lrquant.blocks.residuals import in_line
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.stubs import stubs
@@ -30,6 +29,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.manifest import MANIFEST, SETTINGS, read_manifest, require_whole
 from lrquant.files.whole import read_json
 from lrquant.measures.scoring.predictions import single_samples
+from lrquant.measures.subjects.stored import Stored, make_dense, spread_loading
 from lrquant.model.device import choose_device
 from lrquant.model.loading import load_processor
 from lrquant.model.reading import read_config, read_tokenizer, reading
@@ -146,29 +146,83 @@ def load_checkpoint(name: str, computing: Computing, cache_dir: Path | None = No
     Refused are files that this project wrote and that changed since, tensors that are missing,
     left over or of another shape, and what transformers would leave out without a word.
     """
+    return loaded(stored_checkpoint(name, computing, cache_dir), choose_device(computing.device))
+
+
+def stored_checkpoint(name: str, computing: Computing, cache_dir: Path | None = None) -> Stored:
+    """Its files, of which those that no loading could mend are refused."""
     folder = resolve_model(name, cache_dir).folder
-    if own := (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists():
         require_whole(folder)
     _refuse_ignored(name, folder)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    read = read_config(folder)
-    architecture = architecture_of(read)
+    return Stored(name, folder, read_config(folder), dtypes.get(computing.precision))
+
+
+def loaded(
+    stored: Stored, device: torch.device, scratch: Path | None = None, room: Room | None = None
+) -> Checkpoint:
+    """The checkpoint on a device, or over several places where that has no room for it.
+
+    `room` is what there is, by default what is free; what lies on the disk is in `scratch`.
+    """
+    folder, architecture = stored.folder, stored.architecture
+    own = (folder / MANIFEST).exists()
     without = architecture.reads_pixels or (own and not has_tokenizer_files(folder))
     tokenizer = None if without else read_tokenizer(folder)
-    mend = "write it again, or give the run that it is of"
-    with reading("the checkpoint", folder, mend), quiet_loading():
-        module, report = architecture.auto_class.from_pretrained(
-            folder,
-            dtype=dtypes.get(computing.precision, "auto"),
-            config=read,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    _refuse_parts(name, folder, report)
-    nn.Module.to(module, choose_device(computing.device))
+    placement = stored.placement(device, room)
+    if placement is None:
+        module = _read(stored)
+        nn.Module.to(module, device)
+    else:
+        module = _spread(stored, placement.with_folder(scratch))
     processor = load_processor(folder, architecture)
     module = module.eval().requires_grad_(False)
-    return Checkpoint(name, module, tokenizer, settings_of(folder), processor)
+    return Checkpoint(stored.name, module, tokenizer, settings_of(folder), processor)
+
+
+def _spread(stored: Stored, placement: Placement) -> PreTrainedModel:
+    """The model over several places, whose folder goes with it."""
+    places = {"device_map": placement.device_map(stored.outer_names), "offload_buffers": True}
+    with ExitStack() as stack:
+        stack.callback(placement.remove)
+        with spread_loading():
+            module = _read(stored, offload_folder=placement.folder, **places)
+            make_dense(module)
+        stack.pop_all()
+    placement.end_with(module)
+    return module
+
+
+def _read(stored: Stored, **places: Any) -> PreTrainedModel:
+    """What transformers makes of the files; `places` are its arguments that say where."""
+    mend = "write it again, or give the run that it is of"
+    with reading("the checkpoint", stored.folder, mend), quiet_loading():
+        try:
+            module, report = _made(stored, stored.config, places)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            plain = copy.deepcopy(stored.config)  # soft caps and sinks rule torch's attention out
+            plain._attn_implementation = "eager"
+            module, report = _made(stored, plain, places)
+    _refuse_parts(stored.name, stored.folder, report)
+    return module
+
+
+def _made(
+    stored: Stored, config: PretrainedConfig, places: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports of it."""
+    made: tuple[PreTrainedModel, dict[str, Any]] = stored.architecture.auto_class.from_pretrained(
+        stored.folder,
+        dtype=stored.dtype or "auto",
+        config=config,
+        output_loading_info=True,
+        trust_remote_code=False,
+        **places,
+    )
+    return made
 
 
 def _refuse_ignored(name: str, folder: Path) -> None:

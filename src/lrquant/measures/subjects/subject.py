@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,16 +29,25 @@ from lrquant.data.prompts import Reader
 from lrquant.data.samples import Samples
 from lrquant.learn.adaptation import adapt, adapted_to, describe_adaptation
 from lrquant.measures.scoring.predictions import send_through
-from lrquant.measures.subjects.checkpoint import Checkpoint, is_checkpoint, load_checkpoint
+from lrquant.measures.subjects.checkpoint import (
+    Checkpoint,
+    is_checkpoint,
+    loaded,
+    stored_checkpoint,
+)
 from lrquant.measures.subjects.reference import reference_name
+from lrquant.measures.subjects.stored import Stored
+from lrquant.model.device import choose_device
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
 from lrquant.model.sources import resolve_model
 from lrquant.runs.folder import RunFolder, is_run
 from lrquant.runs.progress import Progress
 from lrquant.runs.results import Entry
-from lrquant.team.team import ALONE, Team
+from lrquant.team.launch import Launch
+from lrquant.team.team import ALONE, Team, holds_for_all
 
+logger = logging.getLogger("lrquant")
 EVALUATION_TOKENS = 2048  # tokens of one forward, in windows
 FULL_PRECISION, ROUND_TO_NEAREST = "full_precision", "round_to_nearest"
 QUANTIZED, ADAPTED, BASE = "quantized", "test_time_adapted", "base"
@@ -52,6 +62,11 @@ class Subject(ABC):
 
     own: str
     beside: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def of_first(self) -> bool:
+        """Whether of several processes the first alone has it, and measures it alone."""
+        return False
 
     @property
     @abstractmethod
@@ -175,10 +190,18 @@ class RunSubject(BlockSubject):
 
 @dataclass(frozen=True)
 class CheckpointSubject(Subject):
-    """A checkpoint, whole in memory as transformers loads it: it has one variant."""
+    """A checkpoint, whole in memory as transformers loads it: it has one variant.
+
+    Where it is `apart`, only the first of several processes has its values.
+    """
 
     own: str
     checkpoint: Checkpoint
+    apart: bool = False
+
+    @property
+    def of_first(self) -> bool:
+        return self.apart
 
     @property
     def reader(self) -> Checkpoint:
@@ -216,8 +239,8 @@ def open_subject(name: str, config: Config, own: str | None = None, team: Team =
         return _run(own or QUANTIZED, name, config, team)
     cache = optional_path(config.cache_dir)
     if is_checkpoint(name, cache):
-        loaded = load_checkpoint(name, config.group(Computing), cache)
-        return CheckpointSubject(own or QUANTIZED, loaded)
+        stored = stored_checkpoint(name, config.group(Computing), cache)
+        return _checkpoint(own or QUANTIZED, stored, config, team)
     return _model(own or FULL_PRECISION, name, config)
 
 
@@ -248,6 +271,18 @@ def _run(own: str, name: str, config: Config, team: Team) -> Subject:
     workbench = make_workbench(model, plan, computing, scratch)
     folder.require_same({"model": model.fingerprint()})
     return BlockSubject(own, workbench, folder.config, folder, team)
+
+
+def _checkpoint(own: str, stored: Stored, config: Config, team: Team) -> Subject:
+    """Loaded by each of a team, or where one has no room for it by the first, from all devices."""
+    device, together = choose_device(config.device), Launch.of_environment().local_size
+    apart = team.size > 1 and not holds_for_all(team, stored.fits(device, together))
+    if apart:
+        told = stored.name, team.size
+        logger.info("checkpoint %s: too large for each of %d processes; the first has it", *told)
+    if apart and team.rank:
+        return CheckpointSubject(own, Checkpoint(stored.name, stored.skeleton, None, None), apart)
+    return CheckpointSubject(own, loaded(stored, device, Path(config.output_dir)), apart)
 
 
 def _model(own: str, name: str, config: Config) -> Subject:
