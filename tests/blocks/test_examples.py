@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lrquant import quantize
-from lrquant.blocks import examples
+from lrquant.blocks import examples, placement
 from lrquant.blocks.examples import PROMPTS, write_examples
 
 
@@ -39,12 +39,29 @@ def test_they_are_what_the_models_write(finished, family, tiny_tokenizer):
 
 
 def test_none_where_they_are_dear(finished, monkeypatch, caplog):
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
     run = finished()
     caplog.set_level("INFO", "lrquant")
     monkeypatch.setattr(examples, "LARGEST_ON_CPU", 10)
     assert write_examples(run.workbench, run.folder) == {}
     assert "too long on a CPU" in caplog.text
     monkeypatch.setattr(examples, "LARGEST_ON_CPU", 10**12)
-    monkeypatch.setattr(examples, "free_memory", lambda device: 10)
+    whole = write_examples(run.workbench, run.folder)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 10)
     assert write_examples(run.workbench, run.folder) == {}
-    assert "the whole model needs" in caplog.text
+    assert (
+        "no examples of what the model writes: the whole model needs 0.0 GB, with 2 blocks on"
+        in (caplog.text)
+    )
+    monkeypatch.setattr(placement.Placement, "slow", False)
+    assert write_examples(run.workbench, run.folder) == whole != {}
+    assert caplog.text.count("the whole model needs 0.0 GB: 2 blocks on the disk") == 2
+
+
+def test_none_where_the_first_device_is_too_small(finished, monkeypatch, caplog):
+    run = finished()
+    caplog.set_level("INFO", "lrquant")
+    monkeypatch.setattr(placement, "free_memory", lambda device: 10)
+    monkeypatch.setattr(placement, "free_room", lambda device: {0: 10, "cpu": 2**40})
+    assert write_examples(run.workbench, run.folder) == {}
+    assert "GB on cuda:0 at least" in caplog.text

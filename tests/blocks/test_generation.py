@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lrquant import LRQuantError, quantize
+from lrquant import pipeline, quantize
+from lrquant.blocks import placement
 from lrquant.blocks.generation import OwnText
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.placement import Placement
 from lrquant.blocks.variants import full_precision
 from lrquant.preflight.checks import preflight
 
@@ -109,7 +111,21 @@ def test_the_preflight_writes_nothing(make_model, tiny_tokenizer, tmp_path, monk
     assert done.memory is not None and done.seconds is not None
 
 
-def test_a_model_that_does_not_fit_is_refused(bench, monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("None", (), {"available": 8}))
-    with pytest.raises(LRQuantError, match="calibration set 'self': the whole model writes it"):
-        OwnText(bench)(1, 4, 0, (1,))
+def test_a_model_that_does_not_fit_writes_the_same(learn, tmp_path, monkeypatch, caplog):
+    """Spread over places, which the pre-flight says; it is let go of before blocks are learned."""
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
+    (texts,) = learn().folder.written_texts().values()
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
+    remove, learn_model, removed = Placement.remove, pipeline.learn_model, []
+    monkeypatch.setattr(Placement, "remove", lambda own: removed.append(own) or remove(own))
+
+    def after_writing(*own, **rest):
+        assert [set(each.blocks.values()) for each in removed] == [{"disk"}]
+        return learn_model(*own, **rest)
+
+    monkeypatch.setattr(pipeline, "learn_model", after_writing)
+    with caplog.at_level("INFO", logger="lrquant"):
+        spread = learn("spread").folder.written_texts()
+    assert torch.equal(*spread.values(), texts)
+    said = "the whole model for calibration set self needs 0.0 GB: 2 blocks on the disk"
+    assert said in caplog.text

@@ -79,7 +79,10 @@ def test_blocks_on_the_disk_compute_the_same(stored, token_ids, tmp_path, family
     expected = answers(loaded(checkpoint, CPU).module, ids)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    module = loaded(checkpoint, CPU, scratch, room_for(checkpoint, blocks)).module
+    spread = loaded(checkpoint, CPU, scratch, room_for(checkpoint, blocks))
+    assert spread.device == CPU
+    module = spread.module
+    del spread
     away, names = on_the_disk(module), checkpoint.block_names
     for index, block in enumerate(names):
         assert any(is_in(path, block) for path in away) == (index >= blocks)

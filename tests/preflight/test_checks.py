@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from lrquant import LRQuantError, quantize
+from lrquant.blocks import placement
 from lrquant.cli import main
 from lrquant.config.config import Config
 from lrquant.model.sources.skeleton import SkeletonSource
@@ -280,6 +281,22 @@ def test_too_little_disk_and_memory(settings, monkeypatch):
     done = check(settings)
     assert [finding.what for finding in done.failed] == ["memory"]
     assert "--offload disk" in done.failed[0].text
+
+
+def test_a_whole_model_over_several_places_is_told_and_not_refused(settings, monkeypatch):
+    pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
+    asked = {**settings, "calib_dataset": "self"}
+    assert not [each for each in check(asked).findings if each.what == "whole model"]
+    monkeypatch.setattr(placement, "free_memory", lambda device: 0)
+    assert not [each for each in check(settings).findings if each.what == "whole model"]
+    done = check(asked)
+    (told,) = [each for each in done.findings if each.what == "whole model"]
+    assert told.state == "warning" and not done.failed
+    expected = "the whole model for calibration set self needs 0.0 GB: 2 blocks on the disk, which"
+    assert told.text.startswith(expected)
+    monkeypatch.setattr(placement, "free_room", lambda device: {0: 10, "cpu": 2**40})
+    ((what, text),) = found(check(asked), "failed")
+    assert what == "whole model" and "GB on cuda:0 at least" in text
 
 
 def test_a_block_that_cannot_fit_is_not_measured(settings, monkeypatch):

@@ -67,6 +67,6 @@ def test_a_checkpoint_on_the_disk(
     stored = stored_checkpoint(str(folder), Computing("cpu", "float32", "auto"))
     inputs = feed.collate(feed.slices(2)[0])
     expected = loaded(stored, cpu).module(**inputs).logits
-    module = loaded(stored, cpu, tmp_path, {"cpu": stored.size.outer}).module
-    assert list(tmp_path.glob("whole-*"))
-    assert torch.equal(module(**inputs).logits, expected)
+    spread = loaded(stored, cpu, tmp_path, {"cpu": stored.size.outer})
+    assert list(tmp_path.glob("whole-*")) and spread.device == cpu
+    assert torch.equal(spread.module(**inputs).logits, expected)

@@ -138,8 +138,9 @@ def load(
 ) -> PreTrainedModel:
     """A run, a checkpoint or a model as a transformers model in memory, as it was learned.
 
-    A checkpoint is verified, and refused where transformers would leave a part of it out.  `model`
-    is a run's full-precision model, if that has moved or was in memory.
+    A checkpoint is verified, and refused where transformers would leave a part of it out.  What
+    does not fit the device lies on the other GPUs, the host and the disk too.  `model` is a run's
+    full-precision model, if that has moved or was in memory.
     """
     if isinstance(target, Run):
         return target.load_model()

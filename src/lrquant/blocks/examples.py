@@ -8,10 +8,11 @@ import torch
 from transformers import GenerationMixin
 
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.placement import spread, whole_bytes
 from lrquant.blocks.runner import Variant
 from lrquant.blocks.variants import as_learned, full_precision
 from lrquant.blocks.workbench import Workbench
-from lrquant.model.device import free_memory
+from lrquant.errors import LRQuantError
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import Json
 
@@ -22,15 +23,14 @@ PROMPTS = (
 )
 NEW_TOKENS = 32
 LARGEST_ON_CPU = 1_000_000_000  # parameters: a minute or so on a few cores
-_SHARE_OF_MEMORY = 0.5  # of what is free, that a whole model may take
 
 
 def write_examples(workbench: Workbench, folder: RunFolder) -> dict[str, Json]:
     """What full precision and the learned model write after each of `PROMPTS`, as JSON has it.
 
     Nothing, with the reason in the log, where the model has no text to write, or is too large for a
-    minute: on a CPU above `LARGEST_ON_CPU` parameters, elsewhere where it needs more than half of
-    the memory that is free.  Nothing is drawn, so a run repeats.
+    minute: on a CPU above `LARGEST_ON_CPU` parameters, and where blocks would lie on the disk or,
+    beside CUDA devices, on the host.  Nothing is drawn, so a run repeats.
     """
     reason = _too_dear(workbench)
     if reason is not None:
@@ -55,9 +55,13 @@ def _too_dear(workbench: Workbench) -> str | None:
         return "it has no tokenizer"
     if device.type == "cpu" and model.parameters > LARGEST_ON_CPU:
         return f"above {LARGEST_ON_CPU / 1e9:.0f} G parameters that takes too long on a CPU"
-    needed, free = model.parameters * workbench.dtype.itemsize, free_memory(device)
-    if needed > _SHARE_OF_MEMORY * free:
-        return f"the whole model needs {needed / 1e9:.1f} GB, where {free / 1e9:.1f} GB are free"
+    size = whole_bytes(model, workbench.dtype)
+    try:
+        placement = spread(size, device)
+    except LRQuantError as error:
+        return str(error)
+    if placement is not None and placement.slow:
+        return f"the whole model needs {size}, with {placement}"
     return None
 
 

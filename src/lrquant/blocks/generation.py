@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from lrquant.blocks.materialize import materialize
+from lrquant.blocks.placement import give_back
 from lrquant.blocks.variants import full_precision
 from lrquant.blocks.workbench import Workbench
 from lrquant.errors import LRQuantError
-from lrquant.model.device import free_memory
 
 logger = logging.getLogger("lrquant")
 _AT_ONCE = 32  # texts of a batch
@@ -37,16 +37,14 @@ class OwnText:
             self.kept[name] = self._written(count, seqlen, seed, start)
         return self.kept[name]
 
+    def release(self) -> None:
+        """Let go of the whole model, once all is written."""
+        self.__dict__.pop("_module", None)
+        give_back(self.workbench.device)
+
     @cached_property
     def _module(self) -> PreTrainedModel:
         bench = self.workbench
-        needed, free = bench.model.parameters * bench.dtype.itemsize, free_memory(bench.device)
-        if needed > free:
-            raise LRQuantError(
-                f"calibration set 'self': the whole model writes it, and needs {needed / 1e9:.1f} "
-                f"GB where {free / 1e9:.1f} GB are free; write it on a larger machine, or "
-                "calibrate on another text"
-            )
         module = materialize(bench.full_precision, full_precision(bench))
         if not isinstance(module, GenerationMixin):
             raise LRQuantError(

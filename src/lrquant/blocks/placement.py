@@ -50,6 +50,9 @@ class WholeBytes(NamedTuple):
         """What the first device must have room for."""
         return self.outer + _MAKING * max(self.blocks.values())
 
+    def __str__(self) -> str:
+        return f"{self.total / 1e9:.1f} GB"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -62,6 +65,11 @@ class Placement:
     main: Place
     blocks: Mapping[str, Place]
     folder: Path | None = None
+
+    @property
+    def slow(self) -> bool:
+        """Whether blocks come from elsewhere in each forward, so for each token that is written."""
+        return any(place == DISK or place == HOST != self.main for place in self.blocks.values())
 
     def device(self, module: str) -> torch.device:
         """Where a module computes, by its path: a block, one in a block, or one outside."""
@@ -144,14 +152,18 @@ def placement_of(workbench: Workbench, room: Room | None = None) -> Placement | 
 
     `room` is what there is, by default `free_room`.
     """
-    placement = spread(whole_bytes(workbench.model, workbench.dtype), workbench.device, room)
-    return None if placement is None else placement.with_folder(workbench.scratch)
+    size = whole_bytes(workbench.model, workbench.dtype)
+    placement = spread(size, workbench.device, room)
+    if placement is None:
+        return None
+    logger.info("the whole model needs %s: %s", size, placement)
+    return placement.with_folder(workbench.scratch)
 
 
 def spread(
     size: WholeBytes, device: torch.device, room: Room | None = None, what: str = "the whole model"
 ) -> Placement | None:
-    """Where blocks of these sizes lie, in whose log `what` they are; None where a device has room.
+    """Where blocks of these sizes lie, None where a device has room for all of `what` they are.
 
     `room` is what there is, by default what is free on that device, then on the other CUDA devices,
     then on the host.  Raises LRQuantError where the first device has too little for anything.
@@ -170,13 +182,11 @@ def spread(
         )
     if importlib.util.find_spec("accelerate") is None:
         raise LRQuantError(
-            f"{what} needs {size.total / 1e9:.1f} GB, of which {room[main] / 1e9:.1f} GB fit "
+            f"{what} needs {size}, of which {room[main] / 1e9:.1f} GB fit "
             f"{_device(main)}; pip install 'lrquant[eval]', whose accelerate spreads it"
         )
     left = {**room, main: room[main] - size.least}
-    placement = Placement(main, placed(size.blocks, left))
-    logger.info("%s needs %.1f GB: %s", what, size.total / 1e9, placement)
-    return placement
+    return Placement(main, placed(size.blocks, left))
 
 
 def fits(size: WholeBytes, device: torch.device, processes: int = 1) -> bool:
@@ -187,17 +197,17 @@ def fits(size: WholeBytes, device: torch.device, processes: int = 1) -> bool:
     """
     shared = processes if device.type == "cpu" else 1
     if size.total > _free(device) / shared:
-        _give_back(device)
+        give_back(device)
     return size.total <= _free(device) / shared
 
 
 def fits_device(workbench: Workbench, processes: int = 1) -> bool:
     """Whether the whole model fits the workbench's device for each of a machine's processes."""
-    _give_back(workbench.device)
+    give_back(workbench.device)
     return fits(whole_bytes(workbench.model, workbench.dtype), workbench.device, processes)
 
 
-def _give_back(device: torch.device) -> None:
+def give_back(device: torch.device) -> None:
     """Let go of what nobody has any more."""
     gc.collect()  # modules under hooks go no other way
     if device.type == "cuda":

@@ -55,6 +55,7 @@ from lrquant.model.model import Model
 from lrquant.model.outer import require_finite
 from lrquant.preflight.prospect import Check, Prospect, Said, State
 from lrquant.preflight.shapes import groups, patterns, shapes
+from lrquant.preflight.whole_model import of_whole_model, whole_model
 from lrquant.runs.folder import RunFolder
 
 NOT_ESTIMATED = "its time is not estimated"
@@ -88,6 +89,8 @@ def requirements(run: Prospect) -> Iterator[Check]:
     if run.config.tta:
         yield Check("evaluation", lambda: _adaptation(run, model))
     yield Check("device", lambda: _device(run, model))
+    if needs := of_whole_model(run):
+        yield Check("whole model", lambda: whole_model(run, model, needs))
     yield from _sets(run, model)
     if not run.measure_only:
         yield Check("statistics", lambda: _statistics(run))
@@ -212,6 +215,8 @@ def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
             drawn = calibrating, sources, model, run.own_data, each.tune_nsamples
             run.tuning = tuning_samples_of(*drawn, writer)
             check_samples(len(run.tuning.feed))
+    if writer is not None:
+        writer.release()
     run.calibration = calibration
     text = calibration.description
     yield Said(text, logged=f"calibration {text}")

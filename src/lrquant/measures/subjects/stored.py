@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lrquant.errors import LRQuantError
 from lrquant.model.device import free_memory
 from lrquant.model.skeleton import build_skeleton
 
+logger = logging.getLogger("lrquant")
 _NATIVE = "lrquant"
 _SPREAD = ("", "compressed-tensors", _NATIVE)  # methods that compute the same bits in any place
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -138,7 +140,10 @@ class Stored:
                 f"where {free_memory(device) / 1e9:.1f} GB are free, and {self.method} has to lie "
                 "on one device; use a larger one, or measure the run that it is of"
             )
-        return spread(self.size, device, room, f"checkpoint {self.name}")
+        placement = spread(self.size, device, room, f"checkpoint {self.name}")
+        if placement is not None:
+            logger.info("checkpoint %s needs %s: %s", self.name, self.size, placement)
+        return placement
 
 
 @contextmanager
