@@ -89,6 +89,7 @@ def test_it_computes_what_was_learned(
     assert model.generate(ids[:1, :4], **settings).shape == (1, 7)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize(("family", "scheme", "settings"), SPREAD, ids=str)
 def test_blocks_on_the_disk_come_packed_to_each_forward(
     learn, token_ids, tmp_path, family, scheme, settings
