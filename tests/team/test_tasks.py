@@ -57,7 +57,7 @@ def test_two_processes_score_what_one_does(
 def test_a_checkpoint_too_large_for_each_is_the_first_ones(
     start, model_folder, token_ids, sets, data_dir, tmp_path, monkeypatch, scheme, form
 ):
-    """It is measured by that one alone, spread over places; a text of the model beside by both."""
+    """It is measured by that one alone, spread over places; a text of the other model by both."""
     folder, settings = tmp_path / "saved", {**SHARED, "epochs": 0, "report": False, "format": form}
     settings |= {"output_dir": str(tmp_path / "run"), "save_dir": str(folder)}
     settings |= {"activation_symmetric": True}
