@@ -23,10 +23,10 @@ class HandedOn(dict[str, tuple[Tensor, ...]]):
         return {name: states for name, states in self.items() if self._kept.get(name) is not states}
 
 
-def moved(states: States, device: torch.device, dtype: torch.dtype) -> States:
-    """The same without a history, on a device and in a dtype."""
+def moved(states: States, device: torch.device, dtype: torch.dtype | None = None) -> States:
+    """The same without a history, on a device, in a dtype or in their own."""
     return {
-        name: tuple(each.detach().to(device, dtype) for each in tensors)
+        name: tuple(each.detach().to(device, dtype or each.dtype) for each in tensors)
         for name, tensors in states.items()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,10 +24,12 @@ class TunedBlock:
 
     `factors` are those that multiply scales and norms, by the ingredient's names.  `positions` are
     where weights lie on their grids, if the rounding is tuned, by matrix: codes follow from them.
+    All tensors are on `device`; a block that lives elsewhere computes and is stepped as a copy.
     """
 
     def __init__(self, tuning: Tuning, view: BlockView, runner: BlockRunner) -> None:
         self.tuning, self.runner = tuning, runner
+        self.device = view.shapes.device
         self.frozen = view.freeze()
         self.factors = tuning.factors(view.shapes)
         self.positions = view.positions(self.frozen) if tuning.tune_rounding else {}
@@ -35,6 +38,35 @@ class TunedBlock:
             for site in view.plan.sites
             if site.kind == "norm"
         }
+        self._moments: list[dict[str, Tensor]] = [{} for _ in self.factors]
+
+    def on(self, device: torch.device) -> TunedBlock:
+        """A copy of the block on a device, with its moments; the block itself if it is there."""
+        if device == self.device:
+            return self
+        other = copy(self)
+        other.device, other.frozen = device, self.frozen.on(device)
+        other.factors = {
+            name: factor.detach().to(device).requires_grad_(factor.requires_grad)
+            for name, factor in self.factors.items()
+        }
+        other.positions = {
+            name: positions.on(device, other.frozen.matrices[name].codes)
+            for name, positions in self.positions.items()
+        }
+        other._moments = [_on(device, moments) for moments in self._moments]
+        return other
+
+    @torch.no_grad()
+    def take(self, stepped: TunedBlock) -> None:
+        """Take over what steps have changed in a copy of the block."""
+        if stepped is self:
+            return
+        for name, factor in self.factors.items():
+            factor.copy_(stepped.factors[name])
+        for name, positions in self.positions.items():
+            positions.offsets.copy_(stepped.positions[name].offsets)
+        self._moments = [_on(self.device, moments) for moments in stepped._moments]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -54,12 +86,20 @@ class TunedBlock:
     @torch.no_grad()
     def step(self) -> None:
         """Step all that is tuned by its gradient, which is let go."""
+        self._bind()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.tuning.constrain_(self.factors)
         rate = next(self._rates)
         for positions in self.positions.values():
             positions.descend_(rate)
+
+    def _bind(self) -> None:
+        """Let the optimizer, which all copies share, step this one's factors by their moments."""
+        (group,) = self._optimizer.param_groups
+        group["params"] = list(self.factors.values())
+        self._optimizer.state.clear()
+        self._optimizer.state.update(zip(group["params"], self._moments, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in what learns."""
@@ -80,6 +120,25 @@ class TunedBlock:
         """Output (batch, tokens, hidden) of the block."""
         with self.runner as runner:
             return runner(self.tensors(), states, arguments)
+
+
+def tuned_bytes(view: BlockView, tuning: Tuning) -> int:
+    """What a block takes while it is tuned, out of the shapes of its `view`, moments and best too.
+
+    A weight has a byte of its code, if the rounding is tuned two of its position and a fifth of
+    its best; a group 28 bytes: scale, zero point, gain and factor's moments and best.
+    """
+    quantized = view.shapes.quantized.values()
+    weights = sum(shape.rows * shape.columns for shape in quantized)
+    groups = sum(shape.rows * shape.groups for shape in quantized)
+    others = sum(tensor.numel() for tensor in view.stored.values()) - weights
+    of_weight, of_group = (3.2, 28) if tuning.tune_rounding else (1, 24)
+    norms = sum(tuning.norms(view.shapes).values())
+    return round(of_weight * weights) + of_group * groups + 4 * others + 16 * norms
+
+
+def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

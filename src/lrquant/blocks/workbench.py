@@ -21,7 +21,7 @@ from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Computing
 from lrquant.model.arithmetic import prepare_repeatable, repeatable
-from lrquant.model.device import choose_device, choose_precision
+from lrquant.model.device import choose_device, choose_precision, free_memory
 from lrquant.model.model import Model
 from lrquant.runs.folder import RunFolder
 
@@ -109,11 +109,22 @@ class Workbench:
         folder = self.scratch if self.scratch is not None and self.scratch.is_dir() else None
         return [Stream(entry.shape, self.dtype, self.device, storage, folder) for _ in range(count)]
 
-    def storage(self, needed: int) -> str:
-        """Where `needed` bytes of hidden states live: "device", "host" or "disk"."""
+    def home(self, needed: int, before: int = 0) -> torch.device:
+        """Where `needed` bytes of blocks and states live that are tuned, between their uses.
+
+        That is the device, or the host, where hidden states on disk have theirs too.
+        """
+        on_device = self.storage(needed, before) == "device"
+        return self.device if on_device else torch.device("cpu")
+
+    def storage(self, needed: int, before: int = 0) -> str:
+        """Where `needed` bytes of hidden states live: "device", "host" or "disk".
+
+        A device will have had to hold so many bytes `before`.
+        """
         if self.offload != "auto":
             return self.offload
-        if self.device.type == "cuda" and needed < 0.5 * torch.cuda.mem_get_info(self.device)[0]:
+        if self.device.type == "cuda" and needed < 0.5 * (free_memory(self.device) - before):
             return "device"
         return "host" if needed < 0.7 * psutil.virtual_memory().available else "disk"
 

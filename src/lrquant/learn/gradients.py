@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from lrquant.learn.share import Share
+from lrquant.numerics.positions import Positions
 
 
 class Gradients:
@@ -72,3 +73,38 @@ class Gradients:
         if own and all(own):
             return own
         return [count > 0 for count in counts.tolist()]
+
+
+class PositionGradients:
+    """What a step's own batches give to where a block's weights lie, each (out, in).
+
+    A lone process has but their sum so far, in float32 once it is of two.
+    """
+
+    def __init__(self, positions: Iterable[Positions], alone: bool) -> None:
+        self._alone = alone
+        self._rows: list[tuple[Positions, list[Tensor]]] = [(each, []) for each in positions]
+
+    def take_in(self) -> None:
+        """Take the gradients of one batch off the positions, some of which it may not reach."""
+        for positions, rows in self._rows:
+            gradient, positions.gradient = positions.gradient, None
+            if gradient is None:
+                gradient = torch.zeros_like(positions.offsets, dtype=torch.float32)
+            if rows and self._alone:
+                gradient = rows.pop().float() + gradient.float()
+            rows.append(gradient)
+
+    def put_back(self, share: Share, step: int) -> None:
+        """Give all positions the sum over all of the step's batches, in the order of samples."""
+        for positions, rows in self._rows:
+            positions.gradient = rows[0] if self._alone else _sum_of(rows, positions, share, step)
+            rows.clear()
+
+
+def _sum_of(gradients: list[Tensor], positions: Positions, share: Share, step: int) -> Tensor:
+    offsets = positions.offsets
+    rows = torch.empty((len(gradients), offsets.numel()), device=offsets.device)
+    for row, gradient in zip(rows, gradients, strict=True):
+        row.copy_(gradient.flatten())
+    return share.step_sum(rows, step).view_as(offsets)

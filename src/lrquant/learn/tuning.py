@@ -1,7 +1,7 @@
 """The end-to-end stage: scales, norms and codes of all blocks tuned by the model's own logits.
 
-Of activations and gradients there are those of one block at a time, of weights the codes, and where
-they lie between codes if that is tuned.
+Of gradients there are those of one block at a time, of weights the codes, and where they lie
+between codes if that is tuned; on the device, or on the host and there one block at a time.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lrquant.blocks.head import Head
 from lrquant.blocks.runner import Prepare
-from lrquant.blocks.tuned import TunedBlock
-from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.blocks.tuned import TunedBlock, tuned_bytes
+from lrquant.blocks.workbench import Workbench, advance_full_precision, shape_view
 from lrquant.config.groups import Learning
 from lrquant.data.feeds import Feed
 from lrquant.files.whole import JsonObject
@@ -109,13 +111,23 @@ class EndToEnd:
         rest = self.feed.only([i for i in every if i % HELD_SHARE])
         learned = self._samples(rest, self.learning.batch_size)
         head = Head(self.workbench.model, self.workbench.device, self.workbench.dtype)
-        blocks = [self._block(index, (learned, held)) for index in unit]
+        home = self._home(learned)
+        blocks = [self._block(index, (learned, held)).on(home) for index in unit]
         steps = self.tuning.tune_epochs * len(learned.share.counts)
         with self.progress.measuring("tuning end to end", steps, "steps") as told:
             classifies = self.workbench.model.architecture.reads_pixels
             fit = WholeFit(blocks, head, self.tuning, learned, held, told, classifies)
             record = fit.run()
         self.team.first(lambda: self._keep(fit.best, record))
+
+    def _home(self, learned: TunedSamples) -> torch.device:
+        """Where blocks live, and what enters each of them."""
+        bench, batches = self.workbench, learned.entry.batches
+        tokens = max(sum(math.prod(batches[i].shape) for i in own) for own in learned.share.steps)
+        home = bench.home(kept_bytes(bench, self.tuning, tokens))
+        if home != bench.device:
+            logger.info("end to end: blocks live on the host, one at a time is on %s", bench.device)
+        return home
 
     def _samples(self, feed: Feed, batch_size: int) -> TunedSamples:
         bench, together = self.workbench, self.learning.micro_batch_size
@@ -143,6 +155,15 @@ class EndToEnd:
             "end to end: KL divergence on samples not learned from %.4g -> %.4g, epoch %d kept",
             *(record["held"][0], min(record["held"]), record["best_epoch"]),
         )
+
+
+def kept_bytes(workbench: Workbench, tuning: Tuning, tokens: int) -> int:
+    """All blocks while they are tuned, and what enters each of a step of so many tokens."""
+    model = workbench.model
+    every = range(len(model.blocks))
+    views = (shape_view(model, index, workbench.plan) for index in every)
+    states = (len(every) + 1) * tokens * model.state_size * 4
+    return sum(tuned_bytes(view, tuning) for view in views) + states
 
 
 def outcome_of_tuning(folder: RunFolder) -> JsonObject:

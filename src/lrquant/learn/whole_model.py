@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lrquant.blocks.handed import HandedOn, leaves, owe_
+from lrquant.blocks.handed import HandedOn, leaves, moved, owe_
 from lrquant.blocks.head import HEAD_TOKENS, Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
@@ -22,11 +22,9 @@ from lrquant.blocks.tuned import TunedBlock
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.fit import copied
-from lrquant.learn.gradients import Gradients
+from lrquant.learn.gradients import Gradients, PositionGradients
 from lrquant.learn.share import Share
 from lrquant.numerics.losses import kl_divergence
-from lrquant.numerics.positions import Positions
 from lrquant.team.team import holds_for_all
 
 
@@ -42,22 +40,31 @@ class TunedSamples:
 
 @dataclass
 class _Passed:
-    """A batch that went through all blocks: what entered each, and what those before left it.
+    """A batch on its way through all blocks, where these live.
 
-    `gradient` is that of the loss to what left the block that is stepped next, `owed` those to what
-    blocks left for later ones.
+    Of each block that it has gone through, and of the one that comes next, there is what enters it
+    (`inputs`) and what those before left it (`handed`).  `gradient` is that of the loss to what
+    left the block that is stepped next, `owed` those to what blocks left for later ones.
     """
 
     batch: int
     inputs: list[Tensor]
-    handed: list[HandedOn]
-    gradient: Tensor
+    handed: list[HandedOn] = field(default_factory=lambda: [HandedOn({})])
+    gradient: Tensor = field(init=False)
     owed: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Let go of all but what enters the block that comes next."""
+        del self.inputs[:-1], self.handed[:-1]
 
 
 @dataclass
 class WholeFit:
-    """Epochs over the whole model."""
+    """Epochs over the whole model.
+
+    Blocks may live elsewhere than they compute: each is on the device once for all batches that go
+    through it together, and what enters it is where it lives.
+    """
 
     blocks: Sequence[TunedBlock]
     head: Head
@@ -91,9 +98,20 @@ class WholeFit:
         finite = [each for each in held if math.isfinite(each)]
         return {"losses": losses, "held": finite, "best_epoch": best_epoch}
 
+    @property
+    def _device(self) -> torch.device:
+        return self.learned.first.device
+
+    @property
+    def _home(self) -> torch.device:
+        return self.blocks[0].device
+
     def _keep(self) -> None:
-        kept = [self.tuning.kept(block.parameters) for block in self.blocks]
-        self.best = [copied(parameters) for parameters in kept]
+        self.best = [self._kept(block.on(self._device)) for block in self.blocks]
+
+    def _kept(self, block: TunedBlock) -> dict[str, Tensor]:
+        kept = self.tuning.kept(block.parameters).items()
+        return {name: each.detach().to(self._home, copy=True) for name, each in kept}
 
     def _epoch(self, epoch: int) -> float:
         """One pass over the steps, shuffled; the mean divergence of them."""
@@ -111,56 +129,84 @@ class WholeFit:
 
     def _step(self, step: int) -> dict[int, float]:
         """Step every block, the last one first; what each own batch adds to the divergence."""
-        samples, losses, passed = self.learned, {}, []
-        for batch in samples.share.steps[step]:
-            inputs, handed = self._through(samples, batch)
-            loss, gradient = self._of_logits(inputs.pop(), samples, batch)
-            losses[batch] = loss * samples.share.weights[batch]
-            passed.append(_Passed(batch, inputs, handed, gradient * samples.share.weights[batch]))
+        samples, losses = self.learned, {}
+        passed = self._through(samples, samples.share.steps[step], kept=True)
+        for each in passed:
+            weight = samples.share.weights[each.batch]
+            each.handed.pop()
+            loss, gradient = self._of_logits(each.inputs.pop(), samples, each.batch)
+            losses[each.batch] = loss * weight
+            each.gradient = (gradient * weight).to(self._home)
         for index in reversed(range(len(self.blocks))):
-            block = self.blocks[index]
-            factors = Gradients(list(block.factors.values()))
-            positions: dict[str, list[Tensor]] = {name: [] for name in block.positions}
-            for each in passed:
-                self._back(index, each)
-                factors.take_in()
-                for name, own in block.positions.items():
-                    positions[name].append(_taken(own))
-            factors.put_back(samples.share, step)
-            for name, own in block.positions.items():
-                own.gradient = _sum_of(positions[name], own.offsets, samples.share, step)
-            block.step()
+            self._step_block(index, passed, step)
         return losses
 
-    def _back(self, index: int, passed: _Passed) -> None:
+    def _step_block(self, index: int, passed: list[_Passed], step: int) -> None:
+        """Step a block by the gradients of all batches that have come back to it."""
+        share, block = self.learned.share, self.blocks[index].on(self._device)
+        factors = Gradients(list(block.factors.values()))
+        positions = PositionGradients(block.positions.values(), share.team.size == 1)
+        for each in passed:
+            self._back(block, index, each)
+            factors.take_in()
+            positions.take_in()
+        factors.put_back(share, step)
+        positions.put_back(share, step)
+        block.step()
+        self.blocks[index].take(block)
+
+    def _back(self, block: TunedBlock, index: int, passed: _Passed) -> None:
         """Compute a block once more, and take the gradient through it."""
-        states, read = passed.inputs.pop().requires_grad_(True), leaves(passed.handed.pop())
+        device = self._device
+        states = passed.inputs.pop().to(device).requires_grad_(True)
+        read = leaves(moved(passed.handed.pop(), device))
         arguments = self.learned.entry.arguments(passed.batch, index, read)
         with torch.enable_grad():
-            output = self.blocks[index](states, arguments)
+            output = block(states, arguments)
         owed = passed.owed
         left = [(each, owed.pop(name)) for name, each in read.new.items() if name in owed]
         outputs = [output, *(tensor for tensors, _ in left for tensor in tensors)]
-        torch.autograd.backward(outputs, [passed.gradient, *(g for _, each in left for g in each)])
-        passed.gradient = _gradient_of(states)
+        gradient = passed.gradient.to(device)
+        torch.autograd.backward(outputs, [gradient, *(g for _, each in left for g in each)])
+        passed.gradient = _gradient_of(states).to(self._home)
         owe_(owed, read)
 
     @torch.no_grad()
-    def _through(self, samples: TunedSamples, batch: int) -> tuple[list[Tensor], list[HandedOn]]:
-        """What enters each block, and what leaves the last; and what those before it left each."""
-        rows = samples.entry.batches[batch]
-        states = [samples.first.read(rows)]
-        handed, before = HandedOn({}), []
-        for index, block in enumerate(self.blocks):
-            added = samples.first.added_before(rows, index)
-            if added is not None:
-                states[-1] = states[-1] + added
-            before.append(HandedOn(handed))
-            states.append(block(states[-1], samples.entry.arguments(batch, index, handed)))
-        return states, before
+    def _through(
+        self, samples: TunedSamples, batches: Sequence[int], *, kept: bool
+    ) -> list[_Passed]:
+        """Batches behind all blocks, with what entered each if that is to be `kept`."""
+        passed = []
+        for batch in batches:
+            states = samples.first.read(samples.entry.batches[batch])
+            passed.append(_Passed(batch, [states.to(self._home)]))
+        for index, own in enumerate(self.blocks):
+            block = own.on(self._device)
+            for each in passed:
+                self._forward(block, index, samples, each)
+                if not kept:
+                    each.forget()
+        return passed
+
+    def _forward(
+        self, block: TunedBlock, index: int, samples: TunedSamples, passed: _Passed
+    ) -> None:
+        """Send a batch through one block."""
+        device, home = self._device, self._home
+        states = passed.inputs[-1].to(device)
+        added = samples.first.added_before(samples.entry.batches[passed.batch], index)
+        if added is not None:
+            states = states + added
+            passed.inputs[-1] = states.to(home)
+        before = passed.handed[-1]
+        handed = HandedOn(moved(before, device))
+        output = block(states, samples.entry.arguments(passed.batch, index, handed))
+        passed.inputs.append(output.to(home))
+        passed.handed.append(HandedOn({**before, **moved(handed.new, home)}))
 
     def _of_logits(self, states: Tensor, samples: TunedSamples, batch: int) -> tuple[float, Tensor]:
         """The divergence of a batch, mean over its tokens, and its gradient to the last states."""
+        states = states.to(self._device)
         target = samples.target.read(samples.entry.batches[batch])
         weights = samples.entry.weights(batch)
         if weights is None:
@@ -183,28 +229,13 @@ class WholeFit:
     @torch.no_grad()
     def _divergence(self, samples: TunedSamples) -> float:
         """Mean divergence over all samples, as they are."""
-        losses = [
-            self._of_logits(self._through(samples, batch)[0][-1], samples, batch)[0]
-            for batch in range(len(samples.entry.batches))
-        ]
+        batches, losses = range(len(samples.entry.batches)), []
+        together = max(map(len, self.learned.share.steps))  # as many states as a step has, or less
+        for start in range(0, len(batches), together):
+            for each in self._through(samples, batches[start : start + together], kept=False):
+                losses.append(self._of_logits(each.inputs.pop(), samples, each.batch)[0])
         every = samples.share.in_order(losses)
         return sum(every) / len(every)
-
-
-def _taken(positions: Positions) -> Tensor:
-    """The gradient to where a matrix's weights lie, which some samples may not reach; it goes."""
-    own, positions.gradient = positions.gradient, None
-    return (torch.zeros_like(positions.offsets) if own is None else own).float()
-
-
-def _sum_of(gradients: list[Tensor], like: Tensor, share: Share, step: int) -> Tensor:
-    """The sum of a step's gradients (out, in), one a batch, in the order of samples."""
-    if share.counts[step] == [1]:
-        return gradients[0]
-    rows = torch.empty((len(gradients), like.numel()), device=like.device)
-    for row, gradient in zip(rows, gradients, strict=True):
-        row.copy_(gradient.flatten())
-    return share.step_sum(rows, step).view_as(like)
 
 
 def _gradient_of(states: Tensor) -> Tensor:

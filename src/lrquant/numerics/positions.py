@@ -65,6 +65,11 @@ class Positions:
         short = offsets.view(weight.shape).to(torch.int16)
         return cls(short, quantized.codes, scales.zero_point, grid)
 
+    def on(self, device: torch.device, first: Tensor) -> Positions:
+        """A copy on a device, where the codes that were `first` are already; no gradient."""
+        moved = self.offsets.to(device), first, self.zero_point.to(device)
+        return Positions(*moved, self.grid)
+
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """Codes (rows, in) that the offsets lead to, float32."""
         moved = self.offsets[rows] + _BORDER >> _UNITS

@@ -1,0 +1,110 @@
+"""Tuning on a device that computes nothing: an operation on it and on the host is an error."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.tuned import TunedBlock
+from lrquant.blocks.workbench import Workbench
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.data.feeds import Feed
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.tuning import Tuning
+from lrquant.learn.share import Share
+from lrquant.learn.whole_model import TunedSamples, WholeFit
+from lrquant.model.loading import from_module
+
+HOST, DEVICE = "cpu", "pretended:0"
+TUNING = Tuning(tune=True, tune_epochs=2, tune_rounding=True)
+
+
+class Values(TorchDispatchMode):
+    """What is read of tensors without values: 1, and two of them are equal."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        if function is torch.ops.aten.equal.default:
+            return True
+        args, kwargs = tree_map_only(torch.Tensor, self._without_values, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _without_values(self, tensor):
+        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
+
+
+def tune(folder: str, home: torch.device) -> list[TunedBlock]:
+    """The blocks of a model after two steps, measured and kept."""
+    config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    model = from_module(AutoModelForCausalLM.from_pretrained(folder, config=config))
+    plan = Plan(Schemes(Scheme(4, 8, 16)), (TUNING,))
+    device = torch.device(DEVICE)
+    bench = Workbench(model, device, torch.float32, "host", plan=plan)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Values(fake):
+        feed = Feed.of_tokens(torch.ones((4, 12), dtype=torch.long))
+        entry = BlockInputs(model, feed, 1, device)
+        first, target = bench.streams(entry, 2)
+        entry.embed_both(target, first, (None, None))
+        share = Share(Share.alone(1).team, [[2], [2]], [0.5] * 4)
+        samples = TunedSamples(entry, share, first, target)
+        blocks = [block_of(bench, index).on(home) for index in range(len(model.blocks))]
+        head = Head(model, device, torch.float32)
+        fit = WholeFit(blocks, head, TUNING, samples, samples, lambda step: None)
+        for block in blocks:
+            block.begin(2)
+        for step in range(2):
+            fit._step(step)
+        fit._divergence(samples)
+        fit._keep()
+        assert all(each.device == home for best in fit.best for each in best.values())
+    return blocks
+
+
+def block_of(bench: Workbench, index: int) -> TunedBlock:
+    """A block that is rounded to nearest."""
+    view = bench.view(index, bench.stored(index))
+    view.initialize(ChannelStatistics())
+    return TunedBlock(TUNING, view, bench.runner(index, view))
+
+
+def check(folder: str, home: torch.device) -> None:
+    """All that a block keeps of its steps is where it lives."""
+    for block in tune(folder, home):
+        moments = [each for state in block._moments for each in state.values()]
+        offsets = [each.offsets for each in block.positions.values()]
+        assert len(moments) == 3 * len(block.factors) and offsets
+        kept = [*moments, *offsets, *block.factors.values()]
+        assert {each.device for each in kept} == {home}, folder
+
+
+def sdpa(query, key, value, attn_mask=None, is_causal=False, scale=None, **others):
+    """Kernels are chosen by the device: here the mathematics."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
+    scores = query @ key.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -1.0)
+    return scores.softmax(-1) @ value
+
+
+if __name__ == "__main__":
+    _setup_privateuseone_for_python_backend("pretended")
+    torch.nn.functional.scaled_dot_product_attention = sdpa
+    for each in sys.argv[1:]:
+        for place in (HOST, DEVICE):
+            check(each, torch.device(place))
