@@ -153,7 +153,7 @@ def test_where_blocks_live(make_model, make_bench, monkeypatch):
 
 def test_no_operation_mixes_two_devices(model_folder):
     """Steps and what is kept of them, of blocks that live on the host and on the device."""
-    names = ("llama", "opt", "gemma4-plain")  # which hands on keys and values
+    names = ("llama", "opt", "gemma4")  # which hands on keys and values
     words = [sys.executable, str(TWO_DEVICES), *(str(model_folder(name)) for name in names)]
     environment = os.environ | {"PYTHONPATH": str(Path(lrquant.__file__).parents[1])}
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
