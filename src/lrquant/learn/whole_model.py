@@ -180,13 +180,18 @@ class WholeFit:
         for batch in batches:
             states = samples.first.read(samples.entry.batches[batch])
             passed.append(_Passed(batch, [states.to(self._home)]))
-        for index, own in enumerate(self.blocks):
-            block = own.on(self._device)
+        for index in range(len(self.blocks)):
+            self._through_block(index, samples, passed)
             for each in passed:
-                self._forward(block, index, samples, each)
                 if not kept:
                     each.forget()
         return passed
+
+    def _through_block(self, index: int, samples: TunedSamples, passed: list[_Passed]) -> None:
+        """Send batches through one block, which then leaves the device."""
+        block = self.blocks[index].on(self._device)
+        for each in passed:
+            self._forward(block, index, samples, each)
 
     def _forward(
         self, block: TunedBlock, index: int, samples: TunedSamples, passed: _Passed

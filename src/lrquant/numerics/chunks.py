@@ -8,11 +8,14 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 17  # elements worked on at once on a CPU: 512 KiB of float32 stay in cache
 
 
-def row_chunks(matrix: Tensor) -> list[slice]:
-    """Slices of rows that keep a chunk in a CPU's cache; one slice elsewhere."""
+def row_chunks(matrix: Tensor, elsewhere: int | None = None) -> list[slice]:
+    """Slices of rows that keep a chunk in a CPU's cache.
+
+    Elsewhere they have at most so many elements, or one slice has all.
+    """
     rows, columns = matrix.shape
-    on_cpu = matrix.device.type == "cpu"
-    step = max(1, CHUNK_ELEMENTS // columns) if on_cpu else rows
+    at_once = CHUNK_ELEMENTS if matrix.device.type == "cpu" else elsewhere or matrix.numel()
+    step = max(1, at_once // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

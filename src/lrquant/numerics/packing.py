@@ -24,7 +24,7 @@ def pack_ternary(steps: Tensor) -> Tensor:
     """Values -1, 0 and 1 (rows, columns), five of a row in a byte: (rows, columns / 5, upwards)."""
     padded = torch.nn.functional.pad(steps, (0, -steps.shape[1] % _IN_A_BYTE))
     digits = (padded + 1).to(torch.uint8)
-    powers = 3 ** torch.arange(_IN_A_BYTE, device=steps.device)
+    powers = 3 ** torch.arange(_IN_A_BYTE, dtype=torch.uint8, device=steps.device)
     return (digits.view(len(steps), -1, _IN_A_BYTE) * powers).sum(-1, dtype=torch.uint8)
 
 

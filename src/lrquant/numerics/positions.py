@@ -19,6 +19,7 @@ from lrquant.numerics.weights import Extremes, Quantized, clipped_range, group_e
 _UNITS = 14  # an offset of 2**14 is the way from a code to the next one
 _BORDER = 1 << (_UNITS - 1)
 _INSIDE = round(0.48 * (1 << _UNITS))  # near the border, on the side of the code that was chosen
+_AT_ONCE = 1 << 24  # elements worked on at once on a GPU, which float32 makes 64 MiB each time
 _FARTHEST = (1 << _UNITS) + _BORDER - 1  # a code moves by one at most
 
 
@@ -52,18 +53,12 @@ class Positions:
         """
         scaled = scaled_weight(weight, recipe)
         scales = grid.scales(*clipped_range(extremes or group_extremes(scaled, grid), recipe))
-        codes = grid.grouped(quantized.codes.to(torch.float32, copy=True))
-        ratios = grid.grouped(scaled) / scales.scale
-        nearest = grid.encode_(grid.grouped(scaled), scales)
-        below, above = ((codes + step).clamp_(*grid.code_range) for step in (-1, 1))
-        count = above - below
-        apart = grid.levels_(above, scales.zero_point) - grid.levels_(below, scales.zero_point)
-        own = grid.levels_(codes.clone(), scales.zero_point)
-        offsets = (ratios - own) / (apart / count) * (1 << _UNITS)
-        offsets.round_().clamp_(-_BORDER + 1, _BORDER - 1)
-        offsets = torch.where(nearest == codes, offsets, (nearest - codes).sign() * _INSIDE)
-        short = offsets.view(weight.shape).to(torch.int16)
-        return cls(short, quantized.codes, scales.zero_point, grid)
+        offsets = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
+        for rows in row_chunks(offsets, _AT_ONCE):
+            own = Scales(scales.scale[rows], scales.zero_point[rows])
+            short = _offsets(scaled[rows], quantized.codes[rows], grid, own)
+            offsets[rows] = short.view(offsets[rows].shape)
+        return cls(offsets, quantized.codes, scales.zero_point, grid)
 
     def on(self, device: torch.device, first: Tensor) -> Positions:
         """A copy on a device, where the codes that were `first` are already; no gradient."""
@@ -79,7 +74,7 @@ class Positions:
     def shift(self) -> Tensor:
         """By how much each code has moved (out, in), int8: -1, 0 or 1."""
         shift = torch.empty_like(self.offsets, dtype=torch.int8)
-        for rows in row_chunks(shift):
+        for rows in row_chunks(shift, _AT_ONCE):
             shift[rows] = self.codes(rows).sub_(self.first[rows])
         return shift
 
@@ -98,11 +93,25 @@ class Positions:
         """
         assert self.gradient is not None
         step = round(rate * (1 << _UNITS))
-        for rows in row_chunks(self.offsets):
+        for rows in row_chunks(self.offsets, _AT_ONCE):
             signs = self.gradient[rows].sign().to(torch.int16)
             moved = self.offsets[rows].sub_(signs, alpha=step)
             moved.clamp_(-_FARTHEST, _FARTHEST)
         self.gradient = None
+
+
+def _offsets(scaled: Tensor, codes: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    """Where values (rows, in) with these codes lie, (rows, groups, group_size) float32."""
+    codes = grid.grouped(codes.to(torch.float32, copy=True))
+    ratios = grid.grouped(scaled) / scales.scale
+    nearest = grid.encode_(grid.grouped(scaled), scales)
+    below, above = ((codes + step).clamp_(*grid.code_range) for step in (-1, 1))
+    count = above - below
+    apart = grid.levels_(above, scales.zero_point) - grid.levels_(below, scales.zero_point)
+    own = grid.levels_(codes.clone(), scales.zero_point)
+    offsets = (ratios - own) / (apart / count) * (1 << _UNITS)
+    offsets.round_().clamp_(-_BORDER + 1, _BORDER - 1)
+    return torch.where(nearest == codes, offsets, (nearest - codes).sign() * _INSIDE)
 
 
 class _PositionedWeight(torch.autograd.Function):
@@ -112,7 +121,7 @@ class _PositionedWeight(torch.autograd.Function):
     def forward(ctx, scale: Tensor, positions: Positions, dtype: torch.dtype) -> Tensor:
         shape, grid = positions.offsets.shape, positions.grid
         weight = torch.empty(shape, dtype=dtype, device=scale.device)
-        for rows in row_chunks(weight):
+        for rows in row_chunks(weight, _AT_ONCE):
             scales = Scales(scale[rows, :, None], positions.zero_point[rows])
             codes = positions.codes(rows)
             weight[rows] = grid.decode_(_grouped(codes, scales), scales).view_as(codes)
@@ -125,7 +134,7 @@ class _PositionedWeight(torch.autograd.Function):
         positions = ctx.positions
         positions.gradient = gradient
         to_scale = torch.empty(ctx.scale_shape, device=gradient.device)
-        for rows in row_chunks(gradient):
+        for rows in row_chunks(gradient, _AT_ONCE):
             scales = Scales(to_scale[rows, :, None], positions.zero_point[rows])
             codes = _grouped(positions.codes(rows), scales)
             levels = positions.grid.levels_(codes, scales.zero_point)

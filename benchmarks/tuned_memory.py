@@ -1,0 +1,228 @@
+"""Memory of the end-to-end stage, counted on tensors without values.
+
+    python benchmarks/tuned_memory.py [--tokens 2048] [--batch 1 8]
+
+Runs the package's own stage, one step and one measurement of it, on a device that computes nothing,
+over 2 and over 3 blocks of a published model, and counts what is allocated there and on the host:
+each block more takes as much again.  Attention is flash attention, products are in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from gpu.shapes import SEVEN, SEVENTY, Shape, config_of
+from lrquant.architectures import architecture_of
+from lrquant.blocks.head import Head
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan
+from lrquant.blocks.tuned import TunedBlock
+from lrquant.blocks.workbench import Workbench, advance_full_precision
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.data.feeds import Feed
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.tuning import Tuning
+from lrquant.learn.share import Share
+from lrquant.learn.whole_model import TunedSamples, WholeFit
+from lrquant.model.model import Model
+from lrquant.model.skeleton import build_skeleton
+from lrquant.model.sources import WeightSource
+from lrquant.team.team import ALONE
+
+BACKEND = "pretended"
+GB = 1e9
+SCHEME = Scheme(4, 16, 128)
+VOCABULARY = {SEVEN.name: 32000, SEVENTY.name: 128256}
+METHODS = {
+    "scales and norms": Tuning(tune=True),
+    "codes too": Tuning(tune=True, tune_rounding=True),
+}
+
+
+class NoWeights(WeightSource):
+    """Weights of a model by their shapes, in bfloat16."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.origin, self._shapes = "nowhere", shapes
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        return "bfloat16"
+
+    def fingerprint(self) -> str:
+        return "nothing"
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes that are alive by kind of device, and the most that there were (`most`).
+
+    What is read of tensors without values is 1, and two of them are equal.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self._fake, self._alive = fake, set[int]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        if function is torch.ops.aten.equal.default:
+            return True
+        args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._add(each.device.type, each.untyped_storage())
+        return result
+
+    def _without_values(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
+
+    def _add(self, kind: str, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now[kind] += size
+        self.most[kind] = max(self.most[kind], self.now[kind])
+        weakref.finalize(storage, self._drop, kind, key, size)
+
+    def _drop(self, kind: str, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now[kind] -= size
+
+
+def main() -> None:
+    """Count, and print a row for each model, method and place."""
+    options = _options()
+    _setup_privateuseone_for_python_backend(BACKEND)
+    print("| model | tuned | samples a step | blocks live on | device: GB | host: GB |")
+    print("| --- | --- | ---: | --- | ---: | ---: |")
+    for shape in (SEVEN, SEVENTY):
+        for name, tuning in METHODS.items():
+            for batch in options.batch:
+                for offload in ("device", "host"):
+                    device, host = counted(shape, tuning, batch, options.tokens, offload)
+                    row = shape.name, name, batch, offload, f"{device:.1f}", f"{host:.1f}"
+                    print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
+def counted(
+    shape: Shape, tuning: Tuning, batch: int, tokens: int, offload: str
+) -> tuple[float, float]:
+    """Most of the device's and of the host's memory that tuning takes, in GB."""
+    vocabulary = VOCABULARY.get(shape.name, 256)
+    few, more = (
+        allocated(replace(shape, blocks=blocks), tuning, batch, tokens, offload, vocabulary)
+        for blocks in (2, 3)
+    )
+    sizes = (few[kind] + (shape.blocks - 2) * (more[kind] - few[kind]) for kind in (BACKEND, "cpu"))
+    device, host = (size / GB for size in sizes)
+    return device, host
+
+
+def allocated(
+    shape: Shape, tuning: Tuning, batch: int, tokens: int, offload: str, vocabulary: int
+) -> Counter[str]:
+    """The most bytes that were alive on the device and on the host, by kind.
+
+    Hidden states of all samples and the embedding, which stand elsewhere, are not among them.
+    """
+    model = _model(shape, tokens, vocabulary)
+    device, host = torch.device(BACKEND, 0), torch.device("cpu")
+    plan = Plan(Schemes(SCHEME), (tuning,))
+    bench = Workbench(model, device, torch.bfloat16, "host", plan=plan)
+    with _without_values() as allocations:
+        samples = _samples(bench, batch, tokens)
+        before = allocations.now["cpu"]
+        home = device if offload == "device" else host
+        blocks = [_block(bench, tuning, index, samples).on(home) for index in range(shape.blocks)]
+        head = Head(model, device, torch.bfloat16)
+        fit = WholeFit(blocks, head, tuning, samples, samples, lambda step: None)
+        for block in blocks:
+            block.begin(1)
+        fit._keep()
+        fit._step(0)
+        fit._divergence(samples)
+    allocations.most["cpu"] -= before
+    return allocations.most
+
+
+def _model(shape: Shape, tokens: int, vocabulary: int) -> Model:
+    config = config_of(shape, max_position_embeddings=tokens)
+    config.vocab_size, config.num_hidden_layers = vocabulary, shape.blocks
+    family = architecture_of(config)
+    skeleton = build_skeleton(config, family)
+    shapes = {name: tuple(each.shape) for name, each in skeleton.state_dict().items()}
+    return Model(shape.name, skeleton, None, NoWeights(shapes), family)
+
+
+def _samples(bench: Workbench, batch: int, tokens: int) -> TunedSamples:
+    feed = Feed.of_tokens(torch.ones((batch, tokens), dtype=torch.long))
+    entry = BlockInputs(bench.model, feed, 1, bench.device)
+    first, target = bench.streams(entry, 2)
+    entry.embed_both(target, first, (None, None))
+    return TunedSamples(entry, Share(ALONE, [[batch]], [1 / batch] * batch), first, target)
+
+
+def _block(bench: Workbench, tuning: Tuning, index: int, samples: TunedSamples) -> TunedBlock:
+    """A block that is rounded to nearest, once full precision has gone through it."""
+    stored = bench.stored(index)
+    advance_full_precision(bench, index, stored, samples.entry, samples.target, samples.target)
+    view = bench.view(index, stored)
+    view.initialize(ChannelStatistics())
+    return TunedBlock(tuning, view, bench.runner(index, view))
+
+
+@contextmanager
+def _without_values() -> Iterator[Allocations]:
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", _flash),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        Allocations(fake) as allocations,
+    ):
+        yield allocations
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **_: object
+) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, is_causal=is_causal
+    )[0]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
