@@ -1,9 +1,9 @@
 """Memory of the end-to-end stage, counted on tensors without values.
 
-    python benchmarks/tuned_memory.py [--tokens 2048] [--batch 1 8]
+    python benchmarks/tuned_memory.py [--tokens 2048] [--batch 1 8] [--small]
 
 Runs the package's own stage, one step and one measurement of it, on a device that computes nothing,
-over 2 and over 3 blocks of a published model, and counts what is allocated there and on the host:
+over 4 and over 6 blocks of a published model, and counts what is allocated there and on the host:
 each block more takes as much again.  Attention is flash attention, products are in bfloat16.
 """
 
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from gpu.shapes import SEVEN, SEVENTY, Shape, config_of
+from gpu.shapes import SEVEN, SEVENTY, SMALL, Shape, config_of
 from lrquant.architectures import architecture_of
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -36,6 +37,7 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.feeds import Feed
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.ingredients.rounding import Rounding
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.share import Share
 from lrquant.learn.whole_model import TunedSamples, WholeFit
@@ -45,8 +47,9 @@ from lrquant.model.sources import WeightSource
 from lrquant.team.team import ALONE
 
 BACKEND = "pretended"
-GB = 1e9
+GB, MB = 1e9, 1e6
 SCHEME = Scheme(4, 16, 128)
+FEW, MORE = 4, 6  # blocks
 VOCABULARY = {SEVEN.name: 32000, SEVENTY.name: 128256}
 METHODS = {
     "scales and norms": Tuning(tune=True),
@@ -121,28 +124,33 @@ def main() -> None:
     """Count, and print a row for each model, method and place."""
     options = _options()
     _setup_privateuseone_for_python_backend(BACKEND)
-    print("| model | tuned | samples a step | blocks live on | device: GB | host: GB |")
+    unit, name = (MB, "MB") if options.small else (GB, "GB")
+    print(f"| model | tuned | samples a step | blocks live on | device: {name} | host: {name} |")
     print("| --- | --- | ---: | --- | ---: | ---: |")
-    for shape in (SEVEN, SEVENTY):
-        for name, tuning in METHODS.items():
-            for batch in options.batch:
-                for offload in ("device", "host"):
-                    device, host = counted(shape, tuning, batch, options.tokens, offload)
-                    row = shape.name, name, batch, offload, f"{device:.1f}", f"{host:.1f}"
-                    print("|", " | ".join(map(str, row)), "|", flush=True)
+    for shape, (what, tuning), batch, offload in product(
+        (replace(SMALL, blocks=12),) if options.small else (SEVEN, SEVENTY),
+        METHODS.items(),
+        options.batch,
+        ("device", "host"),
+    ):
+        sizes = counted(shape, tuning, batch, options.tokens, offload)
+        words = shape.name, what, str(batch), offload, *(f"{size / unit:.1f}" for size in sizes)
+        print(f"| {' | '.join(words)} |", flush=True)
 
 
 def counted(
     shape: Shape, tuning: Tuning, batch: int, tokens: int, offload: str
 ) -> tuple[float, float]:
-    """Most of the device's and of the host's memory that tuning takes, in GB."""
+    """The most bytes of the device's and of the host's memory that tuning a model takes."""
     vocabulary = VOCABULARY.get(shape.name, 256)
     few, more = (
         allocated(replace(shape, blocks=blocks), tuning, batch, tokens, offload, vocabulary)
-        for blocks in (2, 3)
+        for blocks in (FEW, MORE)
     )
-    sizes = (few[kind] + (shape.blocks - 2) * (more[kind] - few[kind]) for kind in (BACKEND, "cpu"))
-    device, host = (size / GB for size in sizes)
+    device, host = (
+        few[kind] + (shape.blocks - FEW) * (more[kind] - few[kind]) / (MORE - FEW)
+        for kind in (BACKEND, "cpu")
+    )
     return device, host
 
 
@@ -155,13 +163,15 @@ def allocated(
     """
     model = _model(shape, tokens, vocabulary)
     device, host = torch.device(BACKEND, 0), torch.device("cpu")
-    plan = Plan(Schemes(SCHEME), (tuning,))
+    plan = Plan(Schemes(SCHEME), (Rounding(rounding=True),))
     bench = Workbench(model, device, torch.bfloat16, "host", plan=plan)
     with _without_values() as allocations:
         samples = _samples(bench, batch, tokens)
         before = allocations.now["cpu"]
+        allocations.most.clear()
         home = device if offload == "device" else host
         blocks = [_block(bench, tuning, index, samples).on(home) for index in range(shape.blocks)]
+        allocations.most["cpu"] = allocations.now["cpu"]  # reading a block has passed
         head = Head(model, device, torch.bfloat16)
         fit = WholeFit(blocks, head, tuning, samples, samples, lambda step: None)
         for block in blocks:
@@ -221,6 +231,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--small", action="store_true", help="a small model, to try it")
     return parser.parse_args()
 
 

@@ -86,20 +86,22 @@ class TunedBlock:
     @torch.no_grad()
     def step(self) -> None:
         """Step all that is tuned by its gradient, which is let go."""
-        self._bind()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._step_factors()
         self.tuning.constrain_(self.factors)
         rate = next(self._rates)
         for positions in self.positions.values():
             positions.descend_(rate)
 
-    def _bind(self) -> None:
-        """Let the optimizer, which all copies share, step this one's factors by their moments."""
-        (group,) = self._optimizer.param_groups
+    def _step_factors(self) -> None:
+        """Have the optimizer, which all copies share, step this one's factors; it keeps none."""
+        optimizer = self._optimizer
+        (group,) = optimizer.param_groups
         group["params"] = list(self.factors.values())
-        self._optimizer.state.clear()
-        self._optimizer.state.update(zip(group["params"], self._moments, strict=True))
+        optimizer.state.update(zip(group["params"], self._moments, strict=True))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
+        group["params"] = []
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block computes with, differentiable in what learns."""

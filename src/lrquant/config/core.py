@@ -219,7 +219,10 @@ class Settings:
         True, "learn with CUDA kernels that give the same bytes at every run, a little slower"
     )
     offload: str = setting(
-        "auto", "where hidden states live between blocks", ("auto", "device", "host", "disk")
+        "auto",
+        "where hidden states live between blocks, and blocks while they are tuned end to end "
+        "(disk: these on the host)",
+        ("auto", "device", "host", "disk"),
     )
 
     def __post_init__(self) -> None:

@@ -52,7 +52,8 @@ from lrquant.team.launch import Launch
 
 _FEWER = "fewer or shorter samples"
 _MEND = f"--offload disk, {_FEWER}, or a smaller --batch_size"
-_TUNING_MEND = "it is the end-to-end stage that needs it: leave out --tune-rounding, or --tune"
+_TUNING = "it is the end-to-end stage that needs it: "
+_TUNING_MEND = "leave out --tune-rounding, or --tune"
 
 
 def preflight(
@@ -171,23 +172,44 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
         costs = report.costs = probe_kinds(load)
         if finished < len(model.blocks):
             seconds += learning_seconds(load, costs, finished, with_files)
-        in_tuning = 0
-        for each in workbench.plan.ingredients:
-            if isinstance(each, Tuning):
-                lengths = [config.seqlen] * (each.tune_nsamples or config.nsamples)
-                own = _shared(report, language_load(workbench, learning, run.tuning, lengths))
-                seconds += tuning_seconds(own, costs, each)
-                in_tuning = before + stream_bytes(own) * inside + tuning_bytes(own, each)
+        row = handed_row_bytes(load)
+        stage = _tuning_load(report, run, workbench)
+        in_tuning = 0 if stage is None else before + _tuning_memory(report, *stage, storage, row)
+        seconds += 0 if stage is None else tuning_seconds(stage[0], costs, stage[1])
         measured = _text_load(config, list(run.texts.values()), report.processes)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
-        row = handed_row_bytes(load)
         handed = row if storage == "device" or not cuda else 0
         memory = estimate_memory(load, costs, before, inside, measured, handed)
         report.memory = dataclasses.replace(memory, tower=in_tower, tuning=in_tuning)
         _compare_peak(report, workbench, before)
-        if cuda and storage != "device":
-            _compare_host(report, storage, handed_bytes(load, row))
+        if cuda:
+            _compare_host(report, storage, handed_bytes(load, row) * (storage != "device"))
+
+
+def _tuning_load(
+    report: Preflight, run: Prospect, workbench: Workbench
+) -> tuple[Load, Tuning] | None:
+    """What is tuned end to end, if anything is."""
+    config = run.config
+    for each in workbench.plan.ingredients:
+        if isinstance(each, Tuning):
+            lengths = [config.seqlen] * (each.tune_nsamples or config.nsamples)
+            load = language_load(workbench, config.group(Learning), run.tuning, lengths)
+            return _shared(report, load), each
+    return None
+
+
+def _tuning_memory(report: Preflight, load: Load, tuning: Tuning, storage: str, row: int) -> int:
+    """Bytes of the end-to-end stage on the device; what it has apart on the host is noted."""
+    bench, states = load.workbench, stream_bytes(load)
+    needed = tuning_bytes(load, tuning, row)
+    if bench.device.type != "cuda":
+        return states * (storage == "host") + needed.on_device(False)
+    on_device = states * (storage == "device")
+    apart = bench.home(needed.kept, on_device) != bench.device
+    report.tuned_on_host = needed.kept * apart + states * (storage == "host")
+    return on_device + needed.on_device(apart)
 
 
 def _compare_peak(report: Preflight, bench: Workbench, before: int) -> None:
@@ -197,17 +219,25 @@ def _compare_peak(report: Preflight, bench: Workbench, before: int) -> None:
     together = 1 if cuda else report.local_processes
     where = f"on {bench.device}" + (f" for {together} processes" if together > 1 else "")
     mend = f"use {fewer_experts(bench)}{_MEND}"
-    mend = _TUNING_MEND if peak == report.memory.tuning else mend
+    if peak == report.memory.tuning:
+        moved = cuda and bench.offload == "device"
+        mend = _TUNING + ("use --offload auto, or " if moved else "") + _TUNING_MEND
     report.compare("memory", together * peak, free_memory(bench.device) + before, where, mend)
 
 
 def _compare_host(report: Preflight, storage: str, handed: int) -> None:
-    """Hold what CUDA devices leave on the host: states, unless on disk, and `handed` bytes."""
+    """Hold what CUDA devices leave on the host: states, unless on disk, and `handed` bytes.
+
+    Once all blocks are learned, it is those that are tuned, with their own states.
+    """
     assert report.stream_bytes is not None
     kept, mend = (report.stream_bytes, _MEND) if storage == "host" else (0, _FEWER)
-    if needed := report.local_processes * (kept + handed):
+    each, mend = kept + handed, f"use {mend}"
+    if report.tuned_on_host > each:
+        each, mend = report.tuned_on_host, _TUNING + _TUNING_MEND
+    if needed := report.local_processes * each:
         free = psutil.virtual_memory().available
-        report.compare("memory", needed, free, "on the host", f"use {mend}")
+        report.compare("memory", needed, free, "on the host", mend)
 
 
 def _shared(report: Preflight, load: Load) -> Load:

@@ -32,7 +32,8 @@ class Preflight:
 
     `contents` are the blocks' tensors, `carried` those that the model has no place for, which a
     checkpoint gets unchanged.  Memory is that of one of `processes`, each on a device of its own;
-    `local_processes` of them are on this machine.
+    `local_processes` of them are on this machine.  `tuned_on_host` are bytes that the end-to-end
+    stage leaves on the host of a GPU: its hidden states, and blocks where they live there.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Preflight:
     checkpoint: CheckpointSize | None = None
     run_bytes: int | None = None
     stream_bytes: int | None = None
+    tuned_on_host: int = 0
     memory: Memory | None = None
     costs: list[KindCosts] | None = None
     seconds: Seconds | None = None

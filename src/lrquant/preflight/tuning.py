@@ -4,28 +4,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lrquant.blocks.head import HEAD_TOKENS
+from lrquant.blocks.tuned import tuned_bytes
+from lrquant.blocks.view import BlockView
+from lrquant.blocks.workbench import shape_view
 from lrquant.ingredients.tuning import Tuning
-from lrquant.learn.tuning import HELD_SHARE
+from lrquant.learn.tuning import HELD_SHARE, kept_bytes
 from lrquant.preflight.estimate import head_seconds, outer_elements
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load
 
 
-def tuning_bytes(load: Load, tuning: Tuning) -> int:
-    """Codes of all blocks, what enters each of a batch, one block's gradients, head and logits.
+@dataclass(frozen=True)
+class TuningBytes:
+    """What the end-to-end stage takes beside the hidden states of all samples.
 
-    A weight whose rounding is tuned has a position beside, and a fifth of a byte for what was best.
+    `kept` are all blocks and what enters each, where these live, `block` the largest of them, and
+    `working` what the device has in any case.
     """
-    model, dtype = load.workbench.model, load.workbench.dtype
-    blocks = [sum(t.numel() for t in block.state_dict().values()) for block in model.blocks]
-    tokens = math.prod(next(iter(load.batch.inputs[0].values())).shape[:2]) * len(load.batch)
-    states = (len(blocks) + 1) * tokens * model.state_size * 4
-    logits = min(HEAD_TOKENS, tokens) * model.config.vocab_size * 4 * 6
-    head = outer_elements(model)["head"] * dtype.itemsize
-    of_weight = 1 + 2 + 0.2 if tuning.tune_rounding else 1
-    return round(of_weight * sum(blocks)) + 12 * max(blocks) + states + logits + head
+
+    kept: int
+    block: int
+    working: int
+
+    def on_device(self, apart: bool) -> int:
+        """The device's, of which blocks live `apart` or not."""
+        return self.working + (self.block if apart else self.kept)
+
+
+def tuning_bytes(load: Load, tuning: Tuning, handed: int = 0) -> TuningBytes:
+    """What the stage takes, where blocks leave so many bytes a token for later ones.
+
+    working: the head, and beside it the most of a block that is computed, one that is made ready,
+    and logits.
+    """
+    bench, model = load.workbench, load.workbench.model
+    every = range(len(model.blocks))
+    views = [shape_view(model, index, bench.plan) for index in every]
+    sample = math.prod(next(iter(load.batch.inputs[0].values())).shape[:2])
+    batches = math.ceil(len(load.batch) / load.learning.micro_batch_size * load.share)
+    together = sample * min(load.learning.micro_batch_size, len(load.batch))
+    handed = batches * together * handed * 4 // bench.dtype.itemsize
+    logits = min(HEAD_TOKENS, together) * model.config.vocab_size * 4 * 6
+    head = outer_elements(model)["head"] * bench.dtype.itemsize
+    computed = max(_computed(view, load, tuning, batches, together) for view in views)
+    ready = max((bench.dtype.itemsize + 5) * _weights(view) + 12 * _largest(view) for view in views)
+    return TuningBytes(
+        kept_bytes(bench, tuning, batches * together) + handed,
+        max(tuned_bytes(view, tuning) for view in views),
+        head + handed + max(computed, ready, logits),
+    )
+
+
+def _computed(view: BlockView, load: Load, tuning: Tuning, batches: int, together: int) -> int:
+    """Weights, their gradients and those of all own batches, and what a batch leaves to go back.
+
+    Of what experts leave, which is little beside their weights, nothing counts.
+    """
+    size, weights, largest = load.workbench.dtype.itemsize, _weights(view), _largest(view)
+    own = view.matrices
+    channels = sum(
+        shape.rows + shape.columns
+        for name, shape in view.shapes.matrices.items()
+        if own[name].expert is None
+    )
+    passed = 4 * together * channels
+    if not tuning.tune_rounding:
+        return passed + (size + 4) * weights + 8 * largest
+    sums = 0 if batches == 1 else 4 * weights
+    if load.processes > 1:
+        sums = (batches - 1) * size * weights + 4 * (batches + 1) * largest
+    return passed + 2 * size * weights + sums
+
+
+def _weights(view: BlockView) -> int:
+    return sum(tensor.numel() for tensor in view.stored.values())
+
+
+def _largest(view: BlockView) -> int:
+    return max((shape.rows * shape.columns for shape in view.shapes.matrices.values()), default=0)
 
 
 def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> float:

@@ -63,6 +63,7 @@ def preflight_values(preflight: Preflight) -> dict[str, object]:
         "findings": [dataclasses.asdict(finding) for finding in preflight.findings],
         "run_bytes": preflight.run_bytes,
         "stream_bytes": preflight.stream_bytes,
+        "tuned_on_host": preflight.tuned_on_host,
         **estimates,
     }
 
@@ -89,13 +90,14 @@ def _contents(preflight: Preflight) -> list[str]:
 def _estimates(preflight: Preflight) -> dict[str, str]:
     rows: dict[str, str] = {}
     if preflight.memory is not None:
-        memory = preflight.memory
+        memory, on_host = preflight.memory, preflight.tuned_on_host
         others = f", the tower {decimal(memory.tower)}" if memory.tower else ""
         others += f", tuning end to end {decimal(memory.tuning)}" if memory.tuning else ""
+        apart = f"; tuning keeps {decimal(on_host)} on the host" if on_host else ""
         rows["peak memory"] = (
             f"{decimal(memory.peak)}: embedding {decimal(memory.embedding)}, learning "
             f"{decimal(memory.learning)}, measuring {decimal(memory.measuring)}{others}; "
-            f"hidden states {decimal(preflight.stream_bytes or 0)} of them"
+            f"hidden states {decimal(preflight.stream_bytes or 0)} of them{apart}"
         )
     if preflight.run_bytes is not None:
         rows["run folder"] = decimal(preflight.run_bytes)
