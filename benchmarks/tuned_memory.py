@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from gpu.shapes import SEVEN, SEVENTY, SMALL, Shape, config_of
-from lrquant.architectures import architecture_of
+from gpu.counting import flash
+from gpu.shapes import SEVEN, SEVENTY, SMALL, Shape, model_of
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
@@ -41,9 +41,6 @@ from lrquant.ingredients.rounding import Rounding
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.share import Share
 from lrquant.learn.whole_model import TunedSamples, WholeFit
-from lrquant.model.model import Model
-from lrquant.model.skeleton import build_skeleton
-from lrquant.model.sources import WeightSource
 from lrquant.team.team import ALONE
 
 BACKEND = "pretended"
@@ -55,28 +52,6 @@ METHODS = {
     "scales and norms": Tuning(tune=True),
     "codes too": Tuning(tune=True, tune_rounding=True),
 }
-
-
-class NoWeights(WeightSource):
-    """Weights of a model by their shapes, in bfloat16."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.origin, self._shapes = "nowhere", shapes
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> str:
-        return "bfloat16"
-
-    def fingerprint(self) -> str:
-        return "nothing"
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.empty(self._shapes[name], dtype=torch.bfloat16)
 
 
 class Allocations(TorchDispatchMode):
@@ -161,8 +136,9 @@ def allocated(
 
     Hidden states of all samples and the embedding, which stand elsewhere, are not among them.
     """
-    model = _model(shape, tokens, vocabulary)
     device, host = torch.device(BACKEND, 0), torch.device("cpu")
+    sizes = {"num_hidden_layers": shape.blocks, "vocab_size": vocabulary}
+    model = model_of(shape, host, tokens, **sizes)
     plan = Plan(Schemes(SCHEME), (Rounding(rounding=True),))
     bench = Workbench(model, device, torch.bfloat16, "host", plan=plan)
     with _without_values() as allocations:
@@ -181,15 +157,6 @@ def allocated(
         fit._divergence(samples)
     allocations.most["cpu"] -= before
     return allocations.most
-
-
-def _model(shape: Shape, tokens: int, vocabulary: int) -> Model:
-    config = config_of(shape, max_position_embeddings=tokens)
-    config.vocab_size, config.num_hidden_layers = vocabulary, shape.blocks
-    family = architecture_of(config)
-    skeleton = build_skeleton(config, family)
-    shapes = {name: tuple(each.shape) for name, each in skeleton.state_dict().items()}
-    return Model(shape.name, skeleton, None, NoWeights(shapes), family)
 
 
 def _samples(bench: Workbench, batch: int, tokens: int) -> TunedSamples:
@@ -212,19 +179,11 @@ def _block(bench: Workbench, tuning: Tuning, index: int, samples: TunedSamples) 
 @contextmanager
 def _without_values() -> Iterator[Allocations]:
     with (
-        mock.patch.object(functional, "scaled_dot_product_attention", _flash),
+        mock.patch.object(functional, "scaled_dot_product_attention", flash),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
         Allocations(fake) as allocations,
     ):
         yield allocations
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **_: object
-) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, is_causal=is_causal
-    )[0]
 
 
 def _options() -> argparse.Namespace:

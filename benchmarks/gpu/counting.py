@@ -148,7 +148,7 @@ def counting(device: torch.device) -> Iterator[Counter]:
     """Count what is dispatched meanwhile; attention is flash attention's, as on CUDA."""
     counter = Counter(device)
     with (
-        mock.patch.object(functional, "scaled_dot_product_attention", _flash),
+        mock.patch.object(functional, "scaled_dot_product_attention", flash),
         mock.patch.object(torch, "tensor", partial(counter.made, torch.tensor)),
         mock.patch.object(weights, "call_compiled", counter.whole),
         mock.patch.object(tokens, "call_compiled", counter.whole),
@@ -158,9 +158,10 @@ def counting(device: torch.device) -> Iterator[Counter]:
         yield counter
 
 
-def _flash(
+def flash(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **_: object
 ) -> Tensor:
+    """Flash attention in place of torch's choice of a kernel."""
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, is_causal=is_causal
     )[0]

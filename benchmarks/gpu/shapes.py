@@ -73,21 +73,19 @@ class DrawnWeights(WeightSource):
 
 
 def config_of(shape: Shape, **rest: Any) -> LlamaConfig:
-    """The configuration of a model of one such block, whose vocabulary is small."""
+    """The configuration of a model of one such block, of a small vocabulary, or as `rest` is."""
     return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        num_hidden_layers=1,
-        vocab_size=256,
-        **rest,
+        **{"num_hidden_layers": 1, "vocab_size": 256, **rest},
     )
 
 
-def model_of(shape: Shape, device: torch.device, tokens: int) -> Model:
-    """A model of one block, whose weights are drawn on a device."""
-    config = config_of(shape, max_position_embeddings=tokens)
+def model_of(shape: Shape, device: torch.device, tokens: int, **rest: Any) -> Model:
+    """A model of one block, or as `rest` says, whose weights are drawn on a device."""
+    config = config_of(shape, max_position_embeddings=tokens, **rest)
     family = architecture_of(config)
     skeleton = build_skeleton(config, family)
     shapes = {name: tuple(each.shape) for name, each in skeleton.state_dict().items()}

@@ -142,6 +142,7 @@ def test_no_operation_mixes_two_devices(model_folder):
     pytest.importorskip("accelerate", reason="needs the extra lrquant[eval]")
     names = ("llama", "opt", "gemma3", "gemma4-plain", "olmo2", "gpt_neox")
     words = [sys.executable, str(TWO_DEVICES), *(str(model_folder(name)) for name in names)]
-    environment = os.environ | {"PYTHONPATH": str(Path(lrquant.__file__).parents[1])}
+    places = Path(lrquant.__file__).parents[1], TWO_DEVICES.parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
     ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import pretended
 from lrquant.blocks import placement
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import Plan
@@ -53,19 +53,8 @@ def devices_of(folder: str) -> tuple[list[str], str]:
     return [str(parameter.device) for parameter in parameters], str(logits.device)
 
 
-def sdpa(query, key, value, attn_mask=None, is_causal=False, scale=None, **others):
-    """Kernels are chosen by the device: here the mathematics."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
-    scores = query @ key.transpose(-1, -2)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -1.0)
-    return scores.softmax(-1) @ value
-
-
 if __name__ == "__main__":
-    _setup_privateuseone_for_python_backend("pretended")
-    torch.nn.functional.scaled_dot_product_attention = sdpa
+    pretended.begin()
     placement._MAKING = 0
     for folder in sys.argv[1:]:
         (first, *others), logits = devices_of(folder)

@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import pretended
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.plan import Plan
@@ -92,19 +92,8 @@ def check(folder: str, home: torch.device) -> None:
         assert {each.device for each in kept} == {home}, folder
 
 
-def sdpa(query, key, value, attn_mask=None, is_causal=False, scale=None, **others):
-    """Kernels are chosen by the device: here the mathematics."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
-    scores = query @ key.transpose(-1, -2)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -1.0)
-    return scores.softmax(-1) @ value
-
-
 if __name__ == "__main__":
-    _setup_privateuseone_for_python_backend("pretended")
-    torch.nn.functional.scaled_dot_product_attention = sdpa
+    pretended.begin()
     for each in sys.argv[1:]:
         for place in (HOST, DEVICE):
             check(each, torch.device(place))

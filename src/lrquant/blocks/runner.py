@@ -159,7 +159,7 @@ class BlockRunner:
     def _tell(self, name: str, values: Tensor) -> None:
         """The observer, of values (batch, tokens, in) as weights multiply them."""
         if self.observer is not None:
-            values = hadamard(values) if name in self.rotated else values
+            values = self._rotated(name, values)
             shaped = values.shape[:-1].numel() == self._leading.numel()
             self.observer(name, values.reshape(*self._leading, -1) if shaped else values)
 
@@ -167,15 +167,18 @@ class BlockRunner:
         """What products take of what is read under a name."""
         factor = self._extras.get(name + INPUT_FACTOR_SUFFIX)
         clip = self._extras.get(name + INPUT_CLIP_SUFFIX)
-        grid, rotated = self.inputs[name], name in self.rotated
+        grid = self.inputs[name]
         if factor is not None:
-            values = hadamard(values) if rotated else values
-            return self._quantized(values * factor, grid, clip)
-        last, how = self._last, (clip, grid, rotated)
+            return self._quantized(self._rotated(name, values) * factor, grid, clip)
+        last, how = self._last, (clip, grid, name in self.rotated)
         if last is None or last[0] is not values or not _same(last[1], how):
-            own = hadamard(values) if rotated else values
-            self._last = last = values, how, self._quantized(own, grid, clip)
+            own = self._quantized(self._rotated(name, values), grid, clip)
+            self._last = last = values, how, own
         return last[2]
+
+    def _rotated(self, name: str, values: Tensor) -> Tensor:
+        """What is read under a name, times a Hadamard matrix where it is to be."""
+        return hadamard(values) if name in self.rotated else values
 
     def _quantized(self, values: Tensor, grid: Grid | None, clip: Tensor | None) -> Tensor:
         """What products take, in their dtype."""

@@ -75,7 +75,7 @@ class Workbench:
         """
         tensors = self.model.block_tensors(index, self.device)
         self.model.read_ahead(index + 1)
-        return self._plan_of(index).rotate(tensors)
+        return self._plan_of(index).rotate(tensors) if self.plan.schemes.hadamard else tensors
 
     def view(self, index: int, stored: dict[str, Tensor]) -> BlockView:
         """Block `index`, whose tensors are `stored`, under the plan."""
@@ -99,7 +99,7 @@ class Workbench:
             self.model.architecture.own_attention,
             self.compiled,
             self.model.residuals,
-            self._plan_of(index).rotated,
+            self._plan_of(index).rotated if self.plan.schemes.hadamard else (),
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

@@ -63,6 +63,11 @@ class Schemes:
         return any(scheme.quantizes_weights for scheme in self.every)
 
     @property
+    def hadamard(self) -> bool:
+        """Whether any inputs are multiplied by Hadamard matrices."""
+        return any(scheme.hadamard for scheme in self.every)
+
+    @property
     def weight_only(self) -> bool:
         """Whether activations, Q, K and V stay in floating point everywhere."""
         return all(scheme.weight_only for scheme in self.every)

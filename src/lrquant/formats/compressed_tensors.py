@@ -114,7 +114,7 @@ def _tower_refusal(schemes: Schemes) -> str | None:
 
 def _nearest(scheme: Scheme) -> Scheme:
     if scheme.activation_bits == FLOAT_BITS:
-        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS, hadamard=False)
+        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS)
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
     group_size = None if weights == 8 else scheme.group_size

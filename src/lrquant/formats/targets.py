@@ -130,7 +130,6 @@ def _nearest(plan: Plan, target: str, forms: Sequence[Format]) -> Plan | None:
 def _candidates(plan: Plan) -> Iterator[Plan]:
     """Plans whose schemes or ingredients differ; weights stay quantised, or not."""
     own = plan.schemes.default
-    rotated = _rotates(plan)
     for *bits, group, symmetric, of_tokens, across, attention, kept, learned in product(
         _BITS[:-1] if own.quantizes_weights else (FLOAT_BITS,),
         _BITS,
@@ -139,7 +138,7 @@ def _candidates(plan: Plan) -> Iterator[Plan]:
         (False, True),
         dict.fromkeys((own.activation_group_size, None)),
         dict.fromkeys((own.attention_bits, FLOAT_BITS)),
-        dict.fromkeys((rotated, False)),
+        dict.fromkeys((plan.schemes.hadamard, False)),
         _simpler(plan.ingredients),
     ):
         weights, activations = bits
@@ -211,14 +210,9 @@ def _distance(plan: Plan, other: Plan) -> float:
         + (before.symmetric != after.symmetric) / 4
         + (before.activation_symmetric != after.activation_symmetric) / 4
         + (before.activation_group_size != after.activation_group_size) / 2
-        + (_rotates(plan) != _rotates(other)) / 2
+        + (plan.schemes.hadamard != other.schemes.hadamard) / 2
         + (plan.ingredients != other.ingredients) / 8
     )
-
-
-def _rotates(plan: Plan) -> bool:
-    """Whether any inputs are multiplied by Hadamard matrices."""
-    return any(scheme.hadamard for scheme in plan.schemes.every)
 
 
 def _differences(plan: Plan, nearest: Plan) -> str:
@@ -245,7 +239,8 @@ def _differences(plan: Plan, nearest: Plan) -> str:
         f"{before.attention_bits}-bit Q, K and V": lambda scheme: scheme.attention_bits,
     }
     changes = [text for text, of in words.items() if of(before) != of(after)]
-    changes += ["Hadamard matrices"] if _rotates(plan) != _rotates(nearest) else []
+    if plan.schemes.hadamard != nearest.schemes.hadamard:
+        changes.append("Hadamard matrices")
     pairs = zip(plan.ingredients, nearest.ingredients, strict=True)
     changes += [flag for own, other in pairs for flag in _changed(other, own)]
     return f"{', '.join(changes[:-1])} and {changes[-1]}" if changes[1:] else changes[0]
