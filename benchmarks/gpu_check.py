@@ -22,7 +22,7 @@ from pathlib import Path
 from gpu.ceilings import ceilings, machine
 from gpu.check import Check
 from gpu.codes import codes, compiled_codes, integers
-from gpu.learning import repeats, steps
+from gpu.learning import graphs, repeats, steps
 from gpu.speed import blocks, profiled, quantizers
 from gpu.whole_run import whole_run
 from lrquant.model.arithmetic import full_precision_sums, prepare_repeatable
@@ -37,6 +37,7 @@ PARTS: dict[str, dict[str, Callable[[Check], None]]] = {
         "steps": steps,
         "whole run": whole_run,
         "repeats": repeats,
+        "graphs": graphs,
         "compiled codes": compiled_codes,
     },
     "fast": {

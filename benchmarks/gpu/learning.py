@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from gpu.check import Check, distance
 from gpu.shapes import SMALL, Shape
-from gpu.steps import W4A4, Method, Prepared, bench_of, compiled, prepare
+from gpu.steps import W4A4, W4A16, Method, Prepared, bench_of, compiled, prepare
 from lrquant.numerics.compiled import why_not
 
 CPU = torch.device("cpu")
@@ -31,6 +32,34 @@ def steps(check: Check) -> None:
         farthest = max(distance(other[name], first[name].detach()) for name in first)
         values = f"losses {apart:.1e} apart, parameters {farthest:.1e}"
         check.say(f"{scheme}, three steps against a CPU's", values, apart < near)
+
+
+def graphs(check: Check) -> None:
+    """Steps as CUDA graphs replay them, beside the same taken one by one: the same bytes."""
+    if not check.on_cuda:
+        check.say(
+            "not recorded", f"{check.device} has no CUDA graphs; tests/learn records otherwise"
+        )
+        return
+    compilers = (False, True) if why_not(check.device) is None else (False,)
+    for method, fused in product((W4A4, W4A16), compilers):
+        name = f"{method.name}{', compiled' if fused else ''}"
+        if check.over(name):
+            return
+        hashes, seconds = [], []
+        for replayed in (False, True):
+            bench = bench_of(MIDDLE, method, check.device, torch.bfloat16, 2048)
+            with bench.learning():
+                own = prepare(compiled(bench) if fused else bench, method, 1, 2048)
+            step = own.replayed() if replayed else own.step
+            for _ in range(STEPS):
+                step()
+            hashes.append(_hash(own))
+            seconds.append(check.timed(step, 8, 0))
+        plain, graph = (1e3 * each for each in seconds)
+        values = f"{plain:.2f} ms a step, {graph:.2f} ms replayed; equal bytes: "
+        right = hashes[0] == hashes[1]
+        check.say(f"{STEPS} steps of {name}", values + ("yes" if right else "no"), right)
 
 
 def repeats(check: Check) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -82,11 +82,13 @@ class Times:
     held: float
     start: float
     freeze: float
+    replayed: float | None = None
 
     def block(self) -> float:
         """A whole block at full settings: two passes in full precision, steps, passes between."""
         passes = self.observed + self.plain + self.held
-        return self.start + self.freeze + SAMPLES * (passes + EPOCHS * (self.step + self.held))
+        step = self.step if self.replayed is None else self.replayed
+        return self.start + self.freeze + SAMPLES * (passes + EPOCHS * (step + self.held))
 
 
 def blocks(check: Check) -> None:
@@ -108,17 +110,23 @@ def blocks(check: Check) -> None:
             first = time.perf_counter() - started
             times = _times(check, own)
             held = peak()
+        if check.on_cuda and fused:
+            times = replace(times, replayed=check.timed(own.replayed(), 8))
         del ballast
         minutes = shape.blocks * times.block() / 60
         check.say(
             name,
-            f"{1e3 * times.step:.1f} ms a step (first {first:.1f} s), held pass "
+            f"{1e3 * times.step:.1f} ms a step (first {first:.1f} s){_replayed(times)}, held pass "
             f"{1e3 * times.held:.1f} ms, peak {held:.1f} GB with {SAMPLES} x {tokens} tokens; "
             f"{EPOCHS} epochs extrapolated to {minutes:.0f} min",
         )
         del own
         if check.on_cuda:
             torch.cuda.empty_cache()
+
+
+def _replayed(times: Times) -> str:
+    return "" if times.replayed is None else f", {1e3 * times.replayed:.1f} ms as a CUDA graph"
 
 
 def profiled(check: Check) -> None:

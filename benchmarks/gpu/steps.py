@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,8 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.block_data import BlockData
-from lrquant.learn.fit import Optimizers, learning_step, make_optimizers
+from lrquant.learn.captured import CapturedSteps, cuda_graphs
+from lrquant.learn.fit import Optimizers, learning_step, make_optimizers, step_on
 from lrquant.learn.objective import Objective
 
 LOSS = "mse+nlc"
@@ -68,6 +70,17 @@ class Prepared:
         rest = self.optimizers, self.objective, LOSS
         with self.runner, self.bench.learning():
             return learning_step(self.view, self.runner, self.data, batch, *rest)
+
+    def replayed(self) -> Callable[[], Tensor]:
+        """What takes steps on the first sample as `--cuda-graphs` does."""
+        rest = self.view, self.runner, self.data, self.optimizers, self.objective, LOSS
+        steps = CapturedSteps(lambda feeds, step: step_on(feeds, step, *rest), cuda_graphs())
+
+        def step() -> Tensor:
+            with self.runner, self.bench.learning():
+                return steps(self.data.fed_to(0), 0)
+
+        return step
 
     @torch.no_grad()
     def held(self) -> Tensor:

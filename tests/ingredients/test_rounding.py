@@ -8,7 +8,7 @@ import torch
 from lrquant import LRQuantError, quantize
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
-from lrquant.ingredients.base.descent import SignDescent, falling
+from lrquant.ingredients.base.descent import SignDescent
 from lrquant.ingredients.rounding import Rounding
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.packing import pack_ternary, unpack_ternary
@@ -55,7 +55,7 @@ def test_a_hardened_offset_has_the_same_codes(bits, symmetric):
 
 def test_the_rate_falls_to_nothing():
     value = torch.zeros(3, requires_grad=True)
-    optimizer = falling(SignDescent([value], 0.1), 4)
+    optimizer = SignDescent([value], 0.1, 4)
     places = []
     for _ in range(6):
         value.grad = torch.tensor([2.0, -1e-9, 0.0])

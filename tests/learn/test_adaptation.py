@@ -88,9 +88,9 @@ def test_the_last_block_sees_its_own_true_inputs(learn, tmp_path, monkeypatch):
     seen = []
     fit = adaptation.fit_in_groups
 
-    def fitting(view, runner, data, settings):
+    def fitting(view, runner, data, *rest, **how):
         seen.append((data.index, data.inputs.states.clone(), data.targets[0].states.clone()))
-        return fit(view, runner, data, settings)
+        return fit(view, runner, data, *rest, **how)
 
     monkeypatch.setattr(adaptation, "fit_in_groups", fitting)
     run = learn(tta=True)
@@ -130,10 +130,10 @@ def test_a_second_block_reads_what_the_adapted_first_one_gives(learn, monkeypatc
     inputs = {}
     fit = adaptation.fit_in_groups
 
-    def fitting(view, runner, data, settings):
+    def fitting(view, runner, data, *rest, **how):
         (rate,) = {each.rate for each in view.ingredients if each.name == "let"}
         inputs[rate, data.index] = data.inputs.states.clone()
-        return fit(view, runner, data, settings)
+        return fit(view, runner, data, *rest, **how)
 
     monkeypatch.setattr(adaptation, "fit_in_groups", fitting)
     settings = {"tta": True, "tta_blocks": 2, "keep_best": False}
@@ -240,7 +240,7 @@ def test_an_adapted_block_is_kept_for_the_same_text_and_settings_alone(
     monkeypatch.setattr(
         adaptation,
         "fit_in_groups",
-        lambda view, *rest: seen.append(rest[1].index) or fit(view, *rest),
+        lambda *rest, **how: seen.append(rest[2].index) or fit(*rest, **how),
     )
     settings = {"ppl": ("wikitext2",), "tta": True, "tta_blocks": 2}
     learn()

@@ -91,8 +91,8 @@ def test_eight_bit_activations_ask_for_less_than_four(block):
 def test_only_the_samples_of_a_few_steps_are_tried(block, monkeypatch):
     view, runner, data, statistics = block(Scheme(3, 8), batches=TRIED_STEPS + 2)
     seen = []
-    output = data._output
-    object.__setattr__(data, "_output", lambda *rest: seen.append(rest[2]) or output(*rest))
+    fed = data.fed
+    object.__setattr__(data, "fed", lambda *rest: seen.append(rest[0]) or fed(*rest))
     chosen(view, runner, data, statistics, STRENGTHS[:2])
     assert seen == 2 * list(range(TRIED_STEPS))
 

@@ -20,6 +20,7 @@ from lrquant.blocks.runner import BlockRunner, Observer
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Computing
+from lrquant.errors import LRQuantError
 from lrquant.model.arithmetic import prepare_repeatable, repeatable
 from lrquant.model.device import choose_device, choose_precision, free_memory
 from lrquant.model.model import Model
@@ -34,7 +35,8 @@ class Workbench:
     """A part of a model on a device: how its blocks are viewed, run and streamed.
 
     `plan` says on which grids its matrices lie and what is learned of them, `compiled` whether
-    quantizers are, `deterministic` whether learning on CUDA gives the same bytes each time,
+    quantizers are, `captured` whether steps of learning are replayed as CUDA graphs,
+    `deterministic` whether learning on CUDA gives the same bytes each time,
     `by_expert` whether experts' weights are made one by one, while a block computes.
     """
 
@@ -45,6 +47,7 @@ class Workbench:
     scratch: Path | None = None
     plan: Plan = FULL_PRECISION
     compiled: bool = False
+    captured: bool = False
     deterministic: bool = False
     by_expert: bool = False
 
@@ -134,13 +137,22 @@ def make_workbench(
 ) -> Workbench:
     """A model where it is to compute; hidden states on disk live in the folder `scratch`."""
     device = choose_device(computing.device)
+    if computing.cuda_graphs and device.type != "cuda":
+        raise LRQuantError(
+            f"--cuda-graphs: this computes on {device}, which has none; leave it out"
+        )
     dtype = choose_precision(computing.precision, device)
     deterministic = computing.deterministic and model.repeatable
     if deterministic:
         prepare_repeatable(device)
     rest = computing.offload, scratch, plan
     by_expert = computing.expert_group > 0
-    return Workbench(model, device, dtype, *rest, deterministic=deterministic, by_expert=by_expert)
+    return Workbench(
+        *(model, device, dtype, *rest),
+        captured=computing.cuda_graphs,
+        deterministic=deterministic,
+        by_expert=by_expert,
+    )
 
 
 def shape_view(model: Model, index: int, plan: Plan) -> BlockView:

@@ -215,6 +215,11 @@ class Settings:
         "compile the quantizers, which then take a third of their time: auto where that pays",
         ("auto", "on", "off"),
     )
+    cuda_graphs: bool = setting(
+        False,
+        "replay learning steps as CUDA graphs, to the same bytes: for blocks so small that a GPU "
+        "waits for Python",
+    )
     deterministic: bool = setting(
         True, "learn with CUDA kernels that give the same bytes at every run, a little slower"
     )

@@ -22,6 +22,7 @@ class Computing:
     precision: str
     offload: str
     compile: str = "off"
+    cuda_graphs: bool = False
     deterministic: bool = True
     expert_group: int = 0
 

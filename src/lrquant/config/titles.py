@@ -26,7 +26,7 @@ _GROUPS = {
     _MEASURED: ("ppl", "agreement", "tasks", "compare", "limit"),
     _LEARNED: ("lr_plus", "epochs"),
     "machine": (
-        *("device", "precision", "compile", "deterministic", "offload"),
+        *("device", "precision", "compile", "cuda_graphs", "deterministic", "offload"),
         *("batch_size", "micro_batch_size"),
     ),
 }

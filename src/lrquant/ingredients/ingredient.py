@@ -107,7 +107,13 @@ class Ingredient(LearnedSettings):
         """What steps its parameters, so many times at most."""
         import torch
 
-        return torch.optim.AdamW(parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.rate,
+            weight_decay=weight_decay,
+            fused=True,
+            capturable=parameters[0].is_cuda,
+        )
 
     def hardened(self, matrix: str, moved: Tensor) -> Parameters:
         """Parameters of a learned matrix that give way to others with the same codes.

@@ -90,9 +90,9 @@ class Rounding(Ingredient):
     def optimizer(
         self, parameters: list[Tensor], weight_decay: float, steps: int
     ) -> torch.optim.Optimizer:
-        from lrquant.ingredients.base.descent import SignDescent, falling
+        from lrquant.ingredients.base.descent import SignDescent
 
-        return falling(SignDescent(parameters, self.rounding_lr / steps), steps)
+        return SignDescent(parameters, self.rounding_lr / steps, steps)
 
     def hardened(self, matrix: str, moved: Tensor) -> Parameters:
         return {f"rounding.{matrix}.offset": moved.float() * FARTHEST}

@@ -28,6 +28,7 @@ from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
 from lrquant.ingredients.ingredient import Ingredient
 from lrquant.learn.block_data import BlockData
+from lrquant.learn.captured import recorder
 from lrquant.learn.fit import advance_quantized
 from lrquant.learn.groups import fit_in_groups
 from lrquant.learn.share import Share, shared_inputs
@@ -193,7 +194,8 @@ class Adaptation:
         view.ingredients = self.ingredients
         data = self._advance_full(index, view)
         with self.workbench.runner(index, view) as runner:
-            report = fit_in_groups(view, runner, data, self.learning)
+            keep = recorder(self.workbench, [view], self.team)
+            report = fit_in_groups(view, runner, data, self.learning, record=keep)
             final = float(advance_quantized(view, runner, data, self.learning.loss).sum())
         record: JsonObject = {
             "block": index,

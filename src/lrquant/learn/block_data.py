@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,34 @@ from lrquant.learn.share import Share
 from lrquant.learn.window import Step, Window
 
 Runner = BlockRunner | Window
+
+
+class Fed(NamedTuple):
+    """What a batch brings to a block, or to a window of `steps`, on the computing device.
+
+    These are the states (batch, tokens, hidden) that the first block reads and each branch's
+    target, float32, how much each token counts (batch, tokens; None: all alike), and how much the
+    batch is of its step.
+    """
+
+    states: Tensor
+    steps: tuple[Step, ...]
+    targets: tuple[Tensor, ...]
+    weights: Tensor | None
+    share: float
+
+    def output(self, runner: Runner, tensors: dict[str, Tensor]) -> Tensor:
+        """Output (batch, tokens, hidden)."""
+        if isinstance(runner, Window):
+            return runner(tensors, self.states, self.steps)
+        (step,) = self.steps
+        return runner(tensors, self.states, step.arguments)
+
+    def terms(self, runner: Runner, tensors: dict[str, Tensor], kind: str) -> tuple[Tensor, Tensor]:
+        """Output and its loss terms."""
+        output = self.output(runner, tensors)
+        rest = self.targets, kind, self.weights
+        return output, loss_terms(output, *rest, compiled=runner.compiled)
 
 
 @dataclass(frozen=True)
@@ -40,43 +69,30 @@ class BlockData:
         """How the batches lie in steps."""
         return self.share or Share.alone(len(self.entry.batches))
 
-    def batch_terms(
-        self, runner: Runner, tensors: dict[str, Tensor], batch: int, kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """Output of one batch and its loss terms."""
-        return self._terms(runner, self.output(runner, tensors, batch), batch, kind)
-
-    def _terms(
-        self, runner: Runner, output: Tensor, batch: int, kind: str
-    ) -> tuple[Tensor, Tensor]:
+    def fed(self, batch: int, handed: HandedOn | None = None) -> Fed:
+        """What a batch brings; the block reads and sets what is `handed` on."""
         rows = self.entry.batches[batch]
-        targets = [stream.read(rows) for stream in self.targets]
-        weights = self.entry.weights(batch)
-        return output, loss_terms(output, targets, kind, weights, compiled=runner.compiled)
+        handed = self.inputs.handed_on(rows) if handed is None else handed
+        return Fed(
+            self.inputs.read(rows, self.index),
+            self._steps(batch, handed),
+            tuple(stream.read(rows) for stream in self.targets),
+            self.entry.weights(batch),
+            self.shared.weights[batch],
+        )
 
-    def output(self, runner: Runner, tensors: dict[str, Tensor], batch: int) -> Tensor:
-        """Output of one batch (batch, tokens, hidden)."""
-        return self._output(runner, tensors, batch, self._handed(batch))
+    def fed_to(self, step: int) -> list[Fed]:
+        """What this member's own batches bring to a step."""
+        return [self.fed(batch) for batch in self.shared.steps[step]]
 
-    def _handed(self, batch: int) -> HandedOn:
-        return self.inputs.handed_on(self.entry.batches[batch])
-
-    def _output(
-        self, runner: Runner, tensors: dict[str, Tensor], batch: int, handed: HandedOn
-    ) -> Tensor:
-        states = self.inputs.read(self.entry.batches[batch], self.index)
-        if isinstance(runner, Window):
-            return runner(tensors, states, self._steps(batch, handed))
-        return runner(tensors, states, self.entry.arguments(batch, self.index, handed))
-
-    def _steps(self, batch: int, handed: HandedOn) -> list[Step]:
+    def _steps(self, batch: int, handed: HandedOn) -> tuple[Step, ...]:
         rows = self.entry.batches[batch]
         indices = range(self.index, self.index + self.blocks)
         added = [None, *(self.inputs.added_before(rows, index) for index in indices[1:])]
-        return [
+        return tuple(
             Step(self.entry.arguments(batch, index, handed), extra)
             for index, extra in zip(indices, added, strict=True)
-        ]
+        )
 
     @torch.no_grad()
     def terms(
@@ -95,9 +111,8 @@ class BlockData:
         """
         sums, counts = [], []
         for number, batch in enumerate(self.entry.batches[: self._batches(steps)]):
-            handed = self._handed(number)
-            states = self._output(runner, tensors, number, handed)
-            output, terms = self._terms(runner, states, number, kind)
+            handed = self.inputs.handed_on(batch)
+            output, terms = self.fed(number, handed).terms(runner, tensors, kind)
             counts.append(self.count(number))
             sums.append(terms.double() * counts[-1])
             if advance:

@@ -200,7 +200,7 @@ def measure_block(
         for name, variant in variants.items():
             with variant.watched(first=not batch) as (runner, seen):
                 runner.router = variant.route
-                output, terms = data.batch_terms(runner, variant.tensors, batch, kind)
+                output, terms = data.fed(batch).terms(runner, variant.tensors, kind)
             variant.compare(seen, reference)
             variant.add(output, terms, homologous, target, count)
             if name == "learned" and not batch:

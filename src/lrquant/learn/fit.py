@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
-from lrquant.learn.block_data import BlockData, Runner
+from lrquant.learn.block_data import BlockData, Fed, Runner
+from lrquant.learn.captured import CapturedSteps, Record, Step
 from lrquant.learn.gradients import Gradients
 from lrquant.learn.objective import Objective
 from lrquant.learn.window import Window
@@ -49,6 +50,7 @@ def fit_block(
     learning: Learning,
     progress: Progress = lambda step, loss: None,
     objective: Objective | None = None,
+    record: Record | None = None,
 ) -> FitReport:
     """Learn the view's parameters in place.
 
@@ -56,7 +58,7 @@ def fit_block(
     samples was lowest are kept.  A non-finite loss ends the block at its best parameters so far
     (without `keep_best`, those whose epoch had the lowest mean loss); if a weight or the start
     itself is non-finite, an error names the first that is.  An `objective` goes on with what it
-    has seen.
+    has seen.  With `record` steps are recorded and replayed, to the same bytes.
     """
     _check_stored(view, data.index)
     with torch.no_grad():
@@ -67,7 +69,7 @@ def fit_block(
     if not math.isfinite(report.initial_loss):
         raise LRQuantError(_first_non_finite(runner, tensors, data))
     if learning.epochs and view.moving:
-        _Fit(view, runner, data, learning, report, progress).run()
+        _Fit(view, runner, data, learning, report, progress, record).run()
     return report
 
 
@@ -87,9 +89,11 @@ class _Fit:
         learning: Learning,
         report: FitReport,
         progress: Progress,
+        record: Record | None,
     ) -> None:
         self.view, self.runner, self.data = view, runner, data
         self.learning, self.report, self.progress = learning, report, progress
+        self.record = record
         self.start = self.best = copied(view.moving)
         self.held_steps = held_steps(len(data.shared.counts), learning.batch_size)
 
@@ -97,11 +101,11 @@ class _Fit:
         """Learn; the view ends with parameters that need no gradient."""
         report, learning = self.report, self.learning
         steps = learning.epochs * len(self.data.shared.counts)
-        optimizers = make_optimizers(self.view, learning.weight_decay, steps)
+        take = self._steps(make_optimizers(self.view, learning.weight_decay, steps))
         self.start_loss = self._start_loss()
         best_loss, best_epoch = self.start_loss, 0
         for epoch in range(1, learning.epochs + 1):
-            mean = self._epoch(optimizers, epoch)
+            mean = self._epoch(take, epoch)
             if mean is None:
                 self._go_back(f"epoch {epoch}")
                 break
@@ -128,12 +132,12 @@ class _Fit:
         """Let these be the parameters that learning changes."""
         self.view.parameters = {**self.view.parameters, **parameters}
 
-    def _epoch(self, optimizers: Optimizers, epoch: int) -> float | None:
+    def _epoch(self, take: Step, epoch: int) -> float | None:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
         steps, total = len(self.data.shared.counts), 0.0
         unseen: list[Tensor] = []
         for step in range(steps):
-            loss = self._step(optimizers, step)
+            loss = take(self.data.fed_to(step), step)
             unseen.append(loss)
             if len(unseen) == unseen_steps(loss.device) or step + 1 == steps:
                 values = torch.stack(unseen).tolist()
@@ -148,9 +152,14 @@ class _Fit:
         finite = torch.stack([torch.isfinite(each).all() for each in parameters]).all()
         return total / steps if holds_for_all(self.data.shared.team, bool(finite)) else None
 
-    def _step(self, optimizers: Optimizers, step: int) -> Tensor:
-        rest = step, optimizers, self.report.objective, self.learning.loss
-        return learning_step(self.view, self.runner, self.data, *rest)
+    def _steps(self, optimizers: Optimizers) -> Step:
+        """What takes a step on what its batches bring."""
+        rest = optimizers, self.report.objective, self.learning.loss
+
+        def taken(feeds: Sequence[Fed], step: int) -> Tensor:
+            return step_on(feeds, step, self.view, self.runner, self.data, *rest)
+
+        return taken if self.record is None else CapturedSteps(taken, self.record)
 
     def _start_loss(self) -> float:
         """That of the start over the samples that later losses are of."""
@@ -169,7 +178,7 @@ class _Fit:
         """Loss of the first step: what the last one, which no other step follows, has led to."""
         data, objective, tensors = self.data, self.report.objective, self.view.tensors()
         rest = self.learning.loss
-        own = [data.batch_terms(self.runner, tensors, b, rest)[1] for b in data.shared.steps[0]]
+        own = [fed.terms(self.runner, tensors, rest)[1] for fed in data.fed_to(0)]
         return objective.measure(data.whole(own, 0, objective.weights))
 
     def _go_back(self, event: str) -> None:
@@ -205,15 +214,30 @@ def learning_step(
     Its gradient is the sum of its batches', each by itself, in the order of samples.  Nothing in it
     waits for the device.
     """
-    batches, tensors = data.shared.steps[step], view.tensors()
-    terms = [data.batch_terms(runner, tensors, batch, kind)[1] for batch in batches]
+    rest = optimizers, objective, kind
+    return step_on(data.fed_to(step), step, view, runner, data, *rest)
+
+
+def step_on(
+    feeds: Sequence[Fed],
+    step: int,
+    view: Learnable,
+    runner: Runner,
+    data: BlockData,
+    optimizers: Optimizers,
+    objective: Objective,
+    kind: str,
+) -> Tensor:
+    """The same on what its batches bring: all that differs from one step to the next."""
+    tensors = view.tensors()
+    terms = [fed.terms(runner, tensors, kind)[1] for fed in feeds]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     whole = data.whole(terms, step, objective.weights)
     objective.see(whole)
     gradients = Gradients(list(view.moving.values()), view.by_expert)
-    for batch in batches:  # of which each lets go of what it computed
-        loss = objective.loss(terms.pop(0)) * data.shared.weights[batch]
+    for fed in feeds:  # of which each lets go of what it computed
+        loss = objective.loss(terms.pop(0)) * fed.share
         loss.backward(retain_graph=bool(terms))
         gradients.take_in()
     gradients.put_back(data.shared, step)
@@ -280,7 +304,7 @@ def _first_non_finite(runner: Runner, tensors: dict[str, Tensor], data: BlockDat
     before, runner.observer = runner.observer, observe
     with torch.no_grad():
         for number in range(len(data.entry.batches)):
-            data.output(runner, tensors, number)
+            data.fed(number).output(runner, tensors)
             if seen:
                 break
     runner.observer = before

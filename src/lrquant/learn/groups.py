@@ -13,6 +13,7 @@ from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Learning
 from lrquant.ingredients.ingredient import owner_of
 from lrquant.learn.block_data import BlockData, Runner
+from lrquant.learn.captured import Record
 from lrquant.learn.fit import FitReport, Learnable, Progress, fit_block
 
 
@@ -22,10 +23,11 @@ def fit_in_groups(
     data: BlockData,
     learning: Learning,
     progress: Progress = lambda step, loss: None,
+    record: Record | None = None,
 ) -> FitReport:
     """Learn the view's parameters in place, as `fit_block` does, for each group of experts."""
     if not (learning.expert_group and isinstance(view, BlockView)):
-        return fit_block(view, runner, data, learning, progress)
+        return fit_block(view, runner, data, learning, progress, record=record)
     groups = groups_of(view, learning.expert_group)
     still, reports = view.still, list[FitReport]()
     for number, group in enumerate(groups):

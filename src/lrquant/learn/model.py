@@ -29,6 +29,7 @@ from lrquant.errors import LRQuantError
 from lrquant.ingredients.base.statistics import ChannelStatistics, ShareOfStatistics
 from lrquant.ingredients.tuning import Tuning
 from lrquant.learn.block_data import BlockData, Runner
+from lrquant.learn.captured import recorder
 from lrquant.learn.diagnostics import measure_block
 from lrquant.learn.fit import (
     FitReport,
@@ -221,7 +222,8 @@ class BlockLearning:
         with runners[0] if single else Window(unit.start, views, runners) as runner:
             view = views[0] if isinstance(runner, BlockRunner) else runner
             strength = self._begin(view, runner, data, starts)
-            report = fit_in_groups(view, runner, data, self.learning, stepper)
+            rest = self.learning, stepper, recorder(bench, views, self.team)
+            report = fit_in_groups(view, runner, data, *rest)
         require_same(self.team, view.parameters, unit.start)
         for index, view in zip(unit, views, strict=True):
             data = BlockData(index, self.entry, self.quantized, targets, share=self.share)

@@ -104,7 +104,8 @@ class Objective:
         """Move the running means by a step's terms, before what these weigh is descended."""
         if self._dynamic:
             before = terms if self._means is None else self._means
-            self._means = MEAN_DECAY * before + (1 - MEAN_DECAY) * terms
+            means = MEAN_DECAY * before + (1 - MEAN_DECAY) * terms
+            self._means = means if self._means is None else self._means.copy_(means)
 
     def loss(self, terms: Tensor) -> Tensor:
         """Weighted sum of the terms of a step, or of a part of it, a float32 scalar."""

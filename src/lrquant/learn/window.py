@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from lrquant.blocks.stubs import Arguments
 from lrquant.blocks.view import BlockView
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A block's arguments, and what the model adds to the hidden states before it."""
 
     arguments: Arguments

@@ -1,0 +1,75 @@
+"""What a CUDA graph does, on a CPU: every operation is kept, and done again on the same tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Recording(TorchDispatchMode):
+    """Operations as a step does them; as in a graph, recording them leaves what there was.
+
+    `replay` does them again: each reads and writes the tensors that it did while recorded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+        self._own, self._before = set(), []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        named = named or {}
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value is asked of the device while a step is recorded")
+        self._keep(operation, arguments, named)
+        result = operation(*arguments, **named)
+        outputs = _tensors(result)
+        inputs = {_place(each) for each in _tensors((arguments, named))}
+        self._own |= {_place(each) for each in outputs} - inputs
+        self.operations.append((operation, arguments, named, outputs))
+        return result
+
+    def _keep(self, operation, arguments, named):
+        """What the step writes over that was there before it."""
+        pairs = zip(operation._schema.arguments, arguments, strict=False)
+        written = [value for argument, value in pairs if _writes(argument)]
+        written += [
+            named[a.name] for a in operation._schema.arguments if a.name in named and _writes(a)
+        ]
+        for tensor in _tensors(written):
+            if _place(tensor) not in self._own:
+                self._before.append((tensor, tensor.clone()))
+
+    def undo(self):
+        for tensor, before in reversed(self._before):
+            tensor.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, arguments, named, outputs in self.operations:
+            for own, again in zip(outputs, _tensors(operation(*arguments, **named)), strict=True):
+                if own.data_ptr() != again.data_ptr():
+                    own.copy_(again)
+
+
+def record(step):
+    """The step's loss, and what does it again: see `lrquant.learn.captured.Record`."""
+    recording = Recording()
+    with recording:
+        loss = step()
+    with torch.no_grad():
+        recording.undo()
+    return loss, recording.replay
+
+
+def _writes(argument):
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _place(tensor):
+    return tensor.untyped_storage().data_ptr()
