@@ -23,7 +23,7 @@ from gpu.ceilings import ceilings, machine
 from gpu.check import Check
 from gpu.codes import codes, compiled_codes, integers
 from gpu.learning import graphs, repeats, steps
-from gpu.speed import blocks, profiled, quantizers
+from gpu.speed import blocks, profiled, quantizers, streams
 from gpu.whole_run import whole_run
 from lrquant.model.arithmetic import full_precision_sums, prepare_repeatable
 from lrquant.model.device import choose_device
@@ -44,6 +44,7 @@ PARTS: dict[str, dict[str, Callable[[Check], None]]] = {
         "machine": machine,
         "quantizers": quantizers,
         "profile": profiled,
+        "streams": streams,
         "blocks": blocks,
     },
 }

@@ -125,6 +125,22 @@ def blocks(check: Check) -> None:
             torch.cuda.empty_cache()
 
 
+def streams(check: Check) -> None:
+    """Steps on samples that live on the host, the next read ahead, beside those on the device."""
+    shape, tokens = (SMALL, 64) if check.small else (SEVEN, TOKENS)
+    fused = why_not(check.device) is None and not check.small
+    seconds = {}
+    for storage in ("device", "host"):
+        bench = replace(
+            bench_of(shape, W4A4, check.device, torch.bfloat16, tokens), offload=storage
+        )
+        own = prepare(compiled(bench) if fused else bench, W4A4, SEEN, tokens)
+        seconds[storage] = check.timed(own.epoch, 3, 1) / SEEN
+        del own
+    here, there = (1e3 * seconds[storage] for storage in ("device", "host"))
+    check.say(f"{shape.name} {W4A4.name}", f"{here:.1f} ms a step, samples on the host {there:.1f}")
+
+
 def _replayed(times: Times) -> str:
     return "" if times.replayed is None else f", {1e3 * times.replayed:.1f} ms as a CUDA graph"
 

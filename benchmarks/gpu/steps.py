@@ -19,6 +19,7 @@ from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.learn.ahead import feeds_of
 from lrquant.learn.block_data import BlockData
 from lrquant.learn.captured import CapturedSteps, cuda_graphs
 from lrquant.learn.fit import Optimizers, learning_step, make_optimizers, step_on
@@ -70,6 +71,13 @@ class Prepared:
         rest = self.optimizers, self.objective, LOSS
         with self.runner, self.bench.learning():
             return learning_step(self.view, self.runner, self.data, batch, *rest)
+
+    def epoch(self) -> None:
+        """A step on each of its samples, read as a run reads them."""
+        rest = self.view, self.runner, self.data, self.optimizers, self.objective, LOSS
+        with self.runner, self.bench.learning():
+            for step, feeds in enumerate(feeds_of(self.data)):
+                step_on(feeds, step, *rest)
 
     def replayed(self) -> Callable[[], Tensor]:
         """What takes steps on the first sample as `--cuda-graphs` does."""

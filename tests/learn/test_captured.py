@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.learn.recording import record
 
 from lrquant.blocks.plan import FULL_PRECISION, Plan, learned_by
 from lrquant.blocks.workbench import advance_full_precision, make_workbench
@@ -59,21 +58,24 @@ def fitted(make_model, make_bench, token_ids):
     return fit
 
 
-class Counting:
-    """Records as a CPU can, and counts steps that are replayed."""
+@pytest.fixture
+def counting(record):
+    """counting() -> records as a CPU can, and counts steps that are replayed."""
 
-    def __init__(self):
-        self.recorded = self.replayed = 0
+    class Counting:
+        recorded = replayed = 0
 
-    def __call__(self, step):
-        self.recorded += 1
-        loss, replay = record(step)
+        def __call__(self, step):
+            self.recorded += 1
+            loss, replay = record(step)
 
-        def counted():
-            self.replayed += 1
-            replay()
+            def counted():
+                self.replayed += 1
+                replay()
 
-        return loss, counted
+            return loss, counted
+
+    return Counting
 
 
 def same(left, right):
@@ -88,41 +90,41 @@ def same(left, right):
 @pytest.mark.parametrize(
     ("family", "scheme"), [("llama", "W4A4"), ("opt", "W3A16g16"), ("gemma2", "W4A8")]
 )
-def test_replayed_steps_give_the_same_bytes(fitted, family, scheme):
-    recorder = Counting()
+def test_replayed_steps_give_the_same_bytes(fitted, counting, family, scheme):
+    recorder = counting()
     found = fitted(recorder, family, scheme)
     same(found, fitted(None, family, scheme))
     assert (recorder.recorded, recorder.replayed) == (1, 4 * 6 - captured.TAKEN)
 
 
-def test_steps_of_several_batches_and_windows_too(fitted):
+def test_steps_of_several_batches_and_windows_too(fitted, counting):
     learning = dataclasses.replace(LEARNING, batch_size=3)
     for blocks in (1, 2):
-        recorder = Counting()
+        recorder = counting()
         found = fitted(recorder, learning=learning, blocks=blocks)
         same(found, fitted(None, learning=learning, blocks=blocks))
         assert (recorder.recorded, recorder.replayed) == (1, 4 * 2 - captured.TAKEN)
 
 
 def test_batches_of_other_shapes_are_recorded_apart_and_few_kinds_are(
-    fitted, token_ids, monkeypatch
+    fitted, counting, token_ids, monkeypatch
 ):
     ids = [token_ids(1, tokens)[0] for tokens in (8, 12, 8, 12, 10, 8)]
     feed = Feed([{"input_ids": each[None]} for each in ids])
-    recorder = Counting()
+    recorder = counting()
     same(fitted(recorder, ids=feed), fitted(None, ids=feed))
     assert recorder.recorded == 3 and recorder.replayed == 4 * 6 - 3 * captured.TAKEN
     monkeypatch.setattr(captured, "MOST", 1)
-    few = Counting()
+    few = counting()
     same(fitted(few, ids=feed), fitted(None, ids=feed))
     assert few.recorded == 1 and few.replayed == 4 * 3 - captured.TAKEN
 
 
-def test_a_step_that_forgets_something_would_be_seen(fitted, monkeypatch):
+def test_a_step_that_forgets_something_would_be_seen(fitted, counting, monkeypatch):
     """The recorded step reads its own tensors: one that is not copied to makes another result."""
     monkeypatch.setattr(torch.Tensor, "copy_", _forgetful(torch.Tensor.copy_))
     with pytest.raises(AssertionError):
-        same(fitted(Counting()), fitted(None))
+        same(fitted(counting()), fitted(None))
 
 
 def _forgetful(copy):
@@ -133,7 +135,7 @@ def _forgetful(copy):
 
 
 def test_experts_and_steps_of_several_processes_are_not_recorded(
-    make_model, make_bench, monkeypatch
+    make_model, make_bench, record, monkeypatch
 ):
     monkeypatch.setattr(captured, "cuda_graphs", lambda: record)
     for family, expected in (("llama", record), ("mixtral", None)):
@@ -145,9 +147,9 @@ def test_experts_and_steps_of_several_processes_are_not_recorded(
             assert captured.recorder(left, views, team) is None
 
 
-def test_what_blocks_leave_for_later_ones_is_not_recorded(fitted):
+def test_what_blocks_leave_for_later_ones_is_not_recorded(fitted, counting):
     """No tensor that a block sets can be one that the recorded step reads."""
-    recorder = Counting()
+    recorder = counting()
     same(fitted(recorder, "gemma3n"), fitted(None, "gemma3n"))
     assert recorder.recorded == 0
 

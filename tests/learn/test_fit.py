@@ -8,43 +8,15 @@ import math
 import pytest
 import torch
 
-from lrquant.blocks.inputs import BlockInputs
-from lrquant.blocks.plan import Plan, learned_by
-from lrquant.blocks.workbench import advance_full_precision
 from lrquant.config.groups import Learning
 from lrquant.config.scheme import Scheme
-from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
-from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.ingredients.ingredient import SMALLEST_FACTOR
 from lrquant.learn import block_data, fit
-from lrquant.learn.block_data import BlockData
 from lrquant.learn.fit import fit_block
 from lrquant.learn.objective import Objective
 
 BATCHES = 4
-W2A8 = Scheme(2, 8)
-
-
-@pytest.fixture
-def block(make_model, make_bench, token_ids):
-    """A function that makes block 0 of a tiny model ready to be learned."""
-
-    def make(model=None, scheme=W2A8, batch_size=1, branches=1, **learned):
-        plan = Plan(Schemes(scheme), learned_by(**(learned or {"lwc": True, "let": True})))
-        bench = make_bench(model or make_model("llama"), plan=plan)
-        entry = BlockInputs(bench.model, token_ids(BATCHES, 12), batch_size, bench.device)
-        inputs, *targets = bench.streams(entry, 1 + branches)
-        entry.embed(inputs)
-        statistics = ChannelStatistics()
-        stored = bench.stored(0)
-        for stream in targets:
-            advance_full_precision(bench, 0, stored, entry, inputs, stream, statistics.observe)
-        view = bench.view(0, stored)
-        view.initialize(statistics)
-        return view, bench.runner(0, view), BlockData(0, entry, inputs, tuple(targets))
-
-    return make
 
 
 def settings(**changes):

@@ -70,8 +70,11 @@ class Stream:
 
         With `block` they are that block's inputs: what the model adds before it is added.
         """
-        states = self.states[batch.rows].to(self.device).float()  # moved as they are stored
-        states = states.unflatten(0, batch.shape)
+        states = self.states[batch.rows]
+        if self.on_host:
+            states = states.pin_memory()
+        states = states.to(self.device, non_blocking=self.on_host)  # as they are stored
+        states = states.float().unflatten(0, batch.shape)
         added = None if block is None else self.added_before(batch, block)
         return states if added is None else states + added
 
@@ -103,6 +106,11 @@ class Stream:
         self.states.copy_(other.states)
         self.added = other.added
         self.handed = dict(other.handed)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether states have a way to go to a CUDA device that computes with them."""
+        return self.device.type == "cuda" and self.states.device.type == "cpu"
 
     @property
     def nbytes(self) -> int:

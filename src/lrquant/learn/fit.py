@@ -13,6 +13,7 @@ from torch import Tensor
 from lrquant.blocks.view import BlockView
 from lrquant.config.groups import Learning
 from lrquant.errors import LRQuantError
+from lrquant.learn.ahead import feeds_of
 from lrquant.learn.block_data import BlockData, Fed, Runner
 from lrquant.learn.captured import CapturedSteps, Record, Step
 from lrquant.learn.gradients import Gradients
@@ -136,8 +137,8 @@ class _Fit:
         """One pass over the samples; the mean loss, or None as soon as something is not finite."""
         steps, total = len(self.data.shared.counts), 0.0
         unseen: list[Tensor] = []
-        for step in range(steps):
-            loss = take(self.data.fed_to(step), step)
+        for step, feeds in enumerate(feeds_of(self.data)):
+            loss = take(feeds, step)
             unseen.append(loss)
             if len(unseen) == unseen_steps(loss.device) or step + 1 == steps:
                 values = torch.stack(unseen).tolist()

@@ -1,16 +1,50 @@
-"""What a CUDA graph does, on a CPU: every operation is kept, and done again on the same tensors."""
+"""A block that is ready to be learned, and what records its steps."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lrquant.blocks.inputs import BlockInputs
+from lrquant.blocks.plan import Plan, learned_by
+from lrquant.blocks.workbench import advance_full_precision
+from lrquant.config.scheme import Scheme
+from lrquant.config.schemes import Schemes
+from lrquant.ingredients.base.statistics import ChannelStatistics
+from lrquant.learn.block_data import BlockData
+
+BATCHES = 4
+W2A8 = Scheme(2, 8)
+
+
+@pytest.fixture
+def block(make_model, make_bench, token_ids):
+    """A function that makes block 0 of a tiny model ready to be learned."""
+
+    def make(model=None, scheme=W2A8, batch_size=1, branches=1, **learned):
+        plan = Plan(Schemes(scheme), learned_by(**(learned or {"lwc": True, "let": True})))
+        bench = make_bench(model or make_model("llama"), plan=plan)
+        entry = BlockInputs(bench.model, token_ids(BATCHES, 12), batch_size, bench.device)
+        inputs, *targets = bench.streams(entry, 1 + branches)
+        entry.embed(inputs)
+        statistics = ChannelStatistics()
+        stored = bench.stored(0)
+        for stream in targets:
+            advance_full_precision(bench, 0, stored, entry, inputs, stream, statistics.observe)
+        view = bench.view(0, stored)
+        view.initialize(statistics)
+        return view, bench.runner(0, view), BlockData(0, entry, inputs, tuple(targets))
+
+    return make
+
 
 class Recording(TorchDispatchMode):
-    """Operations as a step does them; as in a graph, recording them leaves what there was.
+    """What a CUDA graph does, on a CPU: operations as a step does them are kept.
 
-    `replay` does them again: each reads and writes the tensors that it did while recorded.
+    Recording them leaves what there was.  `replay` does them again: each reads and writes the
+    tensors that it did while recorded.
     """
 
     def __init__(self):
@@ -53,14 +87,19 @@ class Recording(TorchDispatchMode):
                     own.copy_(again)
 
 
-def record(step):
-    """The step's loss, and what does it again: see `lrquant.learn.captured.Record`."""
-    recording = Recording()
-    with recording:
-        loss = step()
-    with torch.no_grad():
-        recording.undo()
-    return loss, recording.replay
+@pytest.fixture
+def record():
+    """record(step) -> its loss, and what does it again: see `lrquant.learn.captured.Record`."""
+
+    def keep(step):
+        recording = Recording()
+        with recording:
+            loss = step()
+        with torch.no_grad():
+            recording.undo()
+        return loss, recording.replay
+
+    return keep
 
 
 def _writes(argument):
