@@ -101,3 +101,24 @@ def test_own_code_of_a_family_refuses_quantised_states_before_anything(
         quantize(make_model(name), "W4A4", **settings)
     assert not (tmp_path / "run").exists()
     assert quantize(make_model(name), "W4A4-qkv16", **settings).records
+
+
+def test_rotated_queries_and_keys_have_the_same_products(states):
+    attention = AttentionInterface()[attention_name(None, rotated=True)]
+    found = attention(Attending(), *states, None, scaling=SCALING)[0]
+    torch.testing.assert_close(found, own(states, None))
+
+
+def test_a_channel_of_keys_that_is_large_costs_less_when_they_are_rotated():
+    """As after a rotary embedding; values lie on their grid already."""
+    query, key, value = torch.randn(3, 2, 4, 32, 64, generator=torch.Generator().manual_seed(0))
+    key[..., 0] += 20
+    value = value.sign()
+    exact, *found = (
+        AttentionInterface()[attention_name(grid, rotated=rotated)](
+            Attending(), query, key[:, :2], value[:, :2], None
+        )[0]
+        for grid, rotated in ((None, False), (IntegerGrid(4), False), (IntegerGrid(4), True))
+    )
+    plain, rotated = (float((each - exact).square().mean()) for each in found)
+    assert rotated < 0.5 * plain

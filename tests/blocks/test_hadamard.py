@@ -117,8 +117,17 @@ def test_weights_in_floating_point_are_refused():
         Scheme.parse("W16A4-hadamard")
 
 
-@pytest.mark.parametrize("name", ["W4A4-hadamard", "W4A4-qkv16-hadamard", "W4A8g32-sym-hadamard"])
+def test_queries_and_keys_in_floating_point_are_refused():
+    with pytest.raises(LRQuantError, match="give Q, K and V below 16 bits"):
+        Scheme.parse("W4A4-qkv16-r3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["W4A4-hadamard", "W4A4-qkv16-hadamard", "W4A8g32-sym-hadamard", "W4A16-qkv4-r3-hadamard"],
+)
 def test_names_are_read_back(name):
     scheme = Scheme.parse(name)
-    assert scheme.hadamard and scheme.name == name and "Hadamard" in scheme.describe()
+    assert scheme.hadamard and scheme.qk_hadamard == ("r3" in name)
+    assert scheme.name == name and "Hadamard" in scheme.describe()
     assert Scheme(**scheme.to_dict()) == scheme and "hadamard" not in Scheme(4, 4).to_dict()

@@ -34,6 +34,7 @@ RUNS = [
     ("qwen2", "W4A4g16-ag16", {"lac": True, "lac_lr": 0.05}),
     ("llama", "W3A16g16", {}),
     ("llama", "W4A4-hadamard", {}),
+    ("qwen3", "W4A4-r3", {"scheme_for": ("layers.1=W4A8-qkv4",)}),
     ("qwen3_moe", "W4A4", {"scheme_for": ("down_proj=W4A4-hadamard",)}),
     ("phi3", "W4A8g16", {"scheme_for": ("self_attn.qkv_proj=W4A8g16-hadamard",), "lac": True}),
     ("llama", "W4A16", {"rotation_sharing": "linear"}),

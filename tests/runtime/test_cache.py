@@ -35,6 +35,7 @@ def step_by_step(model, ids, cache):
     [
         *(("llama", "W4A4"), ("mistral-sliding", "W6A6"), ("qwen2-alternating", "W4A4")),
         *(("qwen3", "W8A8"), ("opt", "W4A4"), ("llama", "W4A16-qkv3")),
+        ("llama", "W4A8-qkv4-r3"),
     ],
 )
 def test_steps_give_what_the_whole_text_gives(loaded, token_ids, assert_alike, family, scheme):

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lrquant.model.device import dtype_name
 from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.tokens import fake_quantize_tokens
 
 _QUANTIZED = "_lrquant_quantized"
@@ -46,16 +47,20 @@ def with_own_config(module: nn.Module) -> PretrainedConfig:
 
 
 def attention_name(
-    grid: Grid | None, dtype: torch.dtype | None = None, compiled: bool = False
+    grid: Grid | None,
+    dtype: torch.dtype | None = None,
+    compiled: bool = False,
+    rotated: bool = False,
 ) -> str:
     """Register (once) and name the attention that puts Q, K and V on a grid, or none.
 
     Its products run in `dtype`, or in that of the queries; its quantizers may be `compiled`.
+    Queries and keys are `rotated` by a Hadamard matrix before, which leaves their products.
     """
     kind = "own" if dtype is None else dtype_name(dtype)
     on = "float" if grid is None else f"{grid.kind}{grid.bits}{'s' if grid.symmetric else 'a'}"
-    name = f"lrquant_{on}_{kind}{'_compiled' if compiled else ''}"
-    AttentionInterface.register(name, partial(_attention, grid, dtype, compiled))
+    name = f"lrquant_{on}_{kind}{'_compiled' if compiled else ''}{'_rotated' if rotated else ''}"
+    AttentionInterface.register(name, partial(_attention, grid, dtype, compiled, rotated))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
 
@@ -64,6 +69,7 @@ def _attention(
     grid: Grid | None,
     dtype: torch.dtype | None,
     compiled: bool,
+    rotated: bool,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -73,6 +79,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention on quantised Q, K, V (batch, heads, tokens, head_dim)."""
     dtype = dtype or query.dtype
+    if rotated:
+        query, key = (
+            states if getattr(states, _QUANTIZED, False) else hadamard(states)
+            for states in (query, key)
+        )
     if grid is None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     else:

@@ -56,10 +56,10 @@ class BlockRunner:
     The residual stream and the norms are float32; what the modules named by `inputs` read is put on
     their grid, Q, K and V on that of `attention`, then cast to `dtype`, in which products run.
     Consumers of one tensor share its quantised form.  Before that it is multiplied by a Hadamard
-    matrix where `rotated` names who reads it.  `shifted` names norms without a bias whose
-    output takes a shift; a linear that has an input factor reads its input times that; `observer`
-    is told (module, unquantised input (batch, tokens, in)).  Where a block computes attention by
-    `own_attention`, that runs in float32, on what linears give.
+    matrix where `rotated` names who reads it, and Q and K are where `heads_rotated`.  `shifted`
+    names norms without a bias whose output takes a shift; a linear that has an input factor reads
+    its input times that; `observer` is told (module, unquantised input (batch, tokens, in)).
+    Where a block computes attention by `own_attention`, that runs in float32, on what linears give.
 
     Names among `inputs` that are no modules are of what experts read inside theirs.  While
     `all_experts`, the observer is told of these too, as if every token went to every expert;
@@ -78,13 +78,15 @@ class BlockRunner:
         compiled: bool = False,
         residuals: int = 1,
         rotated: Collection[str] = (),
+        heads_rotated: bool = False,
     ) -> None:
         self.block, self.inputs, self.attention, self.shifted = block, inputs, attention, shifted
         self.own_attention, self.compiled = own_attention, compiled
         self.residuals, self.rotated = residuals, rotated
+        self.heads_rotated = heads_rotated
         self.config = None if own_attention else attention_config(block)
         self._attention_before = getattr(self.config, "_attn_implementation", None)
-        self._attention_name = attention_name(attention, dtype, compiled)
+        self._attention_name = attention_name(attention, dtype, compiled, heads_rotated)
         self.dtype, self.observer = dtype, observer
         self.all_experts = False
         self.router: Observer | None = None
@@ -147,6 +149,7 @@ class BlockRunner:
             own_attention=self.own_attention,
             residuals=self.residuals,
             rotated=self.rotated,
+            heads_rotated=self.heads_rotated,
         )
 
     def _before(

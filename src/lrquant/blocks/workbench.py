@@ -103,6 +103,7 @@ class Workbench:
             self.compiled,
             self.model.residuals,
             self._plan_of(index).rotated if self.plan.schemes.hadamard else (),
+            view.plan.attention_scheme.qk_hadamard,
         )
 
     def streams(self, entry: BlockInputs, count: int) -> list[Stream]:

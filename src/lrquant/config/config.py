@@ -142,6 +142,7 @@ class _Config(Settings):
             weight_grid=scheme.weight_grid if scheme.weight_grid != "int" else self.weight_grid,
             activation_group_size=scheme.activation_group_size or self.activation_group_size,
             hadamard=scheme.hadamard or self.hadamard,
+            qk_hadamard=scheme.qk_hadamard or self.qk_hadamard,
         )
 
     def _asked(self) -> bool:

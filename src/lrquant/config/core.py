@@ -56,6 +56,11 @@ class Settings:
         "inputs of linears times a Hadamard matrix at run time, -hadamard in --scheme; for "
         "some: --scheme-for mlp.down_proj=W4A4-hadamard",
     )
+    qk_hadamard: bool = setting(
+        False,
+        "queries and keys times a Hadamard matrix at run time, after their rotary embedding, -r3 "
+        "in --scheme",
+    )
     weight_grid: str = setting("int", "kind of grid of the weights, or at the end of --scheme")
 
     lr_plus: bool = setting(
@@ -263,6 +268,7 @@ class Settings:
             weight_grid=self.weight_grid,
             activation_group_size=self.activation_group_size,
             hadamard=self.hadamard,
+            qk_hadamard=self.qk_hadamard,
         )
 
     @property

@@ -15,8 +15,8 @@ USUAL = (  # schemes that people ask for
 )
 _NAME = re.compile(
     r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-ag([0-9]{1,9}))?"
-    r"(?:-qkv([0-9]{1,9}))?(-hadamard)?"
-    r"(?:-(?!sym|asym|qkv|hadamard|ag(?:[0-9]|$))([a-z][a-z0-9]*))?",
+    r"(?:-qkv([0-9]{1,9}))?(-r3)?(-hadamard)?"
+    r"(?:-(?!sym|asym|qkv|hadamard|r3(?:-|$)|ag(?:[0-9]|$))([a-z][a-z0-9]*))?",
     re.IGNORECASE,
 )
 
@@ -30,7 +30,8 @@ class Scheme:
     the rotary embedding) and V: dynamic, per token and head, at `activation_bits` unless `qkv_bits`
     says otherwise.  `weight_grid` is the kind of grid that weights lie on: integers, or what
     another package declares.  With `hadamard` what a linear reads is multiplied by a Hadamard
-    matrix at run time, and its weight by the same, before either is put on its grid.
+    matrix at run time, and its weight by the same, before either is put on its grid; with
+    `qk_hadamard` queries and keys by one of a head's size (SpinQuant's R3).
     """
 
     weight_bits: int = 4
@@ -42,6 +43,7 @@ class Scheme:
     weight_grid: str = "int"
     activation_group_size: int | None = None
     hadamard: bool = False
+    qk_hadamard: bool = False
 
     def __post_init__(self) -> None:
         for what, bits in (
@@ -61,6 +63,11 @@ class Scheme:
                 "Hadamard matrices with 16-bit weights: they are multiplied into weights that are "
                 "quantised; give weights below 16 bits"
             )
+        if self.qk_hadamard and self.attention_bits == FLOAT_BITS:
+            raise LRQuantError(
+                "Q and K times Hadamard matrices, at 16 bits: that changes nothing; give Q, K and "
+                "V below 16 bits"
+            )
         for what, size, whole in (
             ("group size", self.group_size, "output channel"),
             ("activation group size", self.activation_group_size, "token"),
@@ -74,12 +81,12 @@ class Scheme:
     @classmethod
     def parse(cls, name: str) -> Scheme:
         """Read "W4A16g128", "W4A4", "W4A4-qkv16", "W8A8-sym" (symmetric weights), "W4A4-ag64",
-        "W4A4-hadamard"."""
+        "W4A4-r3-hadamard"."""
         match = _NAME.fullmatch(name.strip())
         if match is None or (match[4] and match[5]):
             raise LRQuantError(
                 f"scheme {name!r}: expected W<bits>A<bits>[g<size>][-sym][-ag<size>][-qkv<bits>]"
-                f"[-hadamard], for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
+                f"[-r3][-hadamard], for example W4A4, W4A16g128 or W4A4-qkv16{_nearest(name)}"
             )
         return cls(
             weight_bits=int(match[1]),
@@ -87,9 +94,10 @@ class Scheme:
             group_size=int(match[3]) if match[3] else None,
             symmetric=match[4] is not None,
             qkv_bits=int(match[7]) if match[7] else None,
-            weight_grid=match[9].lower() if match[9] else "int",
+            weight_grid=match[10].lower() if match[10] else "int",
             activation_group_size=int(match[6]) if match[6] else None,
-            hadamard=match[8] is not None,
+            hadamard=match[9] is not None,
+            qk_hadamard=match[8] is not None,
         )
 
     @property
@@ -106,8 +114,9 @@ class Scheme:
         grid = f"-{self.weight_grid}" if self.weight_grid != "int" else ""
         across = f"-ag{self.activation_group_size}" if self.activation_group_size else ""
         bits = f"W{self.weight_bits}A{self.activation_bits}"
+        heads = "-r3" if self.qk_hadamard else ""
         rotated = "-hadamard" if self.hadamard else ""
-        return f"{bits}{group}{symmetry}{across}{attention}{rotated}{grid}"
+        return f"{bits}{group}{symmetry}{across}{attention}{heads}{rotated}{grid}"
 
     @property
     def quantizes_weights(self) -> bool:
@@ -126,8 +135,10 @@ class Scheme:
 
     def to_dict(self) -> dict[str, int | bool | str | None]:
         """Its fields, but for those that older readers lack where they say nothing new."""
-        usual = ("weight_grid", "int"), ("activation_group_size", None), ("hadamard", False)
-        return {pair[0]: pair[1] for pair in dataclasses.asdict(self).items() if pair not in usual}
+        usual: dict[str, object] = {"weight_grid": "int", "activation_group_size": None}
+        usual |= {"hadamard": False, "qk_hadamard": False}
+        pairs = dataclasses.asdict(self).items()
+        return {name: value for name, value in pairs if name not in usual or value != usual[name]}
 
     def describe(self) -> str:
         """One line for people: what is quantised, and how."""
@@ -142,10 +153,11 @@ class Scheme:
         size = self.activation_group_size
         across = f"per token and {size} channels" if size else "per token"
         rotated = ", of inputs times Hadamard matrices" if self.hadamard else ""
+        heads = ", Q and K times Hadamard matrices" if self.qk_hadamard else ""
         return (
             f"{self.name}: weights {words(self.weight_bits, f'{kind}, {per}')}; activations "
             f"{words(self.activation_bits, f'{activation_kind}, {across}')}{rotated}; "
-            f"Q, K, V {words(self.attention_bits, 'per token and head')}"
+            f"Q, K, V {words(self.attention_bits, 'per token and head')}{heads}"
         )
 
 

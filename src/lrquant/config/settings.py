@@ -24,7 +24,7 @@ SPELLED_OUT = {
     **{"wbits": "weight_bits", "abits": "activation_bits", "group_size": "group_size"},
     **{"symmetric": "symmetric", "qkv_bits": "qkv_bits", "weight_grid": "weight_grid"},
     "activation_group_size": "activation_group_size",
-    "hadamard": "hadamard",
+    **{"hadamard": "hadamard", "qk_hadamard": "qk_hadamard"},
 }
 
 

@@ -11,7 +11,14 @@ _LEARNED, _MEASURED = "what is learned, and how", "what is measured"
 _GROUPS = {
     "model and scheme": (
         *("model", "scheme", "preset", "scheme_for", "wbits", "abits", "group_size", "symmetric"),
-        *("activation_symmetric", "qkv_bits", "hadamard", "weight_grid", "vision_scheme"),
+        *(
+            "activation_symmetric",
+            "qkv_bits",
+            "hadamard",
+            "qk_hadamard",
+            "weight_grid",
+            "vision_scheme",
+        ),
         "net",
     ),
     "where results go": (

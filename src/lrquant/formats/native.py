@@ -22,6 +22,7 @@ from lrquant.formats.compressed_tensors import packed_matrix
 from lrquant.formats.format import HADAMARD, Format
 from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
+from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.grids.schemes import attention_grid
 from lrquant.runtime.linear import IntegerLinear
 from lrquant.runtime.loading import NAME, VERSION, NativeConfig
@@ -87,10 +88,14 @@ def _experts(part: Part) -> list[str]:
 
 
 def _other_attentions(part: Part) -> list[JsonObject]:
-    """Attentions whose Q, K and V are not on the grid that the part's scheme says."""
-    usual, groups = attention_grid(part.scheme), dict[Scheme, list[str]]()
+    """Attentions whose Q, K and V are not quantised as the part's scheme says."""
+
+    def how(scheme: Scheme) -> tuple[Grid | None, bool]:
+        return attention_grid(scheme), scheme.qk_hadamard
+
+    usual, groups = how(part.scheme), dict[Scheme, list[str]]()
     for name, scheme in part.attentions.items():
-        if attention_grid(scheme) != usual:
+        if how(scheme) != usual:
             groups.setdefault(scheme, []).append(name)
     return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in groups.items()]
 

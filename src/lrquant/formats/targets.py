@@ -157,6 +157,7 @@ def _candidates(plan: Plan) -> Iterator[Plan]:
             own.weight_grid,
             across,
             own.hadamard and kept,
+            own.qk_hadamard and attention != FLOAT_BITS,
         )
         patterns = _like(plan, scheme, kept)
         schemes = dataclasses.replace(plan.schemes, default=scheme, patterns=patterns)

@@ -12,6 +12,7 @@ from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.grids.schemes import attention_grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.products import quantize_tokens
 
 _SCALE_BYTES = 4
@@ -28,12 +29,14 @@ class QuantizedCache(Cache):
     def __init__(self, config: PretrainedConfig) -> None:
         quantization = getattr(config, "quantization_config", None)
         values = getattr(quantization, "scheme", None)
-        grid = attention_grid(Scheme(**values)) if values else None
-        if grid is None or getattr(quantization, "others", None):
+        scheme = Scheme(**values) if values else None
+        grid = None if scheme is None else attention_grid(scheme)
+        if scheme is None or grid is None or getattr(quantization, "others", None):
             raise LRQuantError(
                 "QuantizedCache: this model's K and V are not quantised; leave past_key_values out"
             )
-        self._records = [_Layer(grid) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self._records = [_Layer(grid, scheme.qk_hadamard) for _ in layers]
         super().__init__(layers=[*self._records])
 
     @property
@@ -48,17 +51,21 @@ class QuantizedCache(Cache):
 
 
 class _Layer(DynamicLayer):
-    """Records uint8 (batch, heads, tokens, bytes) of codes, scale and zero point, in that order."""
+    """Records uint8 (batch, heads, tokens, bytes) of codes, scale and zero point, in that order.
 
-    def __init__(self, grid: IntegerGrid) -> None:
+    Those of keys may be of keys times a Hadamard matrix.
+    """
+
+    def __init__(self, grid: IntegerGrid, rotated: bool = False) -> None:
         super().__init__()
-        self._grid, self._bits = grid, grid.bits
+        self._grid, self._bits, self._rotated = grid, grid.bits, rotated
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: object, **named: object
     ) -> tuple[Tensor, Tensor]:
         """Encode the new states (batch, heads, tokens, head_dim); return all of them, decoded."""
-        records = super().update(self._encode(key_states), self._encode(value_states))
+        rotated = hadamard(key_states) if self._rotated else key_states
+        records = super().update(self._encode(rotated), self._encode(value_states))
         keys, values = (self._decode(record, key_states.shape[-1]) for record in records)
         return mark_quantized(keys), mark_quantized(values)
 

@@ -261,14 +261,15 @@ def _set_attention(model: nn.Module, linear: str, scheme: Scheme) -> None:
     config = getattr(model.get_submodule(linear.rpartition(".")[0]), "config", None)
     grid = attention_grid(scheme)
     if config is not None and grid is not None:
-        config._attn_implementation = attention_name(grid)
+        config._attn_implementation = attention_name(grid, rotated=scheme.qk_hadamard)
 
 
 def _set_own_attention(attention: nn.Module, scheme: Scheme) -> None:
     """Quantise Q, K and V of one attention, which then has a configuration of its own."""
     from lrquant.blocks.attention import attention_name, with_own_config
 
-    with_own_config(attention)._attn_implementation = attention_name(attention_grid(scheme))
+    name = attention_name(attention_grid(scheme), rotated=scheme.qk_hadamard)
+    with_own_config(attention)._attn_implementation = name
 
 
 def _refuse_missing(model: PreTrainedModel) -> None:
