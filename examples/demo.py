@@ -117,10 +117,11 @@ def main() -> int:
     text, folder = find_text(options.data_dir)
     if (ROOT / RUN).exists():
         shutil.rmtree(ROOT / RUN)
-    command = [sys.executable, "-m", "lrquant", "quantize", "--model", model, "--scheme", "W4A4"]
+    command = [sys.executable, "-m", "lrquant", "quantize", "--model", model]
+    command += ["--scheme", "W4A4-r3", "--scheme-for", "mlp.down_proj=W4A4-hadamard"]
     command += ["--calib-dataset", text, *(["--data-dir", folder] if folder else [])]
-    command += ["--lr-plus", "--nsamples", "16", "--seqlen", "512", "--epochs", "5", "--ppl", text]
-    command += ["--limit", "40", "--compare", "--output-dir", str(RUN)]
+    command += ["--lr-plus", "--rounding", "--nsamples", "16", "--seqlen", "512", "--epochs", "1"]
+    command += ["--ppl", text, "--limit", "20", "--compare", "--output-dir", str(RUN)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     print(f"demo: {(time.monotonic() - started) / 60:.1f} minutes in all")
     return code
