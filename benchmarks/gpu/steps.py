@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,9 @@ from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.learn.ahead import feeds_of
-from lrquant.learn.block_data import BlockData
+from lrquant.learn.block_data import BlockData, Fed
 from lrquant.learn.captured import CapturedSteps, cuda_graphs
-from lrquant.learn.fit import Optimizers, learning_step, make_optimizers, step_on
+from lrquant.learn.fit import Optimizers, make_optimizers, step_on
 from lrquant.learn.objective import Objective
 
 LOSS = "mse+nlc"
@@ -68,21 +68,22 @@ class Prepared:
 
     def step(self, batch: int = 0) -> Tensor:
         """One learning step; its loss, on the device."""
-        rest = self.optimizers, self.objective, LOSS
         with self.runner, self.bench.learning():
-            return learning_step(self.view, self.runner, self.data, batch, *rest)
+            return self._taken(self.data.fed_to(batch), batch)
+
+    def _taken(self, feeds: Sequence[Fed], step: int) -> Tensor:
+        rest = self.view, self.runner, self.data, self.optimizers, self.objective, LOSS
+        return step_on(feeds, step, *rest)
 
     def epoch(self) -> None:
         """A step on each of its samples, read as a run reads them."""
-        rest = self.view, self.runner, self.data, self.optimizers, self.objective, LOSS
         with self.runner, self.bench.learning():
             for step, feeds in enumerate(feeds_of(self.data)):
-                step_on(feeds, step, *rest)
+                self._taken(feeds, step)
 
     def replayed(self) -> Callable[[], Tensor]:
         """What takes steps on the first sample as `--cuda-graphs` does."""
-        rest = self.view, self.runner, self.data, self.optimizers, self.objective, LOSS
-        steps = CapturedSteps(lambda feeds, step: step_on(feeds, step, *rest), cuda_graphs())
+        steps = CapturedSteps(self._taken, cuda_graphs())
 
         def step() -> Tensor:
             with self.runner, self.bench.learning():
