@@ -20,6 +20,7 @@ from lrquant.measures.subjects.checkpoint import loaded, stored_checkpoint
 FORMATS = {
     "compressed-tensors": ("W4A16g16", {}),
     "bytes": ("W8A8-sym-qkv16", {"activation_symmetric": True}),
+    "transforms": ("W4A16-hadamard", {"format": "compressed-tensors"}),
     "lrquant": ("W4A4g16", {"format": "lrquant"}),
     "dequantized": ("W4A16", {"format": "dequantized"}),
 }

@@ -15,6 +15,7 @@ from lrquant.blocks.runner import INPUT_CLIP_SUFFIX, INPUT_FACTOR_SUFFIX
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.grid import Grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.weights import Quantized, dequantize_weight, with_dense
 
 FloatingMatrix = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out,)
@@ -90,18 +91,9 @@ class FrozenBlock:
 
         `by_expert` says that those of experts are made out of codes one by one, when they are used.
         """
-        tensors = dict(self.others)
         layout = self.layout.items()
         names = [name for name, matrix in layout if not (by_expert and matrix.expert is not None)]
-        tensors |= assembled(self.layout, {name: self._weight(name, dtype) for name in names})
-        biases = {
-            name: matrix.bias.to(dtype)
-            for name, matrix in self.matrices.items()
-            if matrix.bias is not None
-        }
-        pairs = self.unquantized.items()
-        biases |= {n: bias.to(dtype) for n, (_, bias) in pairs if bias is not None}
-        tensors |= assembled_biases(self.layout, biases)
+        tensors = self._with({name: self._weight(name, dtype) for name in names}, dtype)
         for name, matrix in self.matrices.items():
             if matrix.input_factor is not None:
                 tensors[name + INPUT_FACTOR_SUFFIX] = matrix.input_factor
@@ -118,20 +110,36 @@ class FrozenBlock:
         pairs = ((self.layout[n].reads, each.input_clip) for n, each in self.matrices.items())
         return {f"{name}{INPUT_CLIP_SUFFIX}": clip for name, clip in pairs if clip is not None}
 
+    def _with(self, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The block's tensors with these weights of its matrices; biases in `dtype`."""
+        biases = {
+            name: matrix.bias.to(dtype)
+            for name, matrix in self.matrices.items()
+            if matrix.bias is not None
+        }
+        pairs = self.unquantized.items()
+        biases |= {n: bias.to(dtype) for n, (_, bias) in pairs if bias is not None}
+        tensors = self.others | assembled(self.layout, weights)
+        return tensors | assembled_biases(self.layout, biases)
+
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self.matrices:
             return self.matrices[name].dequantize(dtype)
         return self.unquantized[name][0].to(dtype)
 
     def dense(self) -> dict[str, Tensor]:
-        """Float32 tensors of a plain block, input factors multiplied into weights, no clipping."""
-        tensors = self.tensors(torch.float32)
-        for name in self.input_clips:
-            del tensors[name]
-        for name, matrix in self.matrices.items():
-            if matrix.input_factor is not None:
-                tensors[f"{name}.weight"] *= tensors.pop(name + INPUT_FACTOR_SUFFIX)
-        return tensors
+        """Float32 tensors of a plain block, no clipping.
+
+        Input factors and Hadamard matrices are multiplied into weights.
+        """
+        return self._with({name: self._plain(name) for name in self.layout}, torch.float32)
+
+    def _plain(self, name: str) -> Tensor:
+        """The float32 weight of the input as it is."""
+        weight, matrix = self._weight(name, torch.float32), self.matrices.get(name)
+        if matrix is not None and matrix.input_factor is not None:
+            weight = weight * matrix.input_factor
+        return hadamard(weight) if matrix is not None and matrix.scheme.hadamard else weight
 
     def apart(self, alone: Collection[str]) -> FrozenBlock:
         """The same with matrices of several in a parameter as linears by their own names.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrquant.blocks.attention import attention_config
 from lrquant.blocks.plan import BlockPlan, Plan
+from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import Workbench, learned_view, shape_view
 from lrquant.config.groups import Origin
 from lrquant.config.scheme import Scheme
@@ -35,6 +36,7 @@ from lrquant.model.device import dtype_name
 from lrquant.model.model import Model
 from lrquant.model.publication import publication_of
 from lrquant.model.published import Published
+from lrquant.numerics.hadamard import hadamard_size
 from lrquant.runs.folder import RunFolder
 from lrquant.runs.results import VERDICT, Results, kinds, seen_from
 
@@ -164,6 +166,7 @@ def _write_tensors(
         names: list[str] = []
         linears: dict[str, Scheme] = {}
         attentions: dict[str, Scheme] = {}
+        sizes: dict[str, int] = {}
         for index in range(len(bench.model.blocks)):
             view = learned_view(bench, learned, index)
             published, prefix = bench.model.published, bench.model.block_name(index) + "."
@@ -174,8 +177,9 @@ def _write_tensors(
             names += sorted(tensors)
             linears |= linear_schemes(view.plan, published, form)
             attentions |= attention_schemes(bench.model, view.plan)
+            sizes |= hadamard_sizes(view, published, form)
         blocks = bench.model.architecture.blocks
-        parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions))
+        parts.append(Part(blocks, bench.plan.schemes, linears, names, attentions, sizes))
     index_text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
     (place / INDEX).write_text(index_text, encoding="utf-8")
     return parts
@@ -191,17 +195,31 @@ def _quantized(workbench: Workbench, folder: RunFolder) -> list[tuple[Workbench,
 
 
 def linear_schemes(plan: BlockPlan, published: Published, form: Format) -> dict[str, Scheme]:
-    """The scheme of each linear of a block by its full name; parts of one have the same.
+    """The scheme of each linear of a block by its full name; parts of one have the same."""
+    return {full: plan.schemes[own] for full, own in _linears(plan, published, form).items()}
+
+
+def hadamard_sizes(view: BlockView, published: Published, form: Format) -> dict[str, int]:
+    """That of the Hadamard matrix of each linear of a block that has one, by its full name."""
+    return {
+        full: hadamard_size(view.shapes.matrices[own].columns)
+        for full, own in _linears(view.plan, published, form).items()
+        if view.plan.schemes[own].hadamard
+    }
+
+
+def _linears(plan: BlockPlan, published: Published, form: Format) -> dict[str, str]:
+    """The last matrix of each linear of a block, by the linear's full name.
 
     Matrices of experts that have tensors of their own, or would if they were quantised, are too.
     """
-    alone, schemes = published.alone(plan.name), {}
+    alone, linears = published.alone(plan.name), {}
     for name, matrix in plan.matrices.items():
         single = name in alone or (form.experts_apart and matrix.expert is not None)
         own = name if single else matrix.parameter.removesuffix(".weight")
         if single or (matrix.expert is None and matrix.parameter.endswith(".weight")):
-            schemes[published.name(f"{plan.name}.{own}")] = plan.schemes[name]
-    return schemes
+            linears[published.name(f"{plan.name}.{own}")] = name
+    return linears
 
 
 def _kept(model: Model) -> list[str]:

@@ -56,8 +56,11 @@ def choose_format(plan: Plan, name: str | None, target: str | None) -> Format:
 
 
 def _served(plan: Plan) -> Format:
-    """What the first runtime loads of which a format does, or any format that holds the plan."""
-    for target in _SERVED_BY:
+    """What the first runtime loads of which a format does, or any format that holds the plan.
+
+    Nothing that another of them would load and compute wrongly without a word.
+    """
+    for target in _SERVED_BY if not plan.schemes.hadamard else ("native",):
         form = taken_by(plan, target, formats(), DEFAULT)
         if form is not None:
             return form
@@ -70,11 +73,16 @@ def _served(plan: Plan) -> Format:
 def why_native(plan: Plan) -> str:
     """That no runtime but this package's loads a plan, and the nearest that vLLM would."""
     packed = [form for form in formats().values() if form.name != NATIVE]
+    served = taken_by(plan, "vllm", formats(), DEFAULT)
+    why = f"no format that vLLM or transformers alone loads holds {plan.schemes.name}"
     mend = mended(plan, "vllm", packed)
     nearest = "" if mend is None else f"; for vLLM {mend}"
+    if served is not None:
+        why = f"no format that transformers alone loads holds {plan.schemes.name}"
+        nearest = f"; for vLLM alone: --format {served.name}"
     return (
-        f"no format that vLLM or transformers alone loads holds {plan.schemes.name}: written in "
-        f"the native format, which transformers loads after `import lrquant`{nearest}"
+        f"{why}: written in the native format, which transformers loads after `import lrquant`"
+        f"{nearest}"
     )
 
 

@@ -1,7 +1,8 @@
 """compressed-tensors: packed integers that transformers and vLLM load.
 
 Weights of 2 to 8 bits, symmetric or not, by row or group; activations as they are, or symmetric,
-dynamic, one scale a token or a group of its channels.  Codes are packed by the library itself.
+dynamic, one scale a token or a group of its channels; inputs times Hadamard matrices, for vLLM.
+Codes are packed by the library itself.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from lrquant.config.scheme import FLOAT_BITS, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.errors import LRQuantError
 from lrquant.files.whole import JsonObject
-from lrquant.formats.format import Format
+from lrquant.formats.format import HADAMARD, Format
 from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
 from lrquant.formats.runtimes import in_transformers, in_vllm, in_vllm_cpu
+from lrquant.formats.transforms import KEY, fits, multiplied_back, transform_config
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import centred
@@ -41,7 +43,7 @@ def _refusal(schemes: Schemes) -> str | None:
     quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
         return "weights of 16 bits are not packed"
-    together = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
+    together = _mixed_refusal(schemes) or _tower_refusal(schemes)
     if together is not None:
         return together
     for scheme in quantized:
@@ -62,19 +64,21 @@ def _refusal(schemes: Schemes) -> str | None:
     return None
 
 
-def _mixed_refusal(schemes: Schemes, quantized: Sequence[Scheme]) -> str | None:
+def _mixed_refusal(schemes: Schemes) -> str | None:
     """What transformers 5.23 loads of several schemes: weights without zero points.
 
     It decodes weights with zero points by one scheme for the whole model.
     """
-    several = {scheme for _, scheme in schemes.patterns if not scheme.floating_point}
-    several |= {schemes.default} if not schemes.default.floating_point else set()
+    several = {_stored(scheme) for _, scheme in schemes.patterns if not scheme.floating_point}
+    several |= {_stored(schemes.default)} if not schemes.default.floating_point else set()
+    quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     odd = [s for s in quantized if s.activation_bits == FLOAT_BITS and not s.symmetric]
     if len(several) < 2 or not odd:
         return None
+    wanted = replace(odd[0], symmetric=True)
     return (
         f"{odd[0].name} beside other schemes: transformers decodes weights with zero points by one "
-        f"scheme for the whole model; use symmetric weights, such as {odd[0].name}-sym, in all of "
+        f"scheme for the whole model; use symmetric weights, such as {wanted.name}, in all of "
         "them, or --format lrquant"
     )
 
@@ -84,10 +88,10 @@ def _tower_refusal(schemes: Schemes) -> str | None:
 
     It prepares some towers through weights that packed linears do not have.
     """
-    language, tower = schemes.default, schemes.tower
-    if tower is None:
+    if schemes.tower is None:
         return None
-    others = {s for _, s in schemes.patterns if not s.floating_point and s != language}
+    language, tower = _stored(schemes.default), _stored(schemes.tower)
+    others = {_stored(s) for _, s in schemes.patterns if not s.floating_point} - {language}
     if tower == language and others and language.activation_bits == FLOAT_BITS:
         return (
             f"--vision-scheme {tower.name} beside --scheme-for: transformers decodes a tower of "
@@ -114,19 +118,30 @@ def _tower_refusal(schemes: Schemes) -> str | None:
 
 def _nearest(scheme: Scheme) -> Scheme:
     if scheme.activation_bits == FLOAT_BITS:
-        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS)
+        return replace(scheme, qkv_bits=scheme.qkv_bits and FLOAT_BITS, qk_hadamard=False)
     bits = 8 if scheme.activation_bits > 4 else 4
     weights = 8 if scheme.weight_bits > 4 else 4
     group_size = None if weights == 8 else scheme.group_size
     across = None if weights == bits == 8 else scheme.activation_group_size
     kind = scheme.weight_grid
-    return Scheme(weights, bits, group_size, True, True, 16, kind, across)
+    return Scheme(weights, bits, group_size, True, True, 16, kind, across, scheme.hadamard)
+
+
+def _stored(scheme: Scheme) -> Scheme:
+    """The scheme without what transform_config says of it: how weights and inputs are packed."""
+    return replace(scheme, hadamard=False)
 
 
 def _experts(schemes: Schemes, own: Set[Scheme]) -> str | None:
     """What transformers 5.23 joins of single experts: symmetric weights of one scheme, decoded."""
-    quantized = {scheme for scheme in schemes.every if not scheme.floating_point}
-    first = schemes.default
+    rotated = next((scheme for scheme in own if scheme.hadamard), None)
+    if rotated is not None:
+        return (
+            f"{rotated.name}: no runtime multiplies what experts read by Hadamard matrices; give "
+            f"them {_stored(rotated).name}, or use --format lrquant"
+        )
+    quantized = {_stored(scheme) for scheme in schemes.every if not scheme.floating_point}
+    first = _stored(schemes.default)
     alike = quantized == {first} and len(own) == 1
     if alike and first.symmetric and first.activation_bits == FLOAT_BITS:
         return None
@@ -152,6 +167,11 @@ def _layout(scheme: Scheme) -> str:
 
 def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObject:
     """One group of linears a scheme; the class comes last, or readers warn of names after it."""
+    transforms = transform_config(parts, outside)
+    parts = [
+        replace(part, linears={name: _stored(own) for name, own in part.linears.items()})
+        for part in parts
+    ]
     first = parts[0].scheme
     alike = all(part.scheme == first and not part.mixed for part in parts)
     groups, alone = [], []
@@ -181,7 +201,7 @@ def _quantization_config(parts: Sequence[Part], outside: list[str]) -> JsonObjec
         # linears do not have, and joins single experts only of what it decodes; other readers do
         # not look at this key.
         values["dequantize"] = True
-    return values
+    return values if transforms is None else {**values, KEY: transforms}
 
 
 def _blocks_pattern(part: Part) -> str:
@@ -263,24 +283,18 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
         weight = compressor.decompress(own, scheme)["weight"]
         if shape not in (None, list(weight.shape)):
             raise ValueError(f"{linear}.weight_shape is {shape} beside {list(weight.shape)}")
-        dense[f"{linear}.weight"] = weight
+        dense[f"{linear}.weight"] = multiplied_back(weight, f"{block}.{linear}", quantization)
     return dense
 
 
 def _group_of(linear: str, read: QuantizationConfig) -> QuantizationScheme:
     """The group that a linear of this full name is of: a name goes before the class."""
     groups = [group for group in read.config_groups.values() if not isinstance(group, list)]
-    named = [g for g in groups if any(_names(target, linear) for target in g.targets)]
+    named = [g for g in groups if any(fits(target, linear) for target in g.targets)]
     whole = [g for g in groups if "Linear" in g.targets]
     if not (named or whole):
         raise LRQuantError(f"{linear}: in no group of the quantization_config; export it again")
     return (named or whole)[0]
-
-
-def _names(target: str, linear: str) -> bool:
-    """Whether a target is this linear's name, or a pattern that it fits."""
-    pattern = target.removeprefix("re:")
-    return target == linear or (pattern != target and re.match(pattern, linear) is not None)
 
 
 FORMAT = Format(
@@ -291,4 +305,5 @@ FORMAT = Format(
     quantization_config=_quantization_config,
     loading=_loading,
     experts=_experts,
+    holds=frozenset({HADAMARD}),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrquant.blocks.frozen import FrozenBlock
 from lrquant.config.scheme import FLOAT_BITS, Scheme
-from lrquant.formats.format import Format
+from lrquant.formats.format import HADAMARD, Format
 from lrquant.formats.loading import Loading
 
 
@@ -36,7 +36,7 @@ FORMAT = Format(
     tensors=_tensors,
     quantization_config=lambda parts, outside: None,
     loading=_loading,
-    holds=frozenset({"input factor", "dense factor"}),
+    holds=frozenset({"input factor", "dense factor", HADAMARD}),
     grids=frozenset(),
     experts=lambda schemes, own: None,
 )

@@ -33,7 +33,8 @@ class Format:
     quantised parts of the model, the language part first, and the names of the linears outside
     them, which stay as they are.
     `decode` undoes `tensors` by what config.json says alone: given a block's stored tensors, its
-    full name and the quantization_config, it returns dense ones; shifts and input factors stay.
+    full name and the quantization_config, it returns dense ones; shifts and input factors stay,
+    Hadamard matrices are multiplied back into weights.
     `loading` says how a runtime (one of `TARGETS`) takes a scheme that the format holds, and what
     it then computes.
     `shape_refusal` returns why a weight (out, in) of that many rows and columns cannot be written,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lrquant.blocks.plan import Plan, plan_block
 from lrquant.blocks.workbench import shape_view
 from lrquant.config.scheme import Scheme
@@ -29,6 +31,7 @@ def check_kernels(model: Model, plan: Plan, form: Format, target: str) -> int:
         for index in range(len(part.blocks)):
             if target in FUSING:
                 _require_one_scheme(part, index, own, target)
+                _require_no_biases(part, index, own, target)
             _require_multiple(part, index, own, multiple, target)
     return asked
 
@@ -61,6 +64,25 @@ def _require_one_scheme(model: Model, index: int, plan: Plan, target: str) -> No
                 f"--target {target}: {', '.join(names)} of block {index} are one product there and "
                 f"take one scheme; the nearest that it holds is {flags}"
             )
+
+
+def _require_no_biases(model: Model, index: int, plan: Plan, target: str) -> None:
+    """Refuse biases where vLLM multiplies inputs: its way there asserts that there are none."""
+    view = shape_view(model, index, plan)
+    odd = [n for n, m in view.matrices.items() if m.bias in view.stored]
+    odd = [name for name in odd if view.plan.schemes[name].hadamard]
+    if odd:
+        together = [names for names in fused_matrices(model, index) if {*names} & {*odd}]
+        flags = [
+            f"--scheme-for '{name}={replace(view.plan.schemes[name], hadamard=False).name}'"
+            for names in together
+            for name in names
+        ]
+        raise LRQuantError(
+            f"--target {target}: adds no biases to what it makes of inputs times Hadamard "
+            f"matrices, and {', '.join(odd)} of block {index} have such; the nearest that it holds "
+            f"is {' '.join(flags)}"
+        )
 
 
 def _precision(scheme: Scheme) -> tuple[int, int, bool]:

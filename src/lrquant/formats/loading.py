@@ -13,6 +13,7 @@ AS_LEARNED = "what was learned"
 class Loading:
     """How a runtime takes a scheme in a format: not at all (`refusal`), or with `notes`.
 
+    `unsaid` is a refusal that the runtime itself does not give: it loads, and computes wrongly.
     `computes` is `AS_LEARNED`, to the rounding of the runtime's dtype, or says what else and where.
     `serve` is the command that serves it so that most is as learned, where that is a special one.
     `multiple` must divide in and out of every (fused) linear for the runtime's kernels.
@@ -23,6 +24,7 @@ class Loading:
     computes: str = AS_LEARNED
     serve: str = ""
     multiple: int = 1
+    unsaid: bool = False
 
     @property
     def as_learned(self) -> bool:
@@ -37,8 +39,10 @@ class Loading:
 def merged(loadings: Sequence[Loading]) -> Loading:
     """Of a model of several parts: what any of them refuses, notes, asks for or changes."""
     changed = dict.fromkeys(each.computes for each in loadings if not each.as_learned)
+    refused = next((each for each in loadings if each.refusal), Loading())
     return Loading(
-        refusal=next((each.refusal for each in loadings if each.refusal), None),
+        refusal=refused.refusal,
+        unsaid=refused.unsaid,
         notes=tuple(dict.fromkeys(note for each in loadings for note in each.notes)),
         computes="; and ".join(changed) or AS_LEARNED,
         serve=max((each.serve for each in loadings), key=len),

@@ -24,6 +24,7 @@ from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
 from lrquant.numerics.grids.grid import Grid
 from lrquant.numerics.grids.schemes import attention_grid
+from lrquant.numerics.hadamard import hadamard
 from lrquant.runtime.linear import IntegerLinear
 from lrquant.runtime.loading import NAME, VERSION, NativeConfig
 
@@ -58,6 +59,9 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
         module.load_state_dict(own)
         module.unpack()
         dense[f"{linear}.weight"] = module.weight(torch.float32)
+        if scheme.hadamard:
+            factor = dense.pop(linear + INPUT_FACTOR_SUFFIX, torch.ones(()))
+            dense[f"{linear}.weight"] = hadamard(dense[f"{linear}.weight"] * factor)
     return dense
 
 

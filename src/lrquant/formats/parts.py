@@ -15,7 +15,8 @@ class Part:
     """Blocks under some schemes: the path of their list, and what is in them by full names.
 
     `linears` has the scheme of each module whose weight is on a grid, or that reads quantised
-    activations, `attentions` that of Q, K and V of each attention; `names` are all tensors.
+    activations, `attentions` that of Q, K and V of each attention; `names` are all tensors, and
+    `hadamard_sizes` those of the matrices that inputs of linears are multiplied by.
     """
 
     blocks: str
@@ -23,6 +24,7 @@ class Part:
     linears: Mapping[str, Scheme] = field(default_factory=dict)
     names: Sequence[str] = ()
     attentions: Mapping[str, Scheme] = field(default_factory=dict)
+    hadamard_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def scheme(self) -> Scheme:

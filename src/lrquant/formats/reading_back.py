@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrquant.architectures import architecture_of
 from lrquant.blocks.assembly import assembled, assembled_biases
+from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.handed import HandedOn
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -31,6 +32,7 @@ from lrquant.runs.folder import RunFolder
 
 _PIECE = 1 << 24  # elements compared at once
 _UNDERFLOW = 2.0**-20  # below it a half-precision scale of up to 15 steps loses bits
+_SUMS = 2.0**-20  # of the length of a row, for float32 sums in another order
 _SAME = 1e-4  # of the largest output, for sums in another order
 _TOKENS = 16
 _HEAD_TOKENS = 4
@@ -149,7 +151,8 @@ def read_back(
             frozen = view.written().apart(form.alone(view.plan, published))
             decoded = {f"{name}.{key}": tensor for key, tensor in source.written(name).items()}
             expected = {f"{name}.{n}": t for n, t in (frozen.dense() | frozen.input_clips).items()}
-            _compare_block(decoded, published.named(expected), dtype, place)
+            mixed = {published.name(f"{name}.{n}"): axis for n, axis in _mixed(frozen).items()}
+            _compare_block(decoded, published.named(expected), mixed, dtype, place)
     if not model.architecture.reads_pixels:
         _compare_outputs(quantized[0], written, source, dtype, place)
     _compare_heads(workbench, written, dtype, place)
@@ -175,25 +178,42 @@ def _compare_outside(
             )
 
 
+def _mixed(frozen: FrozenBlock) -> dict[str, int]:
+    """Parameters that lie rounded and times Hadamard matrices, and the axis of their inputs."""
+    lying = ((frozen.layout[name], matrix) for name, matrix in frozen.matrices.items())
+    return {m.parameter: -2 if m.transposed else -1 for m, own in lying if own.scheme.hadamard}
+
+
 def _compare_block(
     written: dict[str, Tensor],
     expected: dict[str, Tensor],
+    mixed: Mapping[str, int],
     dtype: torch.dtype,
     place: Path,
 ) -> None:
+    """All tensors of a block; `mixed` are those of `_mixed`."""
     for factor in [key for key in written if key.endswith(INPUT_FACTOR_SUFFIX)]:
         weight = factor.removesuffix(INPUT_FACTOR_SUFFIX) + ".weight"
         written[weight] = written[weight] * written.pop(factor)
     if odd := sorted(written.keys() ^ expected.keys()):
         _refuse(place, f"{odd[0]} is missing or left over")
     for key, tensor in expected.items():
-        _require_rounded(key, written[key], tensor, dtype, place)
+        _require_rounded(key, written[key], tensor, dtype, place, mixed.get(key))
 
 
 def _require_rounded(
-    name: str, written: Tensor, expected: Tensor, dtype: torch.dtype, place: Path
+    name: str,
+    written: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    place: Path,
+    mixed: int | None = None,
 ) -> None:
-    """Each value equals what was measured, to one rounding to `dtype`."""
+    """Each value equals what was measured, to one rounding to `dtype`.
+
+    Where Hadamard matrices mixed values after the rounding, along the axis `mixed`, each takes its
+    part of what all of these were rounded by: at most their length, which the matrices leave.
+    """
     if written.shape != expected.shape:
         _refuse(place, f"{name} is {list(written.shape)}, not {list(expected.shape)}")
     if not expected.is_floating_point():
@@ -201,11 +221,14 @@ def _require_rounded(
             _refuse(place, f"{name} differs")
         return
     relative = torch.finfo(dtype).eps
-    pairs = zip(written.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True)
-    for own, other in pairs:
-        wanted = other.cpu().float()
-        distance = (own.cpu().float() - wanted).abs_()
-        if not (distance <= wanted.abs().mul_(relative).add_(_UNDERFLOW)).all():
+    sizes = expected
+    if mixed is not None:
+        sizes = torch.linalg.vector_norm(expected.float(), dim=mixed, keepdim=True)
+        sizes, relative = sizes.expand_as(expected), max(relative, _SUMS)
+    every = (each.flatten().split(_PIECE) for each in (written, expected, sizes))
+    for own, other, size in zip(*every, strict=True):
+        distance = (own.cpu().float() - other.cpu().float()).abs_()
+        if not (distance <= size.cpu().float().abs().mul_(relative).add_(_UNDERFLOW)).all():
             _refuse(place, f"{name} is up to {float(distance.max()):.3g} off")
 
 
@@ -230,10 +253,15 @@ def _compare_outputs(
         frozen = view.written().tensors(torch.float32)
         expected = {key: tensor.float() for key, tensor in frozen.items()}
         decoded = {key: tensor.to(device) for key, tensor in source.block(name).items()}
-        runs = [(model, own, expected), (model, own, decoded), (written, other, decoded)]
+        learned_as, plain = view.plan.rotated, frozenset[str]()
+        runs = [
+            (model, own, expected, learned_as),
+            (model, own, decoded, plain),
+            (written, other, decoded, plain),
+        ]
         outputs = [
-            _output(m, index, t, states, entry.arguments(0, index, left))
-            for (m, entry, t), left in zip(runs, handed, strict=True)
+            _output(m, index, t, states, entry.arguments(0, index, left), rotated)
+            for (m, entry, t, rotated), left in zip(runs, handed, strict=True)
         ]
         _require_alike(f"what config.json makes of {name}", outputs[2], outputs[1], None, place)
         _require_alike(f"the output of {name}", outputs[2], outputs[0], dtype, place)
@@ -257,7 +285,12 @@ def _kinds(model: Model) -> list[int]:
 
 
 def _output(
-    model: Model, index: int, tensors: dict[str, Tensor], states: Tensor, arguments: Arguments
+    model: Model,
+    index: int,
+    tensors: dict[str, Tensor],
+    states: Tensor,
+    arguments: Arguments,
+    rotated: Collection[str],
 ) -> Tensor:
     shifted = [n.removesuffix(SHIFT_SUFFIX) for n in tensors if n.endswith(SHIFT_SUFFIX)]
     readers = dict.fromkeys(m.reads for m in model.matrices(index) if m.reads is not None)
@@ -269,6 +302,7 @@ def _output(
         shifted,
         own_attention=model.architecture.own_attention,
         residuals=model.residuals,
+        rotated=rotated,
     )
     with runner:
         return runner(tensors, states, arguments)

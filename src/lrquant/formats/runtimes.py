@@ -22,12 +22,22 @@ _STEPS = (
 )
 
 
+# source (vLLM 0.32 and 0.33): HadamardTransform raises for several GPUs, and the linear's method asserts
+# that there is no bias
+_TRANSFORMS = (
+    "vLLM multiplies inputs by Hadamard matrices in the model's dtype, on one GPU alone (no tensor "
+    "parallelism), and of linears without biases (read in the source of vLLM 0.32, not tried)"
+)
+
+
 def in_vllm(scheme: Scheme) -> Loading:
     """vLLM on CUDA: what its kernel selection takes (source), and what its CPU build would do."""
     loading = _on_cuda(scheme)
     cpu = in_vllm_cpu(scheme)
     if loading.refusal is not None:
         return loading
+    if scheme.hadamard:
+        loading = replace(loading, notes=(*loading.notes, _TRANSFORMS))
     if cpu.refusal is not None:
         note = f"not for vLLM's CPU build: {cpu.refusal}"
     elif not cpu.as_learned:
@@ -72,6 +82,8 @@ def _on_cuda(scheme: Scheme) -> Loading:
 def in_vllm_cpu(scheme: Scheme) -> Loading:
     """vLLM's CPU build for x86: tried with AVX512-BF16 and VNNI; AMX is from the source."""
     bits = scheme.weight_bits
+    if scheme.hadamard:  # source: its kernel, hadacore, is in CUDA builds alone
+        return Loading("it has no kernel that multiplies inputs by Hadamard matrices")
     if scheme.activation_bits != FLOAT_BITS:
         if bits == scheme.activation_bits == 8:
             # tried: without VNNI instructions oneDNN's sums of two products overflow 16 bits
@@ -96,6 +108,13 @@ def four_bits_on_cpu() -> str:
 
 def in_transformers(scheme: Scheme) -> Loading:
     """transformers with compressed-tensors (tried)."""
+    if scheme.hadamard:
+        return Loading(
+            "transformers leaves transform_config out without a word, so that inputs would not be "
+            "multiplied by Hadamard matrices; `compressed_tensors.transform.apply_transform_config`"
+            " does it after loading, as `lrquant evaluate` does",
+            unsaid=True,
+        )
     if scheme.activation_bits != FLOAT_BITS:
         return Loading(
             notes=(

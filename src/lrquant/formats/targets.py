@@ -100,11 +100,16 @@ def loading_of(form: Format, schemes: Schemes, target: str) -> Loading:
 
 
 def verdicts(form: Format, schemes: Schemes, target: str | None) -> Iterator[tuple[bool, str]]:
-    """Whether a runtime computes what was learned, and a sentence: the target's, or each one's."""
+    """Whether a runtime computes what was learned, and a sentence: the target's, or each one's.
+
+    Of runtimes that refuse it themselves there is none.
+    """
     for name in TARGETS if target is None else (target,):
         loading = loading_of(form, schemes, name)
         if loading.refusal is None:
             yield loading.as_learned, f"{name} computes {loading.computes}"
+        elif loading.unsaid:
+            yield False, f"not for {name}: {loading.refusal}"
 
 
 def _left_alone(schemes: Schemes, scheme: Scheme) -> bool:

@@ -20,6 +20,7 @@ from lrquant.config.scheme import Scheme
 from lrquant.formats.checkpoint import (
     attention_schemes,
     checkpoint_dtype,
+    hadamard_sizes,
     linear_schemes,
     model_dtype,
     write_small_files,
@@ -139,6 +140,7 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
         linears: dict[str, Scheme] = {}
         names: list[str] = []
         attentions: dict[str, Scheme] = {}
+        sizes: dict[str, int] = {}
         for index in range(len(part.blocks)):
             view = shape_view(part, index, own)
             view.stored |= view.added
@@ -153,8 +155,9 @@ def checkpoint_size(model: Model, plan: Plan, form: Format, settings_bytes: int)
                 bits, weights = bits + block_bits, weights + block_weights
             linears |= linear_schemes(view.plan, part.published, form)
             attentions |= attention_schemes(part, view.plan)
+            sizes |= hadamard_sizes(view, part.published, form)
             names += full
-        parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions))
+        parts.append(Part(part.architecture.blocks, own.schemes, linears, names, attentions, sizes))
     return CheckpointSize(
         blocks=total,
         outside=_outside_bytes(model, dtype, [part.blocks for part in parts])

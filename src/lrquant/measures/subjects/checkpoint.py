@@ -30,6 +30,7 @@ from lrquant.files.manifest import MANIFEST, SETTINGS, read_manifest, require_wh
 from lrquant.files.whole import read_json
 from lrquant.measures.scoring.predictions import single_samples
 from lrquant.measures.subjects.stored import Stored, make_dense, spread_loading
+from lrquant.measures.subjects.transforms import Transforms
 from lrquant.model.device import choose_device
 from lrquant.model.loading import load_processor
 from lrquant.model.reading import read_config, read_tokenizer, reading
@@ -207,6 +208,7 @@ def _read(stored: Stored, **places: Any) -> PreTrainedModel:
             plain._attn_implementation = "eager"
             module, report = _made(stored, plain, places)
     _refuse_parts(stored.name, stored.folder, report)
+    _transforms(stored.name, stored.folder).enter(module)
     return module
 
 
@@ -226,7 +228,7 @@ def _made(
 
 
 def _refuse_ignored(name: str, folder: Path) -> None:
-    """Refuse what transformers reads over: unknown methods, transforms of inputs, adapters."""
+    """Refuse what would be read over: unknown methods, odd transforms, adapters."""
     quantization = read_json(folder / "config.json").get("quantization_config")
     if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
         raise LRQuantError(
@@ -234,11 +236,7 @@ def _refuse_ignored(name: str, folder: Path) -> None:
             "config.json is unknown here, and would be left out; measure it in the software that "
             "wrote it"
         )
-    if isinstance(quantization, dict) and quantization.get("transform_config"):
-        raise LRQuantError(
-            f"checkpoint {name}: its transform_config is one that transformers leaves out, so it "
-            "would compute something else; measure it in the software that wrote it"
-        )
+    _transforms(name, folder)
     if (folder / "adapter_config.json").is_file():
         raise LRQuantError(
             f"checkpoint {name}: adapter_config.json beside its weights changes what is loaded "
@@ -246,14 +244,21 @@ def _refuse_ignored(name: str, folder: Path) -> None:
         )
 
 
+def _transforms(name: str, folder: Path) -> Transforms:
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    return Transforms(name, quantization if isinstance(quantization, dict) else {})
+
+
 def _refuse_parts(name: str, folder: Path, report: dict[str, Any]) -> None:
     """Refuse a checkpoint of which transformers made up, left out or reshaped a tensor."""
     expected: set[str] = set()
     if (folder / MANIFEST).exists():
         expected.update(read_manifest(folder).get("extra_tensors", []))
+    made = _transforms(name, folder)
+    left = [key for key in report["unexpected_keys"] if not made.is_matrix(key)]
     problems = {
         "has no": sorted(report["missing_keys"]),
-        "is not read although it holds": sorted(set(report["unexpected_keys"]) - expected),
+        "is not read although it holds": sorted(set(left) - expected),
         "has another shape than config.json says of": sorted(
             str(entry[0]) for entry in report["mismatched_keys"]
         ),

@@ -1,0 +1,97 @@
+"""compressed-tensors' transform_config: which linears read their inputs times Hadamard matrices.
+
+It says the part that is done at run time alone; weights are stored as they then are.  Linears are
+named by patterns over all blocks, from the name of the list of blocks on: what stands before that
+differs between runtimes, and vLLM maps no names here.  Of the matrices, Sylvester's, no tensors are
+stored: the libraries make them by size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+from torch import Tensor
+
+from lrquant.files.whole import JsonObject
+from lrquant.formats.parts import Part
+
+KEY = "transform_config"
+
+
+def transform_config(parts: Sequence[Part], outside: Iterable[str]) -> JsonObject | None:
+    """The value of `KEY` in quantization_config, one group a size of matrices; None without any.
+
+    `outside` are the names of linears that are in none of the parts.
+    """
+    rotated = {name: size for part in parts for name, size in part.hadamard_sizes.items()}
+    others = [*outside, *(n for part in parts for n in part.linears if n not in rotated)]
+    schemes = {}
+    for size in sorted(set(rotated.values())):
+        targets = [
+            pattern
+            for number, part in enumerate(parts)
+            for pattern in _patterns(part, size, f"{_top(part)}\\..*" if number else "")
+        ]
+        odd = [n for n in others if any(fits(target, n) for target in targets)]
+        ignore = sorted({_apart(name, parts[0]) for name in odd})
+        where = TransformArgs(targets=targets, location="input")
+        if ignore:
+            where = TransformArgs(targets=targets, location="input", ignore=ignore)
+        schemes[f"hadamard_{size}"] = TransformScheme(type="hadamard", apply=[where], head_dim=size)
+    if not schemes:
+        return None
+    # Readers refuse keys that are newer than they are.
+    config = TransformConfig(config_groups=schemes)
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def multiplied_back(weight: Tensor, linear: str, quantization: JsonObject) -> Tensor:
+    """A float32 weight (out, in), as stored, of what the linear of this full name reads."""
+    config = TransformConfig.model_validate(quantization.get(KEY) or {"config_groups": {}})
+    for scheme in config.config_groups.values():
+        for where in scheme.apply:
+            if any(fits(t, linear) for t in where.targets) and not any(
+                fits(name, linear) for name in where.ignore
+            ):
+                size = scheme.head_dim or weight.shape[1]
+                matrix = deterministic_hadamard_matrix(size, torch.float32) / size**0.5
+                weight = (weight.unflatten(1, (-1, size)) @ matrix).flatten(1)
+    return weight
+
+
+def fits(target: str, linear: str) -> bool:
+    """Whether a target is this linear's name, or a pattern that it fits."""
+    pattern = target.removeprefix("re:")
+    return target == linear or (pattern != target and re.match(pattern, linear) is not None)
+
+
+def _patterns(part: Part, size: int, start: str) -> list[str]:
+    """Those that the linears of a part with matrices of a size fit, each over its blocks."""
+    blocks: dict[str, list[str]] = {}
+    everywhere: dict[str, set[str]] = {}
+    for name in part.linears:
+        index, _, module = name.removeprefix(f"{part.blocks}.").partition(".")
+        everywhere.setdefault(module, set()).add(index)
+        if part.hadamard_sizes.get(name) == size:
+            blocks.setdefault(module, []).append(index)
+    path = re.escape(part.blocks.rpartition(".")[2])
+    patterns = []
+    for module, indices in blocks.items():
+        which = "[0-9]+" if everywhere[module] == set(indices) else f"({'|'.join(indices)})"
+        patterns.append(f"re:.*{start}{path}\\.{which}\\.{re.escape(module)}$")
+    return patterns
+
+
+def _apart(name: str, language: Part) -> str:
+    """What says that a linear is not meant: all of its tower, by whatever path, or its name."""
+    top = name.removeprefix("model.").partition(".")[0]
+    return name if top == _top(language) else f"re:.*{re.escape(top)}\\..*"
+
+
+def _top(part: Part) -> str:
+    """The module that a part lies in, which runtimes name alike."""
+    return part.blocks.removeprefix("model.").partition(".")[0]
