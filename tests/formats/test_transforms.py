@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -95,12 +96,12 @@ LANGUAGE = "model.language_model.layers"
 TOWER = "model.vision_tower.vision_model.encoder.layers"
 
 
-def llava(tower_too=False):
+def llava(size, tower_too):
     """Parts of a model whose tower has linears of the language part's names; what is in neither."""
     mlp = ("mlp.down_proj",)
     schemes = Schemes(Scheme.parse("W4A16-sym"), ())
     own = linears(LANGUAGE, (*ATTENTION, *mlp))
-    sizes = {name: 64 if "self_attn" in name else 512 for name in own}
+    sizes = {name: size if "self_attn" in name else 512 for name in own}
     parts = [Part(LANGUAGE, schemes, own, (), {}, sizes)]
     tower = linears(TOWER, (*ATTENTION, "mlp.fc2"))
     if tower_too:
@@ -110,21 +111,24 @@ def llava(tower_too=False):
 
 
 def size_of(config, name):
-    """As vLLM finds it (get_linear_transform_schemes): the last group that a linear fits."""
+    """As vLLM finds it (get_linear_transform_schemes): that of the one group that a linear fits."""
     found = None
     for scheme in TransformConfig.model_validate(config).config_groups.values():
         for where in scheme.apply:
             if is_match(name, nn.Linear(1, 1), where.targets, where.ignore):
                 assert where.location == "input" and scheme.type == "hadamard"
+                assert found is None
                 found = scheme.head_dim
     return found
 
 
 @pytest.mark.parametrize("tower_too", [False, True])
-def test_other_runtimes_names_fit_it(tower_too):
-    config = transform_config(*llava(tower_too))
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_other_runtimes_names_fit_it(size, tower_too):
+    """Whether the language part's attention has smaller matrices than the tower's, or larger."""
+    config = transform_config(*llava(size, tower_too))
     for start in (LANGUAGE, "language_model.model.layers", "model.layers"):
-        assert size_of(config, f"{start}.1.self_attn.q_proj") == 64
+        assert size_of(config, f"{start}.1.self_attn.q_proj") == size
         assert size_of(config, f"{start}.1.mlp.down_proj") == 512
         assert size_of(config, f"{start}.1.mlp.gate_proj") is None
     for start in (TOWER, "vision_tower.vision_model.encoder.layers"):
@@ -170,13 +174,31 @@ def test_a_wrong_one_is_found_before_it_is_put_in_place(learn, tmp_path, change)
     assert not (tmp_path / "wrong").exists()
 
 
+def flipped(tensors):
+    """Codes of which the first of a linear is another by one."""
+    name = next(key for key in tensors if key.endswith("q_proj.weight_packed"))
+    packed = tensors[name].clone()
+    packed[0, 0] ^= 1
+    return {**tensors, name: packed}
+
+
+@pytest.mark.parametrize("form", [FORM, formats()["lrquant"]], ids=lambda form: form.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_changed_code_is_found(learn, tmp_path, form, dtype):
+    settings = {"save_dir": None, "format": None, "save_dtype": dtype}
+    run = learn("llama", "W8A16-hadamard", **settings)
+    wrong = dataclasses.replace(form, tensors=lambda *given: flipped(form.tensors(*given)))
+    with pytest.raises(LRQuantError, match=r"read back, .*q_proj.weight is up to"):
+        save_checkpoint(run.workbench, run.config.origin, run.folder, tmp_path / "wrong", wrong)
+
+
 def plan_of(scheme, **settings):
     return Plan.of(Config(scheme=scheme, **settings).resolved().quantizing)
 
 
 def test_what_other_runtimes_would_leave_out_is_not_chosen_unasked():
     plan = plan_of("W4A16-hadamard")
-    assert choose_format(plan, "auto", None).name == "lrquant"
+    assert {choose_format(plan, asked, None).name for asked in ("auto", None)} == {"lrquant"}
     assert "for vLLM alone: --format compressed-tensors" in why_native(plan)
     assert choose_format(plan, None, "vllm") is FORM
     for target in ("transformers", "vllm-cpu"):
@@ -218,13 +240,30 @@ def refused(make_model, tiny_tokenizer, tmp_path):
 
 
 def test_experts_have_none(refused):
-    (text,) = refused("qwen3_moe", scheme="W4A16-sym-hadamard", format=FORM.name)
-    assert "what experts read" in text and "give them W4A16-sym" in text
+    (text,) = refused("qwen3_moe", scheme="W4A16-hadamard", format=FORM.name)
+    assert "what experts read" in text and "give experts W4A16-sym and all else" in text
+    mended = {"scheme": "W4A16-sym-hadamard", "scheme_for": ("mlp.experts=W4A16-sym",)}
+    assert refused("qwen3_moe", format=FORM.name, **mended) == []
 
 
 def test_vllm_adds_no_biases_beside_them(refused):
     settings = {"scheme": "W4A16-hadamard", "target": "vllm"}
     (text,) = refused("qwen2", **settings)
-    assert "adds no biases" in text and "self_attn.q_proj=W4A16'" in text
+    assert "self_attn.q_proj=W4A16'" in text and "adds no biases" in text
     mended = tuple(f"self_attn.{name}_proj=W4A16" for name in "qkv")
     assert refused("qwen2", **settings, scheme_for=mended) == []
+    assert refused("qwen2", **settings, format="dequantized") == []
+
+
+@pytest.mark.parametrize("family", ["phi3", "falcon", "falcon_h1", "opt"])
+def test_vllm_knows_of_some_linears_alone(refused, family):
+    """Of others it would raise an error while it loads, or leave the matrices out."""
+    settings = {"scheme": "W4A16-sym-hadamard", "target": "vllm"}
+    (text,) = refused(family, **settings)
+    assert "by no name" in text
+    flags = re.findall(r"--scheme-for '(.+?)'", text)
+    mended = {**settings, "scheme_for": tuple(flags)}
+    if not flags:
+        assert text.endswith("is --scheme W4A16-sym")
+        mended = {**settings, "scheme": "W4A16-sym"}
+    assert refused(family, **mended) == []

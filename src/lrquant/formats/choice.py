@@ -35,11 +35,12 @@ def choose_format(plan: Plan, name: str | None, target: str | None) -> Format:
 
     With a `target` that is one which the target loads, `DEFAULT` before others; without, `DEFAULT`,
     or if the name is `AUTO`, what vLLM serves, else what transformers loads, else the native one.
+    Hadamard matrices are as of `AUTO`: transformers would load what vLLM serves, and be wrong.
     """
     choices = formats()
     if target is not None and name in (None, AUTO):
         return chosen_for_target(plan, target, choices, DEFAULT)
-    if name == AUTO:
+    if name == AUTO or (name is None and plan.schemes.hadamard):
         return _served(plan)
     name = name or DEFAULT
     if name not in choices:

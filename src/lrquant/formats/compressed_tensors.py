@@ -136,16 +136,26 @@ def _experts(schemes: Schemes, own: Set[Scheme]) -> str | None:
     """What transformers 5.23 joins of single experts: symmetric weights of one scheme, decoded."""
     rotated = next((scheme for scheme in own if scheme.hadamard), None)
     if rotated is not None:
+        plain = replace(
+            rotated, symmetric=True, activation_bits=FLOAT_BITS, qkv_bits=None, hadamard=False
+        )
         return (
             f"{rotated.name}: no runtime multiplies what experts read by Hadamard matrices; give "
-            f"them {_stored(rotated).name}, or use --format lrquant"
+            f"experts {plain.name} and all else {replace(plain, hadamard=True).name}, to be asked "
+            "for before learning, or use --format lrquant"
         )
     quantized = {_stored(scheme) for scheme in schemes.every if not scheme.floating_point}
     first = _stored(schemes.default)
     alike = quantized == {first} and len(own) == 1
     if alike and first.symmetric and first.activation_bits == FLOAT_BITS:
         return None
-    wanted = replace(first, symmetric=True, activation_bits=FLOAT_BITS, qkv_bits=None)
+    wanted = replace(
+        schemes.default,
+        symmetric=True,
+        activation_bits=FLOAT_BITS,
+        qkv_bits=None,
+        qk_hadamard=False,
+    )
     return (
         "transformers joins experts of symmetric weights with 16-bit activations in one scheme "
         f"alone; use --scheme {wanted.name}, to be asked for before learning, or --format lrquant"

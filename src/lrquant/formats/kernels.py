@@ -9,6 +9,7 @@ from lrquant.blocks.workbench import shape_view
 from lrquant.config.scheme import Scheme
 from lrquant.errors import LRQuantError
 from lrquant.formats.format import Format
+from lrquant.formats.runtimes import multiplied_in_vllm
 from lrquant.learn.checks import parts_of
 from lrquant.model.model import Model
 
@@ -23,15 +24,15 @@ def check_kernels(model: Model, plan: Plan, form: Format, target: str) -> int:
     """
     asked = 1
     for part, own in parts_of(model, plan):
-        multiples = [
-            form.loading(s, target).multiple for s in own.schemes.every if s.quantizes_weights
-        ]
-        multiple = max(multiples, default=1)
+        loadings = [form.loading(s, target) for s in own.schemes.every if s.quantizes_weights]
+        multiple = max((each.multiple for each in loadings), default=1)
+        transforms = any(each.transforms for each in loadings)
         asked = max(asked, multiple)
         for index in range(len(part.blocks)):
             if target in FUSING:
                 _require_one_scheme(part, index, own, target)
-                _require_no_biases(part, index, own, target)
+            if transforms:
+                _require_transforms(part, index, own, target)
             _require_multiple(part, index, own, multiple, target)
     return asked
 
@@ -66,27 +67,30 @@ def _require_one_scheme(model: Model, index: int, plan: Plan, target: str) -> No
             )
 
 
-def _require_no_biases(model: Model, index: int, plan: Plan, target: str) -> None:
-    """Refuse biases where vLLM multiplies inputs: its way there asserts that there are none."""
-    view = shape_view(model, index, plan)
-    odd = [n for n, m in view.matrices.items() if m.bias in view.stored]
-    odd = [name for name in odd if view.plan.schemes[name].hadamard]
-    if odd:
-        together = [names for names in fused_matrices(model, index) if {*names} & {*odd}]
-        flags = [
-            f"--scheme-for '{name}={replace(view.plan.schemes[name], hadamard=False).name}'"
-            for names in together
-            for name in names
-        ]
-        raise LRQuantError(
-            f"--target {target}: adds no biases to what it makes of inputs times Hadamard "
-            f"matrices, and {', '.join(odd)} of block {index} have such; the nearest that it holds "
-            f"is {' '.join(flags)}"
-        )
+def _require_transforms(model: Model, index: int, plan: Plan, target: str) -> None:
+    """Refuse Hadamard matrices of linears with biases, and of those that vLLM does not know."""
+    view, family = shape_view(model, index, plan), model.architecture.name
+    schemes = view.plan.schemes
+    rotated = [name for name in view.matrices if schemes[name].hadamard]
+    biased = [name for name in rotated if view.matrices[name].bias in view.stored]
+    unknown = [name for name in rotated if not multiplied_in_vllm(family, name)]
+    odd = unknown or biased
+    if not odd:
+        return
+    why = "which it finds by no name" if unknown else "as it adds no biases then"
+    together = [names for names in fused_matrices(model, index) if {*names} & {*unknown, *biased}]
+    left = {name for names in together for name in names}
+    flags = [f"--scheme-for '{n}={replace(schemes[n], hadamard=False).name}'" for n in sorted(left)]
+    if left >= set(rotated):
+        flags = [f"--scheme {replace(plan.schemes.default, hadamard=False).name}"]
+    raise LRQuantError(
+        f"--target {target}: multiplies what {', '.join(odd)} of block {index} read by no Hadamard "
+        f"matrices, {why}; the nearest that it holds is {' '.join(flags)}"
+    )
 
 
-def _precision(scheme: Scheme) -> tuple[int, int, bool]:
-    return scheme.weight_bits, scheme.activation_bits, not scheme.symmetric
+def _precision(scheme: Scheme) -> tuple[int, int, bool, bool]:
+    return scheme.weight_bits, scheme.activation_bits, not scheme.symmetric, scheme.hadamard
 
 
 def fused_matrices(model: Model, index: int) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ AS_LEARNED = "what was learned"
 class Loading:
     """How a runtime takes a scheme in a format: not at all (`refusal`), or with `notes`.
 
+    With `transforms` it multiplies inputs by Hadamard matrices itself, of some linears alone.
     `unsaid` is a refusal that the runtime itself does not give: it loads, and computes wrongly.
     `computes` is `AS_LEARNED`, to the rounding of the runtime's dtype, or says what else and where.
     `serve` is the command that serves it so that most is as learned, where that is a special one.
@@ -25,6 +26,7 @@ class Loading:
     serve: str = ""
     multiple: int = 1
     unsaid: bool = False
+    transforms: bool = False
 
     @property
     def as_learned(self) -> bool:
@@ -47,4 +49,5 @@ def merged(loadings: Sequence[Loading]) -> Loading:
         computes="; and ".join(changed) or AS_LEARNED,
         serve=max((each.serve for each in loadings), key=len),
         multiple=math.lcm(*(each.multiple for each in loadings)),
+        transforms=any(each.transforms for each in loadings),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrquant.architectures import architecture_of
+from lrquant.architectures.matrix import Matrix
 from lrquant.blocks.assembly import assembled, assembled_biases
 from lrquant.blocks.frozen import FrozenBlock
 from lrquant.blocks.handed import HandedOn
@@ -28,6 +29,7 @@ from lrquant.model.reading import read_config
 from lrquant.model.skeleton import build_skeleton
 from lrquant.model.sources import SafetensorsSource, SkeletonSource, WeightSource
 from lrquant.model.sources.checks import first_line
+from lrquant.numerics.hadamard import hadamard
 from lrquant.runs.folder import RunFolder
 
 _PIECE = 1 << 24  # elements compared at once
@@ -151,7 +153,7 @@ def read_back(
             frozen = view.written().apart(form.alone(view.plan, published))
             decoded = {f"{name}.{key}": tensor for key, tensor in source.written(name).items()}
             expected = {f"{name}.{n}": t for n, t in (frozen.dense() | frozen.input_clips).items()}
-            mixed = {published.name(f"{name}.{n}"): axis for n, axis in _mixed(frozen).items()}
+            mixed = {published.name(f"{name}.{n}"): own for n, own in _mixed(frozen).items()}
             _compare_block(decoded, published.named(expected), mixed, dtype, place)
     if not model.architecture.reads_pixels:
         _compare_outputs(quantized[0], written, source, dtype, place)
@@ -178,16 +180,23 @@ def _compare_outside(
             )
 
 
-def _mixed(frozen: FrozenBlock) -> dict[str, int]:
-    """Parameters that lie rounded and times Hadamard matrices, and the axis of their inputs."""
-    lying = ((frozen.layout[name], matrix) for name, matrix in frozen.matrices.items())
-    return {m.parameter: -2 if m.transposed else -1 for m, own in lying if own.scheme.hadamard}
+def _mixed(frozen: FrozenBlock) -> dict[str, list[tuple[Matrix, bool]]]:
+    """Parameters in which matrices went through Hadamard ones: all in them, and whether they did.
+
+    Those were rounded as they are stored, and each value of the plain weight has its part of that.
+    """
+    parameters: dict[str, list[tuple[Matrix, bool]]] = {}
+    for name, lies in frozen.layout.items():
+        matrix = frozen.matrices.get(name)
+        rotated = matrix is not None and matrix.scheme.hadamard
+        parameters.setdefault(lies.parameter, []).append((lies, rotated))
+    return {name: own for name, own in parameters.items() if any(rotated for _, rotated in own)}
 
 
 def _compare_block(
     written: dict[str, Tensor],
     expected: dict[str, Tensor],
-    mixed: Mapping[str, int],
+    mixed: Mapping[str, list[tuple[Matrix, bool]]],
     dtype: torch.dtype,
     place: Path,
 ) -> None:
@@ -198,7 +207,15 @@ def _compare_block(
     if odd := sorted(written.keys() ^ expected.keys()):
         _refuse(place, f"{odd[0]} is missing or left over")
     for key, tensor in expected.items():
-        _require_rounded(key, written[key], tensor, dtype, place, mixed.get(key))
+        if written[key].shape != tensor.shape or key not in mixed:
+            _require_rounded(key, written[key], tensor, dtype, place)
+            continue
+        for matrix, rotated in mixed[key]:
+            own, wanted = matrix.of(written[key]).cpu().float(), matrix.of(tensor).cpu().float()
+            if rotated and _farthest(own, wanted, dtype) is not None:  # not rounded as plain
+                _require_rounded(key, hadamard(own), hadamard(wanted), dtype, place, _SUMS)
+            elif not rotated:
+                _require_rounded(key, own, wanted, dtype, place)
 
 
 def _require_rounded(
@@ -207,29 +224,40 @@ def _require_rounded(
     expected: Tensor,
     dtype: torch.dtype,
     place: Path,
-    mixed: int | None = None,
+    sums: float = 0.0,
 ) -> None:
-    """Each value equals what was measured, to one rounding to `dtype`.
-
-    Where Hadamard matrices mixed values after the rounding, along the axis `mixed`, each takes its
-    part of what all of these were rounded by: at most their length, which the matrices leave.
-    """
+    """Each value is what was measured, to one rounding to `dtype`; `sums` as for `_farthest`."""
     if written.shape != expected.shape:
         _refuse(place, f"{name} is {list(written.shape)}, not {list(expected.shape)}")
     if not expected.is_floating_point():
         if not torch.equal(written, expected.to(written.device)):
             _refuse(place, f"{name} differs")
         return
-    relative = torch.finfo(dtype).eps
-    sizes = expected
-    if mixed is not None:
-        sizes = torch.linalg.vector_norm(expected.float(), dim=mixed, keepdim=True)
-        sizes, relative = sizes.expand_as(expected), max(relative, _SUMS)
-    every = (each.flatten().split(_PIECE) for each in (written, expected, sizes))
-    for own, other, size in zip(*every, strict=True):
-        distance = (own.cpu().float() - other.cpu().float()).abs_()
-        if not (distance <= size.cpu().float().abs().mul_(relative).add_(_UNDERFLOW)).all():
-            _refuse(place, f"{name} is up to {float(distance.max()):.3g} off")
+    distance = _farthest(written, expected, dtype, sums)
+    if distance is not None:
+        _refuse(place, f"{name} is up to {distance:.3g} off")
+
+
+def _farthest(
+    written: Tensor, expected: Tensor, dtype: torch.dtype, sums: float = 0.0
+) -> float | None:
+    """How far values of one shape are apart, if by more than one rounding to `dtype`; or None.
+
+    Those that are sums may be `sums` times the length of their row (out, in) apart beside that.
+    """
+    rows = [
+        each.reshape(each.shape[0] if each.dim() > 1 else 1, -1) for each in (written, expected)
+    ]
+    step = max(1, _PIECE // max(1, rows[0].shape[1]))
+    for own, other in zip(*(each.split(step) for each in rows), strict=True):
+        wanted = other.cpu().float()
+        distance = (own.cpu().float() - wanted).abs_()
+        allowed = wanted.abs().mul_(torch.finfo(dtype).eps).add_(_UNDERFLOW)
+        if sums:
+            allowed += sums * torch.linalg.vector_norm(wanted, dim=-1, keepdim=True)
+        if not (distance <= allowed).all():
+            return float(distance.max())
+    return None
 
 
 def _compare_outputs(

@@ -6,6 +6,7 @@ in the version's Python) or "docs".  vLLM is 0.32, transformers 5.23 with compre
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from lrquant.config.scheme import FLOAT_BITS, Scheme
@@ -22,12 +23,23 @@ _STEPS = (
 )
 
 
-# source (vLLM 0.32 and 0.33): HadamardTransform raises for several GPUs, and the linear's method asserts
-# that there is no bias
+# source (vLLM 0.32 and 0.33): HadamardTransform raises for several GPUs, the method of a linear
+# asserts that there is no bias, and the weights that it has for the matrices have no `data`
 _TRANSFORMS = (
-    "vLLM multiplies inputs by Hadamard matrices in the model's dtype, on one GPU alone (no tensor "
-    "parallelism), and of linears without biases (read in the source of vLLM 0.32, not tried)"
+    "vLLM multiplies inputs by Hadamard matrices in float16 or bfloat16, on one GPU alone (no "
+    "tensor parallelism, no --cpu-offload-gb), and of some linears: see `lrquant check --target "
+    "vllm` (read in the source of vLLM 0.32 and 0.33, not tried)"
 )
+# source: it finds them by the names of a model's own linears, which it has of these.  Others it
+# makes one product of without saying of which, where it raises an error, or calls by other names,
+# where it leaves the matrices out without a word: all of Falcon-H1.
+_NAMED = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_UNNAMED = frozenset({"falcon_h1"})
+
+
+def multiplied_in_vllm(family: str, matrix: str) -> bool:
+    """Whether vLLM knows which linear's inputs to multiply: a family's, by its name in a block."""
+    return family not in _UNNAMED and _NAMED.fullmatch(matrix) is not None
 
 
 def in_vllm(scheme: Scheme) -> Loading:
@@ -37,7 +49,7 @@ def in_vllm(scheme: Scheme) -> Loading:
     if loading.refusal is not None:
         return loading
     if scheme.hadamard:
-        loading = replace(loading, notes=(*loading.notes, _TRANSFORMS))
+        loading = replace(loading, notes=(*loading.notes, _TRANSFORMS), transforms=True)
     if cpu.refusal is not None:
         note = f"not for vLLM's CPU build: {cpu.refusal}"
     elif not cpu.as_learned:

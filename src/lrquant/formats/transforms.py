@@ -11,13 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
-from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from torch import Tensor
 
 from lrquant.files.whole import JsonObject
 from lrquant.formats.parts import Part
+from lrquant.numerics.hadamard import hadamard
 
 KEY = "transform_config"
 
@@ -27,25 +26,24 @@ def transform_config(parts: Sequence[Part], outside: Iterable[str]) -> JsonObjec
 
     `outside` are the names of linears that are in none of the parts.
     """
-    rotated = {name: size for part in parts for name, size in part.hadamard_sizes.items()}
-    others = [*outside, *(n for part in parts for n in part.linears if n not in rotated)]
-    schemes = {}
-    for size in sorted(set(rotated.values())):
-        targets = [
-            pattern
-            for number, part in enumerate(parts)
-            for pattern in _patterns(part, size, f"{_top(part)}\\..*" if number else "")
-        ]
-        odd = [n for n in others if any(fits(target, n) for target in targets)]
-        ignore = sorted({_apart(name, parts[0]) for name in odd})
-        where = TransformArgs(targets=targets, location="input")
-        if ignore:
-            where = TransformArgs(targets=targets, location="input", ignore=ignore)
-        schemes[f"hadamard_{size}"] = TransformScheme(type="hadamard", apply=[where], head_dim=size)
-    if not schemes:
+    places: dict[int, list[TransformArgs]] = {}
+    for part in parts:
+        others = [*outside, *(n for other in parts if other is not part for n in other.linears)]
+        for size in sorted(set(part.hadamard_sizes.values())):
+            targets = _patterns(part, size, "" if part is parts[0] else f"{_top(part)}\\..*")
+            odd = [name for name in others if any(fits(target, name) for target in targets)]
+            ignore = sorted({_apart(name, part) for name in odd})
+            where = {"targets": targets, "location": "input"} | ({"ignore": ignore} if odd else {})
+            places.setdefault(size, []).append(TransformArgs.model_validate(where))
+    if not places:
         return None
+    config = TransformConfig(
+        config_groups={
+            f"hadamard_{size}": TransformScheme(type="hadamard", apply=own, head_dim=size)
+            for size, own in sorted(places.items())
+        }
+    )
     # Readers refuse keys that are newer than they are.
-    config = TransformConfig(config_groups=schemes)
     return config.model_dump(mode="json", exclude_unset=True)
 
 
@@ -54,12 +52,10 @@ def multiplied_back(weight: Tensor, linear: str, quantization: JsonObject) -> Te
     config = TransformConfig.model_validate(quantization.get(KEY) or {"config_groups": {}})
     for scheme in config.config_groups.values():
         for where in scheme.apply:
-            if any(fits(t, linear) for t in where.targets) and not any(
-                fits(name, linear) for name in where.ignore
-            ):
+            meant = any(fits(target, linear) for target in where.targets)
+            if meant and not any(fits(name, linear) for name in where.ignore):
                 size = scheme.head_dim or weight.shape[1]
-                matrix = deterministic_hadamard_matrix(size, torch.float32) / size**0.5
-                weight = (weight.unflatten(1, (-1, size)) @ matrix).flatten(1)
+                weight = hadamard(weight.unflatten(1, (-1, size))).flatten(1)
     return weight
 
 
@@ -86,10 +82,10 @@ def _patterns(part: Part, size: int, start: str) -> list[str]:
     return patterns
 
 
-def _apart(name: str, language: Part) -> str:
-    """What says that a linear is not meant: all of its tower, by whatever path, or its name."""
+def _apart(name: str, part: Part) -> str:
+    """What says that a linear is not of a part: all of its own, by whatever path, or its name."""
     top = name.removeprefix("model.").partition(".")[0]
-    return name if top == _top(language) else f"re:.*{re.escape(top)}\\..*"
+    return name if top == _top(part) else f"re:.*{re.escape(top)}\\..*"
 
 
 def _top(part: Part) -> str:

@@ -124,7 +124,8 @@ def _format(run: Prospect) -> Iterator[Said]:
         return
     form = run.form = choose_format(plan, config.format, config.target)
     yield Said(form.name + ("" if config.target is None else f", which {config.target} loads"))
-    if config.format == AUTO and form.name == NATIVE and config.target is None:
+    asked = config.format not in (None, AUTO) or config.target is not None
+    if form.name == NATIVE and not asked:
         yield Said(why_native(plan), "warning", f"format: {why_native(plan)}")
         return
     for exact, text in verdicts(form, plan.schemes, config.target):
