@@ -10,11 +10,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lrquant.config.scheme import FLOAT_BITS, Scheme
+from lrquant.config.scheme import Scheme
+from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.grids.schemes import activation_grid
 from lrquant.numerics.hadamard import hadamard
 from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import affine_product, quantize_tokens
+from lrquant.runtime.reads import LAST_READ
 
 
 class Integers(NamedTuple):
@@ -23,6 +25,14 @@ class Integers(NamedTuple):
     codes: Tensor
     zero_points: Tensor
     code_sums: Tensor
+
+
+class Tokens(NamedTuple):
+    """Centred codes int8 (tokens, in), scales float32 and zero points int32 (tokens, groups)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
 
 class IntegerLinear(nn.Module):
@@ -59,6 +69,7 @@ class IntegerLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.group_size = scheme.group_size or in_features
+        self._grid = activation_grid(scheme)
         self.packed_in_memory = True
         groups = in_features // self.group_size
         self._unit = math.gcd(self.group_size, scheme.activation_group_size or in_features)
@@ -134,27 +145,39 @@ class IntegerLinear(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `values`."""
         dtype = values.dtype
-        if self.scheme.hadamard:
-            values = hadamard(values)
-        if self.input_factor is not None:
-            values = values * self.input_factor.to(values.dtype)
-        if self.scheme.activation_bits == FLOAT_BITS:
+        if self._grid is None:
             bias = None if self.bias is None else self.bias.to(dtype)
-            return linear(values.to(dtype), self.weight(dtype), bias)
-        output = self._product(values.reshape(-1, self.in_features), self._integers())
+            (read,) = self._read(values)
+            return linear(read, self.weight(dtype), bias)
+        output = self._product(Tokens(*self._read(values)), self._grid, self._integers())
         if self.bias is not None:
             output += self.bias
         return output.to(dtype).view(*values.shape[:-1], self.out_features)
 
-    def _product(self, values: Tensor, integers: Integers) -> Tensor:
-        """(tokens, in) to float32 (tokens, out), without the bias."""
-        grid = activation_grid(self.scheme)
-        assert grid is not None
+    def _read(self, values: Tensor) -> tuple[Tensor, ...]:
+        """What products take: values in their dtype, or `Tokens`."""
+        own = self.input_factor is not None or self.input_clip is not None
+        if own or not (self.scheme.hadamard or self._grid):
+            return self._made(values)
+        return LAST_READ.of(values, (self.scheme.hadamard, self._grid), self._made)
+
+    def _made(self, values: Tensor) -> tuple[Tensor, ...]:
+        read = hadamard(values) if self.scheme.hadamard else values
+        if self.input_factor is not None:
+            read = read * self.input_factor.to(read.dtype)
+        if self._grid is None:
+            return (read.to(values.dtype),)
+        size = self._grid.size(self.in_features)
+        codes, *scales = quantize_tokens(read.reshape(-1, size), self._grid, self.input_clip)
+        codes = codes.view(-1, self.in_features)
+        return Tokens(codes, *(each.view(len(codes), -1) for each in scales))
+
+    def _product(self, tokens: Tokens, grid: IntegerGrid, integers: Integers) -> Tensor:
+        """To float32 (tokens, out), without the bias."""
+        codes, scale, zero_point = tokens
         size = grid.size(self.in_features)
-        codes, *scales = quantize_tokens(values.reshape(-1, size), grid, self.input_clip)
-        scale, zero_point = (each.view(len(values), -1) for each in scales)
-        output = values.new_zeros(len(values), self.out_features, dtype=torch.float32)
-        for unit, columns in enumerate(codes.view(len(values), -1).split(self._unit, 1)):
+        output = codes.new_zeros(len(codes), self.out_features, dtype=torch.float32)
+        for unit, columns in enumerate(codes.split(self._unit, 1)):
             own, group = unit * self._unit // size, unit * self._unit // self.group_size
             totals = affine_product(
                 columns.contiguous(),
