@@ -76,6 +76,7 @@ def test_zero_points_are_corrected_exactly(bits):
     found = affine_product(
         centred(tokens, grid),
         centred(token_zero, grid).int(),
+        (tokens - token_zero).sum(1, keepdim=True, dtype=torch.int32),
         codes,
         codes.sum(1, dtype=torch.int32),
         centred(weight_zero, grid).int(),

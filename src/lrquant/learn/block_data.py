@@ -129,13 +129,14 @@ class BlockData:
         own = self.shared.steps
         return None if steps is None or steps >= len(own) else own[steps].start
 
-    def whole(self, terms: Sequence[Tensor], step: int, like: Tensor) -> Tensor:
-        """The loss terms (terms,) of a step, of which this member's own batches have `terms`.
+    def whole(
+        self, feeds: Sequence[Fed], terms: Sequence[Tensor], step: int, like: Tensor
+    ) -> Tensor:
+        """The loss terms (terms,) of a step, of which this member's own `feeds` have `terms`.
 
         They are means over all of the step's batches, by their tokens; `like` has their shape.
         """
-        pairs = zip(terms, self.shared.steps[step], strict=True)
-        weighted = [own.detach() * self.shared.weights[batch] for own, batch in pairs]
+        weighted = [own.detach() * fed.share for fed, own in zip(feeds, terms, strict=True)]
         if self.shared.counts[step] == [1]:
             return weighted[0]
         rows = torch.stack(weighted) if weighted else like.new_empty((0, len(like)))

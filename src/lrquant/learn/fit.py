@@ -179,8 +179,9 @@ class _Fit:
         """Loss of the first step: what the last one, which no other step follows, has led to."""
         data, objective, tensors = self.data, self.report.objective, self.view.tensors()
         rest = self.learning.loss
-        own = [fed.terms(self.runner, tensors, rest)[1] for fed in data.fed_to(0)]
-        return objective.measure(data.whole(own, 0, objective.weights))
+        feeds = data.fed_to(0)
+        own = [fed.terms(self.runner, tensors, rest)[1] for fed in feeds]
+        return objective.measure(data.whole(feeds, own, 0, objective.weights))
 
     def _go_back(self, event: str) -> None:
         """Take the best parameters, or the start if they, a step after their loss, are worse."""
@@ -234,7 +235,7 @@ def step_on(
     terms = [fed.terms(runner, tensors, kind)[1] for fed in feeds]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    whole = data.whole(terms, step, objective.weights)
+    whole = data.whole(feeds, terms, step, objective.weights)
     objective.see(whole)
     gradients = Gradients(list(view.moving.values()), view.by_expert)
     for fed in feeds:  # of which each lets go of what it computed

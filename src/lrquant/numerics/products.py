@@ -76,17 +76,17 @@ def quantize_tokens(
 def affine_product(
     codes: Tensor,
     zero_point: Tensor,
+    sums: Tensor,
     weight: Tensor,
     weight_sums: Tensor,
     weight_zero_point: Tensor,
 ) -> Tensor:
     """``sum (x - zx) (w - zw)`` over the columns, int32 (tokens, out), from centred codes.
 
-    x int8 (tokens, in), zx int32 (tokens, 1); w int8 (out, in) with its row sums and zero points
-    int32 (out,):  ``sum x w - zx sum w - zw (sum x - in zx)``.  Exact where in * 4^bits < 2^31;
-    what overflows on the way there wraps back.
+    x int8 (tokens, in), zx and ``sum (x - zx)`` int32 (tokens, 1); w int8 (out, in) with its row
+    sums and zero points int32 (out,):  ``sum x w - zx sum w - zw sum (x - zx)``.  Exact where in *
+    4^bits < 2^31; what overflows on the way there wraps back.
     """
     totals = integer_product(codes, weight)
-    totals -= zero_point * weight_sums
-    token_sums = codes.sum(1, keepdim=True, dtype=torch.int32)
-    return totals.sub_((token_sums - codes.shape[1] * zero_point) * weight_zero_point)
+    totals.addcmul_(zero_point, weight_sums, value=-1)
+    return totals.addcmul_(sums, weight_zero_point, value=-1)

@@ -28,11 +28,15 @@ class Integers(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Centred codes int8 (tokens, in), scales float32 and zero points int32 (tokens, groups)."""
+    """Centred codes int8 (tokens, in), scales float32 and zero points int32 (tokens, groups).
+
+    `sums` int32 (tokens, units) are those of codes less zero points over each unit's columns.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    sums: Tensor
 
 
 class IntegerLinear(nn.Module):
@@ -159,7 +163,7 @@ class IntegerLinear(nn.Module):
         own = self.input_factor is not None or self.input_clip is not None
         if own or not (self.scheme.hadamard or self._grid):
             return self._made(values)
-        return LAST_READ.of(values, (self.scheme.hadamard, self._grid), self._made)
+        return LAST_READ.of(values, (self.scheme.hadamard, self._grid, self._unit), self._made)
 
     def _made(self, values: Tensor) -> tuple[Tensor, ...]:
         read = hadamard(values) if self.scheme.hadamard else values
@@ -169,26 +173,33 @@ class IntegerLinear(nn.Module):
             return (read.to(values.dtype),)
         size = self._grid.size(self.in_features)
         codes, *scales = quantize_tokens(read.reshape(-1, size), self._grid, self.input_clip)
-        codes = codes.view(-1, self.in_features)
-        return Tokens(codes, *(each.view(len(codes), -1) for each in scales))
+        sums = codes.view(len(codes), -1, self._unit).sum(-1, dtype=torch.int32)
+        sums -= self._unit * scales[1]
+        rows = values.numel() // self.in_features
+        return Tokens(*(each.view(rows, -1) for each in (codes, *scales, sums)))
 
     def _product(self, tokens: Tokens, grid: IntegerGrid, integers: Integers) -> Tensor:
         """To float32 (tokens, out), without the bias."""
-        codes, scale, zero_point = tokens
+        codes, scale, zero_point, sums = tokens
         size = grid.size(self.in_features)
-        output = codes.new_zeros(len(codes), self.out_features, dtype=torch.float32)
+        output: Tensor | None = None
         for unit, columns in enumerate(codes.split(self._unit, 1)):
             own, group = unit * self._unit // size, unit * self._unit // self.group_size
             totals = affine_product(
                 columns.contiguous(),
                 zero_point[:, own, None],
+                sums[:, unit, None],
                 integers.codes[unit],
                 integers.code_sums[:, unit],
                 integers.zero_points[:, group],
             ).float()
             if scale.shape[1] > 1:
                 totals.mul_(scale[:, own, None])
-            output.addcmul_(totals, self.weight_scale[:, group])
+            if output is None:
+                output = totals.mul_(self.weight_scale[:, group])
+            else:
+                output.addcmul_(totals, self.weight_scale[:, group])
+        assert output is not None
         return output if scale.shape[1] > 1 else output.mul_(scale)
 
     def extra_repr(self) -> str:
