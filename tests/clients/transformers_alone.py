@@ -5,7 +5,8 @@
 Prints one line of JSON.  `perplexity` is ``exp`` of the mean negative log-likelihood of tokens
 2..n of each of the text's first windows, as `lrquant evaluate RUN --ppl FILE --limit 8 --seqlen
 512` gives it for the run that CHECKPOINT was written from.  Needs torch, transformers and what
-the format asks for: compressed-tensors, or gptqmodel for AWQ.
+the format asks for: compressed-tensors, or gptqmodel for AWQ.  A transform_config, which
+transformers leaves out, is put in by compressed-tensors.
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ def log_likelihoods(model, windows: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+def apply_transforms(model, folder: Path) -> None:
+    """Have a model multiply inputs as its config.json says."""
+    values = json.loads((folder / "config.json").read_text())
+    transforms = (values.get("quantization_config") or {}).get("transform_config")
+    if transforms:
+        from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+        apply_transform_config(model, TransformConfig.model_validate(transforms))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint")
@@ -59,6 +70,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         options.checkpoint, dtype=getattr(torch, options.dtype)
     ).eval()
+    apply_transforms(model, Path(options.checkpoint))
     windows = windows_of(tokenizer, options.text, options.windows, options.tokens)
     found = log_likelihoods(model, windows)
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])

@@ -9,6 +9,8 @@ apart.  Exits with 1 if vLLM fails on one.
 
 On x86 the package has 4-bit kernels for AVX512 only.  Elsewhere `--torch-kernel` puts a product
 in torch into their place, which shows that vLLM reads the checkpoint right, but not its kernel.
+`--torch-hadamard` does so for inputs times Hadamard matrices, whose kernel is in CUDA builds alone;
+transformers then has them from compressed-tensors.
 """
 
 from __future__ import annotations
@@ -70,6 +72,28 @@ def define_torch_kernel() -> None:
     library.impl("cpu_gemm_wna16", product, "CPU")
 
 
+def define_torch_hadamard() -> None:
+    """Define vLLM's product with Sylvester's Hadamard matrices, butterflies in float32."""
+    import torch
+
+    def product(values, inplace) -> torch.Tensor:
+        assert not inplace
+        size = values.shape[-1]
+        left = values.float().reshape(-1, size)
+        width = 1
+        while width < size:
+            pairs = left.view(-1, size // (2 * width), 2, width)
+            first, second = pairs.unbind(2)
+            left = torch.stack((first + second, first - second), 2)
+            width *= 2
+        return (left.view(values.shape) / size**0.5).to(values.dtype)
+
+    library = torch.library.Library("_C", "FRAGMENT")
+    _KEPT.append(library)
+    library.define("hadacore_transform(Tensor values, bool inplace) -> Tensor")
+    library.impl("hadacore_transform", product, "CPU")
+
+
 def int8_error() -> float:
     """How far vLLM's int8 product on this CPU is from the exact one, on codes of the full range.
 
@@ -95,6 +119,8 @@ def measure(options: argparse.Namespace) -> None:
 
     if options.torch_kernel:
         define_torch_kernel()
+    if options.torch_hadamard:
+        define_torch_hadamard()
     (checkpoint,) = options.checkpoints
     llm = LLM(
         checkpoint,
@@ -123,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
 def client(python: Path, options: argparse.Namespace, script: str, *rest: str) -> str:
     """What a script prints, run in the environment; RuntimeError with its error if it fails."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if options.torch_kernel:
+    if options.torch_kernel or options.torch_hadamard:
         environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the process that defines it runs it
     command = [str(python), str(Path(__file__).resolve().with_name(script)), *rest]
     command += ["--text", options.text, "--windows", str(options.windows)]
@@ -141,6 +167,7 @@ def compare(python: Path, options: argparse.Namespace, checkpoint: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "result.json"
         kernel = ["--torch-kernel"] if options.torch_kernel else []
+        kernel += ["--torch-hadamard"] if options.torch_hadamard else []
         rest = (checkpoint, "--dtype", options.dtype, "--result", str(path), *kernel)
         client(python, options, "vllm_cpu.py", *rest)
         served = json.loads(path.read_text())
@@ -184,6 +211,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="tokens a window")
     parser.add_argument("--dtype", default="auto", help="vLLM's; auto is bfloat16 for float32")
     parser.add_argument("--torch-kernel", action="store_true", help="4 bits without AVX512")
+    parser.add_argument("--torch-hadamard", action="store_true", help="and Hadamard matrices")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.result:
