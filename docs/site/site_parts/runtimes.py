@@ -13,7 +13,8 @@ from site_parts.tables import code, table
 SCHEMES = (  # one of each kind, from the most to the fewest bits
     *("W8A16", "W8A16g128-sym", "W4A16", "W4A16g128", "W4A16g128-sym", "W4A16g16"),
     *("W3A16g64", "W3A16g64-sym", "W2A16g64", "W2A16g64-sym"),
-    *("W8A8-sym-qkv16", "W4A8-sym-qkv16", "W4A4-sym-qkv16", "W8A8", "W6A6", "W4A4"),
+    *("W4A16-hadamard", "W8A8-sym-qkv16", "W4A8-sym-qkv16", "W4A4-sym-qkv16"),
+    *("W4A4-sym-qkv16-hadamard", "W8A8", "W6A6", "W4A4", "W4A4-r3-hadamard"),
 )
 
 
@@ -32,7 +33,9 @@ def markdown() -> str:
 def _holding(schemes: Schemes) -> list[Format]:
     """The packed formats that hold a scheme; the native one, which holds all, where alone."""
     holding = [form for form in formats().values() if form.name != "dequantized"]
-    holding = [f for f in holding if (f.grid_refusal(schemes) or f.refusal(schemes)) is None]
+    refusals = ((f.grid_refusal, f.hadamard_refusal, f.refusal) for f in holding)
+    pairs = zip(holding, refusals, strict=True)
+    holding = [f for f, each in pairs if all(reason(schemes) is None for reason in each)]
     return [form for form in holding if form.name != "lrquant"] or holding
 
 

@@ -12,6 +12,7 @@ FLOAT_BITS = 16
 USUAL = (  # schemes that people ask for
     *("W4A16g128", "W4A16g64", "W4A16g32", "W4A16", "W3A16g64", "W2A16g64", "W8A16", "W8A8"),
     *("W8A8-sym-qkv16", "W4A8-sym-qkv16", "W6A6", "W4A4", "W4A4-qkv16", "W4A4-sym-qkv16"),
+    *("W4A16-hadamard", "W4A4-r3-hadamard"),
 )
 _NAME = re.compile(
     r"w([0-9]{1,9})a([0-9]{1,9})(?:g([0-9]{1,9}))?(-sym)?(-asym)?(?:-ag([0-9]{1,9}))?"
