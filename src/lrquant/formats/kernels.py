@@ -69,11 +69,11 @@ def _require_one_scheme(model: Model, index: int, plan: Plan, target: str) -> No
 
 def _require_transforms(model: Model, index: int, plan: Plan, target: str) -> None:
     """Refuse Hadamard matrices of linears with biases, and of those that vLLM does not know."""
-    view, family = shape_view(model, index, plan), model.architecture.name
+    view = shape_view(model, index, plan)
     schemes = view.plan.schemes
     rotated = [name for name in view.matrices if schemes[name].hadamard]
     biased = [name for name in rotated if view.matrices[name].bias in view.stored]
-    unknown = [name for name in rotated if not multiplied_in_vllm(family, name)]
+    unknown = [name for name in rotated if not multiplied_in_vllm(name, view.matrices)]
     odd = unknown or biased
     if not odd:
         return

@@ -7,6 +7,7 @@ in the version's Python) or "docs".  vLLM is 0.32, transformers 5.23 with compre
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 from lrquant.config.scheme import FLOAT_BITS, Scheme
@@ -32,14 +33,14 @@ _TRANSFORMS = (
 )
 # source: it finds them by the names of a model's own linears, which it has of these.  Others it
 # makes one product of without saying of which, where it raises an error, or calls by other names,
-# where it leaves the matrices out without a word: all of Falcon-H1.
+# where it leaves the matrices out without a word.
 _NAMED = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-_UNNAMED = frozenset({"falcon_h1"})
+_USUAL = ("self_attn.", "mlp.")  # blocks of other modules it builds in other ways, attention too
 
 
-def multiplied_in_vllm(family: str, matrix: str) -> bool:
-    """Whether vLLM knows which linear's inputs to multiply: a family's, by its name in a block."""
-    return family not in _UNNAMED and _NAMED.fullmatch(matrix) is not None
+def multiplied_in_vllm(matrix: str, block: Collection[str]) -> bool:
+    """Whether vLLM knows which linear's inputs to multiply: a matrix of a block of such names."""
+    return all(each.startswith(_USUAL) for each in block) and bool(_NAMED.fullmatch(matrix))
 
 
 def in_vllm(scheme: Scheme) -> Loading:
