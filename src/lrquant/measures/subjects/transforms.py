@@ -13,7 +13,6 @@ from compressed_tensors.transform import (
     TransformScheme,
 )
 from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
-from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,7 +33,7 @@ class Transforms:
             whole = TransformConfig.model_validate(
                 quantization.get("transform_config") or {"config_groups": {}}
             )
-        except ValidationError as error:
+        except ValueError as error:
             raise _odd(name, "is none that compressed-tensors knows") from error
         self._schemes: dict[str, TransformScheme] = {}
         for group, scheme in whole.config_groups.items():
