@@ -98,7 +98,7 @@ def test_the_guide_s_table_of_runtimes_is_what_formats_say(scheme, symmetric, ru
 
 
 def _loads(form, schemes, target) -> bool:
-    refused = form.grid_refusal(schemes) or form.hadamard_refusal(schemes) or form.refusal(schemes)
+    refused = form.schemes_refusal(schemes)
     return refused is None and loading_refusal(form, schemes, target) is None
 
 

@@ -214,8 +214,7 @@ def require_as_told(run, saved, foretold):
 def holds(form, settings):
     """Whether a format takes settings, as far as these alone tell."""
     plan = Plan.of(Config(**{**settings, "format": None, "save_dir": None}).resolved().quantizing)
-    reasons = form.grid_refusal, form.hadamard_refusal, form.refusal
-    return all(reason(plan.schemes) is None for reason in reasons)
+    return form.schemes_refusal(plan.schemes) is None
 
 
 @pytest.fixture

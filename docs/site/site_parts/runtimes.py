@@ -33,9 +33,7 @@ def markdown() -> str:
 def _holding(schemes: Schemes) -> list[Format]:
     """The packed formats that hold a scheme; the native one, which holds all, where alone."""
     holding = [form for form in formats().values() if form.name != "dequantized"]
-    refusals = ((f.grid_refusal, f.hadamard_refusal, f.refusal) for f in holding)
-    pairs = zip(holding, refusals, strict=True)
-    holding = [f for f, each in pairs if all(reason(schemes) is None for reason in each)]
+    holding = [form for form in holding if form.schemes_refusal(schemes) is None]
     return [form for form in holding if form.name != "lrquant"] or holding
 
 

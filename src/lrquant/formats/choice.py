@@ -73,17 +73,16 @@ def _served(plan: Plan) -> Format:
 
 def why_native(plan: Plan) -> str:
     """That no runtime but this package's loads a plan, and the nearest that vLLM would."""
-    packed = [form for form in formats().values() if form.name != NATIVE]
     served = taken_by(plan, "vllm", formats(), DEFAULT)
-    why = f"no format that vLLM or transformers alone loads holds {plan.schemes.name}"
-    mend = mended(plan, "vllm", packed)
-    nearest = "" if mend is None else f"; for vLLM {mend}"
     if served is not None:
-        why = f"no format that transformers alone loads holds {plan.schemes.name}"
-        nearest = f"; for vLLM alone: --format {served.name}"
+        runtimes, nearest = "transformers", f"; for vLLM alone: --format {served.name}"
+    else:
+        packed = [form for form in formats().values() if form.name != NATIVE]
+        mend = mended(plan, "vllm", packed)
+        runtimes, nearest = "vLLM or transformers", "" if mend is None else f"; for vLLM {mend}"
     return (
-        f"{why}: written in the native format, which transformers loads after `import lrquant`"
-        f"{nearest}"
+        f"no format that {runtimes} alone loads holds {plan.schemes.name}: written in the native "
+        f"format, which transformers loads after `import lrquant`{nearest}"
     )
 
 

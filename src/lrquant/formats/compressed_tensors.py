@@ -30,7 +30,13 @@ from lrquant.formats.format import HADAMARD, Format
 from lrquant.formats.loading import Loading
 from lrquant.formats.parts import Part
 from lrquant.formats.runtimes import in_transformers, in_vllm, in_vllm_cpu
-from lrquant.formats.transforms import KEY, fits, multiplied_back, transform_config
+from lrquant.formats.transforms import (
+    KEY,
+    fits,
+    multiplied_back,
+    transform_config,
+    transforms_of,
+)
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.packing import packed_weight
 from lrquant.numerics.products import centred
@@ -43,7 +49,7 @@ def _refusal(schemes: Schemes) -> str | None:
     quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     if not quantized or any(not scheme.quantizes_weights for scheme in quantized):
         return "weights of 16 bits are not packed"
-    together = _mixed_refusal(schemes) or _tower_refusal(schemes)
+    together = _mixed_refusal(schemes, quantized) or _tower_refusal(schemes)
     if together is not None:
         return together
     for scheme in quantized:
@@ -64,14 +70,13 @@ def _refusal(schemes: Schemes) -> str | None:
     return None
 
 
-def _mixed_refusal(schemes: Schemes) -> str | None:
+def _mixed_refusal(schemes: Schemes, quantized: Sequence[Scheme]) -> str | None:
     """What transformers 5.23 loads of several schemes: weights without zero points.
 
     It decodes weights with zero points by one scheme for the whole model.
     """
     several = {_stored(scheme) for _, scheme in schemes.patterns if not scheme.floating_point}
     several |= {_stored(schemes.default)} if not schemes.default.floating_point else set()
-    quantized = [scheme for scheme in schemes.every if not scheme.floating_point]
     odd = [s for s in quantized if s.activation_bits == FLOAT_BITS and not s.symmetric]
     if len(several) < 2 or not odd:
         return None
@@ -282,6 +287,7 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
     """The library's own decompression, with scales in float32; ValueError for a wrong shape."""
     fields = QuantizationConfig.model_fields
     read = QuantizationConfig.model_validate({k: v for k, v in quantization.items() if k in fields})
+    transforms = transforms_of(quantization)
     dense = dict(tensors)
     for linear in [n.removesuffix(_SCALE) for n in tensors if n.endswith(_SCALE)]:
         packed = [n for n in dense if n.startswith(f"{linear}.weight")]
@@ -293,7 +299,7 @@ def _decode(tensors: dict[str, Tensor], block: str, quantization: JsonObject) ->
         weight = compressor.decompress(own, scheme)["weight"]
         if shape not in (None, list(weight.shape)):
             raise ValueError(f"{linear}.weight_shape is {shape} beside {list(weight.shape)}")
-        dense[f"{linear}.weight"] = multiplied_back(weight, f"{block}.{linear}", quantization)
+        dense[f"{linear}.weight"] = multiplied_back(weight, f"{block}.{linear}", transforms)
     return dense
 
 

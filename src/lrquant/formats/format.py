@@ -71,6 +71,11 @@ class Format:
         packed = any(plan.schemes[name].quantizes_weights for name in experts)
         return own | experts if self.experts_apart and packed else own
 
+    def schemes_refusal(self, schemes: Schemes) -> str | None:
+        """Why it cannot hold a model of such schemes, whatever is learned, or None."""
+        reason = self.grid_refusal(schemes) or self.hadamard_refusal(schemes)
+        return reason or self.refusal(schemes)
+
     def grid_refusal(self, schemes: Schemes) -> str | None:
         """Why it cannot hold the kind of a grid, or None."""
         odd = [s.weight_grid for s in schemes.every if s.quantizes_weights]

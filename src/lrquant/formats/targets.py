@@ -76,8 +76,7 @@ def _loading_reason(form: Format, plan: Plan, target: str) -> str | None:
 
 def refusal_of(form: Format, plan: Plan) -> str | None:
     """Why a format can't hold the schemes, or what is learned as far as settings tell; or None."""
-    schemes = plan.schemes
-    reason = form.grid_refusal(schemes) or form.hadamard_refusal(schemes) or form.refusal(schemes)
+    reason = form.schemes_refusal(plan.schemes)
     needed = [each.needs(None) for each in (*plan.ingredients, *plan.tower_ingredients)]
     odd = [why for needs in needed for what, why in needs.items() if what not in form.holds]
     return reason or (odd[0] if odd else None)

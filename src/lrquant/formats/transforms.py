@@ -47,9 +47,13 @@ def transform_config(parts: Sequence[Part], outside: Iterable[str]) -> JsonObjec
     return config.model_dump(mode="json", exclude_unset=True)
 
 
-def multiplied_back(weight: Tensor, linear: str, quantization: JsonObject) -> Tensor:
+def transforms_of(quantization: JsonObject) -> TransformConfig:
+    """What a quantization_config says of transforms, which may be nothing; ValueError if odd."""
+    return TransformConfig.model_validate(quantization.get(KEY) or {"config_groups": {}})
+
+
+def multiplied_back(weight: Tensor, linear: str, config: TransformConfig) -> Tensor:
     """A float32 weight (out, in), as stored, of what the linear of this full name reads."""
-    config = TransformConfig.model_validate(quantization.get(KEY) or {"config_groups": {}})
     for scheme in config.config_groups.values():
         for where in scheme.apply:
             meant = any(fits(target, linear) for target in where.targets)

@@ -207,8 +207,9 @@ def _read(stored: Stored, **places: Any) -> PreTrainedModel:
             plain = copy.deepcopy(stored.config)  # soft caps and sinks rule torch's attention out
             plain._attn_implementation = "eager"
             module, report = _made(stored, plain, places)
-    _refuse_parts(stored.name, stored.folder, report)
-    _transforms(stored.name, stored.folder).enter(module)
+    transforms = _transforms(stored.name, stored.folder)
+    _refuse_parts(stored.name, stored.folder, report, transforms)
+    transforms.enter(module)
     return module
 
 
@@ -249,13 +250,12 @@ def _transforms(name: str, folder: Path) -> Transforms:
     return Transforms(name, quantization if isinstance(quantization, dict) else {})
 
 
-def _refuse_parts(name: str, folder: Path, report: dict[str, Any]) -> None:
+def _refuse_parts(name: str, folder: Path, report: dict[str, Any], transforms: Transforms) -> None:
     """Refuse a checkpoint of which transformers made up, left out or reshaped a tensor."""
     expected: set[str] = set()
     if (folder / MANIFEST).exists():
         expected.update(read_manifest(folder).get("extra_tensors", []))
-    made = _transforms(name, folder)
-    left = [key for key in report["unexpected_keys"] if not made.is_matrix(key)]
+    left = [key for key in report["unexpected_keys"] if not transforms.is_matrix(key)]
     problems = {
         "has no": sorted(report["missing_keys"]),
         "is not read although it holds": sorted(set(left) - expected),
