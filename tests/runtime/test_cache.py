@@ -75,6 +75,14 @@ def test_what_it_holds_decodes_bit_for_bit(bits, symmetric, head_dim):
     assert layer.keys.shape == (2, 3, 11, width + 5) and layer.keys.dtype == torch.uint8
 
 
+def test_keys_and_values_may_differ_in_width():
+    grid = IntegerGrid(4)
+    keys, values = torch.randn(1, 2, 5, 7), torch.randn(1, 2, 5, 12)
+    found = _Layer(grid).update(keys, values)
+    for given, decoded in zip((keys, values), found, strict=True):
+        assert torch.equal(decoded, fake_quantize_tokens(given, grid))
+
+
 def test_marked_states_are_not_quantised_again(make_model):
     """Negative control: unmarked ones are."""
     from transformers import AttentionInterface

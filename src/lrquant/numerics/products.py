@@ -64,13 +64,15 @@ def quantize_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic per-token codes of (tokens, channels), on the grid of `fake_quantize_tokens`.
 
-    Returns centred codes int8 (tokens, channels), scale float32 (tokens, 1) and centred zero point
-    int32 (tokens, 1): ``value = scale * (code - zero_point)``.
+    Returns codes int8 (tokens, channels), scale float32 (tokens, 1) and zero point int32 (tokens,
+    1): ``value = scale * (code - zero_point)``.  Codes of 8 bits and their zero points are centred.
     """
     codes = values.to(torch.float32, copy=True)
     scales, _ = token_scales(codes, grid, clip)
-    codes = centred(grid.encode_(codes, scales), grid)
-    return codes, scales.scale, centred(scales.zero_point, grid).int()
+    codes, zero_point = grid.encode_(codes, scales), scales.zero_point
+    if grid.code_range[1] > torch.iinfo(torch.int8).max:
+        codes, zero_point = centred(codes, grid), centred(zero_point, grid)
+    return codes.to(torch.int8), scales.scale, zero_point.int()
 
 
 def affine_product(
@@ -81,11 +83,11 @@ def affine_product(
     weight_sums: Tensor,
     weight_zero_point: Tensor,
 ) -> Tensor:
-    """``sum (x - zx) (w - zw)`` over the columns, int32 (tokens, out), from centred codes.
+    """``sum (x - zx) (w - zw)`` over the columns, int32 (tokens, out).
 
     x int8 (tokens, in), zx and ``sum (x - zx)`` int32 (tokens, 1); w int8 (out, in) with its row
-    sums and zero points int32 (out,):  ``sum x w - zx sum w - zw sum (x - zx)``.  Exact where in *
-    4^bits < 2^31; what overflows on the way there wraps back.
+    sums and zero points int32 (out,) or (1, out):  ``sum x w - zx sum w - zw sum (x - zx)``.
+    Exact where in * 4^bits < 2^31; what overflows on the way there wraps back.
     """
     totals = integer_product(codes, weight)
     totals.addcmul_(zero_point, weight_sums, value=-1)

@@ -40,7 +40,8 @@ def fake_quantize_tokens(
     """
     flat = values.reshape(-1, grid.size(values.shape[-1]))
     if isinstance(grid, IntegerGrid):
-        return _FakeQuantizedTokens.apply(flat, clip, grid, dtype, compiled).view(values.shape)
+        quantized = _FakeQuantizedTokens.apply if torch.is_grad_enabled() else _round_trips
+        return quantized(flat, clip, grid, dtype, compiled).view(values.shape)
     return reference_tokens(flat, grid, dtype, clip).view(values.shape)
 
 
@@ -70,12 +71,7 @@ class _FakeQuantizedTokens(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, clip)
         ctx.grid, ctx.compiled = grid, compiled
-        if compiled:
-            return call_compiled(_round_trip, values, clip, grid, dtype, by_size=False)
-        output = torch.empty(values.shape, dtype=dtype, device=values.device)
-        for rows in row_chunks(values):
-            output[rows] = _round_trip(values[rows], clip, grid, dtype)
-        return output
+        return _round_trips(values, clip, grid, dtype, compiled)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -91,6 +87,21 @@ class _FakeQuantizedTokens(torch.autograd.Function):
             if to_clip is not None and own is not None:
                 to_clip += own
         return result, to_clip, None, None, None
+
+
+def _round_trips(
+    values: Tensor, clip: Tensor | None, grid: IntegerGrid, dtype: torch.dtype, compiled: bool
+) -> Tensor:
+    """Values (tokens, channels) on their grids and back, a few tokens at a time."""
+    if compiled:
+        return call_compiled(_round_trip, values, clip, grid, dtype, by_size=False)
+    chunks = row_chunks(values)
+    if len(chunks) == 1:
+        return _round_trip(values, clip, grid, dtype)
+    output = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for rows in chunks:
+        output[rows] = _round_trip(values[rows], clip, grid, dtype)
+    return output
 
 
 def _round_trip(

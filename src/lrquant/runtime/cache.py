@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -13,7 +14,7 @@ from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.grids.schemes import attention_grid
 from lrquant.numerics.hadamard import hadamard
-from lrquant.numerics.products import quantize_tokens
+from lrquant.numerics.tokens import token_scales
 
 _SCALE_BYTES = 4
 
@@ -53,6 +54,7 @@ class QuantizedCache(Cache):
 class _Layer(DynamicLayer):
     """Records uint8 (batch, heads, tokens, bytes) of codes, scale and zero point, in that order.
 
+    Codes and zero points are counted from the smallest code.
     Those of keys may be of keys times a Hadamard matrix.
     """
 
@@ -65,27 +67,36 @@ class _Layer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Encode the new states (batch, heads, tokens, head_dim); return all of them, decoded."""
         rotated = hadamard(key_states) if self._rotated else key_states
-        records = super().update(self._encode(rotated), self._encode(value_states))
-        keys, values = (self._decode(record, key_states.shape[-1]) for record in records)
-        return mark_quantized(keys), mark_quantized(values)
+        if rotated.shape == value_states.shape:
+            new = self._encode(torch.stack((rotated, value_states))).unbind()
+        else:
+            new = self._encode(rotated), self._encode(value_states)
+        keys, values = super().update(*new)
+        keys = self._decode(keys, key_states.shape[-1])
+        return mark_quantized(keys), mark_quantized(self._decode(values, value_states.shape[-1]))
 
     def _encode(self, states: Tensor) -> Tensor:
-        flat = states.reshape(-1, states.shape[-1])
-        codes, scale, zero_point = quantize_tokens(flat, self._grid)
+        values = states.reshape(-1, states.shape[-1]).to(torch.float32, copy=True)
+        scales, _ = token_scales(values, self._grid)
+        codes, zero_point = self._grid.encode_(values, scales), scales.zero_point
+        smallest = self._grid.code_range[0]
+        if smallest:
+            codes, zero_point = codes.sub_(smallest), zero_point - smallest
+        codes = codes.to(torch.uint8)
         if self._bits <= 4:
-            codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-        fields = codes.view(torch.uint8), scale.view(torch.uint8), zero_point.to(torch.int8)
-        records = torch.cat([field.view(torch.uint8) for field in fields], 1)
-        return records.view(*states.shape[:-1], -1)
+            codes = pad(codes, (0, 1)) if codes.shape[1] % 2 else codes
+            first, second = codes.chunk(2, 1)
+            codes = first | (second << 4)
+        fields = codes, scales.scale.view(torch.uint8), zero_point.to(torch.uint8)
+        return torch.cat(fields, 1).view(*states.shape[:-1], -1)
 
     def _decode(self, records: Tensor, head_dim: int) -> Tensor:
         """Records to values, float32 (batch, heads, tokens, head_dim)."""
         width = records.shape[-1] - _SCALE_BYTES - 1
-        packed, scale, zero_point = records.split((width, _SCALE_BYTES, 1), -1)
-        codes = packed.contiguous().view(torch.int8)
+        codes, scale, zero_point = records.split((width, _SCALE_BYTES, 1), -1)
         if self._bits <= 4:
-            low = (codes << 4) >> 4
-            codes = torch.stack((low, codes >> 4), -1).flatten(-2)[..., :head_dim]
-        values = codes.float().sub_(zero_point.contiguous().view(torch.int8))
+            codes = codes.contiguous()
+            codes = torch.cat((codes & 15, codes >> 4), -1)
+            codes = codes if codes.shape[-1] == head_dim else codes[..., :head_dim]
+        values = codes.float().sub_(zero_point)
         return values.mul_(scale.contiguous().view(torch.float32))

@@ -20,15 +20,18 @@ from lrquant.runtime.reads import LAST_READ
 
 
 class Integers(NamedTuple):
-    """Codes int8 (units, out, unit); zero points (out, groups) and sums of codes (out, units)."""
+    """Codes int8 (units * out, unit), one unit below the other.
+
+    Sums of codes (units, out) and zero points (groups, out), int32.
+    """
 
     codes: Tensor
-    zero_points: Tensor
     code_sums: Tensor
+    zero_points: Tensor
 
 
 class Tokens(NamedTuple):
-    """Centred codes int8 (tokens, in), scales float32 and zero points int32 (tokens, groups).
+    """Codes int8 (tokens, in), scales float32 and zero points int32 (tokens, groups).
 
     `sums` int32 (tokens, units) are those of codes less zero points over each unit's columns.
     """
@@ -51,8 +54,8 @@ class IntegerLinear(nn.Module):
     """
 
     codes: Tensor
-    zero_points: Tensor
     code_sums: Tensor
+    zero_points: Tensor
     weight_packed: Tensor
     weight_zero_point: Tensor
     weight_scale: Tensor
@@ -77,6 +80,8 @@ class IntegerLinear(nn.Module):
         self.packed_in_memory = True
         groups = in_features // self.group_size
         self._unit = math.gcd(self.group_size, scheme.activation_group_size or in_features)
+        self._how = scheme.hadamard, self._grid, self._unit  # all that what it reads is made by
+        self._shares = bool(scheme.hadamard or self._grid) and not (input_factor or input_clip)
         bits = scheme.weight_bits
         self._register("weight_packed", (out_features, -(-in_features * bits // 32)), torch.int32)
         self._register("weight_shape", (2,), torch.int64)
@@ -122,29 +127,31 @@ class IntegerLinear(nn.Module):
                 self.weight_zero_point.data, bits, zero_points.shape, packed_dim=0
             ).int()
         codes = codes.view(self.out_features, -1, self._unit).transpose(0, 1).contiguous()
-        return Integers(codes, zero_points, codes.sum(-1, dtype=torch.int32).t().contiguous())
+        sums = codes.sum(-1, dtype=torch.int32)
+        return Integers(codes.view(-1, self._unit), sums, zero_points.t().contiguous())
 
     def _integers(self) -> Integers:
         if self.packed_in_memory:
             return self._unpacked()
-        return Integers(self.codes, self.zero_points, self.code_sums)
+        return Integers(self.codes, self.code_sums, self.zero_points)
 
     def packed(self) -> dict[str, Tensor]:
         """The tensors that `unpack` took apart, as a checkpoint holds them."""
         codes = self._in_rows(self.codes)
-        zero_points = None if self.scheme.symmetric else self.zero_points.to(torch.int8)
+        zero_points = None if self.scheme.symmetric else self.zero_points.t().to(torch.int8)
         return packed_weight(codes, zero_points, self.scheme.weight_bits)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
         integers = self._integers()
         codes = self._in_rows(integers.codes).view(self.out_features, -1, self.group_size).float()
-        values = codes.sub_(integers.zero_points[..., None]).mul_(self.weight_scale[..., None])
+        values = codes.sub_(integers.zero_points.t()[..., None]).mul_(self.weight_scale[..., None])
         return values.view(self.out_features, -1).to(dtype)
 
     def _in_rows(self, codes: Tensor) -> Tensor:
-        """(units, out, unit) to (out, in), int8."""
-        return codes.transpose(0, 1).reshape(self.out_features, self.in_features)
+        """(units * out, unit) to (out, in), int8."""
+        units = codes.view(-1, self.out_features, self._unit)
+        return units.transpose(0, 1).reshape(self.out_features, self.in_features)
 
     def forward(self, values: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `values`."""
@@ -160,10 +167,7 @@ class IntegerLinear(nn.Module):
 
     def _read(self, values: Tensor) -> tuple[Tensor, ...]:
         """What products take: values in their dtype, or `Tokens`."""
-        own = self.input_factor is not None or self.input_clip is not None
-        if own or not (self.scheme.hadamard or self._grid):
-            return self._made(values)
-        return LAST_READ.of(values, (self.scheme.hadamard, self._grid, self._unit), self._made)
+        return LAST_READ.of(values, self._how, self._made) if self._shares else self._made(values)
 
     def _made(self, values: Tensor) -> tuple[Tensor, ...]:
         read = hadamard(values) if self.scheme.hadamard else values
@@ -172,16 +176,24 @@ class IntegerLinear(nn.Module):
         if self._grid is None:
             return (read.to(values.dtype),)
         size = self._grid.size(self.in_features)
-        codes, *scales = quantize_tokens(read.reshape(-1, size), self._grid, self.input_clip)
-        sums = codes.view(len(codes), -1, self._unit).sum(-1, dtype=torch.int32)
-        sums -= self._unit * scales[1]
+        codes, scale, zero_point = quantize_tokens(
+            read.reshape(-1, size), self._grid, self.input_clip
+        )
+        units = codes if self._unit == size else codes.view(len(codes), -1, self._unit)
+        sums = units.sum(-1, keepdim=units is codes, dtype=torch.int32)
+        tokens = Tokens(codes, scale, zero_point, sums.sub_(zero_point, alpha=self._unit))
+        if size == self.in_features:
+            return tokens
         rows = values.numel() // self.in_features
-        return Tokens(*(each.view(rows, -1) for each in (codes, *scales, sums)))
+        return Tokens(*(each.view(rows, -1) for each in tokens))
 
     def _product(self, tokens: Tokens, grid: IntegerGrid, integers: Integers) -> Tensor:
         """To float32 (tokens, out), without the bias."""
+        if self._unit == self.in_features:
+            totals = affine_product(tokens.codes, tokens.zero_point, tokens.sums, *integers)
+            return (totals * self.weight_scale.t()).mul_(tokens.scale)
         codes, scale, zero_point, sums = tokens
-        size = grid.size(self.in_features)
+        size, weights = grid.size(self.in_features), integers.codes.split(self.out_features)
         output: Tensor | None = None
         for unit, columns in enumerate(codes.split(self._unit, 1)):
             own, group = unit * self._unit // size, unit * self._unit // self.group_size
@@ -189,9 +201,9 @@ class IntegerLinear(nn.Module):
                 columns.contiguous(),
                 zero_point[:, own, None],
                 sums[:, unit, None],
-                integers.codes[unit],
-                integers.code_sums[:, unit],
-                integers.zero_points[:, group],
+                weights[unit],
+                integers.code_sums[unit],
+                integers.zero_points[group],
             ).float()
             if scale.shape[1] > 1:
                 totals.mul_(scale[:, own, None])

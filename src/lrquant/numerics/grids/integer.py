@@ -42,7 +42,7 @@ class IntegerGrid(Grid):
             scale = quotient(torch.maximum(-low, high), self.steps / 2).clamp_(min=SMALLEST_SCALE)
             return Scales(scale, torch.zeros_like(scale))
         scale = quotient(high - low, self.steps).clamp_(min=SMALLEST_SCALE)
-        zero_point = torch.round(-low.detach() / scale.detach()).clamp_(*self.code_range)
+        zero_point = (-low / scale).detach().round_()  # within the codes, since h Q >= -low
         return Scales(scale, zero_point)
 
     def encode_(self, values: Tensor, scales: Scales, offset: Tensor | None = None) -> Tensor:
