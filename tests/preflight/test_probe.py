@@ -112,7 +112,7 @@ def test_long_steps_are_not_repeated(monkeypatch):
     """Seconds come from a clock that the test turns."""
     now = [0.0]
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
-    clock = probe._Clock(torch.device("cpu"))
+    clock = probe.Clock(torch.device("cpu"))
     calls = []
 
     def takes(*durations):
@@ -127,7 +127,7 @@ def test_long_steps_are_not_repeated(monkeypatch):
 
     assert clock.repeated(takes(5.0, 1.0, 3.0, 2.0)) == 2.0, "the first call warms up"
     assert clock.repeated(takes(LONGEST + 1, 0.0)) == LONGEST + 1 and len(calls) == 1
-    compiling = probe._Clock(torch.device("cpu"), compiled=True)
+    compiling = probe.Clock(torch.device("cpu"), compiled=True)
     assert compiling.repeated(takes(10 * LONGEST, LONGEST + 1, 0.0)) == LONGEST + 1
     assert clock.repeated(takes(4.0, 5.0, 4.0, 0.0)) == 4.5 and len(calls) == 3
 

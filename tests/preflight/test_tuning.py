@@ -77,7 +77,8 @@ def test_where_blocks_live_they_are_counted(load_of, monkeypatch, offload, apart
     monkeypatch.setattr(workbench, "free_memory", lambda device: 34)
     load, report = load_of(device="cuda", offload=offload), Preflight(Config())
     storage = load.workbench.storage(unit)
-    device = checks._tuning_memory(report, load, ROUNDING, storage, 0)
+    device, found = checks._tuning_memory(report, load, ROUNDING, storage, 0)
+    assert found == apart
     states = unit * (storage == "device")
     assert device == states + stage.working + (stage.block if apart else stage.kept)
     assert report.tuned_on_host == on_host
@@ -88,7 +89,7 @@ def test_on_a_cpu_all_is_in_its_memory(load_of, monkeypatch):
     monkeypatch.setattr(checks, "stream_bytes", lambda load: 10)
     report = Preflight(Config())
     for storage, needed in (("host", 28), ("disk", 18)):
-        assert checks._tuning_memory(report, load_of(), ROUNDING, storage, 0) == needed
+        assert checks._tuning_memory(report, load_of(), ROUNDING, storage, 0) == (needed, False)
     assert report.tuned_on_host == 0
 
 

@@ -46,7 +46,7 @@ from lrquant.preflight.places import check_disk, check_places, check_run_folder
 from lrquant.preflight.probe import fewer_experts
 from lrquant.preflight.prospect import Prospect
 from lrquant.preflight.requirements import requirements
-from lrquant.preflight.tuning import tuning_bytes, tuning_seconds
+from lrquant.preflight.tuning import transfer_seconds, tuning_bytes, tuning_seconds
 from lrquant.runs.folder import RunFolder
 from lrquant.team.launch import Launch
 
@@ -174,8 +174,12 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
             seconds += learning_seconds(load, costs, finished, with_files)
         row = handed_row_bytes(load)
         stage = _tuning_load(report, run, workbench)
-        in_tuning = 0 if stage is None else before + _tuning_memory(report, *stage, storage, row)
-        seconds += 0 if stage is None else tuning_seconds(stage[0], costs, stage[1])
+        in_tuning = 0
+        if stage is not None:
+            needed, apart = _tuning_memory(report, *stage, storage, row)
+            in_tuning = before + needed
+            seconds += tuning_seconds(stage[0], costs, stage[1])
+            seconds += transfer_seconds(*stage) if apart else 0
         measured = _text_load(config, list(run.texts.values()), report.processes)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)
@@ -200,16 +204,21 @@ def _tuning_load(
     return None
 
 
-def _tuning_memory(report: Preflight, load: Load, tuning: Tuning, storage: str, row: int) -> int:
-    """Bytes of the end-to-end stage on the device; what it has apart on the host is noted."""
+def _tuning_memory(
+    report: Preflight, load: Load, tuning: Tuning, storage: str, row: int
+) -> tuple[int, bool]:
+    """Bytes of the end-to-end stage on the device, and whether its blocks live apart, on the host.
+
+    What it has there is noted.
+    """
     bench, states = load.workbench, stream_bytes(load)
     needed = tuning_bytes(load, tuning, row)
     if bench.device.type != "cuda":
-        return states * (storage == "host") + needed.on_device(False)
+        return states * (storage == "host") + needed.on_device(False), False
     on_device = states * (storage == "device")
     apart = bench.home(needed.kept, on_device) != bench.device
     report.tuned_on_host = needed.kept * apart + states * (storage == "host")
-    return on_device + needed.on_device(apart)
+    return on_device + needed.on_device(apart), apart
 
 
 def _compare_peak(report: Preflight, bench: Workbench, before: int) -> None:

@@ -116,7 +116,7 @@ def probe_block(load: Load, index: int = 0) -> BlockCosts:
     shape = first * len(entry.batches), *rest
     begin_peak(bench.device)
     try:
-        clock = _Clock(bench.device, bench.compiled)
+        clock = Clock(bench.device, bench.compiled)
         with bench.learning():
             return _measure(clock, bench, learning, index, entry, share, streams)
     except torch.OutOfMemoryError as error:
@@ -142,7 +142,7 @@ def _hand_on(bench: Workbench, entry: BlockInputs, streams: list[Stream], index:
         stream.handed = dict(streams[0].handed)
 
 
-class _Clock:
+class Clock:
     """Median seconds of what is repeated; a first time that was short only warms up.
 
     One in which something is `compiled`, once for a run, is never what the others take.
@@ -175,7 +175,7 @@ class _Clock:
 
 
 def _measure(
-    clock: _Clock,
+    clock: Clock,
     bench: Workbench,
     learning: Learning,
     index: int,
@@ -243,7 +243,7 @@ def _begin_group(view: BlockView, size: int) -> int:
 
 
 def _window_step_seconds(
-    clock: _Clock, bench: Workbench, data: BlockData, learning: Learning, own: BlockView
+    clock: Clock, bench: Workbench, data: BlockData, learning: Learning, own: BlockView
 ) -> float:
     """A block's share of a step of its window; 0 where nothing of that is learned."""
     units = units_of(len(bench.model.blocks), learning.window)
@@ -268,7 +268,7 @@ def _started(bench: Workbench, data: BlockData, index: int) -> BlockView:
 
 
 def _step_seconds(
-    clock: _Clock, view: Learnable, runner: Runner, data: BlockData, learning: Learning
+    clock: Clock, view: Learnable, runner: Runner, data: BlockData, learning: Learning
 ) -> float:
     with torch.no_grad():
         initial = data.terms(runner, view.tensors(), learning.loss)

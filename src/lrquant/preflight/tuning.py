@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lrquant.blocks.head import HEAD_TOKENS
 from lrquant.blocks.tuned import tuned_bytes
 from lrquant.blocks.view import BlockView
@@ -15,6 +17,9 @@ from lrquant.learn.tuning import HELD_SHARE, kept_bytes
 from lrquant.preflight.estimate import head_seconds, outer_elements
 from lrquant.preflight.kinds import KindCosts
 from lrquant.preflight.load import Load
+from lrquant.preflight.probe import Clock
+
+_TRIED = 1 << 28  # bytes that are sent to a device to see how long that takes
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,43 @@ def tuning_seconds(load: Load, costs: Sequence[KindCosts], tuning: Tuning) -> fl
         passes += (tuning.tune_epochs + 1) * held * own.held + own.full
         total += len(kind.blocks) * (own.read + own.freeze + batches * passes)
     return total
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """What goes between a device and the host where all blocks live, in bytes.
+
+    `blocks` are those of all blocks, `states` what enters them in one step.
+    """
+
+    blocks: int
+    states: int
+
+    def during(self, learned: float, measured: float, kept: int) -> float:
+        """In so many steps, measurements of as many samples, and times that blocks are kept.
+
+        A step has each block there twice and back once, and states there and back on the way
+        forward, there with a gradient, and a gradient back, on the way through it again.
+        """
+        blocks = self.blocks * (3 * learned + measured + kept)
+        return blocks + self.states * (5 * learned + 2 * measured)
+
+
+def transfer_seconds(load: Load, tuning: Tuning) -> float:
+    """Time of the end-to-end stage's transfers, where blocks live on the host."""
+    bench, model, held = load.workbench, load.workbench.model, 1 / HELD_SHARE
+    views = [shape_view(model, index, bench.plan) for index in range(len(model.blocks))]
+    rows = len(load.batch) * math.prod(next(iter(load.batch.inputs[0].values())).shape[:2])
+    states = len(views) * round(rows * load.share) * model.state_size * 4
+    sizes = [tuned_bytes(view, tuning) for view in views]
+    steps, epochs = load.rows / rows, tuning.tune_epochs
+    moved = Transfers(sum(sizes), states).during(
+        epochs * (1 - held) * steps, (epochs + 1) * held * steps, epochs + 1
+    )
+    return moved * _seconds_a_byte(bench.device, max(sizes))
+
+
+def _seconds_a_byte(device: torch.device, size: int) -> float:
+    """To the device, of a block of that size."""
+    block = torch.zeros(min(size, _TRIED), dtype=torch.uint8)
+    return Clock(device).repeated(lambda: block.to(device, copy=True)) / len(block)
