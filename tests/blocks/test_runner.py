@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lrquant.blocks.head import Head
+from lrquant.blocks.head import Head, tokens_at_once
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.materialize import materialize
 from lrquant.blocks.plan import Plan, learned_by
@@ -453,3 +453,20 @@ def test_generate_with_and_without_cache(variant, make_model, make_bench, token_
         for use_cache in (True, False)
     ]
     assert found[0].shape == (2, 11) and torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens"),
+    [
+        (300, 512),
+        (16384, 512),
+        (32000, 256),
+        (49152, 128),
+        (128256, 64),
+        (262144, 32),
+        (1 << 24, 32),
+    ],
+)
+def test_logits_of_a_cpu_take_32_mib_at_once(vocabulary, tokens):
+    assert tokens_at_once(CPU, vocabulary) == tokens
+    assert tokens_at_once(torch.device("cuda"), vocabulary) == 512

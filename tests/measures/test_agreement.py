@@ -15,8 +15,8 @@ from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
 from lrquant.measures.agreement import MEASURE
+from lrquant.measures.evaluation import evaluation
 from lrquant.measures.evaluation.evaluation import score_text
-from lrquant.measures.scoring import predictions
 from lrquant.measures.subjects.subject import BlockSubject
 from lrquant.measures.tables import results_table
 from lrquant.runs.progress import Progress
@@ -41,7 +41,7 @@ def measured(bench, windows, scheme):
 def test_divergence_is_torch_s(
     make_model, make_bench, token_ids, family, scheme, tokens, monkeypatch
 ):
-    monkeypatch.setattr(predictions, "HEAD_TOKENS", tokens)
+    monkeypatch.setattr(evaluation, "tokens_at_once", lambda device, vocabulary: tokens)
     module, windows = make_model(family), token_ids(3, 24)
     module.lm_head.weight *= 4  # distributions sharp enough to tell the direction
     bench = make_bench(module)

@@ -18,7 +18,7 @@ from lrquant.config.config import Config
 from lrquant.config.scheme import FLOATING_POINT, Scheme
 from lrquant.config.schemes import Schemes
 from lrquant.data.samples import Samples
-from lrquant.measures.evaluation import texts
+from lrquant.measures.evaluation import evaluation, texts
 from lrquant.measures.evaluation.evaluation import Evaluation, score_text
 from lrquant.measures.perplexity import MEASURE
 from lrquant.measures.scoring import predictions
@@ -104,7 +104,7 @@ def test_another_text_or_limit_is_seen(make_model, make_bench, token_ids):
 @pytest.mark.parametrize("tokens", [1, 5, 23, 24])
 def test_logits_in_parts_are_the_same(make_model, make_bench, token_ids, monkeypatch, tokens):
     model, windows = make_model("llama-tied"), token_ids(3, 24)
-    monkeypatch.setattr(predictions, "HEAD_TOKENS", tokens)
+    monkeypatch.setattr(evaluation, "tokens_at_once", lambda device, vocabulary: tokens)
     assert measure(make_bench(model), windows) == pytest.approx(
         straightforward(model, windows), rel=1e-5
     )

@@ -13,6 +13,20 @@ from lrquant.blocks.stubs import Arguments, stubs
 from lrquant.model.model import Model
 
 HEAD_TOKENS = 512  # whose logits are in memory at once, where they are many
+_FEWEST = 32
+_KEPT = 1 << 25  # bytes: larger ones glibc gives back to the system, and has to be given anew
+
+
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """Of how many tokens logits should be in memory at once.
+
+    On a CPU so few that their memory is that of the ones before, a power of two: pages made anew
+    each time cost as much as the products.
+    """
+    if device.type != "cpu":
+        return HEAD_TOKENS
+    most = _KEPT // torch.float32.itemsize // vocabulary
+    return min(HEAD_TOKENS, max(_FEWEST, 1 << most.bit_length() >> 1))
 
 
 class Head:
@@ -21,6 +35,11 @@ class Head:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device = model, device
         self._tensors = model.outer_tensors(device, dtype, head=True, embeddings=False)
+
+    @property
+    def at_once(self) -> int:
+        """Of how many tokens it is to be asked for logits at once."""
+        return tokens_at_once(self._device, self._model.config.vocab_size)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or (batch, classes) of a classifier.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrquant.blocks.handed import HandedOn, leaves, moved, owe_
-from lrquant.blocks.head import HEAD_TOKENS, Head
+from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
 from lrquant.blocks.streams import Stream
 from lrquant.blocks.tuned import TunedBlock
@@ -218,7 +218,7 @@ class WholeFit:
             weights = torch.ones(states.shape[:-1], device=states.device)
         weights = weights / weights.sum()
         gradient, total = torch.empty_like(states), 0.0
-        at_once = max(HEAD_TOKENS, states.shape[1] if self.classifies else 0)
+        at_once = states.shape[1] if self.classifies else self.head.at_once
         for start in range(0, states.shape[1], at_once):
             tokens = slice(start, start + at_once)
             own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())

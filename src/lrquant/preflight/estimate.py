@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrquant.blocks.head import HEAD_TOKENS
+from lrquant.blocks.head import tokens_at_once
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
@@ -213,9 +213,9 @@ def estimate_memory(
 
     learning: the most that a probe reached, its one batch of hidden states replaced by all of them.
     embedding: the hidden states and the embedding, in float32 beside its stored form.  measuring:
-    the hidden states of the largest text, everything outside the blocks, and logits of
-    `HEAD_TOKENS` tokens with their logarithms.  Hidden states count where they are `in_memory`, and
-    `handed` bytes of each token that blocks leave for later ones.
+    the hidden states of the largest text, everything outside the blocks, and logits of as many
+    tokens as are made at once, with their logarithms.  Hidden states count where they are
+    `in_memory`, and `handed` bytes of each token that blocks leave for later ones.
     """
     model, dtype = load.workbench.model, load.workbench.dtype
     embedded = stream_bytes(load) * in_memory
@@ -233,7 +233,8 @@ def estimate_memory(
     outside = 0
     if measured is not None and tokens:
         vocabulary = model.config.vocab_size
-        logits = min(HEAD_TOKENS, measured.seqlen) * vocabulary * 4 * (4 if against else 2)
+        at_once = min(tokens_at_once(load.workbench.device, vocabulary), measured.seqlen)
+        logits = at_once * vocabulary * 4 * (4 if against else 2)
         head = dtype.itemsize * outer["head"] * (dtype != stored) + logits
         outside = max(copies, beside * outer["embedding"] + head)
     reached = max(held, *(each.costs.peak_memory - each.costs.streams for each in costs))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrquant.blocks.head import HEAD_TOKENS
+from lrquant.blocks.head import tokens_at_once
 from lrquant.blocks.tuned import tuned_bytes
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
@@ -52,7 +52,8 @@ def tuning_bytes(load: Load, tuning: Tuning, handed: int = 0) -> TuningBytes:
     batches = math.ceil(len(load.batch) / load.learning.micro_batch_size * load.share)
     together = sample * min(load.learning.micro_batch_size, len(load.batch))
     handed = batches * together * handed * 4 // bench.dtype.itemsize
-    logits = min(HEAD_TOKENS, together) * model.config.vocab_size * 4 * 6
+    vocabulary = model.config.vocab_size
+    logits = min(tokens_at_once(bench.device, vocabulary), together) * vocabulary * 4 * 6
     head = outer_elements(model)["head"] * bench.dtype.itemsize
     computed = max(_computed(view, load, tuning, batches, together) for view in views)
     ready = max((bench.dtype.itemsize + 5) * _weights(view) + 12 * _largest(view) for view in views)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 
+from lrquant.blocks.head import tokens_at_once
 from lrquant.config.config import Config
 from lrquant.config.groups import MeasureSettings, Sources
 from lrquant.data.prompts import Reader
@@ -280,10 +281,12 @@ def score_text(
     scored = [Scored(text.name, text, items_of_text(text), table) for table in tables]
     heads = {id(subject): subject.head() for _, subject in columns}
     first, kept = columns[0][1], None
+    vocabulary = first.reader.skeleton.config.get_text_config().vocab_size
+    at_once = tokens_at_once(first.device, vocabulary)
     for index, (column, subject) in enumerate(columns):
         states = subject.final_states(column, own, progress)
         head, other = heads[id(subject)], heads[id(first)]
-        scores = score(measures, head, states, feed, kept, other, team)
+        scores = score(measures, head, states, feed, kept, other, at_once, team)
         kept = states if held and not index else kept
         del states  # before those of the next column are made
         for measure, told, table, each in zip(measures, scored, tables, scores, strict=True):

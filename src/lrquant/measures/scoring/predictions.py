@@ -104,13 +104,14 @@ def score(
     feed: Feed,
     reference: Stream | None = None,
     reference_head: LogitsOf | None = None,
+    at_once: int = HEAD_TOKENS,
     team: Team = ALONE,
 ) -> list[R]:
     """Scores of each measure over the `scored` tokens of each sample, its first one apart.
 
     `stream` has the final hidden states, `reference` those of what they are held against; it has
-    the same head unless another one is given.  Of a `team` each member has some of the samples, the
-    first member the first ones.
+    the same head unless another one is given.  Heads make logits of so many tokens `at_once`.  Of a
+    `team` each member has some of the samples, the first member the first ones.
     """
     values: list[list[list[Tensor]]] = [[] for _ in measures]
     lengths: list[int] = []
@@ -119,8 +120,8 @@ def score(
         compared = None if reference is None else reference.read(batch)[:, :-1][:, scored]
         targets = ids[1:][scored].to(stream.device)
         lengths.append(len(targets))
-        for start in range(0, len(targets), HEAD_TOKENS):
-            tokens = slice(start, start + HEAD_TOKENS)
+        for start in range(0, len(targets), at_once):
+            tokens = slice(start, start + at_once)
             expected = None
             logits = head(states[:, tokens])[0].float()
             if compared is not None:
