@@ -75,6 +75,12 @@ def test_what_it_holds_decodes_bit_for_bit(bits, symmetric, head_dim):
     assert layer.keys.shape == (2, 3, 11, width + 5) and layer.keys.dtype == torch.uint8
 
 
+def test_one_token_of_one_head_is_aligned():
+    states = torch.randn(1, 1, 1, 6)
+    keys, _ = _Layer(IntegerGrid(4)).update(states, -states)
+    assert torch.equal(keys, fake_quantize_tokens(states, IntegerGrid(4)))
+
+
 def test_keys_and_values_may_differ_in_width():
     grid = IntegerGrid(4)
     keys, values = torch.randn(1, 2, 5, 7), torch.randn(1, 2, 5, 12)

@@ -24,9 +24,15 @@ def counted(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("scheme", ["W4A4-hadamard", "W4A8", "W4A16-hadamard"])
-def test_it_is_made_once_for_linears_that_read_one_tensor(saved, token_ids, counted, scheme):
-    model = AutoModelForCausalLM.from_pretrained(saved("llama", scheme, format="lrquant"))
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [("W4A4-hadamard", {}), ("W4A8", {}), ("W4A16-hadamard", {}), ("W4A4", {"lac": True})],
+)
+def test_it_is_made_once_for_linears_that_read_one_tensor(
+    saved, token_ids, counted, scheme, settings
+):
+    folder = saved("llama", scheme, format="lrquant", **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     counted.clear()
     with torch.no_grad():
         shared = model(token_ids(2, 8), use_cache=False).logits

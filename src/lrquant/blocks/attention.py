@@ -97,7 +97,7 @@ def _attention(
         )
     if arguments.get("softcap") is None and arguments.get("s_aux") is None:
         beside = (attention_mask, *(arguments.get(name) for name in _BESIDE))
-        plain = all(each is None for each in beside)
+        plain = all(each is None for each in beside) and len(query) == len(key)
         if plain and query.shape[2] == 1 < query.shape[1] // key.shape[1]:
             return _of_one_token(query, key, value, **arguments), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)

@@ -13,8 +13,14 @@ from lrquant.blocks.stubs import Arguments, stubs
 from lrquant.model.model import Model
 
 HEAD_TOKENS = 512  # whose logits are in memory at once, where they are many
-_FEWEST = 32
-_KEPT = 1 << 25  # bytes: larger ones glibc gives back to the system, and has to be given anew
+_FEWEST = 16
+_KEPT = (1 << 25) - 1  # bytes: what is larger glibc gives back to the system, and is given anew
+
+
+def outputs(model: Model) -> int:
+    """How many logits there are of a token, or of a picture that is classified."""
+    config = model.config
+    return int(config.num_labels or 0) if model.architecture.reads_pixels else config.vocab_size
 
 
 def tokens_at_once(device: torch.device, vocabulary: int) -> int:
@@ -39,7 +45,7 @@ class Head:
     @property
     def at_once(self) -> int:
         """Of how many tokens it is to be asked for logits at once."""
-        return tokens_at_once(self._device, self._model.config.vocab_size)
+        return tokens_at_once(self._device, outputs(self._model))
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary), or (batch, classes) of a classifier.

@@ -287,7 +287,7 @@ def with_preset(settings: SettingDict) -> SettingDict:
     values = {**preset(settings.get("preset", "default")), **settings}
     chosen = [kind for kind in ingredient_kinds() if values.get(kind.switch)]
     for kind in [kind for kind in chosen if kind.switch not in settings]:
-        if kind.refusal(Config(**values).with_bits().schemes.of_language) is not None:
+        if not kind.applies(Config(**values).with_bits().schemes.of_language):
             del values[kind.switch]
     return values
 

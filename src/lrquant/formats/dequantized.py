@@ -1,7 +1,7 @@
 """A plain checkpoint: dense weights that went through the grid, for software without quantizers.
 
-Activation quantization is not part of it: with 16-bit activations it computes what was learned,
-else only the weights do.
+Activation quantization is not part of it, nor is the clipping of what it spans: with 16-bit
+activations it computes what was learned, else only the weights do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = Format(
     tensors=_tensors,
     quantization_config=lambda parts, outside: None,
     loading=_loading,
-    holds=frozenset({"input factor", "dense factor", HADAMARD}),
+    holds=frozenset({"input factor", "input clip", "dense factor", HADAMARD}),
     grids=frozenset(),
     experts=lambda schemes, own: None,
 )

@@ -21,12 +21,20 @@ if TYPE_CHECKING:
     from lrquant.ingredients.base.block import BlockShapes, Start
     from lrquant.ingredients.ingredient import Parameters
 
+PAYS = 7  # bits of activations, or fewer
+
 
 @dataclass(frozen=True)
 class ActivationClipping(Ingredient):
     """`clip`, (lower, upper), of each input that is quantised."""
 
-    lac: bool = setting(False, "learn clipping of the dynamic ranges of activations")
+    lac: bool = setting(
+        False,
+        "learn clipping of the dynamic ranges of activations",
+        fast=True,
+        balanced=True,
+        best=True,
+    )
     lac_lr: float = setting(5e-3, "learning rate of the activation clipping", limits=(0, FASTEST))
 
     name = "lac"
@@ -47,6 +55,12 @@ class ActivationClipping(Ingredient):
             "without quantised activations beside quantised weights: there is no range to clip; "
             "give --wbits and --abits below 16"
         )
+
+    @classmethod
+    def applies(cls, schemes: Schemes) -> bool:
+        """Where it pays, and no format but the native one holds the scheme in any case."""
+        native = [s for s in schemes.every if s.attention_bits < FLOAT_BITS]
+        return cls.refusal(schemes) is None and any(s.activation_bits <= PAYS for s in native)
 
     @property
     def rate(self) -> float:

@@ -218,7 +218,8 @@ class WholeFit:
             weights = torch.ones(states.shape[:-1], device=states.device)
         weights = weights / weights.sum()
         gradient, total = torch.empty_like(states), 0.0
-        at_once = states.shape[1] if self.classifies else self.head.at_once
+        several = max(1, self.head.at_once // len(states))
+        at_once = states.shape[1] if self.classifies else several
         for start in range(0, states.shape[1], at_once):
             tokens = slice(start, start + at_once)
             own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())

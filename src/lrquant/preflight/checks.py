@@ -179,7 +179,8 @@ def _estimate(report: Preflight, run: Prospect, workbench: Workbench, finished: 
             needed, apart = _tuning_memory(report, *stage, storage, row)
             in_tuning = before + needed
             seconds += tuning_seconds(stage[0], costs, stage[1])
-            seconds += transfer_seconds(*stage) if apart else 0
+            samples = stage[1].tune_nsamples or config.nsamples
+            seconds += transfer_seconds(*stage, samples) if apart else 0
         measured = _text_load(config, list(run.texts.values()), report.processes)
         measuring = measuring_seconds(model, costs, measured, learning.keep_best)
         report.seconds = Seconds(seconds, measuring)

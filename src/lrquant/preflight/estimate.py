@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrquant.blocks.head import tokens_at_once
+from lrquant.blocks.head import outputs, tokens_at_once
 from lrquant.blocks.plan import Plan
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
@@ -232,7 +232,7 @@ def estimate_memory(
     copies = (4 + beside) * outer["embedding"]
     outside = 0
     if measured is not None and tokens:
-        vocabulary = model.config.vocab_size
+        vocabulary = outputs(model)
         at_once = min(tokens_at_once(load.workbench.device, vocabulary), measured.seqlen)
         logits = at_once * vocabulary * 4 * (4 if against else 2)
         head = dtype.itemsize * outer["head"] * (dtype != stored) + logits
@@ -333,4 +333,4 @@ def head_seconds(model: Model, costs: Sequence[KindCosts]) -> float:
         for index, own in enumerate(shapes)
         for matrix in model.matrices(index)
     )
-    return seconds * model.config.vocab_size * model.hidden_size / linears
+    return seconds * outputs(model) * model.hidden_size / linears

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrquant.blocks.head import tokens_at_once
+from lrquant.blocks.head import outputs, tokens_at_once
 from lrquant.blocks.tuned import tuned_bytes
 from lrquant.blocks.view import BlockView
 from lrquant.blocks.workbench import shape_view
@@ -52,7 +52,7 @@ def tuning_bytes(load: Load, tuning: Tuning, handed: int = 0) -> TuningBytes:
     batches = math.ceil(len(load.batch) / load.learning.micro_batch_size * load.share)
     together = sample * min(load.learning.micro_batch_size, len(load.batch))
     handed = batches * together * handed * 4 // bench.dtype.itemsize
-    vocabulary = model.config.vocab_size
+    vocabulary = outputs(model)
     logits = min(tokens_at_once(bench.device, vocabulary), together) * vocabulary * 4 * 6
     head = outer_elements(model)["head"] * bench.dtype.itemsize
     computed = max(_computed(view, load, tuning, batches, together) for view in views)
@@ -130,14 +130,13 @@ class Transfers:
         return blocks + self.states * (5 * learned + 2 * measured)
 
 
-def transfer_seconds(load: Load, tuning: Tuning) -> float:
-    """Time of the end-to-end stage's transfers, where blocks live on the host."""
+def transfer_seconds(load: Load, tuning: Tuning, samples: int) -> float:
+    """Time of the end-to-end stage's transfers, on so many samples, of blocks on the host."""
     bench, model, held = load.workbench, load.workbench.model, 1 / HELD_SHARE
     views = [shape_view(model, index, bench.plan) for index in range(len(model.blocks))]
-    rows = len(load.batch) * math.prod(next(iter(load.batch.inputs[0].values())).shape[:2])
-    states = len(views) * round(rows * load.share) * model.state_size * 4
+    steps, epochs = samples / load.learning.batch_size, tuning.tune_epochs
+    states = len(views) * round(load.rows / steps * load.share) * model.state_size * 4
     sizes = [tuned_bytes(view, tuning) for view in views]
-    steps, epochs = load.rows / rows, tuning.tune_epochs
     moved = Transfers(sum(sizes), states).during(
         epochs * (1 - held) * steps, (epochs + 1) * held * steps, epochs + 1
     )

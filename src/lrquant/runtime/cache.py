@@ -99,4 +99,5 @@ class _Layer(DynamicLayer):
             codes = torch.cat((codes & 15, codes >> 4), -1)
             codes = codes if codes.shape[-1] == head_dim else codes[..., :head_dim]
         values = codes.float().sub_(zero_point)
-        return values.mul_(scale.contiguous().view(torch.float32))
+        aligned = scale.clone(memory_format=torch.contiguous_format)
+        return values.mul_(aligned.view(torch.float32))

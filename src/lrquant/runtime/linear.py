@@ -109,6 +109,8 @@ class IntegerLinear(nn.Module):
             del self.weight_zero_point
         for name, tensor in integers._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
+        if self._grid and self.input_clip is not None and self.input_factor is None:
+            self._how, self._shares = (*self._how, *self.input_clip.tolist()), True
         self.packed_in_memory = False
 
     @property
@@ -190,8 +192,9 @@ class IntegerLinear(nn.Module):
     def _product(self, tokens: Tokens, grid: IntegerGrid, integers: Integers) -> Tensor:
         """To float32 (tokens, out), without the bias."""
         if self._unit == self.in_features:
-            totals = affine_product(tokens.codes, tokens.zero_point, tokens.sums, *integers)
-            return (totals * self.weight_scale.t()).mul_(tokens.scale)
+            codes = tokens.codes.contiguous()
+            totals = affine_product(codes, tokens.zero_point, tokens.sums, *integers).float()
+            return totals.mul_(self.weight_scale.t()).mul_(tokens.scale)
         codes, scale, zero_point, sums = tokens
         size, weights = grid.size(self.in_features), integers.codes.split(self.out_features)
         output: Tensor | None = None
