@@ -30,7 +30,7 @@ from lrquant.blocks.streams import Stream
 from lrquant.blocks.variants import as_learned, full_precision, unlearned
 from lrquant.blocks.workbench import Workbench, make_workbench
 from lrquant.config.choices import KINDS
-from lrquant.config.config import Config, preset
+from lrquant.config.config import Config, preset, with_preset
 from lrquant.config.groups import Computing
 from lrquant.config.scheme import Scheme
 from lrquant.config.schemes import Schemes
@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LRQuant+": {"lr_plus": True},
     "LRQuant+ and rounding": {"lr_plus": True, "rounding": True},
     "tuned": TUNED,
-    "balanced": preset("balanced"),
+    "balanced": {"preset": "balanced"},
 }
 
 ABLATION: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def _rows(epochs: int) -> dict[str, dict[str, Any]]:
         rows[f"{scheme} round-to-nearest"] = {"scheme": scheme, "epochs": 0}
         weight_only = {"lwc": True} if Scheme.parse(scheme).weight_only else {}
         for method, settings in METHODS.items():
-            rows[f"{scheme} {method}"] = {"scheme": scheme, **weight_only, **settings}
+            rows[f"{scheme} {method}"] = with_preset({"scheme": scheme, **weight_only, **settings})
     for name, settings in ABLATION.items():
         rows.setdefault(f"W4A4 {name}", {"scheme": "W4A4", **settings})
     learned = {**PROTOCOL, "epochs": epochs}

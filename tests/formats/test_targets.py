@@ -77,6 +77,13 @@ def test_sixteen_bits_need_no_packing():
             {"lr_plus": True, "rotate_rank": 2},
             ["is --rotate_rank 1 --rotation_sharing site"],
         ),
+        (
+            *("W4A4-r3-hadamard", "transformers", {"lac": True}),
+            [
+                "4-bit Q, K and V, Hadamard matrices and --lac of",
+                "--scheme W4A4-sym-qkv16 --activation_symmetric --no-lac,",
+            ],
+        ),
         ("W4A4", "vllm", {"format": "dequantized"}, ["quantizers", "--scheme W4A16"]),
         ("W3A16", "vllm", {"format": "compressed-tensors"}, ["zero points", "--scheme W3A16-sym"]),
         (

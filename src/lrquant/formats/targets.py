@@ -253,8 +253,11 @@ def _differences(plan: Plan, nearest: Plan) -> str:
 
 def _changed(before: Ingredient, after: Ingredient) -> list[str]:
     """Flags of the settings of an ingredient that are not as before."""
+    changed = {n: value for n, value in vars(after).items() if value != getattr(before, n)}
+    switches = {True: "--{}", False: "--no-{}"}
     return [
-        f"--{name} {value}" for name, value in vars(after).items() if value != getattr(before, name)
+        switches[value].format(name) if isinstance(value, bool) else f"--{name} {value}"
+        for name, value in changed.items()
     ]
 
 

@@ -6,7 +6,8 @@ same for all tokens, say how much of these it spans.  Linears that read one inpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from lrquant.config.core import FASTEST
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lrquant.ingredients.base.block import BlockShapes, Start
     from lrquant.ingredients.ingredient import Parameters
 
-PAYS = 7  # bits of activations, or fewer
+PAYS = 4  # bits of activations, or fewer, of inputs times Hadamard matrices
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ActivationClipping(Ingredient):
     @classmethod
     def applies(cls, schemes: Schemes) -> bool:
         """Where it pays, and no format but the native one holds the scheme in any case."""
-        native = [s for s in schemes.every if s.attention_bits < FLOAT_BITS]
+        native = [s for s in schemes.every if s.hadamard and s.attention_bits < FLOAT_BITS]
         return cls.refusal(schemes) is None and any(s.activation_bits <= PAYS for s in native)
 
     @property
@@ -88,10 +89,13 @@ class ActivationClipping(Ingredient):
             clip.clamp_(SMALLEST_FACTOR, 1.0)
 
     def needs(self, block: BlockShapes | None) -> dict[str, str]:
-        if block is not None and not _owners(block):
+        if not self.lac or (block is not None and not _owners(block)):
             return {}
         why = "leaves a clipping of activations to run time; learn without it, or use"
         return {"input clip": f"--lac {why} --format lrquant"}
+
+    def simpler(self) -> Iterator[Ingredient]:
+        yield replace(self, lac=False)
 
 
 def _owners(block: BlockShapes) -> dict[str, str]:
