@@ -386,6 +386,8 @@ def test_a_preset_clips_activations_where_it_pays(scheme, clipped, name):
     """Few bits, behind matrices, of a scheme that no format but the native one holds."""
     assert Config(**with_preset({"preset": name, "scheme": scheme})).resolved().lac == clipped
     assert not Config(**with_preset({"scheme": scheme})).resolved().lac
+    some = {"scheme_for": ("mlp.down_proj=W4A4-hadamard",), "preset": name, "scheme": "W4A4"}
+    assert not Config(**with_preset(some)).resolved().lac
     asked = {"preset": name, "scheme": scheme, "lac": False}
     assert not Config(**with_preset(asked)).resolved().lac
 

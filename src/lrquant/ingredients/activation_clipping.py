@@ -60,8 +60,9 @@ class ActivationClipping(Ingredient):
     @classmethod
     def applies(cls, schemes: Schemes) -> bool:
         """Where it pays, and no format but the native one holds the scheme in any case."""
-        native = [s for s in schemes.every if s.hadamard and s.attention_bits < FLOAT_BITS]
-        return cls.refusal(schemes) is None and any(s.activation_bits <= PAYS for s in native)
+        quantized = [s for s in schemes.every if s.quantizes_weights and s.activation_bits <= PAYS]
+        native = all(s.hadamard and s.attention_bits < FLOAT_BITS for s in quantized)
+        return native and bool(quantized) and cls.refusal(schemes) is None
 
     @property
     def rate(self) -> float:
