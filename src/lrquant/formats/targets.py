@@ -253,12 +253,15 @@ def _differences(plan: Plan, nearest: Plan) -> str:
 
 def _changed(before: Ingredient, after: Ingredient) -> list[str]:
     """Flags of the settings of an ingredient that are not as before."""
-    changed = {n: value for n, value in vars(after).items() if value != getattr(before, n)}
-    switches = {True: "--{}", False: "--no-{}"}
-    return [
-        switches[value].format(name) if isinstance(value, bool) else f"--{name} {value}"
-        for name, value in changed.items()
-    ]
+    settings = vars(after).items()
+    return [_flag(name, value) for name, value in settings if value != getattr(before, name)]
+
+
+def _flag(name: str, value: object) -> str:
+    """The command line's words for a setting's value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def _flags(plan: Plan, nearest: Plan) -> str:
@@ -271,8 +274,7 @@ def _flags(plan: Plan, nearest: Plan) -> str:
         if own.name != other.name:
             flags.append(f"--scheme-for '{pattern}={other.name}'")
     if after.default.activation_symmetric != before.default.activation_symmetric:
-        no = "" if after.default.activation_symmetric else "no-"
-        flags.append(f"--{no}activation_symmetric")
+        flags.append(_flag("activation_symmetric", after.default.activation_symmetric))
     for each, simpler in zip(plan.ingredients, nearest.ingredients, strict=True):
         flags += _changed(each, simpler)
     return " ".join(flags)

@@ -218,8 +218,7 @@ class WholeFit:
             weights = torch.ones(states.shape[:-1], device=states.device)
         weights = weights / weights.sum()
         gradient, total = torch.empty_like(states), 0.0
-        several = max(1, self.head.at_once // len(states))
-        at_once = states.shape[1] if self.classifies else several
+        at_once = states.shape[1] if self.classifies else max(1, self.head.at_once // len(states))
         for start in range(0, states.shape[1], at_once):
             tokens = slice(start, start + at_once)
             own = states[:, tokens].detach().requires_grad_(torch.is_grad_enabled())

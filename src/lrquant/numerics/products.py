@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrquant.numerics.grids.integer import IntegerGrid
-from lrquant.numerics.tokens import token_scales
+from lrquant.numerics.tokens import encode_tokens
 
 EXACT_COLUMNS = 1 << 10  # products of int8 are at most 2**14, and float32 counts up to 2**24
 _CUDA_ROWS, _CUDA_MULTIPLE = 32, 8  # torch._int_mm on CUDA: more than 16 rows, sides by eights
@@ -67,12 +67,10 @@ def quantize_tokens(
     Returns codes int8 (tokens, channels), scale float32 (tokens, 1) and zero point int32 (tokens,
     1): ``value = scale * (code - zero_point)``.  Codes of 8 bits and their zero points are centred.
     """
-    codes = values.to(torch.float32, copy=True)
-    scales, _ = token_scales(codes, grid, clip)
-    codes, zero_point = grid.encode_(codes, scales), scales.zero_point
+    codes, (scale, zero_point) = encode_tokens(values, grid, clip)
     if grid.code_range[1] > torch.iinfo(torch.int8).max:
         codes, zero_point = centred(codes, grid), centred(zero_point, grid)
-    return codes.to(torch.int8), scales.scale, zero_point.int()
+    return codes.to(torch.int8), scale, zero_point.int()
 
 
 def affine_product(

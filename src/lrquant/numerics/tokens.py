@@ -24,6 +24,13 @@ def token_scales(values: Tensor, grid: Grid, clip: Tensor | None = None) -> tupl
     return grid.scales(below, above), Extremes(low, high)
 
 
+def encode_tokens(values: Tensor, grid: Grid, clip: Tensor | None = None) -> tuple[Tensor, Scales]:
+    """Codes float32 of values (tokens, channels), and the scales of each token."""
+    codes = values.to(torch.float32, copy=True)
+    scales, _ = token_scales(codes, grid, clip)
+    return grid.encode_(codes, scales), scales
+
+
 def fake_quantize_tokens(
     values: Tensor,
     grid: Grid,
@@ -108,9 +115,8 @@ def _round_trip(
     values: Tensor, clip: Tensor | None, grid: IntegerGrid, dtype: torch.dtype
 ) -> Tensor:
     """Values (tokens, channels) on their grids and back, without their gradient."""
-    values = values.to(torch.float32, copy=True)
-    scales, _ = token_scales(values, grid, clip)
-    return grid.decode_(grid.encode_(values, scales), scales).to(dtype)
+    codes, scales = encode_tokens(values, grid, clip)
+    return grid.decode_(codes, scales).to(dtype)
 
 
 def _gradients(

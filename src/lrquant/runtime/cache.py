@@ -14,7 +14,7 @@ from lrquant.errors import LRQuantError
 from lrquant.numerics.grids.integer import IntegerGrid
 from lrquant.numerics.grids.schemes import attention_grid
 from lrquant.numerics.hadamard import hadamard
-from lrquant.numerics.tokens import token_scales
+from lrquant.numerics.tokens import encode_tokens
 
 _SCALE_BYTES = 4
 
@@ -76,9 +76,8 @@ class _Layer(DynamicLayer):
         return mark_quantized(keys), mark_quantized(self._decode(values, value_states.shape[-1]))
 
     def _encode(self, states: Tensor) -> Tensor:
-        values = states.reshape(-1, states.shape[-1]).to(torch.float32, copy=True)
-        scales, _ = token_scales(values, self._grid)
-        codes, zero_point = self._grid.encode_(values, scales), scales.zero_point
+        flat = states.reshape(-1, states.shape[-1])
+        codes, (scale, zero_point) = encode_tokens(flat, self._grid)
         smallest = self._grid.code_range[0]
         if smallest:
             codes, zero_point = codes.sub_(smallest), zero_point - smallest
@@ -87,7 +86,7 @@ class _Layer(DynamicLayer):
             codes = pad(codes, (0, 1)) if codes.shape[1] % 2 else codes
             first, second = codes.chunk(2, 1)
             codes = first | (second << 4)
-        fields = codes, scales.scale.view(torch.uint8), zero_point.to(torch.uint8)
+        fields = codes, scale.view(torch.uint8), zero_point.to(torch.uint8)
         return torch.cat(fields, 1).view(*states.shape[:-1], -1)
 
     def _decode(self, records: Tensor, head_dim: int) -> Tensor:

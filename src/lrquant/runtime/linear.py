@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,8 @@ class IntegerLinear(nn.Module):
         self.packed_in_memory = True
         groups = in_features // self.group_size
         self._unit = math.gcd(self.group_size, scheme.activation_group_size or in_features)
-        self._how = scheme.hadamard, self._grid, self._unit  # all that what it reads is made by
-        self._shares = bool(scheme.hadamard or self._grid) and not (input_factor or input_clip)
+        made = (scheme.hadamard or self._grid) and not (input_factor or input_clip)
+        self._how = self._told() if made else None  # None: of what it reads none is shared
         bits = scheme.weight_bits
         self._register("weight_packed", (out_features, -(-in_features * bits // 32)), torch.int32)
         self._register("weight_shape", (2,), torch.int64)
@@ -110,7 +111,7 @@ class IntegerLinear(nn.Module):
         for name, tensor in integers._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         if self._grid and self.input_clip is not None and self.input_factor is None:
-            self._how, self._shares = (*self._how, *self.input_clip.tolist()), True
+            self._how = (*self._told(), *self.input_clip.tolist())
         self.packed_in_memory = False
 
     @property
@@ -169,7 +170,13 @@ class IntegerLinear(nn.Module):
 
     def _read(self, values: Tensor) -> tuple[Tensor, ...]:
         """What products take: values in their dtype, or `Tokens`."""
-        return LAST_READ.of(values, self._how, self._made) if self._shares else self._made(values)
+        if self._how is None:
+            return self._made(values)
+        return LAST_READ.of(values, self._how, self._made)
+
+    def _told(self) -> tuple[Hashable, ...]:
+        """All that what it reads is made by, but for factors and clipping."""
+        return self.scheme.hadamard, self._grid, self._unit
 
     def _made(self, values: Tensor) -> tuple[Tensor, ...]:
         read = hadamard(values) if self.scheme.hadamard else values
