@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lrquant.config.scheme import Scheme
@@ -23,3 +24,16 @@ def test_totals_are_not_those_of_scales_of_half_precision():
         expected = values @ (codes.float() * scale).t()
         found = linear.to(torch.float16)(values.half())
     assert (found.float() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A4g64", "W4A4-ag64", "W4A4g64-ag32", "W4A16g64"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_no_token_in_gives_none_out(scheme: str, unpacked: bool):
+    """An expert that no token is sent to, whatever the groups of weights and activations."""
+    linear = IntegerLinear(128, 16, Scheme.parse(scheme), bias=True)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.zero_()
+        if unpacked:
+            linear.unpack()
+        assert linear(torch.zeros(2, 0, 128)).shape == (2, 0, 16)

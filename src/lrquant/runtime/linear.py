@@ -188,13 +188,14 @@ class IntegerLinear(nn.Module):
         codes, scale, zero_point = quantize_tokens(
             read.reshape(-1, size), self._grid, self.input_clip
         )
-        units = codes if self._unit == size else codes.view(len(codes), -1, self._unit)
+        units = codes if self._unit == size else codes.unflatten(-1, (-1, self._unit))
         sums = units.sum(-1, keepdim=units is codes, dtype=torch.int32)
         tokens = Tokens(codes, scale, zero_point, sums.sub_(zero_point, alpha=self._unit))
         if size == self.in_features:
             return tokens
-        rows = values.numel() // self.in_features
-        return Tokens(*(each.view(rows, -1) for each in tokens))
+        parts = self.in_features // size
+        rows = len(codes) // parts
+        return Tokens(*(each.view(rows, parts * each.shape[1]) for each in tokens))
 
     def _product(self, tokens: Tokens, grid: IntegerGrid, integers: Integers) -> Tensor:
         """To float32 (tokens, out), without the bias."""
