@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import UNREADABLE, LRQuantError
-from lrquant.model.device import dtype_name
 from lrquant.model.sources.checks import (
     AGAIN,
     damaged,
@@ -24,6 +23,7 @@ from lrquant.model.sources.checks import (
     sound_file,
     unfinished_download,
 )
+from lrquant.model.sources.memory import HeldTensors
 from lrquant.model.sources.protocol import WeightSource
 from lrquant.model.sources.safetensors_file import SafetensorsFile
 
@@ -64,25 +64,16 @@ class SafetensorsSource(WeightSource):
         return fingerprint_of(self._files)
 
 
-class TorchFileSource(WeightSource):
+class TorchFileSource(HeldTensors):
     """`pytorch_model.bin`, or the shards of its index; memory-mapped if of torch 1.6 or later."""
 
     def __init__(self, folder: Path) -> None:
         self.origin = str(folder)
         self._files = _weight_files(folder, TORCH)
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors = {}
         self._states = {path: file_state(path) for path in self._files}
         for path, promised in self._files.items():
             _add_shard(self._tensors, _load_torch(path), promised, path)
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        return dtype_name(self._tensors[name].dtype)
 
     def tensor(self, name: str) -> Tensor:
         for path, state in self._states.items():  # it is mapped: cut short, it kills the process

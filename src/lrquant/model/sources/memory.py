@@ -1,4 +1,4 @@
-"""The weights of a module that is already in memory."""
+"""Weights that are tensors already: of a module in memory, or of a file that is mapped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,22 @@ from lrquant.model.device import dtype_name
 from lrquant.model.sources.protocol import WeightSource
 
 
-class ModuleSource(WeightSource):
+class HeldTensors(WeightSource):
+    """Tensors by name, whose shapes and dtypes are known without reading them."""
+
+    _tensors: dict[str, Tensor]
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return dtype_name(self._tensors[name].dtype)
+
+
+class ModuleSource(HeldTensors):
     """The state dict of a module in memory."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,15 +41,6 @@ class ModuleSource(WeightSource):
                 f"{self.origin}: {len(empty)} tensors (first: {empty[0]}) hold no values, they are "
                 "on the meta device; load the weights first"
             )
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        return dtype_name(self._tensors[name].dtype)
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu()
