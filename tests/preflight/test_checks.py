@@ -71,6 +71,25 @@ def test_a_run_that_works(settings, tmp_path):
     assert done.results["perplexity"], "and it does work"
 
 
+def test_a_text_that_is_learned_from_says_little_when_it_is_measured(settings, data_dir, caplog):
+    """A file that is both, and a set without a train split whose measured one is learned from."""
+    (data_dir / "c4").mkdir()
+    words = (data_dir / "wikitext2" / "test.txt").read_text()
+    for place in (data_dir / "c4" / "validation.txt", data_dir / "own.txt"):
+        place.write_text(words)
+    own, texts = str(data_dir / "own.txt"), ("wikitext2", "c4")
+    for asked, told in (
+        ({"calib_dataset": "wikitext2", "ppl": texts}, []),
+        ({"calib_dataset": "wikitext2,c4", "agreement": texts}, ["c4"]),
+        ({"calib_dataset": own, "ppl": (own, "wikitext2")}, [own]),
+    ):
+        warned = found(check({**settings, **asked}), "warning")
+        assert [text.partition(":")[0] for what, text in warned if what == "calibration"] == told
+    quantize(**settings, **asked, report=False)
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith(f"{own}: measured on text that is learned from, so it ")
+
+
 def test_one_of_two_processes(settings, monkeypatch):
     """What a launch of torchrun says; a step of one sample has none for the second."""
     alone = check({**settings, "batch_size": 2})

@@ -19,6 +19,7 @@ from lrquant.errors import LRQuantError
 
 MIX = ("wikitext2", "ptb", "c4")
 SELF = "self"  # the set that the model writes
+TextSplit = tuple[str, str]  # where a text comes from, and which split of it
 Writer = Callable[[int, int, int, tuple[int, ...]], Tensor]  # of count, seqlen, seed and beginning
 
 
@@ -27,7 +28,8 @@ class Samples:
     """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes.
 
     Samples with pictures are in `prompts` and have no common length: their `ids` are empty.
-    `whole` is how many the set has, where these are some of it.
+    `whole` is how many the set has, where these are some of it; `texts` are the splits that windows
+    of tokens are cut from.
     """
 
     ids: Tensor
@@ -38,6 +40,7 @@ class Samples:
     description: str
     prompts: Feed | None = None
     whole: int | None = None
+    texts: frozenset[TextSplit] = frozenset()
 
     def only(self, indices: range) -> Samples:
         """Some of them."""
@@ -83,6 +86,7 @@ def calibration_samples(
     sets = _calibration_sets(name)
     share, remainder = divmod(nsamples, len(sets))
     windows, labels, splits, origins = [], [], [], []
+    texts: set[TextSplit] = set()
     for index, each in enumerate(sets):
         count = share + (index < remainder)
         if count == 0:
@@ -100,13 +104,15 @@ def calibration_samples(
             missing = text.missing_split("train", data_dir)
             label = text.label(missing, tokens.layout, note, beginning.text)
             split, origin = text.split, text.origin
+            texts.add((origin, split))
         splits.append(split)
         origins.append(origin)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     source = labels[0] if len(sets) == 1 else f"{name}: {', '.join(labels)}"
     split = ",".join(dict.fromkeys(splits))
-    return token_samples(torch.cat(windows), name, split, ",".join(origins), source, seed)
+    whole = token_samples(torch.cat(windows), name, split, ",".join(origins), source, seed)
+    return replace(whole, texts=frozenset(texts))
 
 
 def token_samples(
@@ -158,6 +164,7 @@ def perplexity_windows(
         _sha256(windows),
         f"{text.label(*notes)}, {_size(windows)}",
         whole=total,
+        texts=frozenset({(text.origin, text.split)}),
     )
 
 

@@ -224,6 +224,21 @@ def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     if run.tuning is not None:
         text = f"end to end: {run.tuning.description}"
         yield Said(text, logged=f"calibration {text}")
+    yield from _learned_texts(run)
+
+
+def _learned_texts(run: Prospect) -> Iterator[Said]:
+    """Texts of which a part is learned from that are measured on too."""
+    learned = [each for each in (run.calibration, run.tuning) if each is not None]
+    measured = run.texts if run.reading is None else run.reading.texts
+    for name, samples in measured.items():
+        if any(samples.texts & each.texts for each in learned):
+            which = "" if samples.split == "file" else f", its {samples.split} split"
+            text = (
+                f"{name}: measured on text that is learned from{which}, so it will look better "
+                "than others do; measure another set too"
+            )
+            yield Said(text, "warning", text)
 
 
 def _texts_kept(resume: str | None) -> dict[str, Tensor]:
