@@ -85,8 +85,8 @@ def calibration_samples(
     _check_seqlen(seqlen)
     sets = _calibration_sets(name)
     share, remainder = divmod(nsamples, len(sets))
-    windows, labels, splits, origins = [], [], [], []
-    texts: set[TextSplit] = set()
+    windows, labels = [], []
+    texts: list[TextSplit] = []
     for index, each in enumerate(sets):
         count = share + (index < remainder)
         if count == 0:
@@ -96,22 +96,21 @@ def calibration_samples(
             if writer is None:
                 raise LRQuantError(f"calibration set {SELF!r}: no model to write it")
             drawn = writer(count, seqlen, seed, _start(tokenizer, beginning))
-            label, split, origin = SELF, "written", "the model"
+            label = SELF
+            texts.append(("the model", "written"))
         else:
             text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
             tokens = TokenText(text, tokenizer, beginning)
             drawn, note = random_windows(tokens, count, seqlen, seed)
             missing = text.missing_split("train", data_dir)
             label = text.label(missing, tokens.layout, note, beginning.text)
-            split, origin = text.split, text.origin
-            texts.add((origin, split))
-        splits.append(split)
-        origins.append(origin)
+            texts.append((text.origin, text.split))
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     source = labels[0] if len(sets) == 1 else f"{name}: {', '.join(labels)}"
-    split = ",".join(dict.fromkeys(splits))
-    whole = token_samples(torch.cat(windows), name, split, ",".join(origins), source, seed)
+    origin = ",".join(origin for origin, _ in texts)
+    split = ",".join(dict.fromkeys(split for _, split in texts))
+    whole = token_samples(torch.cat(windows), name, split, origin, source, seed)
     return replace(whole, texts=frozenset(texts))
 
 
