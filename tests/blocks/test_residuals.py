@@ -52,6 +52,6 @@ def test_a_checkpoints_last_states_are_those_that_its_head_takes(
     folder = saved("gemma3n", scheme, format=form, tokenizer=tiny_tokenizer)
     checkpoint = load_checkpoint(str(folder), Computing("cpu", "float32", "auto"))
     feed = Feed.of_tokens(ids)
-    samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
+    samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", feed)
     states = checkpoint.final_states(samples).states.view(2, 12, -1)
     torch.testing.assert_close(checkpoint.head(states), checkpoint.module(ids).logits)

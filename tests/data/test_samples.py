@@ -121,7 +121,7 @@ def test_stream_windows_are_the_fields(tmp_path, tokenizer, no_hub):
     assert torch.equal(samples.ids, stream_oracle(list(range(1000)), 16, 32, 2))
     assert samples.ids.dtype == torch.int64
     assert (samples.name, samples.split) == ("wikitext2", "train")
-    assert samples.origin == str(tmp_path / "wikitext2" / "train.txt")
+    assert samples.texts == {(str(tmp_path / "wikitext2" / "train.txt"), "file")}
     assert samples.description == "wikitext2/train, 16 x 32 = 512 tokens, seed 2"
 
 
@@ -217,7 +217,7 @@ def test_documents_are_drawn_until_one_is_long_enough(tmp_path, tokenizer):
     documents = [list(range(200 * i, 200 * i + n)) for i, n in enumerate(lengths)]
     samples = calibration_samples(str(path), tokenizer, 12, 32, 3)
     assert torch.equal(samples.ids, document_oracle(documents, 12, 32, 3))
-    assert (samples.split, samples.origin) == ("file", str(path))
+    assert (samples.split, samples.texts) == ("file", {(str(path), "file")})
     assert samples.description == f"{path}, 12 x 32 = 384 tokens, seed 3"
     other = calibration_samples(str(path), tokenizer, 12, 32, 4)
     assert other.sha256 != samples.sha256
@@ -260,7 +260,7 @@ def test_mix_is_a_third_each_in_the_published_order(tmp_path, tokenizer, no_hub)
     expected = [stream_oracle(ids, n, 16, 5) for ids, n in zip(streams, counts, strict=True)]
     assert torch.equal(samples.ids, torch.cat(expected))
     assert samples.split == "train,validation"
-    assert samples.origin.count(".txt") == 3
+    assert len(samples.texts) == 3
     assert samples.description == (
         "mix: 4 of wikitext2/train, 4 of ptb/train, "
         f"3 of c4/validation (no train split in {tmp_path}), 11 x 16 = 176 tokens, seed 5"
@@ -581,7 +581,8 @@ def test_hub_is_asked_only_for_what_data_dir_lacks(tmp_path, tokenizer, hub):
     hub.sets["Salesforce/wikitext", "train"] = {"text": [words(30), "", words(30, 100)]}
     samples = calibration_samples("wikitext2,c4", tokenizer, 4, 16, 1, tmp_path)
     assert [call[0] for call in hub.calls] == ["Salesforce/wikitext"]
-    assert samples.origin == f"Salesforce/wikitext,{tmp_path / 'c4' / 'train.txt'}"
+    local = (str(tmp_path / "c4" / "train.txt"), "file")
+    assert samples.texts == {("Salesforce/wikitext", "train"), local}
 
 
 def test_hub_streams_are_joined_by_blank_lines(tokenizer, hub):

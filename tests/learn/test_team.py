@@ -242,7 +242,7 @@ def model(make_model, make_bench, feed, tmp_path):
         learning = dataclasses.replace(learning, batch_size=batch_size)
         seen = Seen()
         learn_model(bench, learning, samples, None, folder, seen, True, team=team)
-        text = Samples(torch.cat([s["input_ids"] for s in samples.inputs]), "t", "", "", "", "")
+        text = Samples(torch.cat([s["input_ids"] for s in samples.inputs]), "t", "", "", "")
         adapted = adapt(bench, learning, Adapting(1, 1), folder, text, Progress(), team=team)
         return seen.records, adapted
 
@@ -342,7 +342,7 @@ def test_steps_of_fewer_samples_than_processes_are_refused(at_once, words):
 def test_windows_are_measured_in_shares(make_model, make_bench, token_ids, monkeypatch, windows):
     """Two at once go through a block; a member for which there are none says nothing of them."""
     monkeypatch.setattr(subject, "EVALUATION_TOKENS", 24)
-    text = Samples(token_ids(windows, 12), "text", "", "", "", "")
+    text = Samples(token_ids(windows, 12), "text", "", "", "")
 
     def scores(team):
         bench = make_bench(make_model("llama"), plan=Plan(Schemes(Scheme(3, 8, 16)), ()))

@@ -28,7 +28,7 @@ def under(bench, scheme):
 
 def measured(bench, windows, scheme):
     """Results of a model rounded to nearest, held against its full precision."""
-    samples = Samples(windows, "text", "test", "here", "", "a text")
+    samples = Samples(windows, "text", "test", "", "a text")
     subject = BlockSubject("full_precision", under(bench, scheme))
     columns = [("full_precision", subject), ("round_to_nearest", subject)]
     (scored,) = score_text([MEASURE], columns, samples, Progress(), held=True)

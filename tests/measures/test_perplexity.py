@@ -61,7 +61,7 @@ def under(bench, scheme):
 
 
 def measure(bench, windows, scheme=FLOATING_POINT):
-    samples = Samples(windows, "text", "test", "here", "", "a text")
+    samples = Samples(windows, "text", "test", "", "a text")
     subject = BlockSubject("full_precision", under(bench, scheme))
     (scored,) = score_text([MEASURE], [("round_to_nearest", subject)], samples, Progress())
     return scored.scores["round_to_nearest"].perplexity
@@ -220,7 +220,7 @@ def test_its_standard_error_is_that_of_the_windows(make_model, make_bench, token
         logits.transpose(1, 2), windows[:, 1:], reduction="none"
     )
     spread = float(losses.mean(1).std()) / 5**0.5
-    samples = Samples(windows, "text", "test", "here", "", "a text")
+    samples = Samples(windows, "text", "test", "", "a text")
     subject = BlockSubject("full_precision", make_bench(model))
     columns = [("full_precision", subject)]
     scores = score_text([MEASURE], columns, samples, Progress())[0].scores["full_precision"]

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from lrquant import LRQuantError, quantize
+from lrquant import LRQuantError, evaluate, quantize
 from lrquant.blocks import placement
 from lrquant.cli import main
 from lrquant.config.config import Config
@@ -20,6 +20,7 @@ from lrquant.preflight.checks import preflight as check
 from lrquant.preflight.estimate import Memory
 from lrquant.preflight.findings import Preflight
 from lrquant.reports.preflight import preflight_text, preflight_values
+from lrquant.runs.folder import RunFolder
 
 FREE = collections.namedtuple("Free", "available")
 SPACE = collections.namedtuple("Space", "total used free")
@@ -81,6 +82,7 @@ def test_a_text_that_is_learned_from_says_little_when_it_is_measured(settings, d
     for asked, told in (
         ({"calib_dataset": "wikitext2", "ppl": texts}, []),
         ({"calib_dataset": "wikitext2,c4", "agreement": texts}, ["c4"]),
+        ({"calib_dataset": str(data_dir / "c4" / "validation.txt"), "ppl": texts}, ["c4"]),
         ({"calib_dataset": own, "ppl": (own, "wikitext2")}, [own]),
     ):
         warned = found(check({**settings, **asked}), "warning")
@@ -88,6 +90,32 @@ def test_a_text_that_is_learned_from_says_little_when_it_is_measured(settings, d
     quantize(**settings, **asked, report=False)
     (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     assert warning.startswith(f"{own}: measured on text that is learned from, so it ")
+
+
+def test_a_finished_run_tells_of_the_text_that_it_was_learned_from(
+    settings, data_dir, monkeypatch, caplog
+):
+    """By whichever path; a run of before, which does not say, is measured as it was."""
+    own, part = data_dir / "own.txt", data_dir / "part.txt"
+    for place in (own, part):
+        place.write_text((data_dir / "wikitext2" / "test.txt").read_text())
+    learned = {"calib_dataset": str(own), "tune": True, "ppl": (), "report": False}
+    folder = quantize(**{**settings, **learned}).folder.path
+    measured = {"resume": str(folder), "epochs": 0, "seqlen": 16}
+    monkeypatch.chdir(data_dir)
+    caplog.clear()
+    for text, told in (("own.txt", 1), ("part.txt", 0)):
+        warned = found(check({**measured, "ppl": (text,)}), "warning")
+        assert [what for what, _ in warned if what == "calibration"] == ["calibration"] * told
+    evaluate(folder, ppl="own.txt", seqlen=16)
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith("own.txt: measured on text that is learned from, so it ")
+    identity = json.loads((folder / "run.json").read_text())
+    assert identity.pop("texts") == [[str(own), "file"]]
+    caplog.clear()
+    RunFolder(folder)._write_identity(identity)
+    evaluate(folder, ppl="own.txt", seqlen=16)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
 
 
 def test_one_of_two_processes(settings, monkeypatch):

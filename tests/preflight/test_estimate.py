@@ -172,7 +172,7 @@ def test_the_size_of_hidden_states(make_model, load_of):
 
 
 def texts(windows, tokens, name="a"):
-    return [Samples(torch.zeros((windows, tokens), dtype=torch.int64), name, "", "", "", "")]
+    return [Samples(torch.zeros((windows, tokens), dtype=torch.int64), name, "", "", "")]
 
 
 def test_the_memory_of_each_phase(make_model, load_of):

@@ -106,7 +106,7 @@ def test_a_mixed_scheme_is_estimated_near_the_uniform_one(load_of):
     assert 28 / 30 < ratio < 1
     from_block_0 = [KindCosts(tuple(range(30)), 0, CHEAP)]
     assert learning_seconds(load, from_block_0) < 0.1 * learning_seconds(load, uniform)
-    text = Samples(torch.zeros((5, 8), dtype=torch.int64), "a", "", "", "", "")
+    text = Samples(torch.zeros((5, 8), dtype=torch.int64), "a", "", "", "")
     model, read = load.workbench.model, TextLoad([text], 8)
     seconds = [measuring_seconds(model, each, read, True) for each in (mixed, uniform)]
     assert 0.9 < seconds[0] / seconds[1] < 1

@@ -270,7 +270,7 @@ def test_a_towers_cost_is_probed(language_family, make_vision, make_feed, make_b
     config = Config(scheme="W4A4", vision_scheme="W8A8", batch_size=2).resolved()
     bench = make_bench(make_vision(language_family), plan=Plan.of(config.quantizing))
     feed = make_feed(language_family)
-    samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", "", feed)
+    samples = Samples(torch.empty((0, 0), dtype=torch.int64), "", "", "", "", feed)
     load = tower_load(bench, config.group(Learning), samples)
     costs = probe_block(load)
     entry = BlockInputs(bench.model.tower, feed, 2, bench.device)

@@ -46,7 +46,7 @@ def test_a_classifier_s_stage_is_estimated(make_vision, make_feed):
     model = from_module(make_vision("vit"))
     plan = Plan(Schemes(Scheme(4, 16)), (tuning,))
     bench = Workbench(model, torch.device("cpu"), torch.float32, "host", plan=plan)
-    none, told = torch.empty((0, 0), dtype=torch.long), ("pictures", "train", "here", "", "")
+    none, told = torch.empty((0, 0), dtype=torch.long), ("pictures", "train", "", "")
     samples = Samples(none, *told, prompts=make_feed("vit", 4))
     load = language_load(bench, Learning(1), samples, [])
     assert tuning_bytes(load, tuning).kept > 0

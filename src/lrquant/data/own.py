@@ -73,11 +73,11 @@ def own_samples(own: OwnData, asked: Calibrating, sources: Sources, model: Model
         feed, empty = own.feed, torch.empty((0, 0), dtype=torch.int64)
         pictures = any(map(has_pictures, feed.inputs))
         text = f"given samples, {len(feed)}{' with pictures' if pictures else ''}"
-        return Samples(empty, _NAME, _NAME, _NAME, feed.sha256(), text, feed)
+        return Samples(empty, _NAME, _NAME, feed.sha256(), text, feed)
     assert own.ids is not None
     digest = hashlib.sha256(own.ids.numpy().tobytes()).hexdigest()
     text = f"given tokens, {len(own.ids)} x {own.ids.shape[1]} = {own.ids.numel()} tokens"
-    return Samples(own.ids, _NAME, _NAME, _NAME, digest, text)
+    return Samples(own.ids, _NAME, _NAME, digest, text)
 
 
 def _drawn(documents: Documents, asked: Calibrating, sources: Sources, model: Model) -> Samples:
@@ -89,7 +89,7 @@ def _drawn(documents: Documents, asked: Calibrating, sources: Sources, model: Mo
     windows, note = random_windows(tokens, asked.count, sources.seqlen, asked.seed)
     said = f"{len(documents.items)} documents"
     label = text.label(said, tokens.layout, note, beginning.text)
-    return token_samples(windows, _NAME, _NAME, _NAME, label, asked.seed)
+    return token_samples(windows, _NAME, _NAME, label, asked.seed)
 
 
 def _matrix(ids: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lrquant.data.conversations import (
 )
 from lrquant.data.feeds import Feed, Inputs, has_pictures
 from lrquant.data.samples import Samples
+from lrquant.data.texts import source_of
 from lrquant.errors import LRQuantError
 from lrquant.model.reading import Processor
 from lrquant.model.sources.checks import first_line
@@ -197,9 +198,8 @@ def _samples(
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
     empty = torch.empty((0, 0), dtype=torch.int64)
-    return Samples(
-        empty, str(path), "pictures", str(path), feed.sha256(), description, feed, whole=total
-    )
+    texts = frozenset({source_of(path)})
+    return Samples(empty, str(path), "pictures", feed.sha256(), description, feed, total, texts)
 
 
 def _drawn(items: Sequence[Item], count: int, seed: int) -> list[Item]:
@@ -232,8 +232,8 @@ def mixed(pictures: Samples, text: Samples, seed: int) -> Samples:
         pictures.ids,
         f"{pictures.name},{text.name}",
         f"{pictures.split},{text.split}",
-        f"{pictures.origin},{text.origin}",
         feed.sha256(),
         f"{pictures.description}; and {text.description}",
         feed,
+        texts=pictures.texts | text.texts,
     )

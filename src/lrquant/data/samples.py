@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lrquant.data.beginnings import STREAM, Beginning
 from lrquant.data.feeds import Feed
-from lrquant.data.texts import CONVENTIONS, is_file_name, load_text, require_known
+from lrquant.data.texts import CONVENTIONS, TextSplit, is_file_name, load_text, require_known
 from lrquant.data.windows import C4_CROPS, TokenText, consecutive_windows, random_windows
 from lrquant.errors import LRQuantError
 
 MIX = ("wikitext2", "ptb", "c4")
 SELF = "self"  # the set that the model writes
-TextSplit = tuple[str, str]  # where a text comes from, and which split of it
 Writer = Callable[[int, int, int, tuple[int, ...]], Tensor]  # of count, seqlen, seed and beginning
 
 
@@ -28,14 +27,13 @@ class Samples:
     """Token ids (samples, tokens) int64; `sha256` is of their shape and little-endian bytes.
 
     Samples with pictures are in `prompts` and have no common length: their `ids` are empty.
-    `whole` is how many the set has, where these are some of it; `texts` are the splits that windows
-    of tokens are cut from.
+    `whole` is how many the set has, where these are some of it; `texts` are the splits that they
+    are of.
     """
 
     ids: Tensor
     name: str
     split: str
-    origin: str
     sha256: str
     description: str
     prompts: Feed | None = None
@@ -87,6 +85,7 @@ def calibration_samples(
     share, remainder = divmod(nsamples, len(sets))
     windows, labels = [], []
     texts: list[TextSplit] = []
+    splits = []
     for index, each in enumerate(sets):
         count = share + (index < remainder)
         if count == 0:
@@ -97,29 +96,27 @@ def calibration_samples(
                 raise LRQuantError(f"calibration set {SELF!r}: no model to write it")
             drawn = writer(count, seqlen, seed, _start(tokenizer, beginning))
             label = SELF
-            texts.append(("the model", "written"))
+            splits.append("written")
         else:
             text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
             tokens = TokenText(text, tokenizer, beginning)
             drawn, note = random_windows(tokens, count, seqlen, seed)
             missing = text.missing_split("train", data_dir)
             label = text.label(missing, tokens.layout, note, beginning.text)
-            texts.append((text.origin, text.split))
+            splits.append(text.split)
+            texts.append(text.source)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     source = labels[0] if len(sets) == 1 else f"{name}: {', '.join(labels)}"
-    origin = ",".join(origin for origin, _ in texts)
-    split = ",".join(dict.fromkeys(split for _, split in texts))
-    whole = token_samples(torch.cat(windows), name, split, origin, source, seed)
+    split = ",".join(dict.fromkeys(splits))
+    whole = token_samples(torch.cat(windows), name, split, source, seed)
     return replace(whole, texts=frozenset(texts))
 
 
-def token_samples(
-    ids: Tensor, name: str, split: str, origin: str, source: str, seed: int
-) -> Samples:
+def token_samples(ids: Tensor, name: str, split: str, source: str, seed: int) -> Samples:
     """Windows of token ids that were drawn from a `source`, in words, by a seed."""
     text = f"{source}, {_size(ids)}, seed {seed}"
-    return Samples(ids, name, split, origin, _sha256(ids), text)
+    return Samples(ids, name, split, _sha256(ids), text)
 
 
 def perplexity_windows(
@@ -159,11 +156,10 @@ def perplexity_windows(
         windows,
         name,
         text.split,
-        text.origin,
         _sha256(windows),
         f"{text.label(*notes)}, {_size(windows)}",
         whole=total,
-        texts=frozenset({(text.origin, text.split)}),
+        texts=frozenset({text.source}),
     )
 
 

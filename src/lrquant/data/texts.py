@@ -75,6 +75,9 @@ HUB = {
 }
 
 
+TextSplit = tuple[str, str]  # where a text comes from, and which split of it
+
+
 @dataclass(frozen=True)
 class Text:
     """One split of one set; `origin` is a file path or a hub id, `split` of a file is "file".
@@ -87,6 +90,12 @@ class Text:
     documents: Sequence[Document]
     origin: str
     layout: str = ""
+
+    @property
+    def source(self) -> TextSplit:
+        """What it is, by whichever name or path it was asked for."""
+        path = Path(self.origin)
+        return source_of(path) if path.is_file() else (self.origin, self.split)
 
     def label(self, *notes: str) -> str:
         """What the text is called for people, with notes about it."""
@@ -101,6 +110,11 @@ class Text:
         local = data_dir is not None and data_dir in Path(self.origin).parents
         place = f" in {data_dir}" if local else " on the hub" if self.name in CONVENTIONS else ""
         return f"no {preferred} split{place}"
+
+
+def source_of(path: Path) -> TextSplit:
+    """What a local file, or a folder of pictures, is."""
+    return str(path.resolve()), "file"
 
 
 def load_text(

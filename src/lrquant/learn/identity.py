@@ -51,13 +51,15 @@ def describe_run(
     files: StatisticsFiles,
     tuning: Samples | None = None,
 ) -> JsonObject:
-    """What must be the same for a run to be resumed, and `calibration` in words.
+    """What must be the same for a run to be resumed, and in words what is learned from.
 
     `tuning` are the samples of an end-to-end stage.
     """
     data = {"set": f"{calibration.name}/{calibration.split}", "sha256": calibration.sha256}
+    texts = calibration.texts
     if tuning is not None:
         data["tuning_sha256"] = tuning.sha256
+        texts |= tuning.texts
     model, plan = workbench.model, workbench.plan
     read = files.named if plan.reads_statistics else ()
     statistics = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in read]
@@ -78,6 +80,7 @@ def describe_run(
         "precision": dtype_name(workbench.dtype),
         **({"compiled": True} if workbench.compiled else {}),
         "calibration": calibration.description,
+        "texts": sorted(map(list, texts)),
         "begun_on": begun_on(workbench),
     }
 

@@ -14,11 +14,13 @@ from lrquant.config.config import Config, optional_path
 from lrquant.config.groups import Computing
 from lrquant.data.own import OwnData
 from lrquant.data.samples import Samples
+from lrquant.data.texts import TextSplit
 from lrquant.formats.format import Format
 from lrquant.ingredients.base.statistics import ChannelStatistics
 from lrquant.measures.evaluation.evaluation import Evaluation, Reading
 from lrquant.model.loading import load_model
 from lrquant.model.model import Model
+from lrquant.runs.folder import RunFolder
 from lrquant.team.team import Team
 
 State = Literal["ok", "warning"]
@@ -88,6 +90,15 @@ class Prospect:
         assert self.workbench is not None and self.reading is not None
         texts, compiled = self.reading.texts, self.workbench.compiled
         return Material(self.calibration, self.tuning, self.statistics, texts, compiled)
+
+    @property
+    def learned_texts(self) -> frozenset[TextSplit]:
+        """The splits that are learned from, or that the run which is measured was learned from."""
+        if self.measure_only:
+            kept = RunFolder.open(Path(self.config.resume or "")).identity.get("texts", [])
+            return frozenset((origin, split) for origin, split in kept)
+        learned = [each.texts for each in (self.calibration, self.tuning) if each is not None]
+        return frozenset().union(*learned)
 
     def take_over(self, material: Material, team: Team) -> None:
         """Open the model, and take from another process what it has read."""

@@ -95,6 +95,7 @@ def requirements(run: Prospect) -> Iterator[Check]:
     if not run.measure_only:
         yield Check("statistics", lambda: _statistics(run))
         yield Check("calibration", lambda: _calibration(run, model))
+    yield Check("calibration", lambda: _learned_texts(run))
     scheme = run.config.vision_quantization
     if scheme is not None:
         yield Check("vision tower", lambda: _tower(run, model, scheme))
@@ -224,15 +225,14 @@ def _calibration(run: Prospect, model: Model) -> Iterator[Said]:
     if run.tuning is not None:
         text = f"end to end: {run.tuning.description}"
         yield Said(text, logged=f"calibration {text}")
-    yield from _learned_texts(run)
 
 
 def _learned_texts(run: Prospect) -> Iterator[Said]:
     """Texts of which a part is learned from that are measured on too."""
-    learned = [each for each in (run.calibration, run.tuning) if each is not None]
+    learned = run.learned_texts
     measured = run.texts if run.reading is None else run.reading.texts
     for name, samples in measured.items():
-        if any(samples.texts & each.texts for each in learned):
+        if samples.texts & learned:
             which = "" if samples.split == "file" else f", its {samples.split} split"
             text = (
                 f"{name}: measured on text that is learned from{which}, so it will look better "

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-# For people, what holds for the files, and where a run was begun, which may go on elsewhere.
-_WORDS = ("calibration", "format", "begun_on")
+# For people, what holds for the files, what text was read, of which the data's hash decides, and
+# where a run was begun, which may go on elsewhere.
+_WORDS = ("calibration", "texts", "format", "begun_on")
 
 
 def digest(identity: Mapping[str, object]) -> str:
