@@ -10,23 +10,13 @@ each block more takes as much again.  Attention is flash attention, products are
 from __future__ import annotations
 
 import argparse
-import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from gpu.counting import flash
+from gpu.allocations import BACKEND, pretended, without_values
 from gpu.shapes import SEVEN, SEVENTY, SMALL, Shape, model_of
 from lrquant.blocks.head import Head
 from lrquant.blocks.inputs import BlockInputs
@@ -43,7 +33,6 @@ from lrquant.learn.share import Share
 from lrquant.learn.whole_model import TunedSamples, WholeFit
 from lrquant.team.team import ALONE
 
-BACKEND = "pretended"
 GB, MB = 1e9, 1e6
 SCHEME = Scheme(4, 16, 128)
 FEW, MORE = 4, 6  # blocks
@@ -54,51 +43,10 @@ METHODS = {
 }
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes that are alive by kind of device, and the most that there were (`most`).
-
-    What is read of tensors without values is 1, and two of them are equal.
-    """
-
-    def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
-        self.now: Counter[str] = Counter()
-        self.most: Counter[str] = Counter()
-        self._fake, self._alive = fake, set[int]()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
-        if function is torch.ops.aten.equal.default:
-            return True
-        args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs or {}))
-        result = function(*args, **kwargs)
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._add(each.device.type, each.untyped_storage())
-        return result
-
-    def _without_values(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
-
-    def _add(self, kind: str, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self.now[kind] += size
-        self.most[kind] = max(self.most[kind], self.now[kind])
-        weakref.finalize(storage, self._drop, kind, key, size)
-
-    def _drop(self, kind: str, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now[kind] -= size
-
-
 def main() -> None:
     """Count, and print a row for each model, method and place."""
     options = _options()
-    _setup_privateuseone_for_python_backend(BACKEND)
+    pretended()
     unit, name = (MB, "MB") if options.small else (GB, "GB")
     print(f"| model | tuned | samples a step | blocks live on | device: {name} | host: {name} |")
     print("| --- | --- | ---: | --- | ---: | ---: |")
@@ -141,7 +89,7 @@ def allocated(
     model = model_of(shape, host, tokens, **sizes)
     plan = Plan(Schemes(SCHEME), (Rounding(rounding=True),))
     bench = Workbench(model, device, torch.bfloat16, "host", plan=plan)
-    with _without_values() as allocations:
+    with without_values() as allocations:
         samples = _samples(bench, batch, tokens)
         before = allocations.now["cpu"]
         allocations.most.clear()
@@ -174,16 +122,6 @@ def _block(bench: Workbench, tuning: Tuning, index: int, samples: TunedSamples) 
     view = bench.view(index, stored)
     view.initialize(ChannelStatistics())
     return TunedBlock(tuning, view, bench.runner(index, view))
-
-
-@contextmanager
-def _without_values() -> Iterator[Allocations]:
-    with (
-        mock.patch.object(functional, "scaled_dot_product_attention", flash),
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        Allocations(fake) as allocations,
-    ):
-        yield allocations
 
 
 def _options() -> argparse.Namespace:

@@ -31,21 +31,25 @@ LOSS = "mse+nlc"
 @dataclass(frozen=True)
 class Method:
     """A scheme, and what is learned for it: LRQuant+ with `plus`, scales between modules with
-    `let`."""
+    `let`, which way weights are rounded, and clipping of activations (`lac`)."""
 
     scheme: str
     let: bool = False
     plus: bool = True
+    rounding: bool = False
+    lac: bool = False
 
     @property
     def name(self) -> str:
         """In short, for a table."""
-        return f"{self.scheme} LRQuant{'+' if self.plus else ''}"
+        more = f"{', rounding' * self.rounding}{', clipped activations' * self.lac}"
+        return f"{self.scheme} LRQuant{'+' if self.plus else ''}{more}"
 
     @property
     def plan(self) -> Plan:
         """The same for a workbench."""
-        learned = learned_by(lwc=True, let=self.let, rotation=self.plus)
+        switches = {"let": self.let, "rotation": self.plus, "rounding": self.rounding}
+        learned = learned_by(lwc=True, lac=self.lac, **switches)
         return Plan(Schemes(Scheme.parse(self.scheme)), learned)
 
 
