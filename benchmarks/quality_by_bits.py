@@ -23,7 +23,7 @@ TICKS = (0.1, 0.2, 0.5, 1, 2, 4)
 CLASSES = {
     "round to nearest": "nearest",
     "GPTQ": "gptq",
-    "AutoRound, 50 iterations": "autoround",
+    "AutoRound, its best run": "autoround",
     "LRQuant+ and rounding": "plus",
     "the same, tuned end to end": "tuned",
 }
