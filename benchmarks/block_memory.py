@@ -4,9 +4,9 @@
 
 Runs the package's own start of a block (statistics, searches), a learning step of one sample and
 the loss that says which epoch is best, on a device that computes nothing, and counts what is
-allocated there: weights as stored and on their way, parameters with what their
-optimizers keep, their start and their best, and all of a sample.  Attention is flash attention,
-products are in bfloat16, quantizers are not compiled.
+allocated there: weights as stored and on their way, parameters with what their optimizers keep,
+their start and their best, and all of a sample.  Attention is flash attention, products are in
+bfloat16, quantizers are not compiled.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def counted(shape: Shape, method: Method, tokens: int) -> tuple[int, int, int]:
         stored = sum(tensor.nbytes for tensor in prepared.view.stored.values())
         start = allocations.most[BACKEND]
         allocations.most.clear()
-        kept = copied(prepared.view.moving), copied(prepared.view.moving)
+        start_and_best = [copied(prepared.view.moving) for _ in range(2)]
         prepared.step()
         prepared.held()
-        del kept
+        del start_and_best  # which lived until here
         return stored, start, allocations.most[BACKEND]
 
 

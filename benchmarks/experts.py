@@ -12,15 +12,13 @@ Qwen3-30B-A3B; attention is its own at any shape.
 from __future__ import annotations
 
 import argparse
-import weakref
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Qwen3MoeConfig
 
+from gpu.allocations import Allocations
 from lrquant.architectures import architecture_of
 from lrquant.blocks.experts import BlockTensors
 from lrquant.blocks.plan import learned_by, plan_block
@@ -38,36 +36,6 @@ LEARNED = {
     "LRQuant+": {"lwc": True, "let": True, "rotation": True},
     "LRQuant+ and rounding": {"lwc": True, "let": True, "rotation": True, "rounding": True},
 }
-
-
-class Counter(TorchDispatchMode):
-    """Bytes of all storages that are alive but for those of `others`, and the most there were."""
-
-    def __init__(self, others: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._others = [each.untyped_storage() for each in others]
-        self._alive = {storage._cdata for storage in self._others}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._add(each.untyped_storage())
-        return result
-
-    def _add(self, storage) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._drop, key, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
 
 
 def main() -> None:
@@ -124,14 +92,15 @@ def _last_group(view: BlockView, size: int) -> tuple[int, int]:
         moments = 0 if name.startswith("rounding.") else 2
         parameters += (moments + 2) * tensor.nbytes  # its start and the best beside
         tensor.requires_grad_(True)
-    with Counter([*view.stored.values(), *view.parameters.values()]) as counter:
+    with Allocations([*view.stored.values(), *view.parameters.values()]) as allocations:
         tensors = view.tensors()
         _backward(tensors.values())
         if isinstance(tensors, BlockTensors):
             for expert in range(next(iter(tensors.apart.values())).count):
                 _backward([each.make(expert) for each in tensors.apart.values()])
     codes = sum(shape.rows * shape.columns for shape in view.shapes.quantized.values())
-    return max(counter.most + codes * (last != frozenset(view.parameters)), codes), parameters
+    most = sum(allocations.most.values())
+    return max(most + codes * (last != frozenset(view.parameters)), codes), parameters
 
 
 def _backward(outputs: Iterable[Tensor]) -> None:

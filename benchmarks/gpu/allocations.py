@@ -1,10 +1,10 @@
-"""Allocated bytes of tensors without values, on the host and on a device that computes nothing."""
+"""Allocated bytes by kind of device, also of tensors without values."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,38 +22,30 @@ from gpu.counting import flash
 BACKEND = "pretended"
 
 
-def pretended() -> torch.device:
-    """The device that computes nothing; once in a process."""
+def pretended() -> None:
+    """Let there be the device that computes nothing; once in a process."""
     _setup_privateuseone_for_python_backend(BACKEND)
-    return torch.device(BACKEND, 0)
 
 
 class Allocations(TorchDispatchMode):
     """Bytes that are alive by kind of device, and the most that there were (`most`).
 
-    What is read of tensors without values is 1, and two of them are equal.
+    Those of `others`, which there were before, do not count.
     """
 
-    def __init__(self, fake: FakeTensorMode) -> None:
+    def __init__(self, others: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
-        self._fake, self._alive = fake, set[int]()
+        self._others = [each.untyped_storage() for each in others]
+        self._alive = {storage._cdata for storage in self._others}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
-        if function is torch.ops.aten.equal.default:
-            return True
-        args, kwargs = tree_map_only(Tensor, self._without_values, (args, kwargs or {}))
-        result = function(*args, **kwargs)
+        result = function(*args, **(kwargs or {}))
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 self._add(each.device.type, each.untyped_storage())
         return result
-
-    def _without_values(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
 
     def _add(self, kind: str, storage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -69,6 +61,25 @@ class Allocations(TorchDispatchMode):
         self.now[kind] -= size
 
 
+class _WithoutValues(Allocations):
+    """The same where no tensor has values: what is read of them is 1, and two of them are equal."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        if function is torch.ops.aten.equal.default:
+            return True
+        args, kwargs = tree_map_only(Tensor, self._emptied, (args, kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def _emptied(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
+
+
 @contextmanager
 def without_values() -> Iterator[Allocations]:
     """Count within; attention is flash attention."""
@@ -76,7 +87,7 @@ def without_values() -> Iterator[Allocations]:
         mock.patch.object(functional, "scaled_dot_product_attention", flash),
         mock.patch.object(torch, "tensor", _made_on_the_host(torch.tensor)),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
-        Allocations(fake) as allocations,
+        _WithoutValues(fake) as allocations,
     ):
         yield allocations
 

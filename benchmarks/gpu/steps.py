@@ -48,8 +48,9 @@ class Method:
     @property
     def plan(self) -> Plan:
         """The same for a workbench."""
-        switches = {"let": self.let, "rotation": self.plus, "rounding": self.rounding}
-        learned = learned_by(lwc=True, lac=self.lac, **switches)
+        learned = learned_by(
+            lwc=True, let=self.let, rotation=self.plus, rounding=self.rounding, lac=self.lac
+        )
         return Plan(Schemes(Scheme.parse(self.scheme)), learned)
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 COUNTED = """
 import block_memory
 from gpu.shapes import SMALL
@@ -17,16 +13,8 @@ for rounding, tokens in ((False, 64), (True, 64), (True, 256)):
 """
 
 
-def test_rounding_takes_an_offset_its_gradient_its_start_and_its_best():
-    folder = Path(__file__).parents[2]
-    python = [str(folder / "src"), str(folder / "benchmarks")]
-    words = [sys.executable, "-c", COUNTED]
-    done = subprocess.run(
-        words, env={"PYTHONPATH": ":".join(python)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    (stored, start, plain), (_, _, rounded), (_, _, longer) = rows
+def test_rounding_takes_an_offset_its_gradient_its_start_and_its_best(printed):
+    (stored, start, plain), (_, _, rounded), (_, _, longer) = printed(COUNTED)
     weights = 147_456
     assert stored == 2 * (weights + 2 * 128)
     assert stored < start < plain < longer and rounded < longer

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 COUNTED = """
@@ -23,16 +19,8 @@ for offload in ("host", "device"):
 """
 
 
-def test_blocks_on_the_host_are_on_the_device_one_at_a_time():
-    folder = Path(__file__).parents[2]
-    python = [str(folder / "src"), str(folder / "benchmarks")]
-    words = [sys.executable, "-c", COUNTED]
-    done = subprocess.run(
-        words, env={"PYTHONPATH": ":".join(python)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    (few, few_on_host), (more, more_on_host), (near, near_on_host), (all_near, _) = rows
+def test_blocks_on_the_host_are_on_the_device_one_at_a_time(printed):
+    (few, few_on_host), (more, more_on_host), (near, near_on_host), (all_near, _) = printed(COUNTED)
     block, states = 147_456 * 3.2 + 1152 * 28, 3 * 64 * 128 * 4
     assert few <= more < few + 0.1 * block < near < all_near  # each block has arguments of its own
     assert (more_on_host - few_on_host) / (2 * (block + states)) == pytest.approx(1, rel=0.05)

@@ -24,7 +24,7 @@ from lrquant.data.conversations import (
 )
 from lrquant.data.feeds import Feed, Inputs, has_pictures
 from lrquant.data.samples import Samples
-from lrquant.data.texts import source_of
+from lrquant.data.texts import file_source
 from lrquant.errors import LRQuantError
 from lrquant.model.reading import Processor
 from lrquant.model.sources.checks import first_line
@@ -198,7 +198,7 @@ def _samples(
     drawn = f", seed {seed}" if chosen < total else ""
     description = f"{path.name} ({of} with pictures{left_out}), {words}{drawn}"
     empty = torch.empty((0, 0), dtype=torch.int64)
-    texts = frozenset({source_of(path)})
+    texts = frozenset({file_source(path)})
     return Samples(empty, str(path), "pictures", feed.sha256(), description, feed, total, texts)
 
 

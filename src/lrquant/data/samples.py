@@ -83,9 +83,8 @@ def calibration_samples(
     _check_seqlen(seqlen)
     sets = _calibration_sets(name)
     share, remainder = divmod(nsamples, len(sets))
-    windows, labels = [], []
-    texts: list[TextSplit] = []
-    splits = []
+    windows, labels, splits = [], [], []
+    texts: set[TextSplit] = set()
     for index, each in enumerate(sets):
         count = share + (index < remainder)
         if count == 0:
@@ -95,28 +94,34 @@ def calibration_samples(
             if writer is None:
                 raise LRQuantError(f"calibration set {SELF!r}: no model to write it")
             drawn = writer(count, seqlen, seed, _start(tokenizer, beginning))
-            label = SELF
-            splits.append("written")
+            label, split = SELF, "written"
         else:
             text = load_text(each, ("train", "validation"), data_dir, cache_dir, column)
             tokens = TokenText(text, tokenizer, beginning)
             drawn, note = random_windows(tokens, count, seqlen, seed)
             missing = text.missing_split("train", data_dir)
             label = text.label(missing, tokens.layout, note, beginning.text)
-            splits.append(text.split)
-            texts.append(text.source)
+            split = text.split
+            texts.add(text.source)
+        splits.append(split)
         windows.append(drawn)
         labels.append(label if len(sets) == 1 else f"{count} of {label}")
     source = labels[0] if len(sets) == 1 else f"{name}: {', '.join(labels)}"
     split = ",".join(dict.fromkeys(splits))
-    whole = token_samples(torch.cat(windows), name, split, source, seed)
-    return replace(whole, texts=frozenset(texts))
+    return token_samples(torch.cat(windows), name, split, source, seed, frozenset(texts))
 
 
-def token_samples(ids: Tensor, name: str, split: str, source: str, seed: int) -> Samples:
-    """Windows of token ids that were drawn from a `source`, in words, by a seed."""
+def token_samples(
+    ids: Tensor,
+    name: str,
+    split: str,
+    source: str,
+    seed: int,
+    texts: frozenset[TextSplit] = frozenset(),
+) -> Samples:
+    """Windows of token ids that were drawn from a `source`, in words, and `texts`, by a seed."""
     text = f"{source}, {_size(ids)}, seed {seed}"
-    return Samples(ids, name, split, _sha256(ids), text)
+    return Samples(ids, name, split, _sha256(ids), text, texts=texts)
 
 
 def perplexity_windows(

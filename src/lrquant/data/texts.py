@@ -95,7 +95,7 @@ class Text:
     def source(self) -> TextSplit:
         """What it is, by whichever name or path it was asked for."""
         path = Path(self.origin)
-        return source_of(path) if path.is_file() else (self.origin, self.split)
+        return file_source(path) if path.is_file() else (self.origin, self.split)
 
     def label(self, *notes: str) -> str:
         """What the text is called for people, with notes about it."""
@@ -112,7 +112,7 @@ class Text:
         return f"no {preferred} split{place}"
 
 
-def source_of(path: Path) -> TextSplit:
+def file_source(path: Path) -> TextSplit:
     """What a local file, or a folder of pictures, is."""
     return str(path.resolve()), "file"
 
